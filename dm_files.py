@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+# Reading the umask means setting it, for all threads: done once, while there is one.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 class InputError(ValueError):
     """Something the user gave is wrong: says what, in which file or option, and what to do about it.
 
@@ -40,7 +45,5 @@ def _copy_permissions(temporary: Path, path: Path) -> None:
     if path.exists():
         mode = path.stat().st_mode & 0o777
     else:
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = 0o666 & ~umask
+        mode = 0o666 & ~_UMASK
     os.chmod(temporary, mode)
