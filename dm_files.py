@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 # Reading the umask means setting it, for all threads: done once, while there is one.
 _UMASK = os.umask(0)
 os.umask(_UMASK)

@@ -1,0 +1,292 @@
+"""Options shared by the command lines, and how a command line ends.
+
+Only the standard library is imported here, so that `--help` and option errors answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from dm_files import InputError
+
+# Names of the accelerators' own out-of-memory errors (TensorFlow, JAX, PyTorch): none of them is imported here.
+_OUT_OF_MEMORY = {"ResourceExhaustedError", "OutOfMemoryError"}
+_LESS_MEMORY = "use a smaller --batch-size, --train-bs-multiplier or --img-size, or leave out --load-train-ram and --load-val-ram"
+
+
+def env_int(name: str, default: int) -> int:
+    """Value of an environment variable such as `RANDOM_SEED` or `NUM_CPU_CORES`; InputError if not a whole number."""
+    text = os.environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError:
+        raise InputError(f"environment variable {name}: Expected a whole number. Received {text!r}") from None
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"Expected a whole number of at least 1. Received {text}")
+    return value
+
+
+def natural_int(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"Expected a whole number of at least 0. Received {text}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"Expected a number above 0. Received {text}")
+    return value
+
+
+def natural_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"Expected a number of at least 0. Received {text}")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"Expected a number from 0 up to, not including, 1. Received {text}")
+    return value
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:
+    """Add `--name` and `--no-name`."""
+    parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=help)
+
+
+def add_optional(
+    parser: argparse._ActionsContainer, *flags: str, help: str, no_flags: Sequence[str] = (), **kwargs
+) -> None:
+    """Add an option that takes a value and defaults to None, and `--no-...`, which sets it back to None."""
+    action = parser.add_argument(*flags, help=help, **kwargs)
+    no_flags = ["--no-" + flags[0].removeprefix("--"), *no_flags]
+    parser.add_argument(*no_flags, dest=action.dest, action="store_const", const=None, help=argparse.SUPPRESS)
+
+
+def add_pixel_options(parser: argparse.ArgumentParser) -> None:
+    """How pixels become network input: 0..255 floats with the mean of the training set subtracted."""
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--img-size",
+        "-is",
+        nargs=2,
+        type=positive_int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="images are resized to this",
+    )
+    add_optional(
+        group, "--img-scale", "-ic", type=positive_float, no_flags=["-nic"],
+        help="scale each image so that its own maximum becomes this; default: no such scaling",
+    )  # fmt: skip
+    add_optional(
+        group, "--rescale-factor", type=positive_float,
+        help="multiply pixels by this to bring them to 0..255 (0.003891 for 16-bit images); default: 1",
+    )  # fmt: skip
+    add_flag(
+        group, "--featurewise-center", True, "subtract --featurewise-mean from every pixel after rescaling"
+    )
+    group.add_argument(
+        "--featurewise-mean", type=float, help="mean pixel of the training set after rescaling"
+    )
+    add_flag(
+        group, "--equalize-hist", False, "equalize the histogram of each image (needs pixels within 0..255)"
+    )
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both trainers. Defaults that differ between them are given with `parser.set_defaults`."""
+    parser.add_argument(
+        "train_dir", help="folder of the training set, one sub-folder a class, searched recursively"
+    )
+    parser.add_argument("val_dir", help="folder of the validation set, with the same sub-folders")
+    parser.add_argument("test_dir", help="folder of the test set, with the same sub-folders")
+    add_pixel_options(parser)
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--class-list", nargs="+", metavar="CLASS", help="class sub-folders, in the order of the outputs"
+    )
+    group.add_argument(
+        "--batch-size", "-bs", type=positive_int, default=64, help="batch size of validation and test"
+    )
+    group.add_argument(
+        "--train-bs-multiplier", type=positive_float, default=0.5,
+        help="the training batch size is --batch-size times this: training takes about twice the memory",
+    )  # fmt: skip
+    add_flag(
+        group,
+        "--augmentation",
+        True,
+        "augment training images by flips, rotation, shear, zoom and channel shift",
+    )
+    add_flag(
+        group,
+        "--load-train-ram",
+        False,
+        "keep the resized training images in memory, in their file's integer type",
+    )
+    add_flag(group, "--load-val-ram", False, "the same for the validation images")
+    group.add_argument(
+        "--on-error", choices=["stop", "skip"], default="stop",
+        help="what an unreadable image does: end the run, or be left out and listed",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument(
+        "--optimizer", dest="optim", default="sgd",
+        choices=["sgd", "rmsprop", "adagrad", "adadelta", "adam", "adamax", "nadam"],
+        help="sgd has Nesterov momentum 0.9 and halves its rate on a plateau of the validation loss",
+    )  # fmt: skip
+    group.add_argument(
+        "--init-learningrate",
+        "-ilr",
+        dest="init_lr",
+        type=positive_float,
+        default=0.01,
+        help="learning rate of stage 1",
+    )
+    group.add_argument(
+        "--all-layer-multiplier", type=positive_float, help="the last stage's rate is stage 1's times this"
+    )
+    group.add_argument("--nb-epoch", "-ne", type=natural_int, default=5, help="epochs of stage 1; 0 skips it")
+    group.add_argument(
+        "--all-layer-epochs",
+        type=natural_int,
+        default=20,
+        help="total epochs when the last stage (all layers) ends",
+    )
+    group.add_argument(
+        "--weight-decay",
+        "-wd",
+        type=natural_float,
+        default=1e-4,
+        help="L2 penalty of the new layers in stage 1",
+    )
+    group.add_argument(
+        "--weight-decay2", "-wd2", type=natural_float, default=1e-4, help="the same from stage 2 on"
+    )
+    group.add_argument(
+        "--hidden-dropout",
+        "-hd",
+        type=fraction,
+        default=0.0,
+        help="dropout rate of the new layers in stage 1",
+    )
+    group.add_argument(
+        "--hidden-dropout2", "-hd2", type=fraction, default=0.0, help="the same from stage 2 on"
+    )
+    group.add_argument(
+        "--lr-patience",
+        "-lrp",
+        type=natural_int,
+        default=10,
+        help="epochs on a plateau before sgd halves its rate",
+    )
+    group.add_argument(
+        "--es-patience",
+        "-esp",
+        type=natural_int,
+        default=25,
+        help="epochs without a lower validation loss before a stage ends",
+    )
+    add_flag(
+        group,
+        "--auto-batch-balance",
+        True,
+        "weigh samples by the inverse frequency of their class in the batch",
+    )
+    group.add_argument(
+        "--pos-cls-weight",
+        type=natural_float,
+        default=1.0,
+        help="loss weight of class 1, without --auto-batch-balance",
+    )
+    group.add_argument(
+        "--neg-cls-weight",
+        type=natural_float,
+        default=1.0,
+        help="loss weight of the negative class, likewise",
+    )
+    group.add_argument(
+        "--frozen-bn", choices=["batch", "inference"], default="batch",
+        help="batch normalization of frozen layers: keep using and tracking batch statistics (the original), or run in inference mode",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("models")
+    add_optional(
+        group, "--resume-from", metavar="FILE", help="start from this saved model (.h5 of any age, or .keras)"
+    )
+    add_optional(
+        group,
+        "--top-layer-nb",
+        type=positive_int,
+        help="index of the first layer that stage 2 of patch training, or stage 1 of image training, trains",
+    )
+    group.add_argument(
+        "--trust-checkpoint",
+        action="store_true",
+        help="open model files even where they hold Python code, which then runs",
+    )
+    group.add_argument("--best-model", "-bm", metavar="FILE", help="where the best model is saved, or NOSAVE")
+    group.add_argument(
+        "--final-model",
+        "-fm",
+        metavar="FILE",
+        default="NOSAVE",
+        help="where the model of the last epoch is saved, or NOSAVE",
+    )
+    group.add_argument(
+        "--out-dir", metavar="DIR",
+        help="folder for args.json, history.csv, metrics.json and predictions.csv; default: the name of the best model without its ending",
+    )  # fmt: skip
+
+
+def complete(parser: argparse.ArgumentParser, given: dict) -> argparse.Namespace:
+    """Fill in the defaults of `parser` for a call of a script's `run(...)` from Python.
+
+    Raises TypeError for a name that is no option, or a required one that is missing, as a function call would.
+    """
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    if unknown := sorted(set(given) - set(actions)):
+        raise TypeError(f"unknown options: {', '.join(unknown)}")
+    if missing := [name for name, action in actions.items() if action.required and name not in given]:
+        raise TypeError(f"missing options: {', '.join(missing)}")
+    return argparse.Namespace(**{name: given.get(name, parser.get_default(name)) for name in actions})
+
+
+def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str] | None = None) -> int:
+    """Parse `argv`, call `run` with the options as keyword arguments, and return the exit status.
+
+    0 when all went well, 1 for bad data or a full disk, 2 (argparse's own exit) for bad options, 130 when
+    interrupted. Every failure is one line on standard error.
+    """
+    options = vars(parser.parse_args(argv))
+    try:
+        return run(**options) or 0
+    except InputError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    except MemoryError as error:
+        message = (
+            f"out of memory ({error}); {_LESS_MEMORY}" if str(error) else f"out of memory; {_LESS_MEMORY}"
+        )
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__name__ not in _OUT_OF_MEMORY:
+            raise
+        message = f"out of memory; {_LESS_MEMORY}"
+    print(f"{parser.prog}: error: " + " ".join(message.split()), file=sys.stderr)
+    return 1
