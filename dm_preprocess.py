@@ -41,6 +41,132 @@ class DMImagePreprocessor:
             breast_img = breast_img[y : y + height, x : x + width]
         return breast_img, (x, y, width, height)
 
+    @staticmethod
+    def max_pix_val(dtype):
+        """Largest value of the unsigned integer type `dtype`: 255 or 65535. InputError for any other type."""
+        dtype = np.dtype(dtype)
+        if dtype not in (np.uint8, np.uint16):
+            raise InputError(f"Expected an image of dtype uint8 or uint16. Received {dtype}.")
+        return int(np.iinfo(dtype).max)
+
+    def select_largest_obj(
+        self, img_bin, lab_val=255, fill_holes=False, smooth_boundary=False, kernel_size=15
+    ):
+        """Mask of the largest 8-connected object of a binary image.
+
+        img_bin: (H, W), non-zero in the objects. lab_val: value of the mask inside the object, 1..255.
+        fill_holes: include what is enclosed by the object.
+        smooth_boundary: morphological opening with a square of kernel_size pixels, after the filling.
+
+        Returns a uint8 mask (H, W). Raises InputError when there is no object.
+        """
+        _, labels, stats, _ = cv2.connectedComponentsWithStats((img_bin > 0).astype("uint8"), connectivity=8)
+        areas = stats[1:, cv2.CC_STAT_AREA]
+        if not areas.size:
+            raise InputError("No object to select: no pixel of the image is above the threshold.")
+        mask = np.where(labels == 1 + areas.argmax(), np.uint8(lab_val), np.uint8(0))
+        if fill_holes and (labels == 0).any():
+            flooded = mask.copy()
+            cv2.floodFill(flooded, None, _flood_seed(labels), lab_val)
+            mask[flooded != lab_val] = lab_val
+        if smooth_boundary:
+            mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, _square(kernel_size))
+        return mask
+
+    def suppress_artifacts(self, img, global_threshold=0.05, kernel_size=15):
+        """Set all but the largest object (the breast) to zero: labels, tape, scratches.
+
+        img: (H, W) uint8 or uint16. global_threshold: what exceeds it is an object; a fraction of the dtype's
+        largest value if below 1, else a pixel value. kernel_size: see `select_largest_obj`.
+
+        Returns (image in the dtype of `img`, uint8 breast mask with 0 and 255). Raises InputError for other
+        dtypes and when no pixel exceeds the threshold.
+        """
+        if global_threshold < 1:
+            global_threshold = global_threshold * self.max_pix_val(img.dtype)
+        mask = self.select_largest_obj(
+            img > int(global_threshold), fill_holes=True, smooth_boundary=True, kernel_size=kernel_size
+        )
+        return np.where(mask > 0, img, np.zeros((), img.dtype)), mask
+
+    def remove_pectoral(
+        self, img, breast_mask, high_int_threshold=0.8, morph_kn_size=3, n_morph_op=7, sm_kn_size=25
+    ):
+        """Set the pectoral muscle to zero: the largest very bright region, bounded by a watershed.
+
+        The histogram-equalised image is thresholded; the largest object, eroded, marks the muscle, what lies
+        beyond its dilation marks other tissue, and what lies outside `breast_mask` marks the background. The
+        tissue's basin, opened, is kept. In a view without muscle the brightest tissue is lost instead.
+
+        img: (H, W) uint8. breast_mask: (H, W), non-zero in the breast.
+        high_int_threshold: a fraction of 255 if below 1, else a pixel value, of the equalised image.
+        morph_kn_size, n_morph_op: side of the square and repetitions of the erosion and the dilation.
+        sm_kn_size: side of the square of the final opening.
+
+        Returns (equalised image without muscle, (H, W) uint8; the equalised image in colour with the
+        watershed lines in red, (H, W, 3) uint8, BGR). Raises InputError for other dtypes, for a mask of
+        another shape, and when no pixel exceeds the threshold.
+        """
+        if img.dtype != np.uint8:
+            raise InputError(f"Pectoral removal: Expected an image of dtype uint8. Received {img.dtype}.")
+        if breast_mask.shape != img.shape:
+            raise InputError(f"Expected a breast mask of shape {img.shape}. Received {breast_mask.shape}.")
+        if high_int_threshold < 1:
+            high_int_threshold = high_int_threshold * self.max_pix_val(img.dtype)
+        equalised = cv2.equalizeHist(img)
+        bright = self.select_largest_obj(equalised > int(high_int_threshold), fill_holes=True)
+        muscle = cv2.erode(bright, _square(morph_kn_size), iterations=n_morph_op)
+        near_muscle = cv2.dilate(bright, _square(morph_kn_size), iterations=n_morph_op)
+
+        background_label, tissue_label, muscle_label = 64, 128, 255
+        markers = np.zeros(img.shape, np.int32)
+        markers[near_muscle == 0] = tissue_label
+        markers[muscle > 0] = muscle_label
+        markers[breast_mask == 0] = background_label
+        colour = cv2.cvtColor(equalised, cv2.COLOR_GRAY2BGR)
+        cv2.watershed(colour, markers)
+        colour[markers == -1] = (0, 0, 255)
+
+        tissue = (markers == tissue_label).astype("uint8")
+        tissue = cv2.morphologyEx(tissue, cv2.MORPH_OPEN, _square(sm_kn_size))
+        return np.where(tissue > 0, equalised, np.uint8(0)), colour
+
+    def process(self, img, pect_removal=False, artif_suppression=True, median_filtering=True):
+        """Median filter of 3 x 3, artefact suppression and pectoral removal, each as asked.
+
+        img: (H, W) uint8 or, without `pect_removal`, uint16.
+
+        Returns (processed image in the dtype of `img`, coloured watershed image or None): see
+        `suppress_artifacts` and `remove_pectoral`, also for the errors.
+        """
+        self.max_pix_val(img.dtype)
+        if median_filtering:
+            img = cv2.medianBlur(img, 3)
+        if not (artif_suppression or pect_removal):
+            return img, None
+        suppressed, mask = self.suppress_artifacts(img)
+        if artif_suppression:
+            img = suppressed
+        if pect_removal:
+            return self.remove_pectoral(img, mask)
+        return img, None
+
+
+def _square(size):
+    return np.ones((size, size), np.uint8)
+
+
+def _flood_seed(labels):
+    """(x, y) from which the published program floods the background: its first pixel in raster order.
+
+    The program exchanged row and column, so that an object at the left edge can take the seed and the whole
+    image is then filled. Its output is reproduced; where the exchange left the image it failed, and the pixel
+    itself is used.
+    """
+    row, column = (int(v) for v in np.argwhere(labels == 0)[0])
+    height, width = labels.shape
+    return (row, column) if row < width and column < height else (column, row)
+
 
 def _as_uint8(img):
     """`img` scaled by its own maximum to 0..255, truncated; InputError where that has no meaning."""
