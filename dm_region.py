@@ -1,0 +1,250 @@
+"""Regions of a mammogram: where patches are cut around, away from and beside annotated lesions.
+
+Coordinates are pixels (x to the right, y down) of one *padded image*: the resized, usually segmented mammogram
+with `patch_size // 2` zero rows and columns added on each side, so that a patch centred on any pixel of the
+mammogram lies within it. A patch covers `2 * (patch_size // 2)` pixels each way: an odd size is rounded down.
+
+The rules and their order of random draws are those of the published program, so that the same seed gives the
+same patches.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from dm_files import InputError
+
+SEED = 12345
+# Random centres tried before the overlap asked of a lesion patch is lowered by OVERLAP_STEP.
+TRIES_PER_CUTOFF = 1000
+OVERLAP_STEP = 0.05
+# The published program tries for ever where lesions leave no room for background; this many tries is "for ever".
+MAX_BACKGROUND_TRIES = 100_000
+
+
+class Patch(NamedTuple):
+    """A patch centre: `kind` is "abn" (lesion), "bkg" (background) or "blob" (bright background spot).
+
+    overlap: see `Roi.overlap`; for background the largest over the lesions it had to avoid.
+    """
+
+    kind: str
+    x: int
+    y: int
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Roi:
+    """The outline of one lesion, kept as what sampling asks of it rather than as a whole-image mask.
+
+    centroid: (x, y) of the largest contour, truncated; the centre of `box` where that contour has no area.
+    box: (x, y, width, height) of the largest contour.
+    image_shape: (height, width) of the padded image.
+    """
+
+    centroid: tuple[int, int]
+    box: tuple[int, int, int, int]
+    has_area: bool
+    image_shape: tuple[int, int]
+    _sums: np.ndarray
+    _origin: tuple[int, int]
+
+    @classmethod
+    def from_mask(cls, mask, margin, image_shape):
+        """Read a lesion mask: 2-D array, above zero inside the lesion.
+
+        margin: zero pixels that the padded image has on each side and `mask` lacks.
+        image_shape: (height, width) of the padded image.
+        Raises InputError when no pixel is above zero.
+        """
+        inside = (mask > 0).astype("uint8")
+        left, top, width, height = cv2.boundingRect(inside)
+        if width == 0:
+            raise InputError("the mask marks no lesion: Expected pixels above 0. Received none")
+        inside = np.ascontiguousarray(inside[top : top + height, left : left + width])
+        origin = (left + margin, top + margin)
+        contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=origin)
+        largest = max(contours, key=cv2.contourArea)
+        x, y, width, height = cv2.boundingRect(largest)
+        moments = cv2.moments(largest)
+        area = moments["m00"]
+        if area > 0:
+            centroid = (int(moments["m10"] / area), int(moments["m01"] / area))
+        else:
+            centroid = (x + width // 2, y + height // 2)
+        return cls(centroid, (x, y, width, height), area > 0, image_shape, cv2.integral(inside), origin)
+
+    def overlap(self, x, y, patch_size):
+        """How much the patch centred at (x, y) and the lesion share, 0..1.
+
+        The larger of two fractions: of the patch (the part of it inside the image) that is lesion, and of the
+        lesion that is in the patch. Constant time, by the integral image of the mask.
+        """
+        height, width = self.image_shape
+        left, top, right, bottom = patch_box(x, y, patch_size)
+        left, right = max(left, 0), min(right, width)
+        top, bottom = max(top, 0), min(bottom, height)
+        if left >= right or top >= bottom:
+            return 0.0
+        rows, columns = self._sums.shape
+        x0, y0 = self._origin
+        x1, x2 = (min(max(value - x0, 0), columns - 1) for value in (left, right))
+        y1, y2 = (min(max(value - y0, 0), rows - 1) for value in (top, bottom))
+        sums = self._sums
+        shared = int(sums[y2, x2]) - int(sums[y1, x2]) - int(sums[y2, x1]) + int(sums[y1, x1])
+        return max(shared / ((right - left) * (bottom - top)), shared / int(sums[-1, -1]))
+
+
+def patch_box(x, y, patch_size):
+    """(left, top, right, bottom) of the patch centred at (x, y); right and bottom are exclusive."""
+    half = patch_size // 2
+    return x - half, y - half, x + half, y + half
+
+
+def cut_patch(img, x, y, patch_size):
+    """View of the patch centred at (x, y) in the padded image `img`."""
+    left, top, right, bottom = patch_box(x, y, patch_size)
+    return img[top:bottom, left:right]
+
+
+def sample_patches(
+    img, roi, avoid, *, nb_abn, nb_bkg, nb_hns, patch_size=256, pos_cutoff=0.75, neg_cutoff=0.35
+):
+    """Choose the patch centres of one lesion and of the background beside it.
+
+    img: padded image, 2-D array. roi: the lesion. avoid: list of `Roi`s that background keeps off.
+    nb_abn: lesion patches; 1 gives the centroid, more give random centres that overlap at least `pos_cutoff`.
+    nb_bkg: background patches that overlap less than `neg_cutoff`; the first `nb_hns` of them are bright blobs,
+    where the image has so many.
+
+    Returns (list of Patch in the order blob, abn, bkg; the overlap cutoff in the end, which is lower than
+    `pos_cutoff` when the lesion allowed no other way). Raises InputError when the lesion or its surroundings
+    leave no room.
+    """
+    rng = np.random.RandomState(SEED)
+    blobs = sample_blobs(img, avoid, nb_hns, patch_size, neg_cutoff)
+    lesions, cutoff = sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng)
+    background = sample_background(avoid, nb_bkg - len(blobs), patch_size, neg_cutoff, img.shape, rng)
+    return blobs + lesions + background, cutoff
+
+
+def sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng):
+    """Patches on a lesion, and the lowest overlap cutoff used; see `sample_patches`.
+
+    Every try draws x, then y, within the box of the lesion from `rng` (a RandomState). After every
+    TRIES_PER_CUTOFF tries the cutoff falls by OVERLAP_STEP.
+    """
+    if nb_abn == 1:
+        x, y = roi.centroid
+        return [Patch("abn", x, y, roi.overlap(x, y, patch_size))], pos_cutoff
+    left, top, width, height = roi.box
+    patches, tries = [], 0
+    while len(patches) < nb_abn:
+        x = int(rng.randint(left, left + width))
+        y = int(rng.randint(top, top + height))
+        tries += 1
+        if tries == TRIES_PER_CUTOFF:
+            tries = 0
+            pos_cutoff -= OVERLAP_STEP
+            if pos_cutoff <= 0:
+                raise InputError("no patch overlaps the lesion: Expected a mask with one compact lesion")
+        overlap = roi.overlap(x, y, patch_size)
+        if overlap >= pos_cutoff:
+            patches.append(Patch("abn", x, y, overlap))
+    return patches, pos_cutoff
+
+
+def sample_background(avoid, nb_bkg, patch_size, neg_cutoff, image_shape, rng):
+    """Patches anywhere in the image (margins excepted) that overlap every Roi of `avoid` less than `neg_cutoff`.
+
+    Every try draws x, then y, from `rng` (a RandomState). Raises InputError after MAX_BACKGROUND_TRIES.
+    """
+    half = patch_size // 2
+    height, width = image_shape
+    patches, tries = [], 0
+    while len(patches) < nb_bkg:
+        if tries == MAX_BACKGROUND_TRIES:
+            raise InputError(
+                f"only {len(patches)} of {nb_bkg} background patches found in {tries} tries: "
+                f"use a smaller --patch-size or --nb-bkg, or a larger --neg-cutoff"
+            )
+        x = int(rng.randint(half, width - half))
+        y = int(rng.randint(half, height - half))
+        tries += 1
+        overlap = max(roi.overlap(x, y, patch_size) for roi in avoid)
+        if overlap < neg_cutoff:
+            patches.append(Patch("bkg", x, y, overlap))
+    return patches
+
+
+def sample_blobs(img, avoid, nb_hns, patch_size, neg_cutoff):
+    """Up to `nb_hns` patches on bright blobs (hard negatives) that overlap `avoid` less than `neg_cutoff`.
+
+    Blobs are taken in the order of a permutation from a generator of their own.
+    """
+    if nb_hns < 1:
+        return []
+    centres = detect_blobs(img, patch_size)[:, :2].astype(int)
+    patches = []
+    for index in np.random.RandomState(SEED).permutation(len(centres)):
+        x, y = (int(value) for value in centres[index])
+        overlap = max(roi.overlap(x, y, patch_size) for roi in avoid)
+        if overlap < neg_cutoff:
+            patches.append(Patch("blob", x, y, overlap))
+            if len(patches) == nb_hns:
+                break
+    return patches
+
+
+def detect_blobs(img, patch_size):
+    """Spots of any shape brighter than half the image's maximum and no larger than a patch.
+
+    img: 2-D array of any real dtype, not negative. Returns an (n, 3) float array of x, y and diameter in pixels,
+    in OpenCV's order.
+    """
+    highest = img.max()
+    if highest <= 0:
+        return np.zeros((0, 3))
+    params = cv2.SimpleBlobDetector_Params()
+    params.minThreshold = 127
+    params.maxThreshold = 242
+    params.thresholdStep = 10
+    params.filterByArea = True
+    params.minArea = 3
+    params.maxArea = patch_size**2
+    params.filterByCircularity = False
+    params.filterByColor = False
+    params.filterByConvexity = False
+    params.filterByInertia = False
+    blobs = cv2.SimpleBlobDetector_create(params).detect((img / highest * 255).astype("uint8"))
+    return np.array([(*blob.pt, blob.size) for blob in blobs]).reshape(-1, 3)
+
+
+def split_patients(patients, malignant, val_size, seed=SEED):
+    """Split patients into training and validation, each with the same share of cancer patients.
+
+    patients: list of ids. malignant: for each, whether any of their findings is malignant.
+    val_size: fraction of the patients to validate on; 0 gives an empty validation list.
+
+    Returns (training ids, validation ids). The same ids in the same order give the same split: fed with the
+    patient list and the labels of the patch sampler, it splits whole images as the patches were split.
+    Raises InputError when a part would lack one of the classes.
+    """
+    if val_size == 0:
+        return list(patients), []
+    from sklearn.model_selection import train_test_split
+
+    malignant = [bool(label) for label in malignant]
+    try:
+        train, val = train_test_split(
+            list(patients), test_size=val_size, stratify=malignant, random_state=seed
+        )
+    except ValueError as error:
+        raise InputError(
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at --val-size {val_size:g} so "
+            f"that both parts have both classes: {error}; give another --val-size, or 0 for no validation part"
+        ) from None
+    return train, val
