@@ -1,0 +1,360 @@
+"""Residual networks, and the top layers that turn a patch classifier into a whole-image classifier.
+
+Tensors are channels last: (batch, rows, columns, channels), float32 images of 0..255 less the data's mean.
+Residual units: He et al. 2016, "Deep residual learning" (post-activation), "Identity mappings" (pre-activation).
+"""
+
+from functools import partialmethod
+
+import keras
+from keras import layers
+
+from dm_files import InputError
+
+PATCH_NETS = ("resnet50", "vgg16", "vgg19", "xception", "inception", "yaroslav")
+BLOCK_TYPES = ("resnet", "vgg")
+
+
+def set_dropout_rate(layer, rate):
+    """Change the rate of a Dropout layer in place, in a model built or loaded. Compile the model again after.
+
+    Keras gives a layer made with rate 0 no random generator; raising its rate alone would fail in training.
+    """
+    if rate > 0 and not hasattr(layer, "seed_generator"):
+        # A built layer refuses new state, and Keras has no public way to lift that. The layer must track the
+        # generator all the same: compiled training steps, above all those of JAX, look for its state there.
+        layer._tracker.unlock()
+        layer.seed_generator = keras.random.SeedGenerator(layer.seed)
+        layer._tracker.lock()
+    layer.rate = rate
+
+
+def _conv(filters, kernel_size, strides=(1, 1), padding="same", weight_decay=0.0001):
+    return layers.Conv2D(
+        filters,
+        kernel_size,
+        strides=strides,
+        padding=padding,
+        kernel_initializer="he_normal",
+        kernel_regularizer=keras.regularizers.L2(weight_decay),
+    )
+
+
+def _dense(units, activation=None, weight_decay=0.0001):
+    return layers.Dense(
+        units,
+        activation=activation,
+        kernel_initializer="he_normal",
+        kernel_regularizer=keras.regularizers.L2(weight_decay),
+    )
+
+
+def _relu(x, dropout):
+    return layers.Dropout(dropout)(layers.Activation("relu")(x))
+
+
+def _bn_relu(x, dropout):
+    return _relu(layers.BatchNormalization()(x), dropout)
+
+
+def _pool(layer, x):
+    """Apply a pooling layer; a feature map smaller than its window means that the image was too small."""
+    if any(size < window for size, window in zip(x.shape[1:3], layer.pool_size, strict=True)):
+        raise InputError(
+            "The image is too small for the top layers. "
+            f"Expected a feature map of at least {layer.pool_size[0]}x{layer.pool_size[1]} to pool. "
+            f"Received: {x.shape[1]}x{x.shape[2]}. Use larger images or fewer or smaller poolings."
+        )
+    return layer(x)
+
+
+def _residual_unit(convs, init_strides, preactivation, shortcut_with_bn=True, dropout=0.0, weight_decay=0.0001):
+    """Return a function that adds one unit of `convs`, pairs (filters, kernel size), to a tensor.
+
+    The first convolution has the strides. Where they, or the widths, change the shape, the shortcut is
+    a 1x1 convolution, with batch norm after it when `shortcut_with_bn`.
+    """
+
+    def unit(x):
+        residual = x
+        for i, (filters, kernel_size) in enumerate(convs):
+            conv = _conv(filters, kernel_size, init_strides if i == 0 else (1, 1), weight_decay=weight_decay)
+            if preactivation:
+                residual = conv(_bn_relu(residual, dropout))
+            else:
+                residual = layers.BatchNormalization()(conv(residual))
+                if i < len(convs) - 1:
+                    residual = _relu(residual, dropout)
+        shortcut = x
+        filters = convs[-1][0]
+        if tuple(init_strides) != (1, 1) or x.shape[-1] != filters:
+            shortcut = _conv(filters, 1, init_strides, padding="valid", weight_decay=weight_decay)(x)
+            if shortcut_with_bn:
+                shortcut = layers.BatchNormalization()(shortcut)
+        added = layers.Add()([shortcut, residual])
+        return added if preactivation else _relu(added, dropout)
+
+    return unit
+
+
+def basic_block(filters, init_strides=(1, 1), bottleneck_enlarge_factor=None, **options):
+    """Pre-activation unit of two 3x3 convolutions; `bottleneck_enlarge_factor` has no effect.
+
+    All four block functions return a function from tensor to tensor and take the same `options`:
+    `shortcut_with_bn=True`, `dropout=0.0` (after every ReLU), `weight_decay=0.0001` (L2 of every kernel).
+    """
+    return _residual_unit([(filters, 3), (filters, 3)], init_strides, preactivation=True, **options)
+
+
+def basic_block_org(filters, init_strides=(1, 1), bottleneck_enlarge_factor=None, **options):
+    """Post-activation form of `basic_block`: convolution, batch norm, ReLU, and ReLU after the addition."""
+    return _residual_unit([(filters, 3), (filters, 3)], init_strides, preactivation=False, **options)
+
+
+def bottleneck(filters, init_strides=(1, 1), bottleneck_enlarge_factor=4, **options):
+    """Pre-activation unit of 1x1, 3x3, 1x1 convolutions, the last `bottleneck_enlarge_factor` times wider."""
+    convs = [(filters, 1), (filters, 3), (filters * bottleneck_enlarge_factor, 1)]
+    return _residual_unit(convs, init_strides, preactivation=True, **options)
+
+
+def bottleneck_org(filters, init_strides=(1, 1), bottleneck_enlarge_factor=4, **options):
+    """Post-activation form of `bottleneck`, with the stride in its first 1x1 convolution."""
+    convs = [(filters, 1), (filters, 3), (filters * bottleneck_enlarge_factor, 1)]
+    return _residual_unit(convs, init_strides, preactivation=False, **options)
+
+
+def _vgg_block(filters, repetitions, dropout, weight_decay):
+    """Return a function that adds `repetitions` of 3x3 convolution, batch norm, ReLU; then 2x2 max pooling."""
+
+    def block(x):
+        for _ in range(repetitions):
+            x = _bn_relu(_conv(filters, 3, weight_decay=weight_decay)(x), dropout)
+        return _pool(layers.MaxPooling2D((2, 2)), x)
+
+    return block
+
+
+def _chain(tensor):
+    """Yield (layer, its output) backwards from a tensor, up to the first layer without exactly one input."""
+    while True:
+        layer, node_index, _ = tensor._keras_history
+        yield layer, tensor
+        inputs = layer._inbound_nodes[node_index].input_tensors
+        if len(inputs) != 1:
+            return
+        tensor = inputs[0]
+
+
+def _cut_patch_net(model):
+    """Split a patch classifier into the net up to its last feature map before pooling, and its dense layer.
+
+    The cut is found by walking back from the output to the global average pooling, and on past the 7x7
+    average pooling that ResNet50 had in 2017. The returned model takes images of any size; it shares the
+    layers of `model`, which stays as it is.
+    """
+    chain = list(_chain(model.outputs[0]))
+    kinds = [type(layer) for layer, _ in chain]
+    if layers.GlobalAveragePooling2D not in kinds or layers.Dense not in kinds:
+        raise InputError(
+            "This is not a patch classifier. Expected a network that ends in a global average pooling and "
+            f"a dense layer. Received: one that ends in {', '.join(kind.__name__ for kind in kinds[4::-1])}."
+        )
+    classifier = chain[kinds.index(layers.Dense)][0]
+    before_pooling = chain[kinds.index(layers.GlobalAveragePooling2D) + 1 :]
+    features = next(
+        tensor for layer, tensor in before_pooling if not isinstance(layer, layers.Dropout | layers.AveragePooling2D)
+    )
+    net = keras.Model(model.inputs[0], features)
+    if None not in net.input_shape[1:3]:
+        any_size = keras.Input((None, None, net.input_shape[-1]))
+        net = keras.models.clone_model(net, input_tensors=any_size, clone_function=lambda layer: layer)
+    return net, classifier
+
+
+def add_top_layers(
+    model,
+    image_size,
+    patch_net="resnet50",
+    block_type="resnet",
+    depths=(512, 512),
+    repetitions=(1, 1),
+    block_fn=bottleneck_org,
+    nb_class=2,
+    shortcut_with_bn=True,
+    bottleneck_enlarge_factor=4,
+    dropout=0.0,
+    weight_decay=0.0001,
+    add_heatmap=False,
+    avg_pool_size=(7, 7),
+    return_heatmap=False,
+    add_conv=True,
+    add_shortcut=False,
+    hm_strides=(1, 1),
+    hm_pool_size=(5, 5),
+    fc_init_units=64,
+    fc_layers=2,
+):
+    """Build a whole-image classifier on the feature map of a patch classifier (the method of Shen 2017).
+
+    model: a patch classifier, any of `PATCH_NETS`; its layers are shared with, and trained by, the result.
+    image_size: (rows, columns) of the whole images; they have the channels of the patches.
+    patch_net: the name of the patch net; the place to cut it is found from its layers.
+    block_type: for each i, "resnet" adds `repetitions[i]` units `block_fn` of `depths[i]` filters, the first
+        with stride 2, and "vgg" `repetitions[i]` convolutions of `depths[i]` filters and a 2x2 max pooling.
+    dropout, weight_decay: rate and L2 of all layers added.
+    add_heatmap: between net and top comes average pooling `avg_pool_size` with strides `hm_strides`, the patch
+        classifier's own dense layer at every position, with ReLU, and max pooling `hm_pool_size`.
+    add_conv: False for dense layers in place of convolutions: `fc_layers` of them on the flattened map, from
+        `fc_init_units` units halving each time; `add_shortcut` adds one from the map to the output.
+
+    Returns the model, (batch, rows, columns, channels) -> (batch, `nb_class`) probabilities, and the index of
+    its first new layer: before it are the input, the patch net and the heatmap, frozen in the first stage.
+    With `return_heatmap`, returns the heatmap model alone, (batch, rows, columns, channels) ->
+    (batch, map rows, map columns, patch classes): the softmax over the patch classes at every position.
+    Raises InputError for unknown names, lists of unequal length, no patch classifier, images too small.
+    """
+    if patch_net not in PATCH_NETS:
+        raise InputError(f"Unknown patch net. Expected one of {', '.join(PATCH_NETS)}. Received: {patch_net!r}.")
+    if block_type not in BLOCK_TYPES:
+        raise InputError(f"Unknown block type. Expected one of {', '.join(BLOCK_TYPES)}. Received: {block_type!r}.")
+    if len(depths) != len(repetitions):
+        raise InputError(
+            "Expected one number of repetitions for each depth of the top layers. "
+            f"Received: depths {list(depths)} and repetitions {list(repetitions)}."
+        )
+
+    net, classifier = _cut_patch_net(model)
+    image = keras.Input((*image_size, net.input_shape[-1]))
+    try:
+        x = net(image)
+    except ValueError as error:  # the channels are the net's own, so only the size can be at fault
+        raise InputError(
+            f"Images of {image_size[0]}x{image_size[1]} are too small for the patch net {patch_net}. Use larger images."
+        ) from error
+
+    if add_heatmap or return_heatmap:
+        x = _pool(layers.AveragePooling2D(tuple(avg_pool_size), strides=tuple(hm_strides)), x)
+        x = layers.Dropout(dropout)(x)
+        heatmap = _dense(classifier.units, "softmax" if return_heatmap else "relu", weight_decay)
+        x = heatmap(x)
+        heatmap.set_weights(classifier.get_weights())
+        if return_heatmap:
+            return keras.Model(image, x)
+        x = _pool(layers.MaxPooling2D(tuple(hm_pool_size)), x)
+    top_layer_nb = len(keras.Model(image, x).layers)
+
+    if add_conv:
+        for filters, nb_units in zip(depths, repetitions, strict=True):
+            if block_type == "vgg":
+                x = _vgg_block(filters, nb_units, dropout, weight_decay)(x)
+                continue
+            for i in range(nb_units):
+                x = block_fn(
+                    filters,
+                    init_strides=(2, 2) if i == 0 else (1, 1),
+                    bottleneck_enlarge_factor=bottleneck_enlarge_factor,
+                    shortcut_with_bn=shortcut_with_bn,
+                    dropout=dropout,
+                    weight_decay=weight_decay,
+                )(x)
+        x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
+        output = _dense(nb_class, "softmax", weight_decay)(x)
+    else:
+        flat = layers.Flatten()(x)
+        x = layers.Dropout(dropout)(flat)
+        for i in range(fc_layers):
+            x = _bn_relu(_dense(fc_init_units // 2**i, weight_decay=weight_decay)(x), dropout)
+        x = _dense(nb_class, weight_decay=weight_decay)(x)
+        if add_shortcut:
+            x = layers.Add()([x, _dense(nb_class, weight_decay=weight_decay)(flat)])
+        output = layers.Activation("softmax")(x)
+    return keras.Model(image, output), top_layer_nb
+
+
+class ResNetBuilder:
+    """Residual networks for patches or whole images, trained from scratch.
+
+    `build_resnet_50` and so on take (input_shape, num_outputs) and the options of `build`. The number in a
+    name counts the convolutions on the main path and the dense layer; `rb5` is five groups of residual units.
+    """
+
+    @staticmethod
+    def l1l2_penalty_reg(alpha=1.0, l1_ratio=0.5):
+        """The elastic net of glmnet and scikit-learn: alpha (l1_ratio |w| + (1 - l1_ratio) / 2 w^2)."""
+        return keras.regularizers.L1L2(l1=alpha * l1_ratio, l2=alpha * (1 - l1_ratio) / 2)
+
+    @classmethod
+    def build(
+        cls,
+        input_shape,
+        num_outputs,
+        block_fn,
+        repetitions,
+        nb_init_filter=32,
+        init_filter_size=5,
+        init_conv_stride=2,
+        pool_size=2,
+        pool_stride=2,
+        weight_decay=0.0001,
+        alpha=0.0001,
+        l1_ratio=0.0,
+        inp_dropout=0.0,
+        hidden_dropout=0.0,
+    ):
+        """Build a residual network with softmax output (sigmoid for one output).
+
+        input_shape: (rows, columns, channels). repetitions: the number of units `block_fn` in each group.
+        The first convolution has `nb_init_filter` filters of size `init_filter_size`; the width doubles with
+        every group up to the fourth, as in He et al., then stays; every group but the first halves the map.
+        weight_decay: L2 of the convolutions. alpha, l1_ratio: see `l1l2_penalty_reg`, for the dense layer.
+        """
+        image = keras.Input(input_shape)
+        x = layers.Dropout(inp_dropout)(image)
+        x = _conv(nb_init_filter, init_filter_size, init_conv_stride, weight_decay=weight_decay)(x)
+        x = _bn_relu(x, hidden_dropout)
+        x = layers.MaxPooling2D(pool_size, strides=pool_stride, padding="same")(x)
+        for group, nb_units in enumerate(repetitions):
+            for i in range(nb_units):
+                x = block_fn(
+                    nb_init_filter * 2 ** min(group, 3),
+                    init_strides=(2, 2) if i == 0 and group > 0 else (1, 1),
+                    dropout=hidden_dropout,
+                    weight_decay=weight_decay,
+                )(x)
+        if block_fn in (basic_block, bottleneck):  # pre-activation units end in an addition
+            x = _bn_relu(x, hidden_dropout)
+        tower = keras.Model(image, layers.GlobalAveragePooling2D()(x))
+        inputs, features = cls._views(tower)
+        output = layers.Dense(
+            num_outputs,
+            activation="sigmoid" if num_outputs == 1 else "softmax",
+            kernel_initializer="he_normal",
+            kernel_regularizer=cls.l1l2_penalty_reg(alpha, l1_ratio),
+        )(layers.Dropout(hidden_dropout)(features))
+        return keras.Model(inputs, output)
+
+    @staticmethod
+    def _views(tower):
+        """Inputs of the network and the features that the output layer sees, given the convolutional part."""
+        return tower.input, tower.output
+
+    build_resnet_18 = partialmethod(build, block_fn=basic_block, repetitions=(2, 2, 2, 2))
+    build_resnet_34 = partialmethod(build, block_fn=basic_block, repetitions=(3, 4, 6, 3))
+    build_resnet_38 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3))
+    build_resnet_50 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 4, 6, 3))
+    build_resnet_50_org = partialmethod(build, block_fn=bottleneck_org, repetitions=(3, 4, 6, 3))
+    build_resnet_101 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 4, 23, 3))
+    build_resnet_152 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 8, 36, 3))
+    build_dm_resnet_14 = partialmethod(build, block_fn=bottleneck, repetitions=(1, 1, 1, 1))
+    build_dm_resnet_47rb5 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3, 3))
+    build_dm_resnet_56rb6 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3, 3, 3))
+    build_dm_resnet_65rb7 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3, 3, 3, 3))
+
+
+class MultiViewResNetBuilder(ResNetBuilder):
+    """The same networks with two inputs, [CC, MLO]: one tower sees both, its features are concatenated."""
+
+    @staticmethod
+    def _views(tower):
+        views = [keras.Input(tower.input_shape[1:], name=name) for name in ("cc", "mlo")]
+        return views, layers.Concatenate()([tower(view) for view in views])
