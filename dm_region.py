@@ -1,8 +1,9 @@
 """Regions of a mammogram: where patches are cut around, away from and beside annotated lesions.
 
-Coordinates are pixels (x to the right, y down) of one *padded image*: the resized, usually segmented mammogram
-with `patch_size // 2` zero rows and columns added on each side, so that a patch centred on any pixel of the
-mammogram lies within it. A patch covers `2 * (patch_size // 2)` pixels each way: an odd size is rounded down.
+Coordinates are pixels (x to the right, y down) of one *padded image*: the resized, usually segmented
+mammogram with `patch_size // 2` zero rows and columns added on each side, so that a patch centred on any pixel
+of the mammogram lies within it. A patch covers `2 * (patch_size // 2)` pixels each way: an odd size is rounded
+down.
 
 The rules and their order of random draws are those of the published program, so that the same seed gives the
 same patches.
@@ -20,7 +21,7 @@ SEED = 12345
 # Random centres tried before the overlap asked of a lesion patch is lowered by OVERLAP_STEP.
 TRIES_PER_CUTOFF = 1000
 OVERLAP_STEP = 0.05
-# The published program tries for ever where lesions leave no room for background; this many tries is "for ever".
+# The published program tries for ever where a lesion leaves no room for background.
 MAX_BACKGROUND_TRIES = 100_000
 
 
@@ -47,7 +48,6 @@ class Roi:
 
     centroid: tuple[int, int]
     box: tuple[int, int, int, int]
-    has_area: bool
     image_shape: tuple[int, int]
     _sums: np.ndarray
     _origin: tuple[int, int]
@@ -75,7 +75,7 @@ class Roi:
             centroid = (int(moments["m10"] / area), int(moments["m01"] / area))
         else:
             centroid = (x + width // 2, y + height // 2)
-        return cls(centroid, (x, y, width, height), area > 0, image_shape, cv2.integral(inside), origin)
+        return cls(centroid, (x, y, width, height), image_shape, cv2.integral(inside), origin)
 
     def overlap(self, x, y, patch_size):
         """How much the patch centred at (x, y) and the lesion share, 0..1.
@@ -110,15 +110,13 @@ def cut_patch(img, x, y, patch_size):
     return img[top:bottom, left:right]
 
 
-def sample_patches(
-    img, roi, avoid, *, nb_abn, nb_bkg, nb_hns, patch_size=256, pos_cutoff=0.75, neg_cutoff=0.35
-):
+def sample_patches(img, roi, avoid, *, nb_abn, nb_bkg, nb_hns, patch_size=256, pos_cutoff=0.75, neg_cutoff=0.35):
     """Choose the patch centres of one lesion and of the background beside it.
 
     img: padded image, 2-D array. roi: the lesion. avoid: list of `Roi`s that background keeps off.
     nb_abn: lesion patches; 1 gives the centroid, more give random centres that overlap at least `pos_cutoff`.
-    nb_bkg: background patches that overlap less than `neg_cutoff`; the first `nb_hns` of them are bright blobs,
-    where the image has so many.
+    nb_bkg: background patches that overlap less than `neg_cutoff`; the first `nb_hns` of them are bright
+    blobs, where the image has so many.
 
     Returns (list of Patch in the order blob, abn, bkg; the overlap cutoff in the end, which is lower than
     `pos_cutoff` when the lesion allowed no other way). Raises InputError when the lesion or its surroundings
@@ -158,7 +156,7 @@ def sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng):
 
 
 def sample_background(avoid, nb_bkg, patch_size, neg_cutoff, image_shape, rng):
-    """Patches anywhere in the image (margins excepted) that overlap every Roi of `avoid` less than `neg_cutoff`.
+    """Patches anywhere in the image, margins excepted, that overlap all of `avoid` less than `neg_cutoff`.
 
     Every try draws x, then y, from `rng` (a RandomState). Raises InputError after MAX_BACKGROUND_TRIES.
     """
@@ -202,8 +200,8 @@ def sample_blobs(img, avoid, nb_hns, patch_size, neg_cutoff):
 def detect_blobs(img, patch_size):
     """Spots of any shape brighter than half the image's maximum and no larger than a patch.
 
-    img: 2-D array of any real dtype, not negative. Returns an (n, 3) float array of x, y and diameter in pixels,
-    in OpenCV's order.
+    img: 2-D array of any real dtype, not negative. Returns an (n, 3) float array of x, y and diameter in
+    pixels, in OpenCV's order.
     """
     highest = img.max()
     if highest <= 0:
@@ -239,12 +237,10 @@ def split_patients(patients, malignant, val_size, seed=SEED):
 
     malignant = [bool(label) for label in malignant]
     try:
-        train, val = train_test_split(
-            list(patients), test_size=val_size, stratify=malignant, random_state=seed
-        )
+        train, val = train_test_split(list(patients), test_size=val_size, stratify=malignant, random_state=seed)
     except ValueError as error:
         raise InputError(
-            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at --val-size {val_size:g} so "
-            f"that both parts have both classes: {error}; give another --val-size, or 0 for no validation part"
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at --val-size {val_size:g} "
+            f"so that both parts have both classes: {error}; give another --val-size, or 0 for no validation set"
         ) from None
     return train, val
