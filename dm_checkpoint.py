@@ -1,0 +1,401 @@
+"""Checkpoints: opening Keras files of any age, always by name, and saving them whole.
+
+A legacy `.h5` file stores the weights of each top-level layer as one list. Inside a nested model the order of that
+list depends on which layers were frozen when the file was written, so reading by position can swap weights of
+equal shape without a word. Everything here therefore pairs weights by layer name and weight name.
+"""
+
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+
+from dm_files import InputError, atomic_write
+
+# Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
+_KERAS1_WEIGHTS = {
+    "W": "kernel",
+    "b": "bias",
+    "running_mean": "moving_mean",
+    "running_std": "moving_variance",
+}
+
+
+def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras.Model:
+    """Open a full model: `.h5` of Keras 2.0 and later, flat or nested, compiled or not, or `.keras`.
+
+    The file is only read. Layer names, `trainable` flags, L2 factors and dropout rates are those of the file;
+    every weight in it is used and every weight of the model is found there. The optimizer is not restored: the
+    model comes uncompiled. A file that holds Python code (Lambda layers) is refused unless `trust_checkpoint`.
+
+    Raises InputError for a file that is missing, damaged, without an architecture, or refused.
+    """
+    path = _existing_file(path)
+    if zipfile.is_zipfile(path):
+        return _load_archive(path, trust_checkpoint)
+    with _open_h5(path) as h5:
+        if "model_config" not in h5.attrs:
+            raise InputError(
+                f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). Received weights only: "
+                "build the model first, then load_weights(model, path)"
+            )
+        description = json.loads(h5.attrs["model_config"])
+        if not trust_checkpoint:
+            _refuse_code(description, path)
+        _patch_keras2(description["config"])
+        try:
+            # The public way into Model.from_config with a say on safe mode.
+            model = keras.saving.deserialize_keras_object(
+                {"module": "keras", "class_name": "Model", "config": description["config"]},
+                safe_mode=not trust_checkpoint,
+            )
+        except Exception as error:  # whatever a wrong description makes Keras stumble over
+            raise InputError(f"{path}: cannot rebuild the model it describes: {_one_line(error)}") from error
+        _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
+    return model
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = True) -> None:
+    """Give `model` the weights of a file: legacy `.h5` weights or full model, `.weights.h5`, or `.keras`.
+
+    Legacy files are read by layer name. With `strict` file and model must hold the same layers; without it the layers
+    present in both are set and the others left alone (ImageNet weights without top). `.weights.h5` and `.keras`
+    address layers by their order within each class, so they only fit the architecture that they were written from.
+
+    Raises InputError naming the layer, the shape expected and the shape received; a legacy file then has changed
+    nothing in the model.
+    """
+    path = _existing_file(path)
+    if not zipfile.is_zipfile(path):
+        with _open_h5(path) as h5:
+            group = h5["model_weights"] if "model_weights" in h5 else h5
+            if _names(group, "layer_names"):
+                _assign_by_name(model, _stored_weights(group), path, strict)
+                return
+            if "layers" not in h5:
+                raise InputError(f"{path}: holds no Keras weights. Expected .h5, .weights.h5 or .keras")
+            _check_weight_count(model, h5, path)
+    if not strict:
+        raise InputError(f"{path}: layers can be matched by name only from a legacy .h5 file")
+    try:
+        model.load_weights(path)
+    except Exception as error:  # Keras raises many types here, all for a file that does not fit
+        raise InputError(f"{path}: weights do not fit the model: {_one_line(error)}") from error
+
+
+def save_model(model: keras.Model, path: str | os.PathLike) -> None:
+    """Save a functional model without optimizer state; the name ending chooses the format.
+
+    `.weights.h5`: weights alone; `.h5`: the legacy full model, which Keras 2 users expect; `.keras`: today's full
+    model. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
+    the file correctly. The file appears only when complete: on any failure an old file of this name stays whole.
+
+    Raises InputError for an unknown ending or a file that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".h5", ".keras"):
+        raise InputError(f"{path}: unknown model format. Expected a name ending in .h5, .keras or .weights.h5")
+    # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
+    bare = keras.Model(model.input, model.output, name=model.name, trainable=model.trainable)
+    try:
+        with atomic_write(path) as temporary, _flags_of_layers(bare), _without_legacy_notice():
+            if path.name.endswith(".weights.h5"):
+                _save_weights(bare, temporary)
+            else:
+                keras.saving.save_model(bare, temporary)
+    except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
+        raise InputError(f"{path}: cannot be written: {_one_line(error)}") from error
+
+
+# Reading
+
+
+def _existing_file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: Expected a checkpoint file. Received {'a folder' if path.is_dir() else 'no file'}")
+    return path
+
+
+@contextmanager
+def _open_h5(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "r") as h5:
+            yield h5
+    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path}: Expected a Keras checkpoint (.h5 or .keras). Received another kind of file or a damaged one: "
+            f"{_one_line(error)}"
+        ) from error
+
+
+def _load_archive(path: Path, trust_checkpoint: bool) -> keras.Model:
+    if path.suffix != ".keras":  # Keras chooses its reader by the name
+        raise InputError(f"{path}: is a zip archive. If it is a Keras model, rename it to end in .keras")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            description = json.loads(archive.read("config.json"))
+        description.pop("compile_config", None)  # never used here
+        if not trust_checkpoint:
+            _refuse_code(description, path)
+        return keras.saving.load_model(path, compile=False, safe_mode=not trust_checkpoint)
+    except InputError:
+        raise
+    except Exception as error:  # anything Keras or zipfile stumbles over in a damaged archive
+        raise InputError(f"{path}: cannot be opened as a Keras model: {_one_line(error)}") from error
+
+
+def _refuse_code(node: object, path: Path) -> None:
+    """Raise InputError when a model description holds Python code, or names code outside Keras, to be run on opening."""
+    if isinstance(node, dict):
+        name = node.get("class_name")
+        module = node.get("module") or "keras"
+        if name in ("Lambda", "__lambda__"):
+            code = "Lambda layer, whose Python code is stored in the file"
+        elif isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins"):
+            code = f"object from the Python module {module}"
+        else:
+            code = None
+        if code:
+            raise InputError(
+                f"{path}: refused, because opening it runs code from outside Keras ({code}). "
+                "If you trust where the file comes from, open it with --trust-checkpoint"
+            )
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _refuse_code(child, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+# What Keras 2 wrote and Keras 3 does not read: all changes are made to the description in memory.
+
+
+def _patch_keras2(config: dict) -> None:
+    """Bring the configuration of a functional model of any age to what Keras 3 reads, nested models included."""
+    for layer in config["layers"]:
+        if "layers" in layer["config"]:
+            _patch_keras2(layer["config"])
+        _patch_regularizers(layer["config"])
+        _patch_separable_convolution(layer)
+    _patch_node_indices(config["layers"])
+
+
+def _patch_node_indices(layers: list[dict]) -> None:
+    """Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 numbers them from 0."""
+    nested = {layer["name"] for layer in layers if "layers" in layer["config"]}
+    for layer in layers:
+        for node in layer["inbound_nodes"]:
+            if isinstance(node, list):  # Keras 3 writes dictionaries
+                for reference in node:
+                    if reference[0] in nested:
+                        reference[1] -= 1
+
+
+def _patch_regularizers(config: dict) -> None:
+    """Some Keras 2 versions wrote the factors as arrays of one value; Keras 3 takes plain numbers."""
+    for setting in config.values():
+        if isinstance(setting, dict) and setting.get("class_name") == "L1L2":
+            for key, factor in setting["config"].items():
+                value = factor["value"] if isinstance(factor, dict) else factor
+                setting["config"][key] = float(np.asarray(value).item())
+
+
+def _patch_separable_convolution(layer: dict) -> None:
+    """Later Keras 2 versions also wrote the unused settings that the layer inherits from Conv2D."""
+    if layer["class_name"] == "SeparableConv2D":
+        for key in ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"):
+            layer["config"].pop(key, None)
+
+
+# Weights by name
+
+
+def _names(group: h5py.Group, attribute: str) -> list[str]:
+    """A list of names, which Keras splits over several attributes when it exceeds the HDF5 limit of 64 KiB."""
+    keys = [attribute] if attribute in group.attrs else []
+    while f"{attribute}{len(keys)}" in group.attrs:
+        keys.append(f"{attribute}{len(keys)}")
+    return [name.decode() if isinstance(name, bytes) else str(name) for key in keys for name in group.attrs[key]]
+
+
+def _stored_weights(group: h5py.Group) -> dict[str, dict[str, h5py.Dataset]]:
+    """Layer name -> weight name -> data, for the layers of a legacy file that hold weights."""
+    stored = {}
+    for layer in _names(group, "layer_names"):
+        weights = {name: group[layer][name] for name in _names(group[layer], "weight_names")}
+        if weights:
+            stored[layer] = weights
+    return stored
+
+
+def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset]], path: Path, strict: bool) -> None:
+    layers = {layer.name: layer for layer in model.layers if layer.weights}
+    if strict and layers.keys() != stored.keys():
+        raise InputError(
+            f"{path}: layers with weights differ. Only in the model: {_listing(layers.keys() - stored.keys())}. "
+            f"Only in the file: {_listing(stored.keys() - layers.keys())}"
+        )
+    pairs = []
+    for name, weights in stored.items():
+        if name in layers:
+            pairs += _pair_weights(layers[name], weights, f"{path}: layer {name}")
+    if not pairs:
+        raise InputError(f"{path}: no layer of the file has the name of a layer of the model")
+    for variable, data in pairs:
+        variable.assign(data[()])
+
+
+def _listing(names: set[str]) -> str:
+    shown = sorted(names)[:5]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+def _pair_weights(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: str) -> list[tuple]:
+    """(variable, data) for every variable of `layer` and every weight of its group, or InputError.
+
+    Weight names read `scope/kernel:0`. In the group of a plain layer the scope says nothing new (and may carry a
+    suffix, as in `dense_1_1`); in that of a nested model it names the inner layer.
+    """
+    if not isinstance(layer, keras.Model):
+        return _pair_variables(layer, weights, where)
+    scopes = {}
+    for name, data in weights.items():
+        scope, _, weight = name.rpartition("/")
+        scopes.setdefault(scope.rpartition("/")[2], {})[weight] = data
+    pairs = []
+    for inner, scope in _match_scopes(_inner_layers(layer, where), scopes.keys(), where):
+        pairs += _pair_variables(inner, scopes[scope], f"{where}, inner layer {inner.name}")
+    return pairs
+
+
+def _inner_layers(model: keras.Model, where: str) -> dict[str, keras.Layer]:
+    """Name -> layer, for all layers with weights at any depth inside a nested model."""
+    found = {}
+    for layer in model.layers:
+        inner = _inner_layers(layer, where) if isinstance(layer, keras.Model) else {layer.name: layer}
+        for name, leaf in inner.items():
+            if found.setdefault(name, leaf) is not leaf and leaf.weights:
+                raise InputError(f"{where}: two inner layers are called {name}, so its weights cannot be told apart")
+    return {name: layer for name, layer in found.items() if layer.weights}
+
+
+def _match_scopes(layers: dict[str, keras.Layer], scopes: set[str], where: str) -> list[tuple]:
+    """(layer, scope) for each scope of a file, which is the layer's name with or without a suffix `_1`.
+
+    Keras 2 made a scope unique within its session: layers `dense` and `dense_1` may be stored as `dense_1` and
+    `dense_1_1`. Longest scopes first, so that `dense_1_1` takes `dense_1` before `dense_1` can.
+    """
+    free = dict(layers)
+    matched = []
+    for scope in sorted(scopes, key=len, reverse=True):
+        name = scope if scope in free else re.sub(r"_\d+$", "", scope)
+        if name not in free:
+            raise InputError(f"{where}: weights stored as {scope} belong to no inner layer of the model")
+        matched.append((free.pop(name), scope))
+    if free:
+        raise InputError(f"{where}: no weights in the file for inner layers {_listing(free.keys())}")
+    return matched
+
+
+def _pair_variables(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: str) -> list[tuple]:
+    variables = {variable.name: variable for variable in layer.weights}
+    endings = "|".join(map(re.escape, [*variables, *_KERAS1_WEIGHTS]))
+    pairs = []
+    for stored_name, data in weights.items():
+        # kernel:0 (Keras 2), kernel (Keras 3), conv1_W_1:0 (Keras 1)
+        ending = re.search(rf"(?:^|[/_])({endings})(?:_\d+)?(?::\d+)?$", stored_name)
+        name = ending and _KERAS1_WEIGHTS.get(ending[1], ending[1])
+        variable = variables.pop(name, None)
+        if variable is None:
+            raise InputError(f"{where}: weight {stored_name} of the file has no place in the model")
+        if tuple(variable.shape) != data.shape:
+            raise InputError(
+                f"{where}, weight {name}: Expected shape {tuple(variable.shape)}. Received {data.shape}: "
+                "a checkpoint for another class count, image size or channel count?"
+            )
+        pairs.append((variable, data))
+    if variables:
+        raise InputError(f"{where}: no weights in the file for {_listing(variables.keys())}")
+    return pairs
+
+
+def _check_weight_count(model: keras.Model, h5: h5py.File, path: Path) -> None:
+    """Keras reads a `.weights.h5` file of a larger model without a word, leaving out what does not fit."""
+    count = 0
+
+    def visit(name: str, item: h5py.HLObject) -> None:
+        nonlocal count
+        count += isinstance(item, h5py.Dataset) and "seed_generator" not in name
+
+    h5["layers"].visititems(visit)
+    if count != len(model.weights):
+        raise InputError(
+            f"{path}: Expected {len(model.weights)} weight tensors, as the model has. Received {count}: "
+            "a checkpoint of another architecture?"
+        )
+
+
+# Writing
+
+
+@contextmanager
+def _flags_of_layers(model: keras.Model) -> Iterator[None]:
+    """Within the block every variable is as trainable as its layer, as in a model just loaded.
+
+    Legacy files are written, and read by stock Keras, in an order that depends on the flags of the variables, while
+    only the flags of the layers are stored. With a frozen gamma in a trainable batch normalisation the two orders
+    would differ.
+    """
+    flags = [(variable, variable.trainable) for variable in model.variables]
+    for layer in _plain_layers(model):
+        layer.trainable = layer.trainable  # the setter hands it on to the variables
+    try:
+        yield
+    finally:
+        for variable, flag in flags:
+            variable.trainable = flag
+
+
+def _plain_layers(model: keras.Model) -> Iterator[keras.Layer]:
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _plain_layers(layer)
+        else:
+            yield layer
+
+
+@contextmanager
+def _without_legacy_notice() -> Iterator[None]:
+    """Keras logs a notice each time a legacy file is written; here that format is chosen knowingly."""
+    logger = logging.getLogger("absl")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "as an HDF5 file" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+def _save_weights(model: keras.Model, path: Path) -> None:
+    """Keras insists on the full ending, of which a temporary name keeps only `.h5`."""
+    full_name = path.with_suffix(".weights.h5")
+    try:
+        model.save_weights(full_name)
+        full_name.replace(path)
+    finally:
+        full_name.unlink(missing_ok=True)
