@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 
 from dm_files import InputError
 
-# Names of the accelerators' own out-of-memory errors (TensorFlow, JAX, PyTorch): none of them is imported here.
+# Names of the backends' own out-of-memory errors: no backend is imported here.
 _OUT_OF_MEMORY = {"ResourceExhaustedError", "OutOfMemoryError"}
-_LESS_MEMORY = "use a smaller --batch-size, --train-bs-multiplier or --img-size, or leave out --load-train-ram and --load-val-ram"
+_LESS_MEMORY = (
+    "use a smaller --batch-size, --train-bs-multiplier or --img-size, or leave out --load-train-ram and --load-val-ram"
+)
 
 
 def env_int(name: str, default: int) -> int:
-    """Value of an environment variable such as `RANDOM_SEED` or `NUM_CPU_CORES`; InputError if not a whole number."""
+    """Value of an environment variable such as `RANDOM_SEED`; InputError if it is not a whole number."""
     text = os.environ.get(name, "")
     try:
         return int(text) if text else default
@@ -92,22 +94,14 @@ def add_pixel_options(parser: argparse.ArgumentParser) -> None:
         group, "--rescale-factor", type=positive_float,
         help="multiply pixels by this to bring them to 0..255 (0.003891 for 16-bit images); default: 1",
     )  # fmt: skip
-    add_flag(
-        group, "--featurewise-center", True, "subtract --featurewise-mean from every pixel after rescaling"
-    )
-    group.add_argument(
-        "--featurewise-mean", type=float, help="mean pixel of the training set after rescaling"
-    )
-    add_flag(
-        group, "--equalize-hist", False, "equalize the histogram of each image (needs pixels within 0..255)"
-    )
+    add_flag(group, "--featurewise-center", True, "subtract --featurewise-mean from every pixel after rescaling")
+    group.add_argument("--featurewise-mean", type=float, help="mean pixel of the training set after rescaling")
+    add_flag(group, "--equalize-hist", False, "equalize the histogram of each image (needs pixels within 0..255)")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Options of both trainers. Defaults that differ between them are given with `parser.set_defaults`."""
-    parser.add_argument(
-        "train_dir", help="folder of the training set, one sub-folder a class, searched recursively"
-    )
+    parser.add_argument("train_dir", help="folder of the training set, one sub-folder a class, searched recursively")
     parser.add_argument("val_dir", help="folder of the validation set, with the same sub-folders")
     parser.add_argument("test_dir", help="folder of the test set, with the same sub-folders")
     add_pixel_options(parser)
@@ -116,9 +110,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--class-list", nargs="+", metavar="CLASS", help="class sub-folders, in the order of the outputs"
     )
-    group.add_argument(
-        "--batch-size", "-bs", type=positive_int, default=64, help="batch size of validation and test"
-    )
+    group.add_argument("--batch-size", "-bs", type=positive_int, default=64, help="batch size of validation and test")
     group.add_argument(
         "--train-bs-multiplier", type=positive_float, default=0.5,
         help="the training batch size is --batch-size times this: training takes about twice the memory",
@@ -172,9 +164,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default=1e-4,
         help="L2 penalty of the new layers in stage 1",
     )
-    group.add_argument(
-        "--weight-decay2", "-wd2", type=natural_float, default=1e-4, help="the same from stage 2 on"
-    )
+    group.add_argument("--weight-decay2", "-wd2", type=natural_float, default=1e-4, help="the same from stage 2 on")
     group.add_argument(
         "--hidden-dropout",
         "-hd",
@@ -182,9 +172,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="dropout rate of the new layers in stage 1",
     )
-    group.add_argument(
-        "--hidden-dropout2", "-hd2", type=fraction, default=0.0, help="the same from stage 2 on"
-    )
+    group.add_argument("--hidden-dropout2", "-hd2", type=fraction, default=0.0, help="the same from stage 2 on")
     group.add_argument(
         "--lr-patience",
         "-lrp",
@@ -219,13 +207,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--frozen-bn", choices=["batch", "inference"], default="batch",
-        help="batch normalization of frozen layers: keep using and tracking batch statistics (the original), or run in inference mode",
+        help="batch normalization of frozen layers: go on using and tracking batch statistics (the original), "
+        "or run in inference mode",
     )  # fmt: skip
 
     group = parser.add_argument_group("models")
-    add_optional(
-        group, "--resume-from", metavar="FILE", help="start from this saved model (.h5 of any age, or .keras)"
-    )
+    add_optional(group, "--resume-from", metavar="FILE", help="start from this saved model (.h5 of any age, or .keras)")
     add_optional(
         group,
         "--top-layer-nb",
@@ -247,14 +234,15 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--out-dir", metavar="DIR",
-        help="folder for args.json, history.csv, metrics.json and predictions.csv; default: the name of the best model without its ending",
+        help="folder for args.json, history.csv, metrics.json and predictions.csv; "
+        "default: the name of the best model without its ending",
     )  # fmt: skip
 
 
 def complete(parser: argparse.ArgumentParser, given: dict) -> argparse.Namespace:
     """Fill in the defaults of `parser` for a call of a script's `run(...)` from Python.
 
-    Raises TypeError for a name that is no option, or a required one that is missing, as a function call would.
+    Raises TypeError for a name that is no option, or a missing required one, as a function call would.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     if unknown := sorted(set(given) - set(actions)):
@@ -278,9 +266,7 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
     except OSError as error:
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except MemoryError as error:
-        message = (
-            f"out of memory ({error}); {_LESS_MEMORY}" if str(error) else f"out of memory; {_LESS_MEMORY}"
-        )
+        message = f"out of memory ({error}); {_LESS_MEMORY}" if str(error) else f"out of memory; {_LESS_MEMORY}"
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130

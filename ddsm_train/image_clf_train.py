@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""Train a whole-image classifier on top of a patch classifier, or finetune a saved whole-image classifier.
+
+  python ddsm_train/image_clf_train.py --patch-model-state patch.h5 ... train val test    convert and train
+  python ddsm_train/image_clf_train.py --resume-from image.h5 --nb-epoch 0 ... train val test    finetune
+
+The folders hold one sub-folder a class (--class-list). Stage 1 trains the new layers, stage 2 all layers; epoch
+options are cumulative totals. The model of best mean validation AUC is kept and scored on the test set.
+Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED (12345).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dm_args.add_training_options(parser)
+    parser.set_defaults(
+        img_size=[1152, 896],
+        featurewise_mean=52.16,
+        equalize_hist=False,
+        augmentation=True,
+        class_list=["neg", "pos"],
+        auto_batch_balance=True,
+        all_layer_multiplier=0.1,
+        best_model="./modelState/image_clf.h5",
+    )
+    dm_args.add_optional(
+        parser, "--patch-model-state", metavar="FILE", help="patch classifier to build the whole-image classifier on"
+    )
+    dm_args.add_flag(parser, "--test-augment", True, "score the test set by the mean of four flips too")
+
+    group = parser.add_argument_group("top layers, with --patch-model-state")
+    group.add_argument(
+        "--patch-net", default="resnet50", help="network of the patch classifier: resnet50, vgg16, vgg19, yaroslav, ..."
+    )
+    group.add_argument(
+        "--block-type", default="resnet", choices=["resnet", "vgg"], help="residual bottlenecks or VGG blocks"
+    )
+    group.add_argument(
+        "--top-depths", nargs="+", type=dm_args.positive_int, default=[512, 512], help="depth of each block"
+    )
+    group.add_argument(
+        "--top-repetitions", nargs="+", type=dm_args.positive_int, default=[3, 3], help="units in each block"
+    )
+    group.add_argument(
+        "--bottleneck-enlarge-factor",
+        type=dm_args.positive_int,
+        default=4,
+        help="the last convolution of a residual unit is this many times the depth",
+    )
+    dm_args.add_flag(group, "--add-heatmap", False, "put the patch classifier's own last layer below the blocks")
+    group.add_argument(
+        "--avg-pool-size", nargs=2, type=dm_args.positive_int, default=[7, 7], help="average pooling before the heatmap"
+    )
+    group.add_argument(
+        "--hm-strides", nargs=2, type=dm_args.positive_int, default=[1, 1], help="strides of that average pooling"
+    )
+    group.add_argument(
+        "--hm-pool-size", nargs=2, type=dm_args.positive_int, default=[5, 5], help="max pooling after the heatmap"
+    )
+    dm_args.add_flag(group, "--add-conv", True, "blocks on top of the heatmap; --no-add-conv: dense layers instead")
+    dm_args.add_flag(group, "--add-shortcut", False, "connect the heatmap to the output too, with --no-add-conv")
+    group.add_argument(
+        "--fc-init-units", type=dm_args.positive_int, default=64, help="units of the first dense layer, then halved"
+    )
+    group.add_argument("--fc-layers", type=dm_args.positive_int, default=2, help="number of dense layers")
+    return parser
+
+
+def build_model(args: argparse.Namespace):
+    """Return (model, index of its first new layer or None)."""
+    import dm_keras_ext
+    from dm_resnet import add_top_layers
+
+    if args.resume_from is not None:
+        model = dm_keras_ext.robust_load_model(args.resume_from, trust_checkpoint=args.trust_checkpoint)
+        top_layer_nb = args.top_layer_nb
+    elif args.patch_model_state is not None:
+        patch_model = dm_keras_ext.robust_load_model(args.patch_model_state, trust_checkpoint=args.trust_checkpoint)
+        model, top_layer_nb = add_top_layers(
+            patch_model,
+            args.img_size,
+            patch_net=args.patch_net,
+            block_type=args.block_type,
+            depths=args.top_depths,
+            repetitions=args.top_repetitions,
+            nb_class=len(args.class_list),
+            bottleneck_enlarge_factor=args.bottleneck_enlarge_factor,
+            dropout=args.hidden_dropout,
+            weight_decay=args.weight_decay,
+            add_heatmap=args.add_heatmap,
+            avg_pool_size=args.avg_pool_size,
+            add_conv=args.add_conv,
+            add_shortcut=args.add_shortcut,
+            hm_strides=args.hm_strides,
+            hm_pool_size=args.hm_pool_size,
+            fc_init_units=args.fc_init_units,
+            fc_layers=args.fc_layers,
+        )
+        top_layer_nb = args.top_layer_nb or top_layer_nb
+    else:
+        raise InputError(
+            "Expected --patch-model-state FILE, to build on a patch classifier, or --resume-from FILE, to finetune a "
+            "whole-image classifier. Received neither"
+        )
+    return model, top_layer_nb
+
+
+def run(**options) -> None:
+    """Train and score; keyword arguments are the option names of `make_parser`."""
+    args = dm_args.complete(make_parser(), options)
+    import dm_train
+
+    training = dm_train.prepare(args, *build_model(args))
+
+    from dm_keras_ext import DMAucModelCheckpoint, do_2stage_training
+
+    best = DMAucModelCheckpoint(
+        args.best_model,
+        training.val_set,
+        model_to_save=training.org_model,
+    )
+    _, losses, accuracies = do_2stage_training(
+        training.model,
+        training.org_model,
+        training.train_set,
+        training.val_set,
+        top_layer_nb=training.top_layer_nb,
+        nb_epoch=args.nb_epoch,
+        all_layer_epochs=args.all_layer_epochs,
+        optim=args.optim,
+        init_lr=args.init_lr,
+        all_layer_multiplier=args.all_layer_multiplier,
+        es_patience=args.es_patience,
+        lr_patience=args.lr_patience,
+        auto_batch_balance=args.auto_batch_balance,
+        pos_cls_weight=args.pos_cls_weight,
+        neg_cls_weight=args.neg_cls_weight,
+        auc_checkpointer=best,
+        weight_decay=args.weight_decay,
+        hidden_dropout=args.hidden_dropout,
+        weight_decay2=args.weight_decay2,
+        hidden_dropout2=args.hidden_dropout2,
+        frozen_bn=args.frozen_bn,
+        callbacks=training.callbacks,
+    )
+    dm_train.finish(training, best, losses, accuracies, flips=args.test_augment)
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

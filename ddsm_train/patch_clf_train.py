@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Train a patch classifier in three stages: its last layer, its top layers, all layers.
+
+  python ddsm_train/patch_clf_train.py --net resnet50 --class-list background calc_mal ... train val test
+
+The folders hold one sub-folder a class, as written by sample_patches_combined.py. Epoch options are cumulative
+totals. The model of best validation accuracy is kept and scored on the test set.
+Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED (12345).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+
+_BUILDER_OPTIONS = (
+    "init_filter_size",
+    "init_conv_stride",
+    "pool_size",
+    "pool_stride",
+    "alpha",
+    "l1_ratio",
+    "inp_dropout",
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    dm_args.add_training_options(parser)
+    parser.set_defaults(
+        img_size=[256, 256],
+        featurewise_mean=59.6,
+        equalize_hist=True,
+        augmentation=False,
+        class_list=["background", "malignant", "benign"],
+        auto_batch_balance=False,
+        all_layer_multiplier=0.01,
+        best_model="./modelState/patch_clf.h5",
+    )
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--net",
+        default="resnet50",
+        help="resnet50, vgg16, vgg19, xception, inception, yaroslav, or a ResNetBuilder network such as dm_resnet_14",
+    )
+    dm_args.add_flag(group, "--use-pretrained", True, "start from ImageNet weights, and train in three stages")
+    group.add_argument("--pretrained-weights", metavar="FILE", help="local file of the ImageNet weights without top")
+    group.add_argument(
+        "--top-layer-epochs", type=dm_args.natural_int, default=10, help="total epochs when stage 2 (top layers) ends"
+    )
+    group.add_argument(
+        "--top-layer-multiplier",
+        type=dm_args.positive_float,
+        default=0.1,
+        help="stage 2's rate is stage 1's times this",
+    )
+
+    group = parser.add_argument_group("networks of ResNetBuilder (the first option: yaroslav too)")
+    group.add_argument(
+        "--nb-init-filter", "-nif", type=dm_args.positive_int, default=32, help="width of the first block"
+    )
+    group.add_argument(
+        "--init-filter-size", "-ifs", type=dm_args.positive_int, default=5, help="size of the first filters"
+    )
+    group.add_argument("--init-conv-stride", "-ics", type=dm_args.positive_int, default=2, help="their stride")
+    group.add_argument(
+        "--max-pooling-size", "-mps", dest="pool_size", type=dm_args.positive_int, default=2, help="first pooling"
+    )
+    group.add_argument(
+        "--max-pooling-stride", "-mpr", dest="pool_stride", type=dm_args.positive_int, default=2, help="its stride"
+    )
+    group.add_argument(
+        "--alpha", type=dm_args.natural_float, default=1e-4, help="elastic-net penalty of the last layer"
+    )
+    group.add_argument("--l1-ratio", type=dm_args.natural_float, default=0.0, help="share of L1 in that penalty")
+    group.add_argument("--inp-dropout", "-id", type=dm_args.fraction, default=0.0, help="dropout rate of the input")
+    return parser
+
+
+def run(**options) -> None:
+    """Train and score; keyword arguments are the option names of `make_parser`."""
+    args = dm_args.complete(make_parser(), options)
+    import dm_train
+    from dm_keras_ext import BestModel, do_3stage_training, get_dl_model
+
+    model, _, top_layer_nb = get_dl_model(
+        args.net,
+        nb_class=len(args.class_list),
+        use_pretrained=args.use_pretrained,
+        resume_from=args.resume_from,
+        top_layer_nb=args.top_layer_nb,
+        weight_decay=args.weight_decay,
+        hidden_dropout=args.hidden_dropout,
+        pretrained_weights=args.pretrained_weights,
+        trust_checkpoint=args.trust_checkpoint,
+        nb_init_filter=args.nb_init_filter,
+        **{name: getattr(args, name) for name in _BUILDER_OPTIONS},
+    )
+    training = dm_train.prepare(args, model, top_layer_nb)
+    best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
+    _, losses, accuracies = do_3stage_training(
+        training.model,
+        training.org_model,
+        training.train_set,
+        training.val_set,
+        top_layer_nb=training.top_layer_nb,
+        net=args.net,
+        nb_epoch=args.nb_epoch,
+        top_layer_epochs=args.top_layer_epochs,
+        all_layer_epochs=args.all_layer_epochs,
+        use_pretrained=args.use_pretrained,
+        optim=args.optim,
+        init_lr=args.init_lr,
+        top_layer_multiplier=args.top_layer_multiplier,
+        all_layer_multiplier=args.all_layer_multiplier,
+        es_patience=args.es_patience,
+        lr_patience=args.lr_patience,
+        auto_batch_balance=args.auto_batch_balance,
+        nb_class=len(args.class_list),
+        pos_cls_weight=args.pos_cls_weight,
+        neg_cls_weight=args.neg_cls_weight,
+        weight_decay2=args.weight_decay2,
+        hidden_dropout2=args.hidden_dropout2,
+        frozen_bn=args.frozen_bn,
+        best_model=best,
+        callbacks=training.callbacks,
+    )
+    dm_train.finish(training, best, losses, accuracies)
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

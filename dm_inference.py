@@ -1,0 +1,185 @@
+"""Predicting and scoring: flip averaging, AUC by class, and the files and pictures a test run leaves.
+
+Averaging the predictions of the four flips of an image is the paper's inference-level augmentation.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dm_files import InputError, atomic_write
+
+
+def flip_all_img(x: np.ndarray) -> list[np.ndarray]:
+    """The four flips of a batch (N, H, W, C): as it is, left-right, up-down, both."""
+    return [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
+
+
+def predict(
+    model, data, batch_size: int | None = None, samples: int | None = None, flips: bool = False, progress: bool = False
+):
+    """Predict every sample of `data` once.
+
+    Args:
+        model: a Keras model, or anything with `predict_on_batch` or `predict`.
+        data: a `PyDataset` of batches (x, y) or (x, y, w), or such a tuple of whole arrays.
+        batch_size: for arrays only; default 32.
+        samples: stop after this many samples; default all.
+        flips: also predict the mean of the four flips.
+        progress: show a bar.
+
+    Returns:
+        (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where
+        there are no weights or `flips` is off.
+    """
+    predict_batch = getattr(model, "predict_on_batch", None) or model.predict
+    columns: tuple[list, ...] = ([], [], [], [])
+    seen = 0
+    for x, y, *w in tqdm(_batches(data, batch_size), total=_nb_batch(data), desc="predict", disable=not progress):
+        room = len(x) if samples is None else samples - seen
+        if room <= 0:
+            break
+        x, y, w = x[:room], y[:room], [v[:room] for v in w]
+        plain = np.asarray(predict_batch(x))
+        columns[0].append(y)
+        columns[1].append(plain)
+        columns[2].extend(w)
+        if flips:
+            others = [np.asarray(predict_batch(np.ascontiguousarray(v))) for v in flip_all_img(x)[1:]]
+            columns[3].append(np.mean([plain, *others], axis=0))
+        seen += len(x)
+    if not seen:
+        raise InputError("Expected at least one image to predict. Received an empty set")
+    y_true, y_pred, weights, y_flips = (np.concatenate(c) if c else None for c in columns)
+    return y_true, y_pred, weights, y_flips
+
+
+def _nb_batch(data) -> int | None:
+    return None if isinstance(data, (tuple, list)) else len(data)
+
+
+def _batches(data, batch_size: int | None):
+    if isinstance(data, (tuple, list)):
+        size = batch_size or 32
+        for start in range(0, len(data[0]), size):
+            yield tuple(np.asarray(column[start : start + size]) for column in data if column is not None)
+        return
+    # Batches are read ahead by threads, in order: decoding and the network overlap.
+    from joblib import Parallel, delayed
+
+    workers = max(1, getattr(data, "workers", 1))
+    read_ahead = Parallel(n_jobs=workers, prefer="threads", return_as="generator", pre_dispatch="n_jobs + 1")
+    yield from read_ahead(delayed(data.__getitem__)(i) for i in range(len(data)))
+
+
+def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve of each class against the rest, NaN where the labels hold only one side.
+
+    Args:
+        y_true: one-hot labels (N, C), or 0/1 labels (N,) or (N, 1).
+        y_pred: scores of the same shape, any monotone scale.
+        weights: (N,) sample weights.
+
+    Returns:
+        (C,) float64.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    y_pred = np.asarray(y_pred, dtype=np.float64)
+    y_pred = y_pred.reshape(len(y_pred), -1)
+    y_true = np.asarray(y_true)
+    if y_true.ndim == 1 and y_pred.shape[1] > 1:
+        y_true = np.eye(y_pred.shape[1])[y_true.astype(int)]
+    y_true = y_true.reshape(len(y_true), -1)
+    if y_true.shape != y_pred.shape:
+        raise InputError(f"Expected predictions of shape {y_true.shape}. Received {y_pred.shape}")
+    if not np.isfinite(y_pred).all():
+        raise InputError("Expected finite predictions. Received NaN or infinity: the model has diverged")
+    return np.array(
+        [
+            roc_auc_score(truth, score, sample_weight=weights) if 0 < truth.sum() < len(truth) else np.nan
+            for truth, score in zip(y_true.T, y_pred.T, strict=True)
+        ]
+    )
+
+
+def auc_line(auc: np.ndarray, class_list: Sequence[str] | None = None) -> str:
+    """AUC by class and their mean, as text; undefined ones are `nan`."""
+    names = class_list or [str(i) for i in range(len(auc))]
+    by_class = ", ".join(f"{name}: {value:.4f}" for name, value in zip(names, auc, strict=True))
+    return f"{by_class}, mean: {np.nanmean(auc) if np.isfinite(auc).any() else np.nan:.4f}"
+
+
+def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, AUC by class and the confusion matrix (rows: truth) of one-hot labels and probabilities (N, C)."""
+    from sklearn.metrics import confusion_matrix
+
+    truth, guess = y_true.argmax(axis=1), y_pred.argmax(axis=1)
+    auc = auc_by_class(y_true, y_pred)
+    return {
+        "accuracy": float((truth == guess).mean()),
+        "auc": {name: None if np.isnan(a) else float(a) for name, a in zip(class_list, auc, strict=True)},
+        "auc_mean": None if np.isnan(auc).all() else float(np.nanmean(auc)),
+        "confusion_matrix": confusion_matrix(truth, guess, labels=range(len(class_list))).tolist(),
+        "samples": len(truth),
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_test_results(
+    out_dir: Path,
+    filenames: Sequence[str],
+    y_true: np.ndarray,
+    predictions: dict[str, np.ndarray],
+    class_list: Sequence[str],
+) -> None:
+    """Write `predictions.csv` (one row an image), `metrics.json` and `roc.png`.
+
+    Args:
+        filenames: (N,) file of each sample.
+        y_true: (N, C) one-hot labels.
+        predictions: (N, C) probabilities by name of the way they were made, such as `single` and `flips`.
+        class_list: names of the C classes.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame({"file": list(filenames), "label": [class_list[i] for i in y_true.argmax(axis=1)]})
+    for way, y_pred in predictions.items():
+        for i, name in enumerate(class_list):
+            table[name if way == "single" else f"{name}_{way}"] = y_pred[:, i]
+    with atomic_write(out_dir / "predictions.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    scores = {way: classification_scores(y_true, y_pred, class_list) for way, y_pred in predictions.items()}
+    write_json(out_dir / "metrics.json", scores)
+    _plot_roc(out_dir / "roc.png", y_true, predictions, class_list)
+
+
+def _plot_roc(path: Path, y_true, predictions: dict[str, np.ndarray], class_list: Sequence[str]) -> None:
+    """ROC curves of the positive class, or of every class where there are more than two."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import roc_curve
+
+    columns = [1] if len(class_list) == 2 else range(len(class_list))
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
+    for way, y_pred in predictions.items():
+        auc = auc_by_class(y_true, y_pred)
+        for i in columns:
+            if np.isnan(auc[i]):
+                continue
+            false_positive, true_positive, _ = roc_curve(y_true[:, i], y_pred[:, i])
+            axes.plot(false_positive, true_positive, label=f"{class_list[i]}, {way}: AUC {auc[i]:.3f}")
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)

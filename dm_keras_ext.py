@@ -1,0 +1,705 @@
+"""Networks, optimizers and the staged training of patch and whole-image classifiers.
+
+Patch training has three stages (last layer, top layers, all layers) and whole-image training two (new layers,
+all layers); both are lists of `Stage`s run by `train_stages`. Importing this module imports Keras.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import dm_checkpoint
+from dm_files import InputError, atomic_write
+from dm_inference import auc_by_class, auc_line, flip_all_img, predict
+from dm_resnet import ResNetBuilder, set_dropout_rate
+
+__all__ = [
+    "DMAucModelCheckpoint",
+    "DMFlush",
+    "DMMetrics",
+    "Yaroslav",
+    "create_optimizer",
+    "do_2stage_training",
+    "do_3stage_training",
+    "flip_all_img",
+    "get_dl_model",
+    "load_dat_ram",
+    "robust_load_model",
+]
+
+
+def robust_load_model(filepath, custom_objects=None, trust_checkpoint=False) -> keras.Model:
+    """Open a model file of any age; see `dm_checkpoint.load_model`. The file is never changed."""
+    return dm_checkpoint.load_model(filepath, custom_objects=custom_objects, trust_checkpoint=trust_checkpoint)
+
+
+def load_dat_ram(generator, nb_samples: int | None = None):
+    """Collect the batches of one epoch as arrays (x, y): float32 images (N, H, W, C) and their labels.
+
+    For old notebooks. Training itself keeps images in their file's integer type instead
+    (`flow_from_directory(..., load_to_ram=True)`), at a sixth or a twelfth of the memory.
+    """
+    images, labels, seen = [], [], 0
+    for i in range(len(generator)):
+        x, y, *_ = generator[i]
+        images.append(x)
+        labels.append(y)
+        seen += len(x)
+        if nb_samples is not None and seen >= nb_samples:
+            break
+    return np.concatenate(images)[:nb_samples], np.concatenate(labels)[:nb_samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Patch networks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _PatchNet:
+    application: str  # class of keras.applications
+    module: str  # module of keras.applications that holds its preprocess_input
+    top_layers: tuple[str, ...]  # stage 2 trains from the first layer with one of these name prefixes
+
+
+# The top layers are the last residual unit or convolution block; the second ResNet50 prefix is its name in files
+# of 2017.
+_PATCH_NETS = {
+    "resnet50": _PatchNet("ResNet50", "resnet50", ("conv5_block3", "res5c")),
+    "vgg16": _PatchNet("VGG16", "vgg16", ("block5_conv1",)),
+    "vgg19": _PatchNet("VGG19", "vgg19", ("block5_conv1",)),
+    "xception": _PatchNet("Xception", "xception", ("block14_sepconv1",)),
+    "inception": _PatchNet("InceptionV3", "inception_v3", ("mixed6",)),
+}
+
+
+def Yaroslav(input_shape=(None, None, 1), classes: int = 5, nb_init_filter: int = 32) -> keras.Model:
+    """Patch classifier of the challenge's top-performing team, fully convolutional.
+
+    Six blocks of two 3x3 same convolutions, each with batch normalization and ReLU, and a 2x2 max pooling; then
+    global average pooling and a softmax over `classes`. `nb_init_filter` is the width of the first block: the
+    published 32 gives widths 32, 64, 128, 256, 256, 512.
+    """
+    inputs = x = layers.Input(input_shape)
+    for block, factor in enumerate((1, 2, 4, 8, 8, 16), start=1):
+        for conv in (1, 2):
+            x = layers.Conv2D(nb_init_filter * factor, 3, padding="same", name=f"block{block}_conv{conv}")(x)
+            x = layers.BatchNormalization(epsilon=1e-3, momentum=0.99, name=f"block{block}_bn{conv}")(x)
+            x = layers.Activation("relu", name=f"block{block}_relu{conv}")(x)
+        x = layers.MaxPooling2D(2, name=f"block{block}_pool")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    outputs = layers.Dense(classes, activation="softmax", name="predictions")(x)
+    return keras.Model(inputs, outputs, name="yaroslav")
+
+
+def get_dl_model(
+    net: str,
+    nb_class: int = 3,
+    use_pretrained: bool = True,
+    resume_from=None,
+    top_layer_nb: int | None = None,
+    weight_decay: float = 0.01,
+    hidden_dropout: float = 0.0,
+    pretrained_weights=None,
+    trust_checkpoint: bool = False,
+    nb_init_filter: int = 32,
+    **builder_options,
+):
+    """Build a patch classifier, or open a saved one.
+
+    Args:
+        net: `resnet50`, `vgg16`, `vgg19`, `xception`, `inception`, `yaroslav`, or a network of
+            `dm_resnet.ResNetBuilder` by the name of its method without `build_`, such as `dm_resnet_14`.
+        nb_class: number of softmax outputs.
+        use_pretrained: start from ImageNet weights, where they exist.
+        resume_from: model file to open instead of building; its class count must be `nb_class`.
+        top_layer_nb: index of the first layer that stage 2 trains; default: by name, see behaviour of the paper's
+            nets (last residual unit or convolution block), None for nets that train in one stage.
+        weight_decay: L2 penalty of the last layer's kernel (YaroslavNet has none).
+        hidden_dropout: dropout rate before the last layer; 0 leaves the layer out.
+        pretrained_weights: local file of the ImageNet weights without top, for machines without internet.
+        nb_init_filter: width of the first block of `yaroslav` and of the ResNetBuilder networks.
+        builder_options: further options of the ResNetBuilder networks.
+
+    Returns:
+        (model, preprocess_input, top_layer_nb). `preprocess_input` is the ImageNet scaling of the net, for
+        callers that do not subtract the training mean themselves; None where there is none.
+
+    Raises:
+        InputError: unknown net, weights that cannot be had, or a file for another class count.
+    """
+    if resume_from is not None:
+        model = robust_load_model(resume_from, trust_checkpoint=trust_checkpoint)
+        check_outputs(model, nb_class, resume_from)
+    elif net in _PATCH_NETS:
+        model = _build_application(net, nb_class, use_pretrained, pretrained_weights, weight_decay, hidden_dropout)
+    elif net == "yaroslav":
+        model = Yaroslav(classes=nb_class, nb_init_filter=nb_init_filter)
+    else:
+        model = _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, builder_options)
+    if net not in _PATCH_NETS:
+        return model, None, top_layer_nb
+    spec = _PATCH_NETS[net]
+    if top_layer_nb is None:
+        names = [layer.name for layer in model.layers]
+        matches = [i for i, name in enumerate(names) if name.startswith(spec.top_layers)]
+        if not matches:
+            raise InputError(
+                f"{resume_from}: Expected a {net} with a layer called {' or '.join(spec.top_layers)}. "
+                f"Received none; check --net, or give --top-layer-nb"
+            )
+        top_layer_nb = matches[0]
+    return model, getattr(keras.applications, spec.module).preprocess_input, top_layer_nb
+
+
+def check_outputs(model: keras.Model, nb_class: int, source) -> None:
+    """Raise InputError unless `model` has `nb_class` outputs; `source` names its file."""
+    if model.output_shape[-1] != nb_class:
+        raise InputError(
+            f"{source}: Expected a model of {nb_class} classes, the length of --class-list. "
+            f"Received one of {model.output_shape[-1]}"
+        )
+
+
+def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight_decay, hidden_dropout):
+    build = getattr(keras.applications, _PATCH_NETS[net].application)
+    weights = "imagenet" if use_pretrained and pretrained_weights is None else None
+    try:
+        base = build(include_top=False, weights=weights, input_shape=(None, None, 3))
+    except Exception as error:
+        if weights is None:
+            raise
+        # Keras reports a failed download as a bare Exception.
+        raise InputError(
+            f"ImageNet weights of {net} could not be downloaded ({' '.join(str(error).split())[:200]}). Connect to "
+            f"the internet, or give a local file with --pretrained-weights FILE, or start from random weights "
+            f"with --no-use-pretrained"
+        ) from error
+    if use_pretrained and pretrained_weights is not None:
+        dm_checkpoint.load_weights(base, pretrained_weights)
+    x = layers.GlobalAveragePooling2D()(base.output)
+    if hidden_dropout > 0:
+        x = layers.Dropout(hidden_dropout)(x)
+    outputs = layers.Dense(nb_class, activation="softmax", kernel_regularizer=keras.regularizers.L1L2(l2=weight_decay))(
+        x
+    )
+    return keras.Model(base.input, outputs)
+
+
+def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, options):
+    build = getattr(ResNetBuilder, f"build_{net}", None)
+    if build is None:
+        known = [*_PATCH_NETS, "yaroslav"]
+        known += [name.removeprefix("build_") for name in dir(ResNetBuilder) if name.startswith("build_")]
+        raise InputError(f"--net: Expected one of {', '.join(known)}. Received {net}")
+    return build(
+        (None, None, 1),
+        nb_class,
+        nb_init_filter=nb_init_filter,
+        weight_decay=weight_decay,
+        hidden_dropout=hidden_dropout,
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss, metrics, optimizers: the published arithmetic
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class WeightedCrossentropy(keras.losses.CategoricalCrossentropy):
+    """Categorical cross-entropy averaged over the samples of non-zero weight, as Keras 2 did.
+
+    Keras 3 divides by all samples instead, so that a class of weight 0 would shrink the gradient of the others.
+    """
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        loss = super().__call__(y_true, y_pred, sample_weight)
+        if sample_weight is None:
+            return loss
+        weight = ops.reshape(ops.convert_to_tensor(sample_weight), (-1,))
+        counted = ops.sum(ops.cast(ops.not_equal(weight, 0), loss.dtype))
+        return loss * ops.cast(ops.shape(weight)[0], loss.dtype) / ops.maximum(counted, 1)
+
+
+class DMMetrics:
+    """Sensitivity and specificity of class 1 (malignant, or `pos`) as Keras metric functions."""
+
+    @staticmethod
+    def sensitivity(y_true, y_pred):
+        """Share of the class-1 samples (one-hot or 0/1 labels) that are predicted as class 1."""
+        truth, guess = _class_one(y_true), _class_one(y_pred)
+        return ops.sum(truth * guess) / (ops.sum(truth) + keras.config.epsilon())
+
+    @staticmethod
+    def specificity(y_true, y_pred):
+        """Share of the other samples that are not predicted as class 1."""
+        truth, guess = _class_one(y_true), _class_one(y_pred)
+        return ops.sum((1 - truth) * (1 - guess)) / (ops.sum(1 - truth) + keras.config.epsilon())
+
+
+def _class_one(y):
+    """1 where class 1 is the most probable of the columns, or where a single column is above one half."""
+    y = ops.cast(y, "float32")
+    if len(y.shape) > 1 and y.shape[-1] > 1:
+        return ops.cast(ops.equal(ops.argmax(y, axis=-1), 1), "float32")
+    return ops.cast(ops.reshape(y, (-1,)) > 0.5, "float32")
+
+
+class _RMSprop(keras.optimizers.RMSprop):
+    """RMSprop with epsilon added to the root, as Keras 2 had it, not under it."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        lr = ops.cast(learning_rate, variable.dtype)
+        velocity = self._velocities[self._get_variable_index(variable)]
+        self.assign(velocity, self.rho * velocity + (1 - self.rho) * ops.square(gradient))
+        self.assign_sub(variable, lr * gradient / (ops.sqrt(velocity) + self.epsilon))
+
+
+class _Adagrad(keras.optimizers.Adagrad):
+    """Adagrad with epsilon added to the root, likewise."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        lr = ops.cast(learning_rate, variable.dtype)
+        accumulator = self._accumulators[self._get_variable_index(variable)]
+        self.assign_add(accumulator, ops.square(gradient))
+        self.assign_sub(variable, lr * gradient / (ops.sqrt(accumulator) + self.epsilon))
+
+
+class _Nadam(keras.optimizers.Nadam):
+    """Nadam with the momentum schedule of its paper: decay 0.96 to the power of 0.004 t, where Keras 3 has t."""
+
+    def _momentum(self, step, dtype):
+        return self.beta_1 * (1 - 0.5 * ops.power(ops.cast(0.96**0.004, dtype), ops.cast(step, dtype)))
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        product = self._u_product
+        self.assign(product, product * self._momentum(self.iterations + 1, product.dtype))
+        keras.Optimizer._backend_update_step(self, grads, trainable_variables, learning_rate)
+
+    def update_step(self, gradient, variable, learning_rate):
+        dtype = variable.dtype
+        index = self._get_variable_index(variable)
+        m, v = self._momentums[index], self._velocities[index]
+        now = self._momentum(self.iterations + 1, dtype)
+        after = self._momentum(self.iterations + 2, dtype)
+        product = ops.cast(self._u_product, dtype)
+        self.assign_add(m, (gradient - m) * (1 - self.beta_1))
+        self.assign_add(v, (ops.square(gradient) - v) * (1 - self.beta_2))
+        v_hat = v / (1 - ops.power(ops.cast(self.beta_2, dtype), ops.cast(self.iterations + 1, dtype)))
+        m_hat = after * m / (1 - product * after) + (1 - now) * gradient / (1 - product)
+        self.assign_sub(variable, ops.cast(learning_rate, dtype) * m_hat / (ops.sqrt(v_hat) + self.epsilon))
+
+
+def create_optimizer(optim_name: str, lr: float) -> keras.Optimizer:
+    """Optimizer by its name on the command line, with the arithmetic of Keras 2.0 (epsilon 1e-8).
+
+    `sgd` has Nesterov momentum 0.9. Raises InputError for an unknown name.
+    """
+    eps = 1e-8
+    if optim_name == "sgd":
+        return keras.optimizers.SGD(lr, momentum=0.9, nesterov=True)
+    if optim_name == "rmsprop":
+        return _RMSprop(lr, name="rmsprop", rho=0.9, epsilon=eps)
+    if optim_name == "adagrad":
+        return _Adagrad(lr, name="adagrad", initial_accumulator_value=0.0, epsilon=eps)
+    if optim_name == "adadelta":
+        return keras.optimizers.Adadelta(lr, rho=0.95, epsilon=eps)
+    if optim_name == "adam":
+        return keras.optimizers.Adam(lr, epsilon=eps)
+    if optim_name == "adamax":
+        return keras.optimizers.Adamax(lr, epsilon=eps)
+    if optim_name == "nadam":
+        return _Nadam(lr, name="nadam", epsilon=eps)
+    raise InputError(
+        f"--optimizer: Expected sgd, rmsprop, adagrad, adadelta, adam, adamax or nadam. Received {optim_name}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keeping the best model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class BestModel(keras.callbacks.Callback):
+    """Keep the model of the best epoch in `filepath`, or in memory when that is `NOSAVE`.
+
+    One instance serves all stages of a training, so the best is over all of them. `model_to_save` is the
+    single-device twin of a model trained on several.
+    """
+
+    def __init__(self, filepath, monitor: str = "val_accuracy", mode: str = "max", model_to_save=None):
+        super().__init__()
+        self.filepath = filepath
+        self.monitor = monitor
+        self.sign = 1 if mode == "max" else -1
+        self.best = -np.inf
+        self.best_epoch: int | None = None
+        self.model_to_save = model_to_save
+        self._weights: list[np.ndarray] | None = None
+
+    def score(self, epoch: int, logs: dict) -> float:
+        """Higher is better. Subclasses may compute what Keras does not log."""
+        if self.monitor not in logs:
+            raise InputError(f"best model: Expected the metric {self.monitor}. Received {', '.join(logs)}")
+        return self.sign * logs[self.monitor]
+
+    def on_epoch_end(self, epoch, logs=None):
+        score = self.score(epoch, logs if logs is not None else {})
+        if not score > self.best:
+            return
+        self.best, self.best_epoch = score, epoch
+        model = self.model_to_save or self.model
+        if self.filepath == "NOSAVE":
+            self._weights = model.get_weights()
+        else:
+            dm_checkpoint.save_model(model, self.filepath)
+
+    def restore(self, model: keras.Model) -> None:
+        """Give `model` the best weights; without a finished epoch it stays as it is."""
+        if self._weights is not None:
+            model.set_weights(self._weights)
+        elif self.best_epoch is not None:
+            model.set_weights(dm_checkpoint.load_model(self.filepath).get_weights())
+
+
+class DMAucModelCheckpoint(BestModel):
+    """Keep the model of the best mean AUC by class over `test_data`, and print the AUC after each epoch.
+
+    Where the AUC is undefined because the set holds a single class, it says so once and the lowest validation
+    loss decides instead.
+    """
+
+    def __init__(self, filepath, test_data, test_samples=None, batch_size=None, model_to_save=None):
+        super().__init__(filepath, monitor="val_loss", mode="min", model_to_save=model_to_save)
+        self.test_data = test_data
+        self.test_samples = test_samples
+        self.batch_size = batch_size
+        self._warned = False
+
+    def score(self, epoch, logs):
+        auc = self.calc_test_auc(self.test_data, self.model, self.batch_size, self.test_samples)
+        logs["val_auc"] = mean = float(np.mean(auc)) if np.isfinite(auc).all() else np.nan
+        print(f" - Epoch: {epoch + 1}, AUC by class: {auc_line(np.atleast_1d(auc))}", flush=True)
+        if np.isfinite(mean):
+            return mean
+        if not self._warned:
+            self._warned = True
+            print(
+                "validation set: the AUC is undefined because a class has no samples; the model of the lowest "
+                "validation loss is kept",
+                file=sys.stderr,
+            )
+        return super().score(epoch, logs)
+
+    @staticmethod
+    def calc_test_auc(test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False):
+        """AUC of `model` on a set.
+
+        Args:
+            test_set: a `PyDataset`, or arrays (x, y) or (x, y, sample weights); one-hot or 0/1 labels.
+            test_samples: use this many samples; default all, each once.
+            test_augment: score the mean prediction of the four flips.
+
+        Returns:
+            (C,) AUC by class, NaN where undefined, or a float for a single output; with `return_y_res`
+            (auc, y_true, y_pred).
+        """
+        y_true, y_pred, weights, y_flips = predict(model, test_set, batch_size, test_samples, test_augment)
+        if test_augment:
+            y_pred = y_flips
+        auc = auc_by_class(y_true, y_pred, weights)
+        auc = float(auc[0]) if len(auc) == 1 else auc
+        return (auc, y_true, y_pred) if return_y_res else auc
+
+
+class DMFlush(keras.callbacks.Callback):
+    """Flush standard output after each epoch, so that logs of batch systems are current."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        sys.stdout.flush()
+
+
+class HistoryFile(keras.callbacks.Callback):
+    """Write one row an epoch to a CSV, over all stages, whole after every epoch."""
+
+    def __init__(self, filepath):
+        super().__init__()
+        self.filepath = Path(filepath)
+        self.rows: list[dict] = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        import pandas as pd
+
+        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        self.rows.append({"epoch": epoch + 1, "learning_rate": rate, **(logs or {})})
+        with atomic_write(self.filepath) as temporary:
+            pd.DataFrame(self.rows).to_csv(temporary, index=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training in stages
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the layers from `first_layer` on train at `lr` until `end_epoch` epochs have run in all.
+
+    `weight_decay` and `dropout` are set on every layer that has an L2 penalty or is a dropout; None leaves them.
+    """
+
+    end_epoch: int
+    lr: float
+    first_layer: int
+    weight_decay: float | None = None
+    dropout: float | None = None
+
+
+def leaf_layers(layer) -> Iterator[keras.Layer]:
+    """The layer itself, or the layers of a nested model, recursively."""
+    if isinstance(layer, keras.Model):
+        for inner in layer.layers:
+            yield from leaf_layers(inner)
+    else:
+        yield layer
+
+
+def freeze_below(model: keras.Model, first_layer: int, frozen_bn: str = "batch") -> None:
+    """Train the layers of `model` from index `first_layer` on; freeze those below, nested models whole.
+
+    With `frozen_bn="batch"` a frozen batch normalization keeps gamma and beta but goes on normalising by the
+    batch and tracking its moving averages, as in the original; `"inference"` uses the stored averages.
+    """
+    model.trainable = True
+    for index, layer in enumerate(model.layers):
+        train = index >= first_layer
+        for leaf in leaf_layers(layer):
+            is_norm = isinstance(leaf, layers.BatchNormalization)
+            # Keras runs a frozen batch normalization in inference mode; freezing only its variables does not.
+            leaf.trainable = train or (is_norm and frozen_bn == "batch")
+            if is_norm:
+                for variable in (leaf.gamma, leaf.beta):
+                    if variable is not None:
+                        variable.trainable = train
+
+
+def set_regularization(model: keras.Model, weight_decay: float | None, dropout: float | None) -> None:
+    """Set the L2 penalty of all layers that have one, and the rate of all dropout layers; None leaves them.
+
+    Takes effect when the model is compiled next.
+    """
+    for layer in leaf_layers(model):
+        penalty = getattr(layer, "kernel_regularizer", None)
+        if weight_decay is not None and hasattr(penalty, "l2"):
+            penalty.l2 = weight_decay
+        if dropout is not None and isinstance(layer, layers.Dropout):
+            set_dropout_rate(layer, dropout)
+
+
+def train_stages(
+    model: keras.Model,
+    stages: Sequence[Stage],
+    train_set,
+    validation_set,
+    *,
+    optim: str,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    es_patience: int = 5,
+    lr_patience: int = 2,
+    class_weight: dict[int, float] | None = None,
+    frozen_bn: str = "batch",
+    model_to_save: keras.Model | None = None,
+) -> list[dict]:
+    """Run the stages one after the other and return the logs of every epoch.
+
+    Each stage starts with a fresh optimizer and a fresh memory of early stopping. A stage that early stopping
+    cuts short leaves its epochs to the next, since `end_epoch` is a total.
+
+    Args:
+        train_set: `PyDataset` of (x, y) or (x, y, w).
+        validation_set: the same, or arrays.
+        class_weight: weight of each class index, for sets without sample weights.
+        model_to_save: single-device twin whose layers are frozen and regularised alike.
+    """
+    history: list[dict] = []
+    for stage in stages:
+        for twin in {id(m): m for m in (model, model_to_save or model)}.values():
+            freeze_below(twin, stage.first_layer, frozen_bn)
+            set_regularization(twin, stage.weight_decay, stage.dropout)
+        model.compile(
+            optimizer=create_optimizer(optim, stage.lr),
+            loss=WeightedCrossentropy(),
+            metrics=["accuracy"],
+            jit_compile=False,
+        )
+        if stage.end_epoch <= len(history):
+            continue
+        early = keras.callbacks.EarlyStopping(monitor="val_loss", patience=es_patience)
+        plateau = keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=lr_patience)
+        fit = model.fit(
+            train_set,
+            validation_data=validation_set,
+            initial_epoch=len(history),
+            epochs=stage.end_epoch,
+            class_weight=class_weight,
+            shuffle=False,  # the iterators shuffle by their own seed
+            callbacks=[early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else [])],
+            verbose=1 if sys.stdout.isatty() else 2,
+        )
+        history += [dict(zip(fit.history, row, strict=True)) for row in zip(*fit.history.values(), strict=True)]
+    return history
+
+
+def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -> dict[int, float] | None:
+    """Loss weights by class index: (neg, pos), or (background, malignant, benign)."""
+    if pos_cls_weight == neg_cls_weight == 1:
+        return None
+    if nb_class == 2:
+        return {0: neg_cls_weight, 1: pos_cls_weight}
+    if nb_class == 3:
+        return {0: 1.0, 1: pos_cls_weight, 2: neg_cls_weight}
+    raise InputError(
+        f"--pos-cls-weight, --neg-cls-weight: Expected 2 or 3 classes. Received {nb_class}; use --auto-batch-balance"
+    )
+
+
+def do_3stage_training(
+    model,
+    org_model,
+    train_generator,
+    validation_set,
+    validation_steps=None,
+    best_model_file="NOSAVE",
+    train_batches=None,
+    top_layer_nb=None,
+    net="resnet50",
+    nb_epoch=10,
+    top_layer_epochs=0,
+    all_layer_epochs=0,
+    use_pretrained=True,
+    optim="sgd",
+    init_lr=0.01,
+    top_layer_multiplier=0.01,
+    all_layer_multiplier=0.0001,
+    es_patience=5,
+    lr_patience=2,
+    auto_batch_balance=True,
+    nb_class=2,
+    pos_cls_weight=1.0,
+    neg_cls_weight=1.0,
+    nb_worker=1,
+    weight_decay2=0.01,
+    hidden_dropout2=0.0,
+    frozen_bn="batch",
+    best_model=None,
+    callbacks=(),
+):
+    """Train a patch classifier: last layer, then top layers, then all layers (paper, section on patch training).
+
+    Epoch arguments are cumulative totals. Without pretrained weights, and for YaroslavNet, which has none, there
+    is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay and dropout the model was
+    built with, later ones take `weight_decay2` and `hidden_dropout2`. The model of best validation accuracy is
+    kept in `best_model_file`, or by a `best_model` callback of the caller's. `validation_steps`, `train_batches`
+    and `nb_worker` are accepted for old callers: sets know their own length and workers.
+
+    Returns:
+        (model, validation losses, validation accuracies), one value an epoch.
+    """
+    if use_pretrained and net == "yaroslav":
+        print("YaroslavNet has no ImageNet weights: all layers train from the start", flush=True)
+    if not use_pretrained or net == "yaroslav":
+        stages = [Stage(nb_epoch, init_lr, 0)]
+    else:
+        if top_layer_nb is None:
+            raise InputError(f"--top-layer-nb: Expected an index for {net}. Received none")
+        later = {"weight_decay": weight_decay2, "dropout": hidden_dropout2}
+        stages = [
+            Stage(nb_epoch, init_lr, len(model.layers) - 1),
+            Stage(top_layer_epochs, init_lr * top_layer_multiplier, top_layer_nb, **later),
+            Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, **later),
+        ]
+    keeper = best_model or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
+    history = train_stages(
+        model,
+        stages,
+        train_generator,
+        validation_set,
+        optim=optim,
+        callbacks=[keeper, *callbacks],
+        es_patience=es_patience,
+        lr_patience=lr_patience,
+        class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
+        frozen_bn=frozen_bn,
+        model_to_save=org_model,
+    )
+    return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]
+
+
+def do_2stage_training(
+    model,
+    org_model,
+    train_generator,
+    validation_set,
+    validation_steps=None,
+    best_model_file="NOSAVE",
+    train_batches=None,
+    top_layer_nb=None,
+    nb_epoch=10,
+    all_layer_epochs=0,
+    optim="sgd",
+    init_lr=0.01,
+    all_layer_multiplier=0.1,
+    es_patience=5,
+    lr_patience=2,
+    auto_batch_balance=True,
+    pos_cls_weight=1.0,
+    neg_cls_weight=1.0,
+    nb_worker=1,
+    auc_checkpointer=None,
+    weight_decay=0.0001,
+    hidden_dropout=0.0,
+    weight_decay2=0.0001,
+    hidden_dropout2=0.0,
+    frozen_bn="batch",
+    callbacks=(),
+):
+    """Train a whole-image classifier: the new layers, then all layers (paper, section on whole-image training).
+
+    `nb_epoch` 0 skips stage 1, which is finetuning; otherwise `top_layer_nb`, the index of the first new layer,
+    must be given. Epoch arguments are cumulative totals. The model of best mean validation AUC is kept by
+    `auc_checkpointer`; without one, the model of best validation accuracy is kept in `best_model_file`.
+    `validation_steps`, `train_batches` and `nb_worker` are accepted for old callers.
+
+    Returns:
+        (model, validation losses, validation accuracies), one value an epoch.
+    """
+    stages = [Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2)]
+    if nb_epoch > 0:
+        if top_layer_nb is None:
+            raise InputError(
+                "--top-layer-nb: Expected the index of the first new layer, since --nb-epoch is above 0. Received "
+                "none; give it (2 for models without a heatmap), or --nb-epoch 0 to train all layers at once"
+            )
+        stages.insert(0, Stage(nb_epoch, init_lr, top_layer_nb, weight_decay, hidden_dropout))
+    keeper = auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
+    nb_class = model.output_shape[-1]
+    history = train_stages(
+        model,
+        stages,
+        train_generator,
+        validation_set,
+        optim=optim,
+        callbacks=[keeper, *callbacks],
+        es_patience=es_patience,
+        lr_patience=lr_patience,
+        class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
+        frozen_bn=frozen_bn,
+        model_to_save=org_model,
+    )
+    return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]
