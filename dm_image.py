@@ -1,0 +1,475 @@
+"""Mammograms from files to network input: reading, resizing, augmenting, and iterators for Keras.
+
+Images are (rows, columns), or (rows, columns, channels) with `data_format="channels_last"`; files hold 8- or
+16-bit integers, networks get float32. Rules marked "golden" are those of the published 2017 program.
+"""
+
+import io
+import math
+import os
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from dm_files import InputError
+
+# What a decoder has to say about a broken file goes into our one-line error.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
+PIXEL_TYPES = ("uint8", "uint16", "int16", "float32", "float64")
+# Complete files of these kinds hold an end mark; libpng and libjpeg report its absence in ways we cannot catch.
+_END_MARKS = {b"\x89PNG\r\n\x1a\n": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = False) -> np.ndarray:
+    """Pixels of a PNG, JPEG, BMP, TIFF or DICOM file in the type they are stored in.
+
+    Returns (H, W), or (H, W, C) in OpenCV's channel order for a colour image. `gs_255` asks for 8-bit grey
+    instead (no effect on DICOM, as in the 2017 program). DICOM: the stored values, without rescale slope;
+    MONOCHROME1 is inverted within its stored bits; `voi_lut` applies the file's display window.
+    Raises InputError for whatever is not one readable image of finite numbers.
+    """
+    try:
+        with open(fname, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise InputError(f"{fname}: cannot read this image: {error.strerror or error}.") from error
+    if not data:
+        raise InputError(f"{fname}: the image file is empty (0 bytes).")
+    if data[128:132] == b"DICM" or str(fname).lower().endswith(DICOM_SUFFIXES):
+        img = _decode_dicom(fname, data, voi_lut)
+    else:
+        img = _decode_image(fname, data, gs_255)
+    if img.dtype.name not in PIXEL_TYPES:
+        raise InputError(f"{fname}: pixel type not supported. Expected one of {PIXEL_TYPES}. Received {img.dtype}.")
+    if img.dtype.kind == "f" and not np.isfinite(img).all():
+        raise InputError(f"{fname}: the image holds NaN or infinite pixels.")
+    return img
+
+
+def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
+    for signature, end_mark in _END_MARKS.items():
+        if data.startswith(signature) and end_mark not in data:
+            raise InputError(f"{fname}: the image file is truncated (its end mark is missing); copy it again.")
+    try:
+        flags = cv2.IMREAD_GRAYSCALE if gs_255 else cv2.IMREAD_UNCHANGED
+        img = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        raise InputError(f"{fname}: cannot decode this image: {error.err}.") from error
+    if img is None:
+        raise InputError(
+            f"{fname}: not a readable image (damaged, truncated or of another kind). "
+            f"Expected PNG, JPEG, BMP, TIFF or DICOM. Received {len(data)} bytes starting with {data[:8]!r}."
+        )
+    return img
+
+
+def _decode_dicom(fname, data: bytes, voi_lut: bool) -> np.ndarray:
+    import pydicom
+
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        if "PixelData" not in dataset:
+            raise InputError(f"{fname}: this DICOM file holds no pixels.")
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        if frames > 1:
+            raise InputError(f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.")
+        img = dataset.pixel_array
+        if voi_lut:
+            img = pydicom.pixels.apply_voi_lut(img, dataset)
+    except InputError:
+        raise
+    except Exception as error:  # pydicom and its decoder plug-ins raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{fname}: cannot decode this DICOM file: {reason}") from error
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        if img.dtype.kind == "u" and not voi_lut:
+            img = np.subtract(2**dataset.BitsStored - 1, img, dtype=img.dtype)
+        else:
+            img = img.max() + img.min() - img
+    return img
+
+
+def _check_grey(fname, img: np.ndarray) -> np.ndarray:
+    if img.ndim != 2:
+        raise InputError(
+            f"{fname}: colour image. Expected one grey channel. Received shape {img.shape}. "
+            "Convert it to greyscale (or read it with gs_255)."
+        )
+    return img
+
+
+def _read_resized(fname, target_size=None, target_height=None, gs_255=False) -> np.ndarray:
+    """Read and resize (bicubic) in the stored type, where overshoots saturate."""
+    if target_size is None and target_height is None:
+        raise InputError("One of [target_size, target_height] must not be None")
+    img = read_img(fname, gs_255)
+    if target_height is not None:
+        target_size = target_height, int(float(target_height) / img.shape[0] * img.shape[1])
+    height, width = map(int, target_size)
+    if height < 1 or width < 1:
+        raise InputError(f"{fname}: cannot resize {img.shape[:2]} to {height} rows x {width} columns.")
+    return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _scale(img: np.ndarray, target_scale=None, rescale_factor=None) -> np.ndarray:
+    """float32 copy of stored pixels, scaled so that this image's maximum is target_scale, then by rescale_factor."""
+    img = img.astype(np.float32)
+    maximum = float(img.max())
+    if target_scale is not None and maximum != 0:
+        img *= float(target_scale) / maximum
+    if rescale_factor is not None:
+        img *= float(rescale_factor)
+    return img
+
+
+def read_resize_img(
+    fname: str | os.PathLike,
+    target_size: tuple[int, int] | None = None,
+    target_height: int | None = None,
+    target_scale: float | None = None,
+    gs_255: bool = False,
+    rescale_factor: float | None = None,
+) -> np.ndarray:
+    """Read an image, resize it (bicubic), and return it as float32 (H, W) (golden).
+
+    `target_size` is (rows, columns); `target_height` wins over it and keeps the aspect ratio, the width truncated.
+    Resizing happens in the stored integer type. `target_scale` maps this image's maximum to that value,
+    `rescale_factor` multiplies; `gs_255` reads as 8-bit grey. A colour file gives (H, W, C). Raises InputError.
+    """
+    return _scale(_read_resized(fname, target_size, target_height, gs_255), target_scale, rescale_factor)
+
+
+def equalize_histogram(img: np.ndarray, name="image") -> np.ndarray:
+    """Histogram equalisation of a float (H, W) image within 0..255, truncated to 8 bits; float32 0..255.
+
+    The 2017 program wrapped values outside around; here they raise InputError naming `name`.
+    """
+    low, high = float(img.min()), float(img.max())
+    if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
+        raise InputError(
+            f"{name}: histogram equalisation needs an image within 0..255 after rescaling. "
+            f"Received {low:g}..{high:g}; set a rescale factor or target scale."
+        )
+    return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
+
+
+def _to_network_input(
+    fname, img, equalize_hist, data_format, dup_3_channels, transformer=None, standardizer=None
+) -> np.ndarray:
+    """(H, W) float32 to the (possibly augmented) tensor of one sample."""
+    img = _check_grey(fname, img)
+    if equalize_hist:
+        img = equalize_histogram(img, fname)
+    axis = 0 if data_format == "channels_first" else 2
+    x = np.expand_dims(img, axis)
+    if dup_3_channels:
+        # A view that repeats the channel: the augmentation then warps it only once.
+        x = np.broadcast_to(x, tuple(3 if i == axis else n for i, n in enumerate(x.shape)))
+    if transformer is not None:
+        x = transformer(x)
+    if standardizer is not None:
+        x = standardizer(x)
+    return x
+
+
+def read_img_for_pred(
+    fname: str | os.PathLike,
+    equalize_hist: bool = False,
+    data_format: str = "channels_last",
+    dup_3_channels: bool = True,
+    transformer: Callable | None = None,
+    standardizer: Callable | None = None,
+    **kwargs,
+) -> np.ndarray:
+    """Read one image as network input: float32 (H, W, 3), (H, W, 1), or channels first.
+
+    `kwargs` go to `read_resize_img`. `transformer` and `standardizer` (a generator's `random_transform` and
+    `standardize`) are applied last, in this order. Raises InputError, for colour images too.
+    """
+    img = read_resize_img(fname, **kwargs)
+    return np.ascontiguousarray(
+        _to_network_input(fname, img, equalize_hist, data_format, dup_3_channels, transformer, standardizer)
+    )
+
+
+# ----------------------------------------------------------------------------------------------- augmentation
+
+
+class DMImageDataGenerator:
+    """Random augmentation, standardisation, and iterators over images (Keras 2 settings, golden numbers).
+
+    Args:
+        featurewise_center, featurewise_std_normalization: subtract `.mean`, divide by `.std`; callers set these.
+        samplewise_center, samplewise_std_normalization: the same with each image's own mean and deviation.
+        rotation_range: degrees; angles are uniform in +-rotation_range.
+        width_shift_range, height_shift_range: fractions of the columns and rows.
+        shear_range: radians. zoom_range: (low, high), or z for (1 - z, 1 + z).
+        channel_shift_range: grey levels added to each channel, uniform in +-range, clipped to the image's range.
+        fill_mode, cval: what lies outside the image, as in scipy.ndimage ("nearest" is the fast one).
+        horizontal_flip, vertical_flip: flip half of the images.
+        rescale, preprocessing_function: applied by `standardize` first.
+        data_format: "channels_last" (default) or "channels_first".
+
+    All are attributes of the same names and may be changed after construction.
+    """
+
+    def __init__(
+        self,
+        featurewise_center=False,
+        samplewise_center=False,
+        featurewise_std_normalization=False,
+        samplewise_std_normalization=False,
+        rotation_range=0.0,
+        width_shift_range=0.0,
+        height_shift_range=0.0,
+        shear_range=0.0,
+        zoom_range=0.0,
+        channel_shift_range=0.0,
+        fill_mode="nearest",
+        cval=0.0,
+        horizontal_flip=False,
+        vertical_flip=False,
+        rescale=None,
+        preprocessing_function=None,
+        data_format=None,
+    ):
+        self.featurewise_center = featurewise_center
+        self.samplewise_center = samplewise_center
+        self.featurewise_std_normalization = featurewise_std_normalization
+        self.samplewise_std_normalization = samplewise_std_normalization
+        self.rotation_range = rotation_range
+        self.width_shift_range = width_shift_range
+        self.height_shift_range = height_shift_range
+        self.shear_range = shear_range
+        self.zoom_range = zoom_range
+        self.channel_shift_range = channel_shift_range
+        self.fill_mode = fill_mode
+        self.cval = cval
+        self.horizontal_flip = horizontal_flip
+        self.vertical_flip = vertical_flip
+        self.rescale = rescale
+        self.preprocessing_function = preprocessing_function
+        self.data_format = data_format or "channels_last"
+        if self.data_format not in ("channels_last", "channels_first"):
+            raise InputError(f"data_format: Expected channels_last or channels_first. Received {data_format!r}.")
+        self.mean = None
+        self.std = None
+
+    def get_random_transform(self, img_shape, rng) -> dict:
+        """Draw one transform for images of `img_shape` (with channels) from a NumPy Generator or RandomState.
+
+        Returns theta and shear (radians), tx and ty (pixels, rows and columns), zx and zy (scale of rows and
+        columns), channel_shift (float64, one a channel), flip_horizontal, flip_vertical. Draw order (golden):
+        rotation, row shift, column shift, shear, the two zooms, channels, left-right, up-down; a setting that
+        is off draws nothing.
+        """
+        if self.data_format == "channels_first":
+            channels, rows, columns = img_shape
+        else:
+            rows, columns, channels = img_shape
+
+        def uniform(low, high):
+            return low + (high - low) * rng.random()
+
+        def symmetric(limit):
+            return uniform(-limit, limit) if limit else 0.0
+
+        theta = np.pi / 180 * symmetric(self.rotation_range)
+        tx = symmetric(self.height_shift_range) * rows
+        ty = symmetric(self.width_shift_range) * columns
+        shear = symmetric(self.shear_range)
+        zoom_low, zoom_high = self._zoom_limits()
+        zx = zy = 1.0
+        if (zoom_low, zoom_high) != (1, 1):
+            zx, zy = uniform(zoom_low, zoom_high), uniform(zoom_low, zoom_high)
+        channel_shift = np.array([symmetric(self.channel_shift_range) for _ in range(channels)])
+        return {
+            "theta": theta,
+            "shear": shear,
+            "tx": tx,
+            "ty": ty,
+            "zx": zx,
+            "zy": zy,
+            "channel_shift": channel_shift,
+            "flip_horizontal": bool(self.horizontal_flip) and rng.random() < 0.5,
+            "flip_vertical": bool(self.vertical_flip) and rng.random() < 0.5,
+        }
+
+    def _zoom_limits(self):
+        if np.isscalar(self.zoom_range):
+            return 1 - self.zoom_range, 1 + self.zoom_range
+        if len(self.zoom_range) != 2:
+            raise InputError(f"zoom_range: Expected a number or (low, high). Received {self.zoom_range}.")
+        return tuple(self.zoom_range)
+
+    def apply_transform(self, x: np.ndarray, params: dict) -> np.ndarray:
+        """Apply a transform of `get_random_transform` to one image (with channels); missing entries do nothing.
+
+        Nearest-neighbour warp, channel shift clipped to the warped image's range, flips (golden, same pixels as
+        scipy.ndimage.affine_transform of order 0). Returns a new float32 array; `x` is left as it is.
+        """
+        x = np.asarray(x, np.float32)
+        if self.data_format == "channels_first":
+            x = np.moveaxis(x, 0, -1)
+        rows, columns, channels = x.shape
+        if _channels_are_copies(x):
+            x = x[..., :1]
+        flips = params.get("flip_vertical", False), params.get("flip_horizontal", False)
+        matrix = transform_matrix(params, rows, columns)
+        if matrix is None:
+            x = x[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+        elif self.fill_mode == "nearest":
+            x = _warp_nearest_edge(x, matrix, flips)
+        else:
+            x = self._warp_scipy(x, matrix)[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
+        x = _shift_channels(x, channels, params.get("channel_shift", 0.0))
+        return np.ascontiguousarray(np.moveaxis(x, -1, 0)) if self.data_format == "channels_first" else x
+
+    def _warp_scipy(self, x, matrix):
+        from scipy import ndimage
+
+        warped = [
+            ndimage.affine_transform(
+                x[..., k], matrix[:2, :2], matrix[:2, 2], order=0, mode=self.fill_mode, cval=self.cval
+            )
+            for k in range(x.shape[-1])
+        ]
+        return np.stack(warped, axis=-1)
+
+    def random_transform(self, x: np.ndarray, seed=None) -> np.ndarray:
+        """Draw a transform and apply it. `seed`: an integer, a NumPy Generator or RandomState, or None for fresh
+        entropy; an integer seeds a RandomState, as the 2017 program did."""
+        rng = seed if hasattr(seed, "random") else np.random.RandomState(seed)
+        return self.apply_transform(x, self.get_random_transform(np.shape(x), rng))
+
+    def standardize(self, x: np.ndarray) -> np.ndarray:
+        """Preprocess, rescale, and subtract and divide as set up; returns a new array."""
+        if self.preprocessing_function is not None:
+            x = self.preprocessing_function(x)
+        if self.rescale:
+            x = x * self.rescale
+        if self.samplewise_center:
+            x = x - np.mean(x, keepdims=True)
+        if self.samplewise_std_normalization:
+            x = x / (np.std(x, keepdims=True) + 1e-7)
+        if self.featurewise_center:
+            if self.mean is None:
+                raise InputError("featurewise_center is on, but the generator's mean is not set: set `.mean`.")
+            x = x - self.mean
+        if self.featurewise_std_normalization:
+            if self.std is None:
+                raise InputError("featurewise_std_normalization is on, but `.std` of the generator is not set.")
+            x = x / (self.std + 1e-7)
+        return x
+
+
+def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None:
+    """3x3 matrix from output to input (row, column, 1) of a drawn transform; None when it moves nothing (golden).
+
+    Rotation . shift . shear . zoom about (rows/2 + 0.5, columns/2 + 0.5), the half being the 2017 program's.
+    """
+    theta, shear = params.get("theta", 0.0), params.get("shear", 0.0)
+    tx, ty = params.get("tx", 0.0), params.get("ty", 0.0)
+    zx, zy = params.get("zx", 1.0), params.get("zy", 1.0)
+    if theta == shear == tx == ty == 0 and zx == zy == 1:
+        return None
+    cos, sin = math.cos(theta), math.sin(theta)
+    matrix = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    matrix = matrix @ np.array([[1, 0, tx], [0, 1, ty], [0, 0, 1]])
+    matrix = matrix @ np.array([[1, -math.sin(shear), 0], [0, math.cos(shear), 0], [0, 0, 1]])
+    matrix = matrix @ np.array([[zx, 0, 0], [0, zy, 0], [0, 0, 1]])
+    x, y = rows / 2 + 0.5, columns / 2 + 0.5
+    return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]]) @ matrix @ np.array([[1, 0, -x], [0, 1, -y], [0, 0, 1]])
+
+
+def _channels_are_copies(x: np.ndarray) -> bool:
+    """Whether all channels of (H, W, C) are equal; free for a broadcast view, and quick to say no."""
+    if x.shape[-1] == 1 or x.strides[-1] == 0:
+        return True
+    first = x[..., :1]
+    return bool((x[::16, ::16] == first[::16, ::16]).all() and (x == first).all())
+
+
+# OpenCV computes sampling coordinates in 10-bit fixed point (version 4) or float32 (version 5): below this error.
+_COORDINATE_ERROR = 2e-3
+
+
+def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
+    """Warp (H, W, C) by nearest neighbour with replicated edges, then flip (up-down, left-right).
+
+    The pixels are those of scipy.ndimage.affine_transform(order=0, mode="nearest"), which rounds float64
+    coordinates. OpenCV is far faster, but its coordinates are coarser: the few pixels whose coordinate is so
+    near a rounding boundary that it may fall on the other side are computed again in float64.
+    """
+    rows, columns = x.shape[:2]
+    row_index, column_index = np.arange(float(rows)), np.arange(float(columns))
+    flip = np.eye(3)
+    if flips[0]:
+        row_index = row_index[::-1]
+        flip[0] = -1, 0, rows - 1
+    if flips[1]:
+        column_index = column_index[::-1]
+        flip[1] = 0, -1, columns - 1
+    yx = matrix @ flip
+    warped = cv2.warpAffine(
+        np.ascontiguousarray(x),
+        np.array([[yx[1, 1], yx[1, 0], yx[1, 2]], [yx[0, 1], yx[0, 0], yx[0, 2]]]),  # OpenCV puts x first
+        (columns, rows),
+        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE,
+    ).reshape(x.shape)
+
+    # Input coordinates of output pixel (i, j) are by_row[:, i] + by_column[:, j], summed in SciPy's order.
+    by_row = matrix[:2, 2:] + matrix[:2, :1] * row_index
+    by_column = matrix[:2, 1:2] * column_index
+    i, j = _near_rounding_boundary(by_row, by_column, _COORDINATE_ERROR)
+    source = by_row[:, i] + by_column[:, j] + 0.5
+    source_row = np.clip(source[0], 0, rows - 1).astype(np.intp)
+    source_column = np.clip(source[1], 0, columns - 1).astype(np.intp)
+    warped[i, j] = x[source_row, source_column]
+    return warped
+
+
+def _near_rounding_boundary(by_row, by_column, tolerance):
+    """Pixels (i, j) where a coordinate by_row[k, i] + by_column[k, j], k = 0 or 1, is within `tolerance` of n + 1/2.
+
+    Sorting the fractions of by_column and looking up each row's boundary in them finds the few such pixels
+    without evaluating all H x W.
+    """
+    rows, columns = by_row.shape[1], by_column.shape[1]
+    apart = np.array([[0.0], [3.0]])  # both coordinates share one sorted list, fractions 0..2 and 3..5
+    fraction = by_column - np.floor(by_column) + apart
+    fraction = np.concatenate((fraction, fraction + 1), axis=1).ravel()  # windows may run across 1
+    order = fraction.argsort()
+    fraction = fraction[order]
+    window = (0.5 - tolerance) - by_row
+    window = (window - np.floor(window) + apart).ravel()
+    start = fraction.searchsorted(window)
+    count = fraction.searchsorted(window + 2 * tolerance) - start
+    query = np.repeat(np.arange(2 * rows), count)
+    hit = np.arange(len(query)) + (start - count.cumsum() + count)[query]
+    return query % rows, order[hit] % columns
+
+
+def _shift_channels(x: np.ndarray, channels: int, shifts) -> np.ndarray:
+    """Add one value a channel and clip to the range of `x`; a single channel is first repeated. New array."""
+    if x.shape[-1] == channels:
+        shifted = np.array(x)
+    elif channels == 3:
+        shifted = cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_GRAY2RGB)
+    else:
+        shifted = np.repeat(x, channels, axis=-1)
+    if not np.any(shifts):
+        return shifted
+    low, high, _, _ = cv2.minMaxLoc(np.ascontiguousarray(x).reshape(len(x), -1))
+    by_row = shifted.reshape(len(x), -1)  # long rows: NumPy's inner loop is then long as well
+    by_row += np.tile(np.asarray(shifts, np.float32), by_row.shape[1] // channels)
+    np.clip(by_row, np.float32(low), np.float32(high), out=by_row)
+    return shifted
