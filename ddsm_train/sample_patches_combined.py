@@ -1,0 +1,467 @@
+#!/usr/bin/env python3
+"""Cut the training and validation patches of five classes out of mammograms with outlined lesions.
+
+Reads a table of lesions, a list of patients, whole images and lesion masks; writes one folder of 16-bit PNG
+patches a class, `pat_lst.txt` (the patients of the set) and `patches.csv` (where each patch was cut) into the
+training and into the validation folder. The rules of sampling are in `dm_region`.
+"""
+
+import argparse
+import csv
+import functools
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
+from dm_args import add_flag, add_optional, complete, fraction, natural_int, positive_float, positive_int, run_main
+from dm_files import InputError, atomic_write
+
+PATHS = (
+    "roi_mask_path_file",
+    "roi_mask_dir",
+    "pat_train_list_file",
+    "full_img_dir",
+    "train_out_dir",
+    "val_out_dir",
+)
+COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
+ALLOWED = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
+BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
+# A mask of another size than its image is resized like it; of another shape, it belongs to another image.
+ASPECT_TOLERANCE = 0.02
+
+
+class Lesion(NamedTuple):
+    """One row of the lesion table; `number` tells the lesions of one image apart."""
+
+    patient: str
+    side: str
+    view: str
+    number: str
+    type: str
+    malignant: bool
+
+    @property
+    def image_id(self) -> str:
+        return f"{self.patient}_{self.side}_{self.view}"
+
+
+class PatchRow(NamedTuple):
+    """One row of patches.csv; its header is these names.
+
+    x, y: centre as in `dm_region` and in the log. image_x, image_y: the same centre in the whole image as resized
+    to image_height x image_width. source_height, source_width: the size of the image file. overlap: see
+    `dm_region.Roi.overlap`.
+    """
+
+    file: str
+    patient: str
+    side: str
+    view: str
+    abnormality: str
+    class_name: str
+    kind: str
+    x: int
+    y: int
+    overlap: float
+    image_x: int
+    image_y: int
+    image_height: int
+    image_width: int
+    source_height: int
+    source_width: int
+
+
+class ImageResult(NamedTuple):
+    rows: list[PatchRow]
+    log: list[str]
+    faults: list[str]
+
+
+# ---------------------------------------------------------------------------------------------- input tables
+
+
+def read_lesions(path) -> list[Lesion]:
+    """Rows of the lesion table, in the order of the file; InputError names the row that is wrong."""
+    lesions = []
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise InputError(
+                f"{path}: missing columns {', '.join(missing)}: Expected {','.join(COLUMNS)}. "
+                f"Received {','.join(reader.fieldnames or ())}"
+            )
+        first_seen = {}
+        for cells in reader:
+            row = f"{path}, row {reader.line_num}"
+            lesion = _read_lesion(cells, row)
+            key = lesion[:5]
+            if key in first_seen:
+                raise InputError(
+                    f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
+                    f"remove one of them"
+                )
+            first_seen[key] = reader.line_num
+            lesions.append(lesion)
+    return lesions
+
+
+def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
+    cells = {name: (cells[name] or "").strip() for name in COLUMNS}
+    for name, allowed in ALLOWED.items():
+        if cells[name] not in allowed:
+            raise InputError(f"{row}: unknown {name}: Expected {' or '.join(allowed)}. Received {cells[name]!r}")
+    pathology = cells["pathology"]
+    malignant = pathology.startswith("MALIGNANT")
+    if not malignant and pathology not in BENIGN:
+        raise InputError(f"{row}: unknown pathology: Expected MALIGNANT, {' or '.join(BENIGN)}. Received {pathology!r}")
+    for name in ("patient_id", "abn_num"):
+        if not _is_file_name(cells[name]):
+            raise InputError(f"{row}: {name} is part of file names. Received {cells[name]!r}")
+    return Lesion(cells["patient_id"], cells["side"], cells["view"], cells["abn_num"], cells["type"], malignant)
+
+
+def _is_file_name(text: str) -> bool:
+    return text.isprintable() and text != "" and not any(part in text for part in ("/", "\\", "..", ":"))
+
+
+def read_patients(path) -> list[str]:
+    """Patient ids, one a line without header; InputError when one stands there twice or there are none."""
+    patients = Path(path).read_text(encoding="utf-8-sig").split()
+    if not patients:
+        raise InputError(f"{path}: no patients: Expected one patient id a line")
+    patient, count = Counter(patients).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: patient {patient} stands there {count} times; remove the others")
+    return patients
+
+
+# -------------------------------------------------------------------------------------------------- one image
+
+
+def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: str, out_dir) -> ImageResult:
+    """Sample and write all patches of one image.
+
+    lesions: those of the image. args: the options. class_dirs: class folder by (type, malignant).
+    prefix: what the image's file name has before the image id. out_dir: where the class folders are.
+    Faults of the input files are returned, or raised as InputError with `--on-error stop`.
+    """
+    import numpy as np
+
+    from dm_region import Roi, sample_patches
+
+    result = ImageResult([], [], [])
+    image_id = lesions[0].image_id
+    half = args.patch_size // 2
+
+    def fault(path, error):
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        if args.on_error == "stop":
+            raise InputError(message)
+        result.faults.append(message)
+
+    path = Path(args.full_img_dir, f"{prefix}{image_id}.png")
+    try:
+        whole = read_resized(path, args)
+        source_size = read_size(path)
+        breast, (left, top, width, height) = find_breast(whole, args.segment_breast)
+    except InputError as error:
+        fault(path, error)
+        return result
+    result.log.append(f"ID:{image_id}, read image of size={whole.shape} size after segmentation={breast.shape}")
+    padded = np.pad(breast, half)
+
+    rois = []
+    for lesion in lesions:
+        path = Path(args.roi_mask_dir, f"{lesion.type.capitalize()}-Training_{image_id}_{lesion.number}.png")
+        try:
+            mask = read_resized(path, args)[top : top + height, left : left + width]
+            check_mask_fits(read_size(path), source_size)
+            rois.append((lesion, path, Roi.from_mask(mask, half, padded.shape)))
+        except InputError as error:
+            fault(path, error)
+
+    # Only one lesion of an image brings background. To avoid all lesions, all must be known.
+    background_due = not (args.avoid_all_rois and result.faults)
+    for lesion, path, roi in rois:
+        try:
+            patches, cutoff = sample_patches(
+                padded,
+                roi,
+                avoid=[other for *_, other in rois] if args.avoid_all_rois else [roi],
+                nb_abn=args.nb_abn,
+                nb_bkg=args.nb_bkg if background_due else 0,
+                nb_hns=args.nb_hns if background_due else 0,
+                patch_size=args.patch_size,
+                pos_cutoff=args.pos_cutoff,
+                neg_cutoff=args.neg_cutoff,
+            )
+        except InputError as error:
+            fault(path, error)
+            continue
+        background_due = False
+        result.log.append(f"ROI centroid= {roi.centroid}")
+        if cutoff < args.pos_cutoff:
+            result.log.append(f"Nb of trials reached maximum, decrease overlap cutoff to {cutoff:.2f}")
+        numbers = Counter()
+        for patch in patches:
+            class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
+            file = f"{class_dir}/{image_id}_{lesion.number}_{numbers[class_dir]:04d}.png"
+            numbers[class_dir] += 1
+            write_patch(Path(out_dir, file), padded, patch, args.patch_size)
+            result.log.append(f"sampled a {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
+            result.rows.append(
+                PatchRow(
+                    file, lesion.patient, lesion.side, lesion.view, lesion.number, class_dir, patch.kind,
+                    patch.x, patch.y, round(patch.overlap, 4), patch.x - half + left, patch.y - half + top,
+                    *whole.shape, *source_size,
+                )
+            )  # fmt: skip
+    return result
+
+
+def read_size(path) -> tuple[int, int]:
+    """(height, width) of an image file, from its header."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+
+
+def read_resized(path, args):
+    """Image file or mask as a float32 array of the size that the options ask for."""
+    from dm_image import read_resize_img
+
+    if args.target_width is None:
+        return read_resize_img(path, target_height=args.target_height)
+    return read_resize_img(path, target_size=(args.target_height, args.target_width))
+
+
+def find_breast(image, segment: bool):
+    """(breast image, its (left, top, width, height) in `image`); all of `image` when not to `segment`."""
+    from dm_preprocess import DMImagePreprocessor
+
+    if segment:
+        return DMImagePreprocessor.segment_breast(image)
+    height, width = image.shape
+    return image, (0, 0, width, height)
+
+
+def check_mask_fits(mask_size, image_size) -> None:
+    """Refuse a mask whose aspect ratio is not its image's. Sizes: (height, width) of the files."""
+    if abs(mask_size[0] / mask_size[1] * image_size[1] / image_size[0] - 1) > ASPECT_TOLERANCE:
+        raise InputError(
+            "the mask does not fit its image: Expected the shape of {} x {} pixels. Received {} x {}".format(
+                *image_size, *mask_size
+            )
+        )
+
+
+def write_patch(path, padded, patch, patch_size: int) -> None:
+    """Save a patch of the padded image as 16-bit greyscale PNG with the same pixel values."""
+    import cv2
+    import numpy as np
+
+    from dm_region import cut_patch
+
+    pixels = np.clip(np.rint(cut_patch(padded, patch.x, patch.y, patch_size)), 0, 65535).astype("uint16")
+    encoded = cv2.imencode(".png", pixels)[1]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
+# -------------------------------------------------------------------------------------------------- all images
+
+
+def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str = "") -> None:
+    """Sample the training and the validation set; see `sample_image` for the arguments.
+
+    Lesions of a type without a class folder are not used. Raises InputError for bad tables or options, and, once
+    all other images are sampled, for images at fault unless `args.on_error` is "skip".
+    """
+    from dm_region import split_patients
+
+    check_options(args, class_dirs)
+    lesions = [lesion for lesion in read_lesions(args.roi_mask_path_file) if (lesion.type, True) in class_dirs]
+    check_names(lesions, class_dirs)
+    annotated = {lesion.patient for lesion in lesions}
+    listed = read_patients(args.pat_train_list_file)
+    patients = [patient for patient in listed if patient in annotated]
+    if not patients:
+        raise InputError(f"{args.pat_train_list_file}: no patient in it is in {args.roi_mask_path_file}")
+    if len(patients) < len(listed):
+        print(f"{len(listed) - len(patients)} of {len(listed)} listed patients have no lesion in the table")
+    malignant = {lesion.patient for lesion in lesions if lesion.malignant}
+    train, val = split_patients(patients, [patient in malignant for patient in patients], args.val_size)
+
+    faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
+    if val:
+        faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
+    if faults:
+        print(f"{len(faults)} left out:", *faults, sep="\n  ")
+        if args.on_error != "skip":
+            raise InputError(
+                f"{len(faults)} images or masks at fault, all others sampled; mend them, or leave them out with "
+                f"--on-error skip. The first: {faults[0]}"
+            )
+
+
+def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, prefix, out_dir) -> list[str]:
+    """Sample the images of `patients` into `out_dir`; return the faults met."""
+    from joblib import Parallel, delayed
+    from tqdm import tqdm
+
+    print(f"Sampling for {name} set")
+    wanted = set(patients)
+    images = [list(group) for _, group in groupby(
+        # A stable sort: the lesions of an image stay in the order of the table.
+        sorted((lesion for lesion in lesions if lesion.patient in wanted), key=lambda lesion: lesion[:3]),
+        key=lambda lesion: lesion[:3],
+    )]  # fmt: skip
+    folders = [Path(out_dir, class_dir) for class_dir in {args.bkg_dir, *class_dirs.values()}]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), prefix=prefix, out_dir=out_dir)
+    results = Parallel(n_jobs=args.jobs, return_as="generator")(delayed(sample)(image) for image in images)
+
+    rows, faults = [], []
+    for result in tqdm(results, total=len(images), desc=name, unit="image", disable=None):
+        rows += result.rows
+        faults += result.faults
+        if args.verbose:
+            tqdm.write("\n".join([*result.log, *result.faults]))
+    write_tables(out_dir, patients, rows)
+    print(f"{len(rows)} patches: {dict(Counter(row.class_name for row in rows))}")
+    if older := {path for folder in folders for path in folder.glob("*.png")} - {Path(out_dir, r.file) for r in rows}:
+        print(f"Warning: {len(older)} patches in {out_dir} are not of this run, such as {min(older)}")
+    return faults
+
+
+def write_tables(out_dir, patients: Sequence[str], rows: Sequence[PatchRow]) -> None:
+    """Write pat_lst.txt and patches.csv."""
+    with atomic_write(Path(out_dir, "pat_lst.txt")) as temporary:
+        temporary.write_text("".join(f"{patient}\n" for patient in patients), encoding="utf-8")
+    with (
+        atomic_write(Path(out_dir, "patches.csv")) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(PatchRow._fields)
+        writer.writerows(rows)
+
+
+def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:
+    """Refuse two lesions whose patches would have the same names."""
+    names = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
+    for (class_dir, image_id, number), count in names.items():
+        if count > 1:
+            raise InputError(
+                f"{count} lesions would share the file names {class_dir}/{image_id}_{number}_*.png; "
+                f"give their types folders of their own"
+            )
+
+
+def check_options(args, class_dirs: Mapping) -> None:
+    if args.patch_size < 2:
+        raise InputError(f"--patch-size: Expected at least 2. Received {args.patch_size}")
+    if Path(args.train_out_dir).resolve() == Path(args.val_out_dir).resolve():
+        raise InputError(f"training and validation folder are the same: {args.train_out_dir}")
+    if args.bkg_dir in class_dirs.values():
+        raise InputError(f"--bkg-dir: Expected a folder of its own. Received {args.bkg_dir}, that of lesions")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options of both patch samplers."""
+    parser.add_argument("roi_mask_path_file", help=f"CSV table of lesions with the columns {','.join(COLUMNS)}")
+    parser.add_argument("roi_mask_dir", help="folder of masks: <Calc|Mass>-Training_<image>_<abn_num>.png")
+    parser.add_argument("pat_train_list_file", help="text file of the patients to use, one id a line")
+    parser.add_argument("full_img_dir", help="folder of whole images: <patient_id>_<side>_<view>.png")
+    parser.add_argument("train_out_dir", help="folder for the training patches")
+    parser.add_argument("val_out_dir", help="folder for the validation patches")
+    parser.add_argument(
+        "--target-height", type=positive_int, default=4096, help="resize images to this height before cutting"
+    )
+    add_optional(
+        parser, "--target-width", type=positive_int, help="resize to this width; default: keep the aspect ratio"
+    )
+    add_flag(parser, "--segment-breast", True, "cut the image to the breast and blank the rest before sampling")
+    parser.add_argument(
+        "--patch-size", type=positive_int, default=256, help="height and width of a patch; odd ones lose a pixel"
+    )
+    parser.add_argument(
+        "--nb-bkg", type=natural_int, default=30, help="background patches an image, those of --nb-hns included"
+    )
+    parser.add_argument(
+        "--nb-abn", type=natural_int, default=30,
+        help="patches a lesion; 1 cuts one around its centroid, more cut at random",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nb-hns", type=natural_int, default=15, help="hard negatives an image: background on bright blobs"
+    )
+    parser.add_argument(
+        "--pos-cutoff", type=positive_float, default=0.75,
+        help="least fraction of the patch that is lesion, or of the lesion that is in the patch, in lesion patches",
+    )  # fmt: skip
+    parser.add_argument(
+        "--neg-cutoff", type=positive_float, default=0.35, help="background patches have less of that fraction"
+    )
+    parser.add_argument(
+        "--val-size", type=fraction, default=0.1, help="fraction of the patients to validate on; 0 for none"
+    )
+    parser.add_argument("--bkg-dir", default="background", help="class folder of background patches")
+    add_flag(parser, "--avoid-all-rois", False, "background keeps off all lesions of an image, not only its first")
+    parser.add_argument(
+        "--on-error", choices=["stop", "skip"],
+        help="what a bad image or mask does: end the run, or be left out and listed; "
+        "default: be left out and listed, with exit status 1 when all others are done",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=positive_int, default=1, help="images worked on at the same time")
+    add_flag(parser, "--verbose", True, "print what was sampled from each image")
+
+
+def name_paths(paths: Sequence) -> dict:
+    """The positional arguments of `run` by name."""
+    return dict(zip(PATHS, paths, strict=False))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sampling_options(parser)
+    parser.add_argument("--calc-pos-dir", default="calc_mal", help="class folder of malignant calcifications")
+    parser.add_argument("--calc-neg-dir", default="calc_ben", help="class folder of benign calcifications")
+    parser.add_argument("--mass-pos-dir", default="mass_mal", help="class folder of malignant masses")
+    parser.add_argument("--mass-neg-dir", default="mass_ben", help="class folder of benign masses")
+    return parser
+
+
+def run(*paths, **options):
+    """Sample patches with the command line's arguments, in its order or by keyword; see `--help` for them.
+
+    Raises InputError as `sample_dataset` does.
+    """
+    args = complete(make_parser(), name_paths(paths) | options)
+    class_dirs = {
+        ("calc", True): args.calc_pos_dir,
+        ("calc", False): args.calc_neg_dir,
+        ("mass", True): args.mass_pos_dir,
+        ("mass", False): args.mass_neg_dir,
+    }
+    sample_dataset(args, class_dirs)
+
+
+def main(argv=None):
+    return run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Cut the training and validation patches of one type of lesion, mass or calcification, out of mammograms.
+
+As `sample_patches_combined.py`, with three classes, and images that carry the type in their file names:
+`<Calc|Mass>-Training_<patient_id>_<side>_<view>.png`. Lesions of the other type are not used.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
+from ddsm_train.sample_patches_combined import add_sampling_options, name_paths, sample_dataset
+from dm_args import complete, run_main
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sampling_options(parser)
+    parser.add_argument("--itype", choices=["Calc", "Mass"], default="Mass", help="type of lesion")
+    parser.add_argument("--pos-dir", default="malignant", help="class folder of malignant lesions")
+    parser.add_argument("--neg-dir", default="benign", help="class folder of benign lesions")
+    return parser
+
+
+def run(*paths, **options):
+    """Sample patches with the command line's arguments, in its order or by keyword; see `--help` for them.
+
+    Raises InputError as `sample_dataset` does.
+    """
+    args = complete(make_parser(), name_paths(paths) | options)
+    lesion_type = args.itype.lower()
+    class_dirs = {(lesion_type, True): args.pos_dir, (lesion_type, False): args.neg_dir}
+    sample_dataset(args, class_dirs, prefix=f"{args.itype}-Training_")
+
+
+def main(argv=None):
+    return run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
