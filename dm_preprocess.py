@@ -49,9 +49,7 @@ class DMImagePreprocessor:
             raise InputError(f"Expected an image of dtype uint8 or uint16. Received {dtype}.")
         return int(np.iinfo(dtype).max)
 
-    def select_largest_obj(
-        self, img_bin, lab_val=255, fill_holes=False, smooth_boundary=False, kernel_size=15
-    ):
+    def select_largest_obj(self, img_bin, lab_val=255, fill_holes=False, smooth_boundary=False, kernel_size=15):
         """Mask of the largest 8-connected object of a binary image.
 
         img_bin: (H, W), non-zero in the objects. lab_val: value of the mask inside the object, 1..255.
@@ -89,9 +87,7 @@ class DMImagePreprocessor:
         )
         return np.where(mask > 0, img, np.zeros((), img.dtype)), mask
 
-    def remove_pectoral(
-        self, img, breast_mask, high_int_threshold=0.8, morph_kn_size=3, n_morph_op=7, sm_kn_size=25
-    ):
+    def remove_pectoral(self, img, breast_mask, high_int_threshold=0.8, morph_kn_size=3, n_morph_op=7, sm_kn_size=25):
         """Set the pectoral muscle to zero: the largest very bright region, bounded by a watershed.
 
         The histogram-equalised image is thresholded; the largest object, eroded, marks the muscle, what lies

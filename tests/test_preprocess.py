@@ -97,9 +97,7 @@ def test_select_largest_obj_of_two_squares():
 def test_holes_are_filled_when_the_exchanged_seed_would_leave_the_image(shape):
     img = np.ones(shape, np.uint8)
     img[-5:, -5:] = 0
-    np.testing.assert_array_equal(
-        DMImagePreprocessor().select_largest_obj(img, fill_holes=True), img * np.uint8(255)
-    )
+    np.testing.assert_array_equal(DMImagePreprocessor().select_largest_obj(img, fill_holes=True), img * np.uint8(255))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])

@@ -1,0 +1,227 @@
+"""The phantom: its texture's spectrum, lesions inside their masks, files that agree, and its splits."""
+
+import csv
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dm_files import InputError
+from dm_preprocess import DMImagePreprocessor
+from dm_region import split_patients
+from scripts.make_phantom import (
+    Patient,
+    draw_breast,
+    draw_calcs,
+    draw_mass,
+    draw_view,
+    main,
+    make_phantom,
+    power_law_noise,
+)
+
+HEIGHT, WIDTH = 192, 144
+PATHOLOGIES = ["BENIGN", "MALIGNANT"]
+
+
+def spectral_exponent(img, low, high):
+    """Minus the slope of the radially averaged power spectrum between two frequencies (cycles a pixel)."""
+    power = np.abs(np.fft.fft2(img - img.mean())) ** 2
+    frequency = np.hypot(*np.meshgrid(*(np.fft.fftfreq(n) for n in img.shape), indexing="ij"))
+    edges = np.geomspace(low, high, 9)
+    means = [power[(frequency >= a) & (frequency < b)].mean() for a, b in pairwise(edges)]
+    return -np.polyfit(np.log(np.sqrt(edges[1:] * edges[:-1])), np.log(means), 1)[0]
+
+
+@pytest.mark.parametrize("exponent", [2.0, 3.0])
+def test_the_texture_has_a_power_law_spectrum(exponent):
+    noise = power_law_noise((384, 320), np.random.default_rng(1), exponent)
+    assert spectral_exponent(noise, 0.01, 0.45) == pytest.approx(exponent, abs=0.15)
+    assert abs(noise.mean()) < 1e-4
+    assert noise.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_breast_tissue_has_about_the_spectrum_of_mammograms():
+    """Inside the breast, density and texture together: published exponents are about 3."""
+    breast = draw_breast(576, 448, "CC", np.random.default_rng(3))
+    tissue = breast.brightness[200:328, 40:168] * np.hanning(128)[:, None] * np.hanning(128)
+    assert spectral_exponent(tissue, 0.05, 0.4) == pytest.approx(3, abs=0.5)
+
+
+@pytest.mark.parametrize("side", ["LEFT", "RIGHT"])
+@pytest.mark.parametrize("view", ["CC", "MLO"])
+def test_segment_breast_finds_the_breast_and_drops_the_label(side, view):
+    patient = Patient("P_00001", 1, side, [])
+    img, masks = draw_view(patient, view, seed=5, height=HEIGHT, width=WIDTH)
+    assert masks == []
+    rng = np.random.default_rng([5, 1, ("CC", "MLO").index(view)])
+    expected = draw_breast(HEIGHT, WIDTH, view, rng).clearance >= 0
+    if side == "RIGHT":
+        expected = expected[:, ::-1]
+    assert img[:30][~expected[:30]].max() > 40000  # the label
+    breast, (x, _, width, _) = DMImagePreprocessor.segment_breast(img, crop=False)
+    found = breast > 0
+    assert (found & expected).sum() / (found | expected).sum() > 0.93
+    assert x == 0 if side == "LEFT" else x + width == WIDTH
+
+
+@pytest.mark.parametrize("kind", ["mass", "calc"])
+@pytest.mark.parametrize("pathology", PATHOLOGIES)
+def test_masks_hold_the_lesions_and_little_else(kind, pathology):
+    for index, (side, view) in enumerate([("LEFT", "CC"), ("RIGHT", "MLO")], start=1):
+        patient = Patient("P", index, side, [(kind, pathology)] * 2)
+        with_lesions, masks = draw_view(patient, view, 0, HEIGHT, WIDTH)
+        without, _ = draw_view(patient, view, 0, HEIGHT, WIDTH, contrast=0)
+        lesions = with_lesions != without
+        assert not lesions[(masks[0] == 0) & (masks[1] == 0)].any()
+        for mask in masks:
+            assert mask.dtype == np.uint8
+            assert set(np.unique(mask)) == {0, 255}
+            rows, columns = np.nonzero(lesions & (mask > 0))
+            _, _, width, height = cv2.boundingRect(mask)
+            assert height - np.ptp(rows) <= 6  # pixels: the margin and the faintest rim
+            assert width - np.ptp(columns) <= 6
+            assert 0.03 * HEIGHT < max(width, height) < 0.2 * HEIGHT
+
+
+def test_benign_masses_are_smooth_and_malignant_ones_spiculated():
+    def compactness(malignant, seed):
+        """4 pi area / perimeter^2: 1 for a disc."""
+        lesion = draw_mass(malignant, 24, np.random.default_rng(seed))
+        contours, _ = cv2.findContours((lesion > 0.2).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        outline = max(contours, key=cv2.contourArea)
+        return 4 * np.pi * cv2.contourArea(outline) / cv2.arcLength(outline, True) ** 2
+
+    assert min(compactness(False, seed) for seed in range(20)) > 0.75
+    assert max(compactness(True, seed) for seed in range(20)) < 0.4
+
+
+def test_benign_calcifications_are_round_and_even_and_malignant_ones_are_not():
+    def spread(malignant, seed):
+        """Coefficient of variation of the areas of the separate calcifications."""
+        lesion = draw_calcs(malignant, 100, 1152, np.random.default_rng(seed))
+        stats = cv2.connectedComponentsWithStats((lesion > 0.15).astype(np.uint8))[2][1:]
+        return stats[:, cv2.CC_STAT_AREA].std() / stats[:, cv2.CC_STAT_AREA].mean()
+
+    benign, malignant = ([spread(kind, seed) for seed in range(20)] for kind in (False, True))
+    assert np.mean(benign) < 0.5 * np.mean(malignant)
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    out = tmp_path_factory.mktemp("phantom")
+    people = make_phantom(
+        out, patients=40, height=HEIGHT, width=WIDTH, prevalence=0.3, benign_rate=0.5, test_size=0.25, val_size=0.2
+    )
+    return out, people
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_shares_are_exact(phantom):
+    _, people = phantom
+    assert sum(p.malignant for p in people) == 12
+    assert sum(bool(p.findings) and not p.malignant for p in people) == 20
+    assert sum(not p.findings for p in people) == 8
+
+
+def test_tables_masks_and_images_agree(phantom):
+    out, people = phantom
+    views = ("CC", "MLO")
+    names = {f"{p.name}_{p.side}_{view}.png" for p in people for view in views}
+    assert {path.name for path in (out / "full_img").iterdir()} == names
+    rows = read_rows(out / "roi_mask_path.csv")
+    assert list(rows[0]) == ["patient_id", "side", "view", "abn_num", "pathology", "type"]
+    assert len(rows) == 2 * sum(len(p.findings) for p in people)
+    masks = set()
+    for row in rows:
+        stem = "_".join((row["patient_id"], row["side"], row["view"]))
+        masks.add(f"{row['type'].capitalize()}-Training_{stem}_{row['abn_num']}.png")
+        assert f"{stem}.png" in names
+        assert row["pathology"] in {"MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK"}
+    assert {path.name for path in (out / "roi_mask").iterdir()} == masks
+    for path, dtype in ((next((out / "full_img").iterdir()), "uint16"), (out / "roi_mask" / masks.pop(), "uint8")):
+        img = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert img.dtype == dtype
+        assert img.shape == (HEIGHT, WIDTH)
+    positive = {(row["patient_id"], row["side"]) for row in rows if row["pathology"] == "MALIGNANT"}
+    cancers = read_rows(out / "pat_side_cancer.csv")
+    assert {(row["patient_id"], row["side"]) for row in cancers if row["cancer"] == "1"} == positive
+    assert len(cancers) == len(people)
+    whole = {folder: {p.name for p in out.glob(f"*/{folder}/*.png")} for folder in ("neg", "pos")}
+    assert whole["pos"] == {f"{patient}_{side}_{view}.png" for patient, side in positive for view in views}
+    assert whole["neg"] == names - whole["pos"]
+
+
+def test_patients_are_divided_as_the_patch_sampler_divides_them(phantom):
+    out, people = phantom
+    found = {s: {path.name[:7] for path in out.glob(f"{s}/*/*.png")} for s in ("train", "val", "test")}
+    listed = {s: (out / f"pat_{s}.txt").read_text().split() for s in ("train", "test")}
+    assert sum(map(len, found.values())) == len(people)
+    assert found["train"] | found["val"] == set(listed["train"])
+    assert found["test"] == set(listed["test"])
+    rows = read_rows(out / "roi_mask_path.csv")
+    annotated = {row["patient_id"] for row in rows}
+    cancer = {row["patient_id"] for row in rows if row["pathology"] == "MALIGNANT"}
+    patients = [patient for patient in listed["train"] if patient in annotated]
+    _, val = split_patients(patients, [patient in cancer for patient in patients], 0.2)
+    assert found["val"] & annotated == set(val)
+    for group in found.values():
+        assert group - annotated, "normal patients"
+        assert group & cancer
+        assert group & (annotated - cancer)
+
+
+def test_same_seed_same_bytes_for_any_number_of_jobs(tmp_path):
+    options = {"patients": 12, "height": HEIGHT, "width": WIDTH, "views": ["CC"], "test_size": 0, "val_size": 0}
+    for name, seed, jobs in (("one", 7, 1), ("two", 7, 2), ("other", 8, 1)):
+        make_phantom(tmp_path / name, seed=seed, jobs=jobs, **options)
+    one, two, other = (contents(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two
+    assert not {v for k, v in one.items() if "full_img" in k} & {v for k, v in other.items() if "full_img" in k}
+
+
+def test_whole_images_are_resized_on_demand(tmp_path):
+    status = main(
+        f"{tmp_path}/out --patients 3 --views CC --height 160 --width 128 --img-size 80 64 "
+        "--test-size 0 --val-size 0 --jobs 1".split()
+    )
+    assert status == 0
+    whole = list(Path(tmp_path).glob("out/train/*/*.png"))
+    assert len(whole) == 3
+    for path in whole:
+        img = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        full = cv2.imread(str(tmp_path / "out" / "full_img" / path.name), cv2.IMREAD_UNCHANGED)
+        means = full.reshape(80, 2, 64, 2).mean(axis=(1, 3))
+        assert np.abs(img - means).max() <= 0.5
+    assert "SYNTHETIC" in (tmp_path / "out" / "README.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prevalence": 0.7, "benign_rate": 0.7}, "--benign-rate"),
+        ({"patients": 4}, "too few"),
+        ({"height": 64}, "--height"),
+    ],
+)
+def test_impossible_options(tmp_path, options, words):
+    with pytest.raises(InputError, match=words):
+        make_phantom(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_content_is_left_alone(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main([str(tmp_path)]) == 1
+    assert "new or empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
