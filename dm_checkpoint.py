@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,18 +48,7 @@ def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras
                 f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). Received weights only: "
                 "build the model first, then load_weights(model, path)"
             )
-        description = json.loads(h5.attrs["model_config"])
-        if not trust_checkpoint:
-            _refuse_code(description, path)
-        _patch_keras2(description["config"])
-        try:
-            # The public way into Model.from_config with a say on safe mode.
-            model = keras.saving.deserialize_keras_object(
-                {"module": "keras", "class_name": "Model", "config": description["config"]},
-                safe_mode=not trust_checkpoint,
-            )
-        except Exception as error:  # whatever a wrong description makes Keras stumble over
-            raise InputError(f"{path}: cannot rebuild the model it describes: {_one_line(error)}") from error
+        model = _build(json.loads(h5.attrs["model_config"]), path, trust_checkpoint)
         _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
     return model
 
@@ -76,7 +66,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
     path = _existing_file(path)
     if not zipfile.is_zipfile(path):
         with _open_h5(path) as h5:
-            group = h5["model_weights"] if "model_weights" in h5 else h5
+            group = h5.get("model_weights", h5)
             if _names(group, "layer_names"):
                 _assign_by_name(model, _stored_weights(group), path, strict)
                 return
@@ -112,7 +102,9 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
             else:
                 keras.saving.save_model(bare, temporary)
     except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
-        raise InputError(f"{path}: cannot be written: {_one_line(error)}") from error
+        errno = getattr(error, "errno", None)
+        reason = os.strerror(errno) if errno else _one_line(error)
+        raise InputError(f"{path}: cannot be written: {reason}") from error
 
 
 # Reading
@@ -153,8 +145,26 @@ def _load_archive(path: Path, trust_checkpoint: bool) -> keras.Model:
         raise InputError(f"{path}: cannot be opened as a Keras model: {_one_line(error)}") from error
 
 
+def _build(description: dict, path: Path, trust_checkpoint: bool) -> keras.Model:
+    """The model of a legacy file's description, with arbitrary weights."""
+    if not trust_checkpoint:
+        _refuse_code(description, path)
+    kind, config = description["class_name"], description["config"]
+    if isinstance(config, list):
+        raise InputError(f"{path}: Expected a functional model. Received a {kind} model of Keras 2")
+    try:
+        _patch_keras2(config)
+        # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
+        return keras.saving.deserialize_keras_object(
+            {"module": "keras", "class_name": "Model" if kind == "Functional" else kind, "config": config},
+            safe_mode=not trust_checkpoint,
+        )
+    except Exception as error:  # whatever a wrong description makes Keras stumble over
+        raise InputError(f"{path}: cannot rebuild the model that it describes: {_one_line(error)}") from error
+
+
 def _refuse_code(node: object, path: Path) -> None:
-    """Raise InputError when a model description holds Python code, or names code outside Keras, to be run on opening."""
+    """Raise InputError when opening the model described would run Python code stored in the file or named by it."""
     if isinstance(node, dict):
         name = node.get("class_name")
         module = node.get("module") or "keras"
@@ -194,9 +204,9 @@ def _patch_keras2(config: dict) -> None:
 
 def _patch_node_indices(layers: list[dict]) -> None:
     """Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 numbers them from 0."""
-    nested = {layer["name"] for layer in layers if "layers" in layer["config"]}
+    nested = {layer.get("name") for layer in layers if "layers" in layer["config"]}
     for layer in layers:
-        for node in layer["inbound_nodes"]:
+        for node in layer.get("inbound_nodes", []):  # none in a Sequential model
             if isinstance(node, list):  # Keras 3 writes dictionaries
                 for reference in node:
                     if reference[0] in nested:
@@ -392,10 +402,16 @@ def _without_legacy_notice() -> Iterator[None]:
 
 
 def _save_weights(model: keras.Model, path: Path) -> None:
-    """Keras insists on the full ending, of which a temporary name keeps only `.h5`."""
-    full_name = path.with_suffix(".weights.h5")
+    """Write a `.weights.h5` file, by taking it out of a `.keras` archive.
+
+    `Model.save_weights` leaves its HDF5 file open when the disk is full, which crashes Python later on; the archive
+    is put together in memory.
+    """
+    archive = path.with_suffix(".keras")
     try:
-        model.save_weights(full_name)
-        full_name.replace(path)
+        keras.saving.save_model(model, archive)
+        with zipfile.ZipFile(archive) as members:
+            with members.open("model.weights.h5") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
     finally:
-        full_name.unlink(missing_ok=True)
+        archive.unlink(missing_ok=True)
