@@ -35,7 +35,8 @@ __all__ = [
 
 def robust_load_model(filepath, custom_objects=None, trust_checkpoint=False) -> keras.Model:
     """Open a model file of any age; see `dm_checkpoint.load_model`. The file is never changed."""
-    return dm_checkpoint.load_model(filepath, custom_objects=custom_objects, trust_checkpoint=trust_checkpoint)
+    with keras.saving.custom_object_scope(custom_objects or {}):
+        return dm_checkpoint.load_model(filepath, trust_checkpoint=trust_checkpoint)
 
 
 def load_dat_ram(generator, nb_samples: int | None = None):
@@ -596,6 +597,7 @@ def do_3stage_training(
     nb_worker=1,
     weight_decay2=0.01,
     hidden_dropout2=0.0,
+    hidden_dropout=None,
     frozen_bn="batch",
     best_model=None,
     callbacks=(),
@@ -603,8 +605,8 @@ def do_3stage_training(
     """Train a patch classifier: last layer, then top layers, then all layers (paper, section on patch training).
 
     Epoch arguments are cumulative totals. Without pretrained weights, and for YaroslavNet, which has none, there
-    is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay and dropout the model was
-    built with, later ones take `weight_decay2` and `hidden_dropout2`. The model of best validation accuracy is
+    is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay the model was built with, and
+    the dropout unless `hidden_dropout` is given; later ones take `weight_decay2` and `hidden_dropout2`. The model of best validation accuracy is
     kept in `best_model_file`, or by a `best_model` callback of the caller's. `validation_steps`, `train_batches`
     and `nb_worker` are accepted for old callers: sets know their own length and workers.
 
@@ -614,13 +616,13 @@ def do_3stage_training(
     if use_pretrained and net == "yaroslav":
         print("YaroslavNet has no ImageNet weights: all layers train from the start", flush=True)
     if not use_pretrained or net == "yaroslav":
-        stages = [Stage(nb_epoch, init_lr, 0)]
+        stages = [Stage(nb_epoch, init_lr, 0, dropout=hidden_dropout)]
     else:
         if top_layer_nb is None:
             raise InputError(f"--top-layer-nb: Expected an index for {net}. Received none")
         later = {"weight_decay": weight_decay2, "dropout": hidden_dropout2}
         stages = [
-            Stage(nb_epoch, init_lr, len(model.layers) - 1),
+            Stage(nb_epoch, init_lr, len(model.layers) - 1, dropout=hidden_dropout),
             Stage(top_layer_epochs, init_lr * top_layer_multiplier, top_layer_nb, **later),
             Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, **later),
         ]

@@ -93,7 +93,8 @@ def run(**options) -> None:
         resume_from=args.resume_from,
         top_layer_nb=args.top_layer_nb,
         weight_decay=args.weight_decay,
-        hidden_dropout=args.hidden_dropout,
+        # With dropout in any stage the layer must be there from the start.
+        hidden_dropout=max(args.hidden_dropout, args.hidden_dropout2),
         pretrained_weights=args.pretrained_weights,
         trust_checkpoint=args.trust_checkpoint,
         nb_init_filter=args.nb_init_filter,
@@ -124,6 +125,7 @@ def run(**options) -> None:
         neg_cls_weight=args.neg_cls_weight,
         weight_decay2=args.weight_decay2,
         hidden_dropout2=args.hidden_dropout2,
+        hidden_dropout=args.hidden_dropout,
         frozen_bn=args.frozen_bn,
         best_model=best,
         callbacks=training.callbacks,

@@ -1,0 +1,27 @@
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+scripts = {
+    "dm-sample-patches": "ddsm_train.sample_patches_combined",
+    "dm-train-patch": "ddsm_train.patch_clf_train",
+    "dm-train-image": "ddsm_train.image_clf_train",
+    "dm-make-phantom": "scripts.make_phantom",
+}
+setup(
+    name="end2end-mammography",
+    version="0.1.0",
+    description="End-to-end training of whole-image breast-cancer classifiers on mammograms",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    install_requires=[
+        line for line in (here / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
+    ],
+    py_modules=sorted(path.stem for path in here.glob("dm_*.py")),
+    packages=["ddsm_train", "scripts"],
+    entry_points={"console_scripts": [f"{name} = {module}:main" for name, module in scripts.items()]},
+    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"]},
+)
