@@ -213,7 +213,8 @@ def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: s
             file = f"{class_dir}/{image_id}_{lesion.number}_{numbers[class_dir]:04d}.png"
             numbers[class_dir] += 1
             write_patch(Path(out_dir, file), padded, patch, args.patch_size)
-            result.log.append(f"sampled a {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
+            article = "an" if patch.kind == "abn" else "a"
+            result.log.append(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
             result.rows.append(
                 PatchRow(
                     file, lesion.patient, lesion.side, lesion.view, lesion.number, class_dir, patch.kind,
