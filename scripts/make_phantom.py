@@ -4,7 +4,7 @@ The pictures are drawn, not acquired: they let one run the whole programme, and 
 patient data. They are no substitute for patients, and a figure measured on them says nothing about patients.
 
 The anatomical texture is power-law noise, whose power spectrum falls with the third power of the frequency
-(Burges, Jacobson and Judy 2001, "Human observer detection experiments with mammograms and power-law noise").
+(Burgess, Jacobson and Judy 2001, "Human observer detection experiments with mammograms and power-law noise").
 Benign masses are smooth ellipses, malignant ones irregular and spiculated; benign calcifications are round
 and even, malignant ones linear, branching and uneven (the descriptors of BI-RADS).
 
