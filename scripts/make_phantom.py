@@ -217,7 +217,8 @@ def draw_view(patient, view, seed, height, width, contrast=1.0):
 
     Returns (image (height, width) uint16, list of one mask (height, width) uint8 0/255 for each finding).
     """
-    rng = np.random.default_rng([seed, patient.index, ("CC", "MLO").index(view)])
+    # Not 0 and 1: NumPy seeds with and without a trailing zero give the same draws, and [seed, index] is taken.
+    rng = np.random.default_rng([seed, patient.index, {"CC": 1, "MLO": 2}[view]])
     breast = draw_breast(height, width, view, rng)
     picture, clearance = breast.brightness.copy(), breast.clearance.copy()
     masks = []

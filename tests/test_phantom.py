@@ -56,7 +56,7 @@ def test_segment_breast_finds_the_breast_and_drops_the_label(side, view):
     patient = Patient("P_00001", 1, side, [])
     img, masks = draw_view(patient, view, seed=5, height=HEIGHT, width=WIDTH)
     assert masks == []
-    rng = np.random.default_rng([5, 1, ("CC", "MLO").index(view)])
+    rng = np.random.default_rng([5, 1, {"CC": 1, "MLO": 2}[view]])
     expected = draw_breast(HEIGHT, WIDTH, view, rng).clearance >= 0
     if side == "RIGHT":
         expected = expected[:, ::-1]
