@@ -63,7 +63,7 @@ class Roi:
         inside = (mask > 0).astype("uint8")
         left, top, width, height = cv2.boundingRect(inside)
         if width == 0:
-            raise InputError("the mask marks no lesion: Expected pixels above 0. Received none")
+            raise InputError("the mask marks no lesion in the image: Expected pixels above 0. Received none")
         inside = np.ascontiguousarray(inside[top : top + height, left : left + width])
         origin = (left + margin, top + margin)
         contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=origin)

@@ -9,6 +9,7 @@ training and into the validation folder. The rules of sampling are in `dm_region
 import argparse
 import csv
 import functools
+import io
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ class Lesion(NamedTuple):
 
 
 class PatchRow(NamedTuple):
-    """One row of patches.csv; its header is these names.
+    """One row of patches.csv; its header is these names, with `class` for `class_name`.
 
     x, y: centre as in `dm_region` and in the log. image_x, image_y: the same centre in the whole image as resized
     to image_height x image_width. source_height, source_width: the size of the image file. overlap: see
@@ -87,27 +88,34 @@ class ImageResult(NamedTuple):
 
 def read_lesions(path) -> list[Lesion]:
     """Rows of the lesion table, in the order of the file; InputError names the row that is wrong."""
-    lesions = []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    columns = reader.fieldnames or ()
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise InputError(
+            f"{path}: missing columns {', '.join(missing)}: Expected {','.join(COLUMNS)}. "
+            f"Received {','.join(columns)[:200]}"
+        )
+    lesions, first_seen = [], {}
+    for cells in reader:
+        row = f"{path}, row {reader.line_num}"
+        lesion = _read_lesion(cells, row)
+        key = lesion[:5]
+        if key in first_seen:
             raise InputError(
-                f"{path}: missing columns {', '.join(missing)}: Expected {','.join(COLUMNS)}. "
-                f"Received {','.join(reader.fieldnames or ())}"
+                f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
+                f"remove one of them"
             )
-        first_seen = {}
-        for cells in reader:
-            row = f"{path}, row {reader.line_num}"
-            lesion = _read_lesion(cells, row)
-            key = lesion[:5]
-            if key in first_seen:
-                raise InputError(
-                    f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
-                    f"remove one of them"
-                )
-            first_seen[key] = reader.line_num
-            lesions.append(lesion)
+        first_seen[key] = reader.line_num
+        lesions.append(lesion)
     return lesions
+
+
+def _read_text(path) -> str:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
 
 
 def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
@@ -131,7 +139,7 @@ def _is_file_name(text: str) -> bool:
 
 def read_patients(path) -> list[str]:
     """Patient ids, one a line without header; InputError when one stands there twice or there are none."""
-    patients = Path(path).read_text(encoding="utf-8-sig").split()
+    patients = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     if not patients:
         raise InputError(f"{path}: no patients: Expected one patient id a line")
     patient, count = Counter(patients).most_common(1)[0]
@@ -354,7 +362,8 @@ def write_tables(out_dir, patients: Sequence[str], rows: Sequence[PatchRow]) -> 
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(PatchRow._fields)
+        # "class" is a word of Python and cannot name a field.
+        writer.writerow(name.removesuffix("_name") for name in PatchRow._fields)
         writer.writerows(rows)
 
 

@@ -182,7 +182,7 @@ def test_output_does_not_depend_on_the_number_of_jobs(study):
 def test_patches_csv_leads_back_to_the_image(study):
     out = sample(study, segment_breast=False, nb_hns=0)
     rows = read_rows(out / "train")
-    assert {row["class_name"] for row in rows} == {"background", *(row["file"].split("/")[0] for row in rows)}
+    assert {row["class"] for row in rows} == {"background", *(row["file"].split("/")[0] for row in rows)}
     for row in rows:
         name = f"{row['patient']}_{row['side']}_{row['view']}"
         image = np.pad(cv2.imread(str(study / f"full_img/{name}.png"), cv2.IMREAD_UNCHANGED), 8)
@@ -296,6 +296,14 @@ def test_missing_columns_are_named(tmp_path):
     path.write_text("patient_id,side,view\nP_1,LEFT,CC\n")
     with pytest.raises(InputError, match="missing columns abn_num, pathology, type"):
         sample_patches_combined.read_lesions(path)
+
+
+def test_tables_that_are_no_text_are_refused(study):
+    for name in ("roi_mask_path.csv", "pat_train.txt"):
+        (study / name).write_bytes(b"\x89PNG")
+        with pytest.raises(InputError, match=rf"{name}: not a text file"):
+            sample(study)
+        (study / name).write_text(f"{HEADER}\nP_0,LEFT,CC,1,BENIGN,calc\n")
 
 
 @pytest.mark.parametrize(
