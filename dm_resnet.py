@@ -20,7 +20,7 @@ def set_dropout_rate(layer, rate):
 
     Keras gives a layer made with rate 0 no random generator; raising its rate alone would fail in training.
     """
-    if rate > 0 and not hasattr(layer, "seed_generator"):
+    if not hasattr(layer, "seed_generator"):
         # A built layer refuses new state, and Keras has no public way to lift that. The layer must track the
         # generator all the same: compiled training steps, above all those of JAX, look for its state there.
         layer._tracker.unlock()
