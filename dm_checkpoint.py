@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,11 @@ def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras
                 f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). Received weights only: "
                 "build the model first, then load_weights(model, path)"
             )
-        model = _build(json.loads(h5.attrs["model_config"]), path, trust_checkpoint)
+        description = json.loads(h5.attrs["model_config"])
+        if not trust_checkpoint:
+            _refuse_code(description, path)
+        old = _text(h5.attrs.get("keras_version", "2")).startswith("2")
+        model = _build(description, old, path, trust_checkpoint)
         _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
     return model
 
@@ -76,7 +81,8 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
     if not strict:
         raise InputError(f"{path}: layers can be matched by name only from a legacy .h5 file")
     try:
-        model.load_weights(path)
+        with warnings.catch_warnings(action="ignore"):  # of what then fails
+            model.load_weights(path)
     except Exception as error:  # Keras raises many types here, all for a file that does not fit
         raise InputError(f"{path}: weights do not fit the model: {_one_line(error)}") from error
 
@@ -145,15 +151,14 @@ def _load_archive(path: Path, trust_checkpoint: bool) -> keras.Model:
         raise InputError(f"{path}: cannot be opened as a Keras model: {_one_line(error)}") from error
 
 
-def _build(description: dict, path: Path, trust_checkpoint: bool) -> keras.Model:
+def _build(description: dict, old: bool, path: Path, trust_checkpoint: bool) -> keras.Model:
     """The model of a legacy file's description, with arbitrary weights."""
-    if not trust_checkpoint:
-        _refuse_code(description, path)
     kind, config = description["class_name"], description["config"]
     if isinstance(config, list):
         raise InputError(f"{path}: Expected a functional model. Received a {kind} model of Keras 2")
     try:
-        _patch_keras2(config)
+        if old:
+            _patch_keras2(config)
         # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
         return keras.saving.deserialize_keras_object(
             {"module": "keras", "class_name": "Model" if kind == "Functional" else kind, "config": config},
@@ -193,24 +198,31 @@ def _one_line(error: Exception) -> str:
 
 
 def _patch_keras2(config: dict) -> None:
-    """Bring the configuration of a functional model of any age to what Keras 3 reads, nested models included."""
+    """Bring the configuration of a Keras 2 functional model to what Keras 3 reads, nested models included."""
     for layer in config["layers"]:
         if "layers" in layer["config"]:
             _patch_keras2(layer["config"])
         _patch_regularizers(layer["config"])
         _patch_separable_convolution(layer)
     _patch_node_indices(config["layers"])
+    _patch_single_ends(config)
 
 
 def _patch_node_indices(layers: list[dict]) -> None:
     """Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 numbers them from 0."""
-    nested = {layer.get("name") for layer in layers if "layers" in layer["config"]}
+    nested = {layer["name"] for layer in layers if "layers" in layer["config"]}
     for layer in layers:
-        for node in layer.get("inbound_nodes", []):  # none in a Sequential model
-            if isinstance(node, list):  # Keras 3 writes dictionaries
-                for reference in node:
-                    if reference[0] in nested:
-                        reference[1] -= 1
+        for node in layer["inbound_nodes"]:
+            for reference in node:
+                if reference[0] in nested:
+                    reference[1] -= 1
+
+
+def _patch_single_ends(config: dict) -> None:
+    """Keras 2 lists inputs and outputs even when there is one; Keras 3 would then warn at each call with a tensor."""
+    for key in ("input_layers", "output_layers"):
+        if len(config[key]) == 1:
+            config[key] = config[key][0]
 
 
 def _patch_regularizers(config: dict) -> None:
@@ -232,12 +244,16 @@ def _patch_separable_convolution(layer: dict) -> None:
 # Weights by name
 
 
+def _text(attribute: bytes | str) -> str:
+    return attribute.decode() if isinstance(attribute, bytes) else attribute
+
+
 def _names(group: h5py.Group, attribute: str) -> list[str]:
     """A list of names, which Keras splits over several attributes when it exceeds the HDF5 limit of 64 KiB."""
     keys = [attribute] if attribute in group.attrs else []
     while f"{attribute}{len(keys)}" in group.attrs:
         keys.append(f"{attribute}{len(keys)}")
-    return [name.decode() if isinstance(name, bytes) else str(name) for key in keys for name in group.attrs[key]]
+    return [_text(name) for key in keys for name in group.attrs[key]]
 
 
 def _stored_weights(group: h5py.Group) -> dict[str, dict[str, h5py.Dataset]]:
@@ -261,7 +277,7 @@ def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset
     for name, weights in stored.items():
         if name in layers:
             pairs += _pair_weights(layers[name], weights, f"{path}: layer {name}")
-    if not pairs:
+    if not pairs and not strict:
         raise InputError(f"{path}: no layer of the file has the name of a layer of the model")
     for variable, data in pairs:
         variable.assign(data[()])
@@ -368,13 +384,15 @@ def _flags_of_layers(model: keras.Model) -> Iterator[None]:
     only the flags of the layers are stored. With a frozen gamma in a trainable batch normalisation the two orders
     would differ.
     """
-    flags = [(variable, variable.trainable) for variable in model.variables]
+    before = [(variable, variable.trainable) for variable in model.variables]
     for layer in _plain_layers(model):
-        layer.trainable = layer.trainable  # the setter hands it on to the variables
+        flag = layer.trainable
+        layer.trainable = not flag  # TensorFlow's object tracking ignores an assignment that changes nothing
+        layer.trainable = flag
     try:
         yield
     finally:
-        for variable, flag in flags:
+        for variable, flag in before:
             variable.trainable = flag
 
 
@@ -410,8 +428,11 @@ def _save_weights(model: keras.Model, path: Path) -> None:
     archive = path.with_suffix(".keras")
     try:
         keras.saving.save_model(model, archive)
-        with zipfile.ZipFile(archive) as members:
-            with members.open("model.weights.h5") as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target)
+        with (
+            zipfile.ZipFile(archive) as members,
+            members.open("model.weights.h5") as source,
+            path.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     finally:
         archive.unlink(missing_ok=True)
