@@ -217,10 +217,15 @@ def add_top_layers(
         raise InputError(f"Unknown patch net. Expected one of {', '.join(PATCH_NETS)}. Received: {patch_net!r}.")
     if block_type not in BLOCK_TYPES:
         raise InputError(f"Unknown block type. Expected one of {', '.join(BLOCK_TYPES)}. Received: {block_type!r}.")
-    if len(depths) != len(repetitions):
+    if add_conv and len(depths) != len(repetitions):
         raise InputError(
             "Expected one number of repetitions for each depth of the top layers. "
             f"Received: depths {list(depths)} and repetitions {list(repetitions)}."
+        )
+    if not add_conv and fc_init_units < 2 ** (fc_layers - 1):
+        raise InputError(
+            f"Expected at least {2 ** (fc_layers - 1)} units in the first of {fc_layers} dense layers, since each "
+            f"has half the units of the one before. Received: {fc_init_units}."
         )
 
     net, classifier = _cut_patch_net(model)

@@ -279,8 +279,9 @@ def test_dense_top_halves_its_units_and_gives_probabilities(images, add_shortcut
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
-def test_whole_image_net_saves_and_opens(tmp_path, images, suffix):
-    model, _ = add_top_layers(make_patch_net(), (24, 20), "vgg16", depths=[2, 2], repetitions=[1, 2])
+@pytest.mark.parametrize("size", [(None, None), (16, 16)], ids=["any size", "fixed size"])
+def test_whole_image_net_saves_and_opens(tmp_path, images, suffix, size):
+    model, _ = add_top_layers(make_patch_net(size=size), (24, 20), "vgg16", depths=[2, 2], repetitions=[1, 2])
     model.save(tmp_path / f"image.{suffix}")
     opened = keras.models.load_model(tmp_path / f"image.{suffix}", compile=False)
     assert opened.predict(images, verbose=0) == pytest.approx(model.predict(images, verbose=0), abs=1e-6)
@@ -295,6 +296,7 @@ def test_whole_image_net_saves_and_opens(tmp_path, images, suffix):
         ({"image_size": (2, 2)}, "Images of 2x2 are too small for the patch net vgg16"),
         ({"add_heatmap": True}, "at least 7x7 to pool. Received: 6x5"),
         ({"add_heatmap": True, "avg_pool_size": (3, 3)}, "at least 5x5 to pool. Received: 4x3"),
+        ({"add_conv": False, "fc_init_units": 4, "fc_layers": 4}, "at least 8 units.*Received: 4"),
         ({"block_type": "vgg", "depths": [2] * 4, "repetitions": [1] * 4}, "at least 2x2 to pool"),
     ],
 )
