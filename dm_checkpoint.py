@@ -90,8 +90,8 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
 def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     """Save a functional model without optimizer state; the name ending chooses the format.
 
-    `.weights.h5`: weights alone; `.h5`: the legacy full model, which Keras 2 users expect; `.keras`: today's full
-    model. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
+    `.weights.h5`: weights alone; `.h5`: a full model in the legacy format; `.keras`: a full model in today's
+    format. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
     the file correctly. The file appears only when complete: on any failure an old file of this name stays whole.
 
     Raises InputError for an unknown ending or a file that cannot be written.
@@ -128,7 +128,9 @@ def _open_h5(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as h5:
             yield h5
-    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # by what is damaged
         raise InputError(
             f"{path}: Expected a Keras checkpoint (.h5 or .keras). Received another kind of file or a damaged one: "
             f"{_one_line(error)}"
@@ -309,12 +311,10 @@ def _pair_weights(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: s
 def _inner_layers(model: keras.Model, where: str) -> dict[str, keras.Layer]:
     """Name -> layer, for all layers with weights at any depth inside a nested model."""
     found = {}
-    for layer in model.layers:
-        inner = _inner_layers(layer, where) if isinstance(layer, keras.Model) else {layer.name: layer}
-        for name, leaf in inner.items():
-            if found.setdefault(name, leaf) is not leaf and leaf.weights:
-                raise InputError(f"{where}: two inner layers are called {name}, so its weights cannot be told apart")
-    return {name: layer for name, layer in found.items() if layer.weights}
+    for layer in _plain_layers(model):
+        if layer.weights and found.setdefault(layer.name, layer) is not layer:
+            raise InputError(f"{where}: two inner layers are called {layer.name}: cannot tell their weights apart")
+    return found
 
 
 def _match_scopes(layers: dict[str, keras.Layer], scopes: set[str], where: str) -> list[tuple]:
