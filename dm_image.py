@@ -1,4 +1,6 @@
-"""Mammograms from files to network input: reading, resizing, augmenting, and iterators for Keras.
+"""Mammograms from files to network input: reading, resizing, cutting, labelling, augmenting.
+
+The iterators that `DMImageDataGenerator` makes are in `dm_iterators`, since they need Keras and this does not.
 
 Images are (rows, columns), or (rows, columns, channels) with `data_format="channels_last"`; files hold 8- or
 16-bit integers, networks get float32. Rules marked "golden" are those of the published 2017 program.
@@ -96,7 +98,8 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool) -> np.ndarray:
     return img
 
 
-def _check_grey(fname, img: np.ndarray) -> np.ndarray:
+def check_grey(fname, img: np.ndarray) -> np.ndarray:
+    """`img` if it has one channel (H, W), else InputError."""
     if img.ndim != 2:
         raise InputError(
             f"{fname}: colour image. Expected one grey channel. Received shape {img.shape}. "
@@ -105,7 +108,7 @@ def _check_grey(fname, img: np.ndarray) -> np.ndarray:
     return img
 
 
-def _read_resized(fname, target_size=None, target_height=None, gs_255=False) -> np.ndarray:
+def read_resized(fname, target_size=None, target_height=None, gs_255=False) -> np.ndarray:
     """Read and resize (bicubic) in the stored type, where overshoots saturate."""
     if target_size is None and target_height is None:
         raise InputError("One of [target_size, target_height] must not be None")
@@ -118,7 +121,7 @@ def _read_resized(fname, target_size=None, target_height=None, gs_255=False) -> 
     return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _scale(img: np.ndarray, target_scale=None, rescale_factor=None) -> np.ndarray:
+def scale_pixels(img: np.ndarray, target_scale=None, rescale_factor=None) -> np.ndarray:
     """float32 copy of stored pixels, scaled so that this image's maximum is target_scale, then by rescale_factor."""
     img = img.astype(np.float32)
     maximum = float(img.max())
@@ -143,7 +146,7 @@ def read_resize_img(
     Resizing happens in the stored integer type. `target_scale` maps this image's maximum to that value,
     `rescale_factor` multiplies; `gs_255` reads as 8-bit grey. A colour file gives (H, W, C). Raises InputError.
     """
-    return _scale(_read_resized(fname, target_size, target_height, gs_255), target_scale, rescale_factor)
+    return scale_pixels(read_resized(fname, target_size, target_height, gs_255), target_scale, rescale_factor)
 
 
 def equalize_histogram(img: np.ndarray, name="image") -> np.ndarray:
@@ -160,11 +163,11 @@ def equalize_histogram(img: np.ndarray, name="image") -> np.ndarray:
     return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
 
 
-def _to_network_input(
+def to_network_input(
     fname, img, equalize_hist, data_format, dup_3_channels, transformer=None, standardizer=None
 ) -> np.ndarray:
     """(H, W) float32 to the (possibly augmented) tensor of one sample."""
-    img = _check_grey(fname, img)
+    img = check_grey(fname, img)
     if equalize_hist:
         img = equalize_histogram(img, fname)
     axis = 0 if data_format == "channels_first" else 2
@@ -195,8 +198,172 @@ def read_img_for_pred(
     """
     img = read_resize_img(fname, **kwargs)
     return np.ascontiguousarray(
-        _to_network_input(fname, img, equalize_hist, data_format, dup_3_channels, transformer, standardizer)
+        to_network_input(fname, img, equalize_hist, data_format, dup_3_channels, transformer, standardizer)
     )
+
+
+# ---------------------------------------------------------------------------------------- cutting and windows
+
+
+def crop_img(img: np.ndarray, bbox: tuple[int, int, int, int]) -> np.ndarray:
+    """View of the box (x, y, width, height) of an image (H, W)."""
+    x, y, width, height = bbox
+    return img[y : y + height, x : x + width]
+
+
+def add_img_margins(img: np.ndarray, margin_size: int) -> np.ndarray:
+    """Copy of an image (H, W) with a zero margin of `margin_size` pixels on each side."""
+    return np.pad(img, margin_size)
+
+
+def get_roi_patches(img: np.ndarray, key_pts, roi_size: tuple[int, int] = (256, 256)) -> np.ndarray:
+    """Patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (golden).
+
+    A patch that would start before the image is moved to start with it; beyond its end it is zero.
+    """
+    rows, columns = roi_size
+    patches = np.zeros((len(key_pts), rows, columns), img.dtype)
+    for patch, (x, y) in zip(patches, key_pts, strict=True):
+        top, left = max(int(y - rows // 2), 0), max(int(x - columns // 2), 0)
+        inside = img[top : top + rows, left : left + columns]
+        patch[: inside.shape[0], : inside.shape[1]] = inside
+    return patches
+
+
+def clust_kpts(key_pts, nb_clust: int, seed: int = 12345) -> np.ndarray:
+    """Centres (nb_clust, 2) of a k-means clustering of the points (n, 2) of x, y."""
+    from sklearn.cluster import KMeans
+
+    return KMeans(nb_clust, n_init=10, random_state=seed).fit(np.asarray(key_pts, np.float32)).cluster_centers_
+
+
+def window_grid(img_shape: tuple[int, int], patch_size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """First rows and first columns of the windows that sweep an image, the leftover split to both sides (golden)."""
+
+    def starts(length):
+        if length < patch_size or stride < 1:
+            raise InputError(
+                f"Expected windows within the image and a stride of at least 1. "
+                f"Received patch_size {patch_size}, stride {stride} for an image of {img_shape}."
+            )
+        leftover = (length - patch_size) % stride
+        return np.arange(leftover // 2, length - patch_size + 1, stride)
+
+    return starts(img_shape[0]), starts(img_shape[1])
+
+
+def _window(img, top, left, patch_size, target_scale, equalize_hist) -> np.ndarray:
+    window = scale_pixels(img[top : top + patch_size, left : left + patch_size], target_scale)
+    return equalize_histogram(window) if equalize_hist else window
+
+
+def sweep_img_patches(
+    img: np.ndarray,
+    patch_size: int,
+    stride: int,
+    target_scale: float | None = None,
+    equalize_hist: bool = False,
+) -> tuple[np.ndarray, int, int]:
+    """All windows of an image (H, W): float32 (n, patch_size, patch_size) row by row, rows and columns of the grid.
+
+    Each window is scaled by its own maximum to `target_scale`, then equalised if asked (golden).
+    """
+    tops, lefts = window_grid(img.shape, patch_size, stride)
+    windows = [_window(img, top, left, patch_size, target_scale, equalize_hist) for top in tops for left in lefts]
+    return np.stack(windows), len(tops), len(lefts)
+
+
+def get_prob_heatmap(
+    img_list,
+    target_height: int,
+    target_scale: float | None,
+    patch_size: int,
+    stride: int,
+    model,
+    batch_size: int,
+    featurewise_center: bool = False,
+    featurewise_mean: float = 91.6,
+    preprocess: Callable | None = None,
+    parallelized: bool = False,
+    equalize_hist: bool = False,
+) -> list[np.ndarray | None]:
+    """Class probabilities of a patch classifier at the windows sweeping each image (golden).
+
+    The image is read at `target_height`, the breast cut out and padded by patch_size // 2 zeros, and each window
+    scaled by its own maximum to `target_scale`. At most `batch_size` windows are held at a time.
+
+    Args:
+        img_list: a file name, a list of them, or None.
+        model: Keras model of patches (patch_size, patch_size, channels) to class probabilities.
+        preprocess: applied to a batch of windows (n, patch_size, patch_size, channels) before the mean.
+        parallelized: ignored; kept for old scripts.
+
+    Returns a list of float32 arrays (grid rows, grid columns, classes), [None] for None.
+    """
+    if img_list is None:
+        return [None]
+    if isinstance(img_list, (str, os.PathLike)):
+        img_list = [img_list]
+    mean = featurewise_mean if featurewise_center else 0.0
+    window_args = {"patch_size": patch_size, "target_scale": target_scale, "equalize_hist": equalize_hist}
+    heatmaps = []
+    for fname in img_list:
+        img = check_grey(fname, read_resize_img(fname, target_height=target_height))
+        try:
+            heatmaps.append(_sweep_heatmap(img, stride, model, batch_size, mean, preprocess, window_args))
+        except InputError as error:
+            raise InputError(f"{fname}: {error}") from error
+    return heatmaps
+
+
+def _sweep_heatmap(img, stride, model, batch_size, mean, preprocess, window_args):
+    from dm_preprocess import DMImagePreprocessor
+
+    breast, _ = DMImagePreprocessor.segment_breast(img)
+    breast = add_img_margins(breast, window_args["patch_size"] // 2)
+    tops, lefts = window_grid(breast.shape, window_args["patch_size"], stride)
+    corners = [(top, left) for top in tops for left in lefts]
+    channels = model.input_shape[-1]
+    predictions = []
+    for start in range(0, len(corners), batch_size):
+        batch = [_window(breast, top, left, **window_args) for top, left in corners[start : start + batch_size]]
+        x = np.repeat(np.stack(batch)[..., None], channels, axis=-1)
+        if preprocess is not None:
+            x = preprocess(x)
+        predictions.append(np.asarray(model.predict_on_batch(x - np.float32(mean))))
+    return np.concatenate(predictions).reshape(len(tops), len(lefts), -1)
+
+
+# ------------------------------------------------------------------------------------- labels and class balance
+
+
+def to_sparse(y) -> np.ndarray:
+    """Class numbers of labels that are one-hot rows (n, classes) or class numbers (n,) already.
+
+    Raises ValueError when a row is not one-hot, TypeError for arrays of more than two dimensions.
+    """
+    y = np.asarray(y)
+    if y.ndim == 1:
+        return y
+    if y.ndim != 2:
+        raise TypeError(f"Labels: Expected shape (n,) or (n, classes). Received {y.shape}.")
+    if not (np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all()):
+        raise InputError("Labels: Expected one-hot rows (a single 1, else 0). Received rows that are not.")
+    return y.argmax(axis=1)
+
+
+def index_balancer(index_array, classes, ratio: float, rng) -> np.ndarray:
+    """Draw len(index_array) of its elements with replacement, sorted, negatives to positives as `ratio` to 1 (golden).
+
+    classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are equally likely.
+    rng: NumPy RandomState (or Generator).
+    """
+    index_array, positive = np.asarray(index_array), np.asarray(classes) == 1
+    nb_positive = positive.sum()
+    probability = np.ones(len(index_array))
+    if 0 < nb_positive < len(positive):
+        probability = np.where(positive, 1 / nb_positive, ratio / (len(positive) - nb_positive))
+    return np.sort(rng.choice(index_array, len(index_array), p=probability / probability.sum()))
 
 
 # ----------------------------------------------------------------------------------------------- augmentation
@@ -368,6 +535,38 @@ class DMImageDataGenerator:
                 raise InputError("featurewise_std_normalization is on, but `.std` of the generator is not set.")
             x = x / (self.std + 1e-7)
         return x
+
+    # -- iterators: `keras.utils.PyDataset`s, see dm_iterators
+
+    def flow(self, X, y=None, **kwargs):
+        """Iterate over arrays; see `dm_iterators.ArrayIterator`."""
+        from dm_iterators import ArrayIterator
+
+        return ArrayIterator(self, X, y, **kwargs)
+
+    def flow_from_directory(self, directory, **kwargs):
+        """Iterate over image files in one folder a class; see `dm_iterators.DirectoryIterator`."""
+        from dm_iterators import DirectoryIterator
+
+        return DirectoryIterator(self, directory, **kwargs)
+
+    def flow_from_img_list(self, img_list, lab_list=None, **kwargs):
+        """Iterate over a list of image files; see `dm_iterators.ImageListIterator`."""
+        from dm_iterators import ImageListIterator
+
+        return ImageListIterator(self, img_list, lab_list, **kwargs)
+
+    def flow_from_exam_list(self, exam_list, **kwargs):
+        """Iterate over exams, two breasts of two views each; see `dm_iterators.ExamIterator`."""
+        from dm_iterators import ExamIterator
+
+        return ExamIterator(self, exam_list, **kwargs)
+
+    def flow_from_candid_roi(self, img_list, lab_list=None, **kwargs):
+        """Iterate over patches around bright spots; see `dm_iterators.CandidateRoiIterator`."""
+        from dm_iterators import CandidateRoiIterator
+
+        return CandidateRoiIterator(self, img_list, lab_list, **kwargs)
 
 
 def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None:

@@ -197,21 +197,24 @@ def sample_blobs(img, avoid, nb_hns, patch_size, neg_cutoff):
     return patches
 
 
-def detect_blobs(img, patch_size):
-    """Spots of any shape brighter than half the image's maximum and no larger than a patch.
+def detect_blobs(img, patch_size, *, min_area=3, min_int=0.5, max_int=0.95, th_step=10):
+    """Bright spots of any shape, no larger than a patch.
 
-    img: 2-D array of any real dtype, not negative. Returns an (n, 3) float array of x, y and diameter in
-    pixels, in OpenCV's order.
+    img: 2-D array of any real dtype, not negative. min_area: pixels. min_int, max_int: range of thresholds as
+    fractions of the image's maximum. th_step: threshold step on the 0..255 scale. Returns an (n, 3) float array
+    of x, y and diameter in pixels, in OpenCV's order.
     """
     highest = img.max()
-    if highest <= 0:
+    lowest_threshold, highest_threshold = int(min_int * 255), int(max_int * 255)
+    # A spot must show at two thresholds; newer OpenCV raises when there is only one.
+    if highest <= 0 or highest_threshold - lowest_threshold <= th_step:
         return np.zeros((0, 3))
     params = cv2.SimpleBlobDetector_Params()
-    params.minThreshold = 127
-    params.maxThreshold = 242
-    params.thresholdStep = 10
+    params.minThreshold = lowest_threshold
+    params.maxThreshold = highest_threshold
+    params.thresholdStep = th_step
     params.filterByArea = True
-    params.minArea = 3
+    params.minArea = min_area
     params.maxArea = patch_size**2
     params.filterByCircularity = False
     params.filterByColor = False

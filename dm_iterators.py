@@ -1,0 +1,749 @@
+"""Batches of images for Keras: one iterator, and what it iterates over (folders, lists, exams, arrays, spots).
+
+`dm_image.DMImageDataGenerator.flow*` make these. They are apart from dm_image because they import Keras.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import keras
+import numpy as np
+from tqdm import tqdm
+
+import dm_image
+from dm_files import InputError, atomic_write
+from dm_preprocess import DMImagePreprocessor
+from dm_region import detect_blobs
+
+CLASS_MODES = ("categorical", "binary", "sparse", None)
+
+
+class DMIterator(keras.utils.PyDataset):
+    """Order, labels and weights of batches over n samples; subclasses say what a batch of samples is.
+
+    Batch i of an epoch is a pure function of (seed, epoch, i), so any number of workers gives the same batches, and
+    every sample comes once an epoch, the last batch being shorter. Order rule (golden): an epoch that starts after
+    k batches takes RandomState(seed + k).permutation(n); batch number j (from 1, over all epochs) has a generator
+    RandomState(seed + j) whose first uniform decides on skipping it, and which then balances it and picks images.
+
+    Use as a PyDataset (`len`, `[i]`, `on_epoch_end`), or call `next()` for an endless stream over the same batches;
+    a `for` loop goes to the end of the epoch. `reset()` starts a new epoch.
+
+    Args:
+        generator: DMImageDataGenerator that augments and standardises.
+        n: number of samples. classes: their class numbers (n,), or None without labels. nb_class: number of classes.
+        batch_size: samples a batch.
+        shuffle, seed: order; without a seed, one is drawn here.
+        class_mode: labels as one-hot float32 rows ("categorical"), float32 class numbers ("binary"), integers
+            ("sparse") or no labels (None: batches are then x alone).
+        auto_batch_balance: also return sample weights, 1 / (frequency of the sample's class in its batch).
+        no_pos_skip: probability of leaving out a batch without a sample of class 1.
+        balance_classes: if above 0, redraw each batch with this ratio of others to class 1 (`index_balancer`).
+        workers: threads that load batches for Keras (default NUM_CPU_CORES, 4); use_multiprocessing,
+            max_queue_size: as in keras.utils.PyDataset.
+    """
+
+    def __init__(
+        self,
+        generator,
+        n,
+        classes=None,
+        nb_class=None,
+        *,
+        batch_size=32,
+        shuffle=True,
+        seed=None,
+        class_mode="categorical",
+        auto_batch_balance=False,
+        no_pos_skip=0.0,
+        balance_classes=0.0,
+        workers=None,
+        use_multiprocessing=False,
+        max_queue_size=10,
+    ):
+        super().__init__(_default_workers(workers), use_multiprocessing, max_queue_size)
+        if class_mode not in CLASS_MODES:
+            raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {class_mode!r}.")
+        if n < 1:
+            raise InputError("Expected at least one image to iterate over. Received none.")
+        if batch_size < 1:
+            raise InputError(f"batch_size: Expected at least 1. Received {batch_size}.")
+        self.generator = generator
+        self.nb_sample = n
+        self.classes = None if classes is None else np.asarray(classes)
+        self.nb_class = nb_class
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
+        self.class_mode = None if classes is None else class_mode
+        self.auto_batch_balance = auto_batch_balance
+        self.no_pos_skip = no_pos_skip
+        self.balance_classes = balance_classes
+        self._epoch = 0
+        self._next = 0  # position of next() in the epoch
+        self._plan_epoch(batches_before=0)
+
+    # -- order
+
+    def _plan_epoch(self, batches_before):
+        """List this epoch's batches as (number, sample indices), and how many batches each leaves behind."""
+        self._before, self._next = batches_before, 0
+        order = np.arange(self.nb_sample)
+        if self.shuffle:
+            order = self._random_state(batches_before).permutation(self.nb_sample)
+        slices = [order[k : k + self.batch_size] for k in range(0, self.nb_sample, self.batch_size)]
+        self._after = batches_before + len(slices)
+        numbered = enumerate(slices, start=batches_before + 1)
+        self._batches = [(number, index) for number, index in numbered if not self._is_skipped(number, index)]
+        if not self._batches:
+            self._plan_epoch(self._after)
+
+    def _random_state(self, number):
+        return np.random.RandomState((self.seed + number) % 2**32)
+
+    def _is_skipped(self, number, index):
+        if not self.no_pos_skip or self.classes is None or (self.classes[index] == 1).any():
+            return False
+        return self._random_state(number).uniform() < self.no_pos_skip
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __getitem__(self, i):
+        number, index = self._batches[i]
+        rng = self._random_state(number)
+        if self.classes is not None:
+            rng.uniform()  # the draw that decides on skipping
+            if self.balance_classes:
+                index = dm_image.index_balancer(index, self.classes[index], self.balance_classes, rng)
+        return self._make_batch(index, rng)
+
+    def on_epoch_end(self):
+        """Go on to the next epoch; Keras calls this."""
+        self._epoch += 1
+        self._plan_epoch(self._after)
+
+    def reset(self):
+        """Start a new epoch; batches drawn so far by `next()` count for its order."""
+        if self._next:
+            self._epoch += 1
+        self._plan_epoch(self.total_batches_seen)
+
+    @property
+    def total_batches_seen(self):
+        """Batches of past epochs and those that `next()` drew (or skipped) of this one."""
+        return self._batches[self._next - 1][0] if self._next else self._before
+
+    def next(self):
+        """The next batch, without end; a new epoch begins when one is through."""
+        if self._next == len(self):
+            self.on_epoch_end()
+        self._next += 1
+        return self[self._next - 1]
+
+    __next__ = next
+
+    def __iter__(self):
+        """The batches left in this epoch; all of the next one when there are none."""
+        yield self.next()
+        while self._next < len(self):
+            yield self.next()
+
+    # -- content
+
+    def _make_batch(self, index, rng):
+        """Batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
+        raise NotImplementedError
+
+    def _augment(self, x, index, occurrence=0):
+        """Augment and standardise sample `index`: x float32 (H, W, C), as drawn for (seed, epoch, index).
+
+        `occurrence` tells apart images that belong to one sample, or one sample drawn repeatedly.
+        """
+        rng = np.random.default_rng([self.seed, self._epoch, int(index), occurrence])
+        generator = self.generator
+        params = generator.get_random_transform(x.shape, rng)
+        return generator.standardize(generator.apply_transform(x, params))
+
+    def _with_labels(self, x, classes):
+        """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance."""
+        if self.class_mode is None:
+            return x
+        if self.class_mode == "categorical":
+            y = np.eye(self.nb_class, dtype=np.float32)[classes]
+        else:
+            y = classes.astype(np.float32 if self.class_mode == "binary" else np.int64)
+        return (x, y, batch_weights(classes)) if self.auto_batch_balance else (x, y)
+
+
+def _default_workers(workers):
+    return int(os.environ.get("NUM_CPU_CORES", 4)) if workers is None else workers
+
+
+def batch_weights(classes: np.ndarray) -> np.ndarray:
+    """float32 (n,): 1 / (frequency of each sample's class among `classes`) (golden)."""
+    _, position, count = np.unique(classes, return_inverse=True, return_counts=True)
+    return np.float32(1) / (count / len(classes)).astype(np.float32)[position]
+
+
+class _SampleIterator(DMIterator):
+    """Iterator over samples of one tensor each: subclasses give `_load(index)`, float32 (H, W, C) unaugmented."""
+
+    def __init__(self, *args, save_to_dir=None, save_prefix="", save_format="png", **kwargs):
+        self.save_to_dir, self.save_prefix, self.save_format = save_to_dir, save_prefix, save_format
+        super().__init__(*args, **kwargs)
+
+    def _make_batch(self, index, rng):
+        batch, seen = None, {}
+        for position, i in enumerate(index):
+            occurrence = seen[i] = seen.get(i, -1) + 1
+            x = self._augment(self._load(i), i, occurrence)
+            if batch is None:
+                batch = np.empty((len(index), *x.shape), np.float32)
+            elif x.shape != batch.shape[1:]:
+                raise InputError(
+                    f"{self._name(i)}: images of a batch differ in size. Expected {batch.shape[1:]}. "
+                    f"Received {x.shape}; set target_size."
+                )
+            batch[position] = x
+            if self.save_to_dir:
+                self._save(x, i, occurrence)
+        return self._with_labels(batch, None if self.classes is None else self.classes[index])
+
+    def _load(self, index):
+        raise NotImplementedError
+
+    def _name(self, index):
+        return f"image {index}"
+
+    def _save(self, x, index, occurrence):
+        """Write what the network sees, stretched to 0..255, as PREFIX_EPOCH_INDEX[_OCCURRENCE].FORMAT."""
+        if self.generator.data_format == "channels_first":
+            x = np.moveaxis(x, 0, -1)
+        x = x - x.min()
+        again = f"_{occurrence}" if occurrence else ""
+        name = f"{self.save_prefix}_{self._epoch}_{index}{again}.{self.save_format}"
+        with atomic_write(Path(self.save_to_dir, name)) as path:
+            cv2.imwrite(str(path), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
+
+
+class ArrayIterator(_SampleIterator):
+    """Images in an array X (N, H, W, C) with labels y: class numbers (N,), one-hot rows (N, classes), or None.
+
+    Labels are returned as they were given. Other arguments are those of `DMIterator` (auto_batch_balance is on)
+    and save_to_dir, save_prefix, save_format.
+    """
+
+    def __init__(self, generator, X, y=None, *, auto_batch_balance=True, **kwargs):
+        self.x = np.asarray(X)
+        if self.x.ndim != 4:
+            raise InputError(f"flow: Expected images of shape (N, H, W, C). Received {self.x.shape}.")
+        if y is not None and len(y) != len(self.x):
+            raise InputError(f"flow: Expected as many labels as images, {len(self.x)}. Received {len(y)}.")
+        self.y = None if y is None else np.asarray(y)
+        classes = None if y is None else dm_image.to_sparse(y)
+        super().__init__(
+            generator,
+            len(self.x),
+            classes,
+            None if y is None else int(classes.max()) + 1,
+            auto_batch_balance=auto_batch_balance,
+            **kwargs,
+        )
+
+    def _load(self, index):
+        return self.x[index].astype(np.float32)
+
+    def _make_batch(self, index, rng):
+        batch = super()._make_batch(index, rng)
+        return batch if self.y is None else (batch[0], self.y[index], *batch[2:])
+
+
+class _FileIterator(_SampleIterator):
+    """Image files, read for each batch or once into memory.
+
+    Args:
+        paths, names: the files, and what to call them in `.filenames`.
+        target_size: (rows, columns); target_height, target_scale, gs_255, rescale_factor: see `read_resize_img`.
+        equalize_hist, dup_3_channels: see `read_img_for_pred`.
+        load_to_ram: keep the resized images as one array (N, H, W) of the files' integer type, read at once by
+            `workers` threads. Batches are the same as from disk.
+        on_error: "stop": an unreadable image raises InputError when it is read. "skip": all are read now, and
+            those that cannot be are left out and listed, as messages, in `.skipped`.
+    """
+
+    def __init__(
+        self,
+        generator,
+        paths,
+        names,
+        classes=None,
+        nb_class=None,
+        *,
+        target_size=(256, 256),
+        target_height=None,
+        target_scale=None,
+        gs_255=False,
+        rescale_factor=None,
+        equalize_hist=False,
+        dup_3_channels=False,
+        load_to_ram=False,
+        on_error="stop",
+        workers=None,
+        **kwargs,
+    ):
+        if on_error not in ("stop", "skip"):
+            raise InputError(f"on_error: Expected stop or skip. Received {on_error!r}.")
+        if load_to_ram and (target_size is None or target_height is not None):
+            raise InputError("load_to_ram: Expected target_size and no target_height, so that all images fit.")
+        self._read_args = {"target_size": target_size, "target_height": target_height, "gs_255": gs_255}
+        self._scale_args = {"target_scale": target_scale, "rescale_factor": rescale_factor}
+        self._input_args = (equalize_hist, generator.data_format, dup_3_channels)
+        self._paths, self.filenames = list(paths), list(names)
+        self.skipped, self._ram = [], None
+        if load_to_ram or on_error == "skip":
+            good = self._read_all(load_to_ram, on_error, _default_workers(workers))
+            self._paths = [self._paths[i] for i in good]
+            self.filenames = [self.filenames[i] for i in good]
+            classes = None if classes is None else np.asarray(classes)[good]
+        super().__init__(generator, len(self._paths), classes, nb_class, workers=workers, **kwargs)
+
+    @property
+    def labels(self):
+        """Class numbers (n,) in the order of `.filenames`, or None."""
+        return self.classes
+
+    def _read(self, index):
+        path = self._paths[index]
+        return dm_image.check_grey(path, dm_image.read_resized(path, **self._read_args))
+
+    def _load(self, index):
+        img = self._read(index) if self._ram is None else self._ram[index]
+        return dm_image.to_network_input(
+            self._paths[index], dm_image.scale_pixels(img, **self._scale_args), *self._input_args
+        )
+
+    def _name(self, index):
+        return self._paths[index]
+
+    def _read_all(self, load_to_ram, on_error, workers):
+        """Read every file with `workers` threads; list the indices of good ones, and keep their images if asked."""
+        n = len(self._paths)
+        store = None
+
+        def read(index):
+            try:
+                return self._read(index)
+            except InputError as error:
+                return error
+
+        good = []
+        with ThreadPoolExecutor(workers) as pool:
+            # Few at a time: images that wait for their place in the array would double the memory.
+            results = _map_in_order(pool, read, range(n), ahead=2 * workers)
+            for index, img in enumerate(tqdm(results, total=n, desc="load images", unit="image", leave=False)):
+                if isinstance(img, InputError):
+                    if on_error == "stop":
+                        raise img
+                    self.skipped.append(str(img))
+                    continue
+                if load_to_ram:
+                    if store is None:
+                        store = np.empty((n, *img.shape), img.dtype)
+                    if img.dtype != store.dtype:
+                        raise InputError(
+                            f"{self._paths[index]}: load_to_ram needs one pixel type. Expected {store.dtype}, that of "
+                            f"the first image. Received {img.dtype}; convert the files or switch load_to_ram off."
+                        )
+                    store[len(good)] = img
+                good.append(index)
+        if load_to_ram and store is not None:
+            self._ram = store[: len(good)]
+        return good
+
+
+def _map_in_order(pool, function, items, ahead):
+    """Results of function(item) in order, at most `ahead` of them computed before they are asked for."""
+    futures = []
+    for item in items:
+        futures.append(pool.submit(function, item))
+        if len(futures) > ahead:
+            yield futures.pop(0).result()
+    for future in futures:
+        yield future.result()
+
+
+class ImageListIterator(_FileIterator):
+    """Image files in a list, with class numbers (0 or 1) in another, or None.
+
+    validation_mode: no shuffling, skipping or balancing. all_neg_skip: as no_pos_skip of `DMIterator`. The other
+    arguments are those of `_FileIterator`, `_SampleIterator` and `DMIterator`.
+    """
+
+    def __init__(
+        self,
+        generator,
+        img_list,
+        lab_list=None,
+        *,
+        target_size=(1152, 896),
+        target_scale=4095,
+        class_mode="binary",
+        validation_mode=False,
+        all_neg_skip=0.0,
+        balance_classes=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        _check_labels(img_list, lab_list)
+        if validation_mode:
+            shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
+        super().__init__(
+            generator,
+            img_list,
+            [str(path) for path in img_list],
+            lab_list,
+            _count_classes(lab_list),
+            target_size=target_size,
+            target_scale=target_scale,
+            class_mode=class_mode,
+            shuffle=shuffle,
+            no_pos_skip=all_neg_skip,
+            balance_classes=balance_classes,
+            **kwargs,
+        )
+
+
+def _check_labels(img_list, lab_list):
+    if lab_list is not None and len(lab_list) != len(img_list):
+        raise InputError(f"Expected as many labels as images, {len(img_list)}. Received {len(lab_list)}.")
+
+
+def _count_classes(labels):
+    """At least two: a list may happen to hold one class only."""
+    return None if labels is None or not len(labels) else max(2, int(max(labels)) + 1)
+
+
+class DirectoryIterator(_FileIterator):
+    """Image files in one folder a class, found at any depth, sorted.
+
+    Args:
+        directory: folder of the class folders.
+        classes: names of the class folders in the order of the outputs; by default all sub-folders, sorted.
+        follow_links: also descend into linked folders.
+        Others: see `_FileIterator`, `_SampleIterator` and `DMIterator`.
+
+    `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers.
+    """
+
+    def __init__(self, generator, directory, *, classes=None, follow_links=False, **kwargs):
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such folder. Expected a folder with one sub-folder a class.")
+        if not classes:
+            classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+        if not classes:
+            raise InputError(f"{directory}: Expected one sub-folder a class. Received none.")
+        self.directory = directory
+        self.class_indices = {name: number for number, name in enumerate(classes)}
+        names, labels = [], []
+        for name, number in self.class_indices.items():
+            found = _find_images(directory, name, follow_links)
+            names += found
+            labels += [number] * len(found)
+        super().__init__(
+            generator, [directory / name for name in names], names, labels, len(self.class_indices), **kwargs
+        )
+
+
+def _find_images(directory, class_name, follow_links):
+    folder = directory / class_name
+    if not folder.is_dir():
+        raise InputError(f"{folder}: class folder not found; name the folders in --class-list (classes).")
+    found = sorted(
+        Path(root, name).relative_to(directory).as_posix()
+        for root, _, files in os.walk(folder, followlinks=follow_links)
+        for name in files
+        if name.lower().endswith(dm_image.IMAGE_SUFFIXES) and not name.startswith(".")
+    )
+    if not found:
+        raise InputError(f"{folder}: no images in this class folder. Expected {', '.join(dm_image.IMAGE_SUFFIXES)}.")
+    return found
+
+
+class ExamIterator(DMIterator):
+    """Exams of both breasts in two views; a batch holds left and right breasts in turn.
+
+    Args:
+        exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
+            or None) and "cancer" (0, 1 or None); or tuples (subj, exam, {"L": ..., "R": ...}).
+        target_size, target_height, target_scale, gs_255, rescale_factor, equalize_hist, dup_3_channels: see
+            `read_img_for_pred`.
+        validation_mode: no shuffling; the first image of each view. Otherwise a view's image is drawn.
+        prediction_mode: no shuffling; all images of each view.
+        all_neg_skip, balance_classes: as in `DMIterator`, an exam counting as positive unless both breasts are known
+            to be negative (golden).
+
+    A view without an image is black. Batches are ([cc, mlo], y), float32 (2 * exams, H, W, C) each, or [cc, mlo]
+    with class_mode None. In prediction mode: (subj, exam, cc, mlo[, y]), where cc and mlo hold a list of images a
+    breast.
+    """
+
+    def __init__(
+        self,
+        generator,
+        exam_list,
+        *,
+        target_size=(1152, 896),
+        target_height=None,
+        target_scale=4095,
+        gs_255=False,
+        rescale_factor=None,
+        equalize_hist=False,
+        dup_3_channels=False,
+        class_mode="binary",
+        validation_mode=False,
+        prediction_mode=False,
+        all_neg_skip=0.0,
+        balance_classes=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        self.exams = [_exam_as_dict(exam) for exam in exam_list]
+        self.prediction_mode, self.validation_mode = prediction_mode, validation_mode
+        self._pred_args = {
+            "target_size": target_size,
+            "target_height": target_height,
+            "target_scale": target_scale,
+            "gs_255": gs_255,
+            "rescale_factor": rescale_factor,
+            "equalize_hist": equalize_hist,
+            "dup_3_channels": dup_3_channels,
+            "data_format": generator.data_format,
+        }
+        cancer = np.array([[exam[side].get("cancer") for side in "LR"] for exam in self.exams], np.float64)
+        self.cancer = np.nan_to_num(cancer).astype(int)
+        if validation_mode or prediction_mode:
+            shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
+        super().__init__(
+            generator,
+            len(self.exams),
+            (cancer != 0).any(axis=1).astype(int) if self.exams else None,
+            2,
+            class_mode=class_mode,
+            shuffle=shuffle,
+            no_pos_skip=all_neg_skip,
+            balance_classes=balance_classes,
+            **kwargs,
+        )
+
+    def _make_batch(self, index, rng):
+        views = {"CC": [], "MLO": []}
+        for i in index:
+            for side in "LR":
+                for view, images in views.items():
+                    files = _view_files(self.exams[i][side].get(view))
+                    if not self.prediction_mode:
+                        drawn = 0 if self.validation_mode or not files else rng.permutation(len(files))[0]
+                        files = files[drawn : drawn + 1]
+                    tensors = [
+                        self._augment(x, i, "LR".index(side) * 2 + (view == "MLO"))
+                        for x in map(self._load, files or [None])
+                    ]
+                    images.append(tensors if self.prediction_mode else tensors[0])
+        classes = self.cancer[index].ravel()
+        if not self.prediction_mode:
+            return self._with_labels([np.stack(images) for images in views.values()], classes)
+        batch = self._with_labels(None, classes)
+        y = () if batch is None else batch[1:]
+        return ([self.exams[i]["subj"] for i in index], [self.exams[i]["exam"] for i in index], *views.values(), *y)
+
+    def _load(self, fname):
+        if fname is not None:
+            return dm_image.read_img_for_pred(fname, **self._pred_args)
+        channels = 3 if self._pred_args["dup_3_channels"] else 1
+        shape = (*self._pred_args["target_size"], channels)
+        return np.zeros(shape if self.generator.data_format == "channels_last" else shape[-1:] + shape[:-1], "f4")
+
+
+def _exam_as_dict(exam):
+    return exam if isinstance(exam, dict) else {"subj": exam[0], "exam": exam[1], **exam[2]}
+
+
+def _view_files(files):
+    """List of file names of a view given as a list, a table with a `filename` column, or None."""
+    if files is None:
+        return []
+    return list(files["filename"] if hasattr(files, "columns") else files)
+
+
+class CandidateRoiIterator(DMIterator):
+    """Patches around bright spots of whole images, labelled by their image or as background by a classifier.
+
+    Args:
+        img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.
+        target_height, target_scale, gs_255: how images are read; the breast is then cut out.
+        img_per_batch, roi_per_img, roi_size: images a batch, patches an image, (rows, columns) of a patch.
+        low_int_threshold: see `DMImagePreprocessor.segment_breast`.
+        blob_min_area, blob_min_int, blob_max_int, blob_th_step: spot detector; intensities as fractions of the
+            maximum. An image without spots gives patches at random places.
+        roi_clf, clf_bs, cutpoint, amp_factor: a model that scores patches (n, rows, columns, channels), clf_bs
+            at a time; amp_factor * roi_per_img patches are scored and the best roi_per_img kept; those below
+            `cutpoint` become background.
+        class_mode: "categorical" with three classes (background, cancer, no cancer), "sparse" the same as
+            numbers, "binary" the image's label; None for no labels.
+        one_patch_mode: only the best patch of each image, with the image's label; needs class_mode "binary".
+        return_sample_weight: also give 1 / (class frequency in the batch).
+        return_raw_img: also give the list of images the patches were cut from, last.
+        validation_mode: no shuffling or skipping.
+    """
+
+    def __init__(
+        self,
+        generator,
+        img_list,
+        lab_list=None,
+        *,
+        target_height=1024,
+        target_scale=4095,
+        gs_255=False,
+        dup_3_channels=False,
+        img_per_batch=2,
+        roi_per_img=32,
+        roi_size=(256, 256),
+        low_int_threshold=0.05,
+        blob_min_area=3,
+        blob_min_int=0.5,
+        blob_max_int=0.85,
+        blob_th_step=10,
+        roi_clf=None,
+        clf_bs=32,
+        cutpoint=0.5,
+        amp_factor=1.0,
+        class_mode="categorical",
+        one_patch_mode=False,
+        return_sample_weight=True,
+        return_raw_img=False,
+        validation_mode=False,
+        all_neg_skip=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        _check_labels(img_list, lab_list)
+        if one_patch_mode and roi_clf is None:
+            raise InputError("one_patch_mode: Expected a classifier (roi_clf) that tells which patch is best.")
+        self.filenames = [str(path) for path in img_list]
+        self._read_args = {"target_height": target_height, "target_scale": target_scale, "gs_255": gs_255}
+        self._channels = 3 if dup_3_channels else 1
+        self.roi_per_img, self.roi_size = roi_per_img, tuple(roi_size)
+        self.low_int_threshold = low_int_threshold
+        self._blob_args = {
+            "min_area": blob_min_area,
+            "min_int": blob_min_int,
+            "max_int": blob_max_int,
+            "th_step": blob_th_step,
+        }
+        self.roi_clf, self.clf_bs, self.cutpoint = roi_clf, clf_bs, cutpoint
+        self.nb_candidates = int(roi_per_img * amp_factor)
+        self.one_patch_mode, self.return_raw_img = one_patch_mode, return_raw_img
+        super().__init__(
+            generator,
+            len(self.filenames),
+            lab_list,
+            2 if class_mode == "binary" else 3,
+            batch_size=img_per_batch,
+            class_mode=class_mode,
+            auto_batch_balance=return_sample_weight,
+            shuffle=shuffle and not validation_mode,
+            no_pos_skip=0.0 if validation_mode else all_neg_skip,
+            **kwargs,
+        )
+
+    def _make_batch(self, index, rng):
+        patches, classes, raw_imgs = [], [], []
+        for i in index:
+            img = self._read_breast(i)
+            candidates = dm_image.get_roi_patches(img, self._key_points(img, rng), self.roi_size)
+            x = [self._as_input(patch) for patch in candidates]
+            label = None if self.classes is None else int(self.classes[i])
+            kept, kept_classes = self._choose(x, label)
+            patches += [self._augment(x[k], i, k) for k in kept]
+            classes += kept_classes
+            raw_imgs.append(img)
+        batch = self._with_labels(np.stack(patches), np.array(classes))
+        if self.return_raw_img:
+            batch = (*batch, raw_imgs) if isinstance(batch, tuple) else (batch, raw_imgs)
+        return batch
+
+    def _read_breast(self, index):
+        fname = self.filenames[index]
+        img = dm_image.check_grey(fname, dm_image.read_resize_img(fname, **self._read_args))
+        try:
+            return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
+        except InputError as error:
+            raise InputError(f"{fname}: {error}") from error
+
+    def _key_points(self, img, rng):
+        """nb_candidates points (n, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""
+        n = self.nb_candidates
+        spots = detect_blobs(img, max(self.roi_size), **self._blob_args)[:, :2]
+        if len(spots) == 0:
+            height, width = img.shape
+            return np.stack([rng.randint(0, width, n), rng.randint(0, height, n)], axis=1)
+        if len(spots) < n:
+            return spots[rng.choice(len(spots), n)]
+        return dm_image.clust_kpts(spots, n)
+
+    def _as_input(self, patch):
+        axis = 2 if self.generator.data_format == "channels_last" else 0
+        return np.repeat(np.expand_dims(patch, axis), self._channels, axis=axis)
+
+    def _choose(self, x, label):
+        """Which of the candidates x to keep, and their classes."""
+        if self.roi_clf is None:
+            return range(len(x)), [self._patch_class(label)] * len(x)
+        standardized = np.stack([self.generator.standardize(patch) for patch in x])
+        score = np.asarray(self.roi_clf.predict(standardized, batch_size=self.clf_bs))
+        score = score.ravel() if score.ndim < 2 or score.shape[1] == 1 else 1 - score[:, 0]
+        ranked = np.argsort(score, kind="stable")
+        if self.one_patch_mode:
+            return ranked[-1:], [self._patch_class(label)]
+        kept = np.sort(ranked[-self.roi_per_img :])
+        background = score[kept] < self.cutpoint
+        return kept, [0 if is_background else self._patch_class(label) for is_background in background]
+
+    def _patch_class(self, label):
+        return label if self.nb_class == 2 or label is None else 2 - label
+
+
+def check_pixel_stats(iterator: DMIterator, nb_images: int = 32) -> list[str]:
+    """Warnings about the pixel values that a network will see, with the values measured on up to `nb_images` images.
+
+    Told are: images before mean subtraction far outside 0..255 or within a small part of it (a wrong rescale factor
+    or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
+    """
+    generator = iterator.generator
+    chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
+    images = [iterator._load(i) for i in chosen]
+    low = min(float(x.min()) for x in images)
+    high = max(float(x.max()) for x in images)
+    mean = float(np.mean([x.mean() for x in images], dtype=np.float64))
+    if generator.rescale:
+        low, high, mean = (value * generator.rescale for value in (low, high, mean))
+    measured = f"Received {low:.4g}..{high:.4g}, mean {mean:.4g}, in {len(images)} images"
+    messages = []
+    if low < -64 or high > 320 or high < 32:
+        messages.append(
+            f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
+            "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
+        )
+    if generator.featurewise_center and generator.mean is not None:
+        asked = float(np.mean(generator.mean))
+        if abs(asked - mean) > max(16.0, 0.5 * abs(mean)):
+            messages.append(
+                f"the mean that is subtracted is far from the images' own. Expected about {mean:.4g}. "
+                f"Received {asked:.4g} (featurewise mean). {measured}."
+            )
+    return messages
