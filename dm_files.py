@@ -23,8 +23,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed to `path` when the block ends without error.
 
     The temporary name keeps the suffix of `path`, since writers choose their format by it. A reader of `path`
-    sees the old file or the new one, never a part; on error the old file stays and the temporary one is removed.
-    Missing parent folders are created.
+    sees the old file or the new one, never a part. On error the old file stays and the temporary one is
+    removed. Missing parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ all layers); both are lists of `Stage`s run by `train_stages`. Importing this mo
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from keras import layers, ops
 import dm_checkpoint
 from dm_files import InputError, atomic_write
 from dm_inference import auc_by_class, auc_line, flip_all_img, predict
+from dm_multi_gpu import training_scope
 from dm_resnet import ResNetBuilder, set_dropout_rate
 
 __all__ = [
@@ -480,14 +482,16 @@ def freeze_below(model: keras.Model, first_layer: int, frozen_bn: str = "batch")
     model.trainable = True
     for index, layer in enumerate(model.layers):
         train = index >= first_layer
-        for leaf in leaf_layers(layer):
-            is_norm = isinstance(leaf, layers.BatchNormalization)
-            # Keras runs a frozen batch normalization in inference mode; freezing only its variables does not.
-            leaf.trainable = train or (is_norm and frozen_bn == "batch")
-            if is_norm:
-                for variable in (leaf.gamma, leaf.beta):
-                    if variable is not None:
-                        variable.trainable = train
+        if isinstance(layer, keras.Model):
+            freeze_below(layer, 0 if train else len(layer.layers), frozen_bn)
+            continue
+        is_norm = isinstance(layer, layers.BatchNormalization)
+        # Keras runs a frozen batch normalization in inference mode; freezing only its variables does not.
+        layer.trainable = train or (is_norm and frozen_bn == "batch")
+        if is_norm:
+            for variable in (layer.gamma, layer.beta):
+                if variable is not None:
+                    variable.trainable = train
 
 
 def set_regularization(model: keras.Model, weight_decay: float | None, dropout: float | None) -> None:
@@ -515,7 +519,6 @@ def train_stages(
     lr_patience: int = 2,
     class_weight: dict[int, float] | None = None,
     frozen_bn: str = "batch",
-    model_to_save: keras.Model | None = None,
 ) -> list[dict]:
     """Run the stages one after the other and return the logs of every epoch.
 
@@ -526,35 +529,48 @@ def train_stages(
         train_set: `PyDataset` of (x, y) or (x, y, w).
         validation_set: the same, or arrays.
         class_weight: weight of each class index, for sets without sample weights.
-        model_to_save: single-device twin whose layers are frozen and regularised alike.
     """
     history: list[dict] = []
     for stage in stages:
-        for twin in {id(m): m for m in (model, model_to_save or model)}.values():
-            freeze_below(twin, stage.first_layer, frozen_bn)
-            set_regularization(twin, stage.weight_decay, stage.dropout)
-        model.compile(
-            optimizer=create_optimizer(optim, stage.lr),
-            loss=WeightedCrossentropy(),
-            metrics=["accuracy"],
-            jit_compile=False,
-        )
+        freeze_below(model, stage.first_layer, frozen_bn)
         if stage.end_epoch <= len(history):
             continue
         early = keras.callbacks.EarlyStopping(monitor="val_loss", patience=es_patience)
         plateau = keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=lr_patience)
-        fit = model.fit(
-            train_set,
-            validation_data=validation_set,
-            initial_epoch=len(history),
-            epochs=stage.end_epoch,
-            class_weight=class_weight,
-            shuffle=False,  # the iterators shuffle by their own seed
-            callbacks=[early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else [])],
-            verbose=1 if sys.stdout.isatty() else 2,
-        )
+        with training_scope(model):
+            set_regularization(model, stage.weight_decay, stage.dropout)
+            model.compile(
+                optimizer=create_optimizer(optim, stage.lr),
+                loss=WeightedCrossentropy(),
+                metrics=["accuracy"],
+                jit_compile=False,
+            )
+            with unreadable_images_named(train_set, validation_set):
+                fit = model.fit(
+                    train_set,
+                    validation_data=validation_set,
+                    initial_epoch=len(history),
+                    epochs=stage.end_epoch,
+                    class_weight=class_weight,
+                    shuffle=False,  # the iterators shuffle by their own seed
+                    callbacks=[early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else [])],
+                    verbose=1 if sys.stdout.isatty() else 2,
+                )
         history += [dict(zip(fit.history, row, strict=True)) for row in zip(*fit.history.values(), strict=True)]
     return history
+
+
+@contextmanager
+def unreadable_images_named(*sets):
+    """Raise the InputError of a set that could not read an image, where the backend wrapped it in its own error."""
+    try:
+        yield
+    except Exception as error:
+        for image_set in sets:
+            cause = getattr(image_set, "input_error", None)
+            if cause is not None:
+                raise cause from error
+        raise
 
 
 def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -> dict[int, float] | None:
@@ -606,9 +622,9 @@ def do_3stage_training(
 
     Epoch arguments are cumulative totals. Without pretrained weights, and for YaroslavNet, which has none, there
     is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay the model was built with, and
-    the dropout unless `hidden_dropout` is given; later ones take `weight_decay2` and `hidden_dropout2`. The model of best validation accuracy is
-    kept in `best_model_file`, or by a `best_model` callback of the caller's. `validation_steps`, `train_batches`
-    and `nb_worker` are accepted for old callers: sets know their own length and workers.
+    the dropout unless `hidden_dropout` is given; later ones take `weight_decay2` and `hidden_dropout2`. The model of
+    best validation accuracy is kept in `best_model_file`, or by the caller's `best_model`. `validation_steps`,
+    `train_batches` and `nb_worker` are accepted for old callers: sets know their own length and workers.
 
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.
@@ -638,7 +654,6 @@ def do_3stage_training(
         lr_patience=lr_patience,
         class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
         frozen_bn=frozen_bn,
-        model_to_save=org_model,
     )
     return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]
 
@@ -702,6 +717,5 @@ def do_2stage_training(
         lr_patience=lr_patience,
         class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
         frozen_bn=frozen_bn,
-        model_to_save=org_model,
     )
     return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]
