@@ -252,6 +252,27 @@ def complete(parser: argparse.ArgumentParser, given: dict) -> argparse.Namespace
     return argparse.Namespace(**{name: given.get(name, parser.get_default(name)) for name in actions})
 
 
+def start_backend() -> None:
+    """Import Keras and start its backend, without the notices of TensorFlow's native code.
+
+    TensorFlow writes them to standard error, where errors of one line belong, before its logging can be configured.
+    TF_CPP_MIN_LOG_LEVEL=0 shows them.
+    """
+    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") == "0":
+        return
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        import keras
+
+        keras.ops.zeros(1)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
 def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, call `run` with the options as keyword arguments, and return the exit status.
 

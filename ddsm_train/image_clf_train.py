@@ -117,6 +117,7 @@ def build_model(args: argparse.Namespace):
 def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
+    dm_args.start_backend()
     import dm_train
 
     training = dm_train.prepare(args, *build_model(args))

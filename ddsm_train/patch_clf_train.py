@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
+    dm_args.start_backend()
     import dm_train
     from dm_keras_ext import BestModel, do_3stage_training, get_dl_model
 
