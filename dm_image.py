@@ -486,8 +486,7 @@ class DMImageDataGenerator:
         if self.data_format == "channels_first":
             x = np.moveaxis(x, 0, -1)
         rows, columns, channels = x.shape
-        if _channels_are_copies(x):
-            x = x[..., :1]
+        x = _drop_equal_channels(x)
         flips = params.get("flip_vertical", False), params.get("flip_horizontal", False)
         matrix = transform_matrix(params, rows, columns)
         if matrix is None:
@@ -588,16 +587,21 @@ def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]]) @ matrix @ np.array([[1, 0, -x], [0, 1, -y], [0, 0, 1]])
 
 
-def _channels_are_copies(x: np.ndarray) -> bool:
-    """Whether all channels of (H, W, C) are equal; free for a broadcast view, and quick to say no."""
+def _drop_equal_channels(x: np.ndarray) -> np.ndarray:
+    """(H, W, 1) when all channels of (H, W, C) are equal, so that one is warped; free for a broadcast view."""
     if x.shape[-1] == 1 or x.strides[-1] == 0:
-        return True
-    first = x[..., :1]
-    return bool((x[::16, ::16] == first[::16, ::16]).all() and (x == first).all())
+        return x[..., :1]
+    sample = x[::16, ::16]
+    if (sample == sample[..., :1]).all():
+        first, *others = cv2.split(np.ascontiguousarray(x))
+        if all(np.array_equal(first, other) for other in others):
+            return first[..., np.newaxis]
+    return x
 
 
-# OpenCV computes sampling coordinates in 10-bit fixed point (version 4) or float32 (version 5): below this error.
-_COORDINATE_ERROR = 2e-3
+def _coordinate_error(size: int) -> float:
+    """Bound in pixels on the error of OpenCV's coordinates: 10-bit fixed point before version 5, then float32."""
+    return 2e-3 if int(cv2.__version__.split(".")[0]) < 5 else size * 2.0**-20
 
 
 def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
@@ -628,7 +632,7 @@ def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, boo
     # Input coordinates of output pixel (i, j) are by_row[:, i] + by_column[:, j], summed in SciPy's order.
     by_row = matrix[:2, 2:] + matrix[:2, :1] * row_index
     by_column = matrix[:2, 1:2] * column_index
-    i, j = _near_rounding_boundary(by_row, by_column, _COORDINATE_ERROR)
+    i, j = _near_rounding_boundary(by_row, by_column, _coordinate_error(max(rows, columns)))
     source = by_row[:, i] + by_column[:, j] + 0.5
     source_row = np.clip(source[0], 0, rows - 1).astype(np.intp)
     source_column = np.clip(source[1], 0, columns - 1).astype(np.intp)
@@ -658,17 +662,52 @@ def _near_rounding_boundary(by_row, by_column, tolerance):
 
 
 def _shift_channels(x: np.ndarray, channels: int, shifts) -> np.ndarray:
-    """Add one value a channel and clip to the range of `x`; a single channel is first repeated. New array."""
-    if x.shape[-1] == channels:
-        shifted = np.array(x)
-    elif channels == 3:
-        shifted = cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_GRAY2RGB)
-    else:
-        shifted = np.repeat(x, channels, axis=-1)
+    """Add one value a channel and clip to the range of `x`; a single channel is first repeated. New float32 array."""
     if not np.any(shifts):
-        return shifted
+        return np.array(np.broadcast_to(x, (*x.shape[:2], channels)))
     low, high, _, _ = cv2.minMaxLoc(np.ascontiguousarray(x).reshape(len(x), -1))
-    by_row = shifted.reshape(len(x), -1)  # long rows: NumPy's inner loop is then long as well
-    by_row += np.tile(np.asarray(shifts, np.float32), by_row.shape[1] // channels)
-    np.clip(by_row, np.float32(low), np.float32(high), out=by_row)
+    low, high = np.float32(low), np.float32(high)
+    shifts = np.asarray(shifts, np.float32)
+    if x.shape[2] == channels > 1:
+        shifted = x.reshape(len(x), -1) + np.tile(shifts, x.shape[1])  # long rows: NumPy's inner loop is long too
+        return np.clip(shifted, low, high, out=shifted).reshape(x.shape)
+    shifted = np.empty((*x.shape[:2], channels), np.float32)
+    for top in range(0, len(x), 128):  # parts that stay in the cache
+        planes = x[top : top + 128, :, 0] + shifts[:, None, None]
+        np.clip(planes, low, high, out=planes)
+        cv2.merge(list(planes), dst=shifted[top : top + 128])
     return shifted
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+
+def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
+    """Warnings about the pixel values that a network will see, with the values measured on up to `nb_images` images.
+
+    Told are: images before mean subtraction far outside 0..255 or within a small part of it (a wrong rescale factor
+    or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
+    """
+    generator = iterator.generator
+    chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
+    images = [iterator.load(i) for i in chosen]
+    low = min(float(x.min()) for x in images)
+    high = max(float(x.max()) for x in images)
+    mean = float(np.mean([x.mean() for x in images], dtype=np.float64))
+    if generator.rescale:
+        low, high, mean = (value * generator.rescale for value in (low, high, mean))
+    measured = f"Received {low:.4g}..{high:.4g}, mean {mean:.4g}, in {len(images)} images"
+    messages = []
+    if low < -64 or high > 320 or high < 32:
+        messages.append(
+            f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
+            "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
+        )
+    if generator.featurewise_center and generator.mean is not None:
+        asked = float(np.mean(generator.mean))
+        if abs(asked - mean) > max(16.0, 0.5 * abs(mean)):
+            messages.append(
+                f"the mean that is subtracted is far from the images' own. Expected about {mean:.4g}. "
+                f"Received {asked:.4g} (featurewise mean). {measured}."
+            )
+    return messages

@@ -17,6 +17,9 @@ from dm_files import InputError, atomic_write
 from dm_preprocess import DMImagePreprocessor
 from dm_region import detect_blobs
 
+# Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
+cv2.setNumThreads(1)
+
 CLASS_MODES = ("categorical", "binary", "sparse", None)
 
 
@@ -29,7 +32,8 @@ class DMIterator(keras.utils.PyDataset):
     RandomState(seed + j) whose first uniform decides on skipping it, and which then balances it and picks images.
 
     Use as a PyDataset (`len`, `[i]`, `on_epoch_end`), or call `next()` for an endless stream over the same batches;
-    a `for` loop goes to the end of the epoch. `reset()` starts a new epoch.
+    a `for` loop goes to the end of the epoch. `reset()` starts a new epoch. `.input_error` keeps the InputError of a
+    batch that failed, since TensorFlow turns it into an error of its own.
 
     Args:
         generator: DMImageDataGenerator that augments and standardises.
@@ -81,6 +85,7 @@ class DMIterator(keras.utils.PyDataset):
         self.auto_batch_balance = auto_batch_balance
         self.no_pos_skip = no_pos_skip
         self.balance_classes = balance_classes
+        self.input_error = None
         self._epoch = 0
         self._next = 0  # position of next() in the epoch
         self._plan_epoch(batches_before=0)
@@ -112,7 +117,13 @@ class DMIterator(keras.utils.PyDataset):
         return len(self._batches)
 
     def __getitem__(self, i):
-        number, index = self._batches[i]
+        try:
+            return self._make_numbered_batch(*self._batches[i])
+        except InputError as error:
+            self.input_error = error
+            raise
+
+    def _make_numbered_batch(self, number, index):
         rng = self._random_state(number)
         if self.classes is not None:
             rng.uniform()  # the draw that decides on skipping
@@ -189,7 +200,7 @@ def batch_weights(classes: np.ndarray) -> np.ndarray:
 
 
 class _SampleIterator(DMIterator):
-    """Iterator over samples of one tensor each: subclasses give `_load(index)`, float32 (H, W, C) unaugmented."""
+    """Iterator over samples of one tensor each: subclasses give `load(index)`, float32 (H, W, C) unaugmented."""
 
     def __init__(self, *args, save_to_dir=None, save_prefix="", save_format="png", **kwargs):
         self.save_to_dir, self.save_prefix, self.save_format = save_to_dir, save_prefix, save_format
@@ -199,7 +210,7 @@ class _SampleIterator(DMIterator):
         batch, seen = None, {}
         for position, i in enumerate(index):
             occurrence = seen[i] = seen.get(i, -1) + 1
-            x = self._augment(self._load(i), i, occurrence)
+            x = self._augment(self.load(i), i, occurrence)
             if batch is None:
                 batch = np.empty((len(index), *x.shape), np.float32)
             elif x.shape != batch.shape[1:]:
@@ -212,7 +223,7 @@ class _SampleIterator(DMIterator):
                 self._save(x, i, occurrence)
         return self._with_labels(batch, None if self.classes is None else self.classes[index])
 
-    def _load(self, index):
+    def load(self, index):
         raise NotImplementedError
 
     def _name(self, index):
@@ -253,7 +264,7 @@ class ArrayIterator(_SampleIterator):
             **kwargs,
         )
 
-    def _load(self, index):
+    def load(self, index):
         return self.x[index].astype(np.float32)
 
     def _make_batch(self, index, rng):
@@ -319,7 +330,7 @@ class _FileIterator(_SampleIterator):
         path = self._paths[index]
         return dm_image.check_grey(path, dm_image.read_resized(path, **self._read_args))
 
-    def _load(self, index):
+    def load(self, index):
         img = self._read(index) if self._ram is None else self._ram[index]
         return dm_image.to_network_input(
             self._paths[index], dm_image.scale_pixels(img, **self._scale_args), *self._input_args
@@ -550,7 +561,7 @@ class ExamIterator(DMIterator):
                         files = files[drawn : drawn + 1]
                     tensors = [
                         self._augment(x, i, "LR".index(side) * 2 + (view == "MLO"))
-                        for x in map(self._load, files or [None])
+                        for x in map(self.load, files or [None])
                     ]
                     images.append(tensors if self.prediction_mode else tensors[0])
         classes = self.cancer[index].ravel()
@@ -560,7 +571,7 @@ class ExamIterator(DMIterator):
         y = () if batch is None else batch[1:]
         return ([self.exams[i]["subj"] for i in index], [self.exams[i]["exam"] for i in index], *views.values(), *y)
 
-    def _load(self, fname):
+    def load(self, fname):
         if fname is not None:
             return dm_image.read_img_for_pred(fname, **self._pred_args)
         channels = 3 if self._pred_args["dup_3_channels"] else 1
@@ -716,34 +727,3 @@ class CandidateRoiIterator(DMIterator):
 
     def _patch_class(self, label):
         return label if self.nb_class == 2 or label is None else 2 - label
-
-
-def check_pixel_stats(iterator: DMIterator, nb_images: int = 32) -> list[str]:
-    """Warnings about the pixel values that a network will see, with the values measured on up to `nb_images` images.
-
-    Told are: images before mean subtraction far outside 0..255 or within a small part of it (a wrong rescale factor
-    or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
-    """
-    generator = iterator.generator
-    chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
-    images = [iterator._load(i) for i in chosen]
-    low = min(float(x.min()) for x in images)
-    high = max(float(x.max()) for x in images)
-    mean = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    if generator.rescale:
-        low, high, mean = (value * generator.rescale for value in (low, high, mean))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {mean:.4g}, in {len(images)} images"
-    messages = []
-    if low < -64 or high > 320 or high < 32:
-        messages.append(
-            f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
-            "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
-        )
-    if generator.featurewise_center and generator.mean is not None:
-        asked = float(np.mean(generator.mean))
-        if abs(asked - mean) > max(16.0, 0.5 * abs(mean)):
-            messages.append(
-                f"the mean that is subtracted is far from the images' own. Expected about {mean:.4g}. "
-                f"Received {asked:.4g} (featurewise mean). {measured}."
-            )
-    return messages
