@@ -311,7 +311,7 @@ def _pair_weights(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: s
 def _inner_layers(model: keras.Model, where: str) -> dict[str, keras.Layer]:
     """Name -> layer, for all layers with weights at any depth inside a nested model."""
     found = {}
-    for layer in _plain_layers(model):
+    for layer in leaf_layers(model):
         if layer.weights and found.setdefault(layer.name, layer) is not layer:
             raise InputError(f"{where}: two inner layers are called {layer.name}: cannot tell their weights apart")
     return found
@@ -373,6 +373,15 @@ def _check_weight_count(model: keras.Model, h5: h5py.File, path: Path) -> None:
         )
 
 
+def leaf_layers(model: keras.Model) -> Iterator[keras.Layer]:
+    """The layers of `model`, those of nested models in place of the nested models, at any depth."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from leaf_layers(layer)
+        else:
+            yield layer
+
+
 # Writing
 
 
@@ -385,7 +394,7 @@ def _flags_of_layers(model: keras.Model) -> Iterator[None]:
     would differ.
     """
     before = [(variable, variable.trainable) for variable in model.variables]
-    for layer in _plain_layers(model):
+    for layer in leaf_layers(model):
         flag = layer.trainable
         layer.trainable = not flag  # TensorFlow's object tracking ignores an assignment that changes nothing
         layer.trainable = flag
@@ -394,14 +403,6 @@ def _flags_of_layers(model: keras.Model) -> Iterator[None]:
     finally:
         for variable, flag in before:
             variable.trainable = flag
-
-
-def _plain_layers(model: keras.Model) -> Iterator[keras.Layer]:
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _plain_layers(layer)
-        else:
-            yield layer
 
 
 @contextmanager

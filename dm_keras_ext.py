@@ -5,7 +5,7 @@ all layers); both are lists of `Stage`s run by `train_stages`. Importing this mo
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from keras import layers, ops
 
 import dm_checkpoint
+from dm_checkpoint import leaf_layers
 from dm_files import InputError, atomic_write
 from dm_inference import auc_by_class, auc_line, flip_all_img, predict
 from dm_multi_gpu import training_scope
@@ -462,15 +463,6 @@ class Stage:
     first_layer: int
     weight_decay: float | None = None
     dropout: float | None = None
-
-
-def leaf_layers(layer) -> Iterator[keras.Layer]:
-    """The layer itself, or the layers of a nested model, recursively."""
-    if isinstance(layer, keras.Model):
-        for inner in layer.layers:
-            yield from leaf_layers(inner)
-    else:
-        yield layer
 
 
 def freeze_below(model: keras.Model, first_layer: int, frozen_bn: str = "batch") -> None:

@@ -8,6 +8,7 @@ stamp="$(python -c 'import sys; print(sys.prefix)')/.end2end-mammography-install
 wanted="$(pwd) $(cat requirements.txt setup.py | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing the requirements ..."
-    python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+    # Silences a note that setuptools gives for any editable installation.
+    PYTHONWARNINGS=ignore python -m pip install --quiet --disable-pip-version-check -e ".[test]"
     echo "$wanted" > "$stamp"
 fi

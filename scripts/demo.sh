@@ -30,7 +30,7 @@ sample "$data/pat_train.txt" "$patches/train" "$patches/val" 0.1
 sample "$data/pat_test.txt" "$patches/test" "$patches/none" 0
 
 # The whole-image classifier sees the pixels as the patch classifier did: one mean for both, as in the paper.
-pixels=(--rescale-factor 0.003891 --featurewise-center --featurewise-mean 52.18 --no-equalize-hist --augmentation
+pixels=(--rescale-factor 0.003891 --featurewise-center --featurewise-mean 44 --no-equalize-hist --augmentation
     --load-train-ram --load-val-ram --optimizer adam --auto-batch-balance)
 
 step "3/6 Training a small patch classifier from random weights"

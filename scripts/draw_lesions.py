@@ -31,10 +31,10 @@ def run(**options) -> None:
     import cv2
     import numpy as np
 
-    from dm_image import read_resize_img
+    from dm_image import read_img, read_resize_img
     from dm_preprocess import DMImagePreprocessor
 
-    img = read_resize_img(args.image, target_height=args.height) if args.height else read_resize_img(args.image)
+    img = read_resize_img(args.image, target_height=args.height) if args.height else read_img(args.image)
     breast, _ = DMImagePreprocessor.segment_breast(img)
     grey = np.clip(img * (255 / max(breast.max(), 1)), 0, 255).astype(np.uint8)
     picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)

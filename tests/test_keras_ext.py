@@ -10,6 +10,7 @@ from keras import layers
 
 import dm_checkpoint
 import dm_keras_ext
+from dm_checkpoint import leaf_layers
 from dm_files import InputError
 from dm_keras_ext import (
     BestModel,
@@ -23,7 +24,6 @@ from dm_keras_ext import (
     do_3stage_training,
     freeze_below,
     get_dl_model,
-    leaf_layers,
     set_regularization,
     train_stages,
 )
