@@ -9,6 +9,7 @@ Images are (rows, columns), or (rows, columns, channels) with `data_format="chan
 import io
 import math
 import os
+import threading
 from collections.abc import Callable
 
 import cv2
@@ -476,11 +477,12 @@ class DMImageDataGenerator:
             raise InputError(f"zoom_range: Expected a number or (low, high). Received {self.zoom_range}.")
         return tuple(self.zoom_range)
 
-    def apply_transform(self, x: np.ndarray, params: dict) -> np.ndarray:
+    def apply_transform(self, x: np.ndarray, params: dict, out: np.ndarray | None = None) -> np.ndarray:
         """Apply a transform of `get_random_transform` to one image (with channels); missing entries do nothing.
 
         Nearest-neighbour warp, channel shift clipped to the warped image's range, flips (golden, same pixels as
-        scipy.ndimage.affine_transform of order 0). Returns a new float32 array; `x` is left as it is.
+        scipy.ndimage.affine_transform of order 0). Returns float32: `out`, contiguous and of the shape of `x`, or a
+        new array. `x` is left as it is.
         """
         x = np.asarray(x, np.float32)
         if self.data_format == "channels_first":
@@ -489,14 +491,19 @@ class DMImageDataGenerator:
         x = _drop_equal_channels(x)
         flips = params.get("flip_vertical", False), params.get("flip_horizontal", False)
         matrix = transform_matrix(params, rows, columns)
-        if matrix is None:
-            x = x[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
-        elif self.fill_mode == "nearest":
+        if matrix is not None and self.fill_mode == "nearest":
             x = _warp_nearest_edge(x, matrix, flips)
         else:
-            x = self._warp_scipy(x, matrix)[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
-        x = _shift_channels(x, channels, params.get("channel_shift", 0.0))
-        return np.ascontiguousarray(np.moveaxis(x, -1, 0)) if self.data_format == "channels_first" else x
+            if matrix is not None:
+                x = self._warp_scipy(x, matrix)
+            x = np.ascontiguousarray(x[:: -1 if flips[0] else 1, :: -1 if flips[1] else 1])
+        if self.data_format == "channels_last":
+            return _shift_channels(x, channels, params.get("channel_shift", 0.0), out)
+        shifted = np.moveaxis(_shift_channels(x, channels, params.get("channel_shift", 0.0)), -1, 0)
+        if out is None:
+            return np.ascontiguousarray(shifted)
+        out[...] = shifted
+        return out
 
     def _warp_scipy(self, x, matrix):
         from scipy import ndimage
@@ -515,24 +522,26 @@ class DMImageDataGenerator:
         rng = seed if hasattr(seed, "random") else np.random.RandomState(seed)
         return self.apply_transform(x, self.get_random_transform(np.shape(x), rng))
 
-    def standardize(self, x: np.ndarray) -> np.ndarray:
-        """Preprocess, rescale, and subtract and divide as set up; returns a new array."""
+    def standardize(self, x: np.ndarray, copy: bool = True) -> np.ndarray:
+        """Preprocess, rescale, and subtract and divide as set up; in place (float arrays) if `copy` is off."""
+        if copy:
+            x = np.array(x, dtype=np.result_type(x, np.float32))
         if self.preprocessing_function is not None:
             x = self.preprocessing_function(x)
         if self.rescale:
-            x = x * self.rescale
+            x *= self.rescale
         if self.samplewise_center:
-            x = x - np.mean(x, keepdims=True)
+            x -= np.mean(x)
         if self.samplewise_std_normalization:
-            x = x / (np.std(x, keepdims=True) + 1e-7)
+            x /= np.std(x) + 1e-7
         if self.featurewise_center:
             if self.mean is None:
                 raise InputError("featurewise_center is on, but the generator's mean is not set: set `.mean`.")
-            x = x - self.mean
+            x -= self.mean
         if self.featurewise_std_normalization:
             if self.std is None:
                 raise InputError("featurewise_std_normalization is on, but `.std` of the generator is not set.")
-            x = x / (self.std + 1e-7)
+            x /= self.std + 1e-7
         return x
 
     # -- iterators: `keras.utils.PyDataset`s, see dm_iterators
@@ -587,16 +596,34 @@ def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]]) @ matrix @ np.array([[1, 0, -x], [0, 1, -y], [0, 0, 1]])
 
 
+# Pixels worked on at a time, so that several steps find them in the cache.
+_PIXELS_IN_CACHE = 2**16
+
+# Buffers kept from image to image: fresh memory costs more, in page faults, than the work done in it.
+_buffers = threading.local()
+
+
+def _buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """This thread's float32 array of that name; what it held before is lost."""
+    buffer = getattr(_buffers, name, None)
+    if buffer is None or buffer.shape != shape:
+        buffer = np.empty(shape, np.float32)
+        setattr(_buffers, name, buffer)
+    return buffer
+
+
 def _drop_equal_channels(x: np.ndarray) -> np.ndarray:
     """(H, W, 1) when all channels of (H, W, C) are equal, so that one is warped; free for a broadcast view."""
     if x.shape[-1] == 1 or x.strides[-1] == 0:
         return x[..., :1]
-    sample = x[::16, ::16]
-    if (sample == sample[..., :1]).all():
-        first, *others = cv2.split(np.ascontiguousarray(x))
-        if all(np.array_equal(first, other) for other in others):
-            return first[..., np.newaxis]
-    return x
+    plane = _buffer("plane", x.shape[:2])
+    step = max(1, _PIXELS_IN_CACHE // x.shape[1])
+    for top in range(0, len(x), step):
+        part = np.ascontiguousarray(x[top : top + step])
+        first = cv2.extractChannel(part, 0, dst=plane[top : top + step])
+        if cv2.norm(cv2.merge([first] * x.shape[-1]), part, cv2.NORM_INF) != 0:
+            return x
+    return plane[..., np.newaxis]
 
 
 def _coordinate_error(size: int) -> float:
@@ -605,7 +632,7 @@ def _coordinate_error(size: int) -> float:
 
 
 def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, bool]) -> np.ndarray:
-    """Warp (H, W, C) by nearest neighbour with replicated edges, then flip (up-down, left-right).
+    """Warp (H, W, C) by nearest neighbour with replicated edges, then flip (up-down, left-right); into a buffer.
 
     The pixels are those of scipy.ndimage.affine_transform(order=0, mode="nearest"), which rounds float64
     coordinates. OpenCV is far faster, but its coordinates are coarser: the few pixels whose coordinate is so
@@ -621,13 +648,15 @@ def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, boo
         column_index = column_index[::-1]
         flip[1] = 0, -1, columns - 1
     yx = matrix @ flip
-    warped = cv2.warpAffine(
+    warped = _buffer("warped", x.shape)
+    cv2.warpAffine(
         np.ascontiguousarray(x),
         np.array([[yx[1, 1], yx[1, 0], yx[1, 2]], [yx[0, 1], yx[0, 0], yx[0, 2]]]),  # OpenCV puts x first
         (columns, rows),
+        dst=warped,
         flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
-    ).reshape(x.shape)
+    )
 
     # Input coordinates of output pixel (i, j) are by_row[:, i] + by_column[:, j], summed in SciPy's order.
     by_row = matrix[:2, 2:] + matrix[:2, :1] * row_index
@@ -661,22 +690,27 @@ def _near_rounding_boundary(by_row, by_column, tolerance):
     return query % rows, order[hit] % columns
 
 
-def _shift_channels(x: np.ndarray, channels: int, shifts) -> np.ndarray:
-    """Add one value a channel and clip to the range of `x`; a single channel is first repeated. New float32 array."""
+def _shift_channels(x: np.ndarray, channels: int, shifts, out: np.ndarray | None = None) -> np.ndarray:
+    """Add one value a channel and clip to the range of `x`, a single channel being repeated; in `out` or new."""
+    if out is None:
+        out = np.empty((*x.shape[:2], channels), np.float32)
     if not np.any(shifts):
-        return np.array(np.broadcast_to(x, (*x.shape[:2], channels)))
-    low, high, _, _ = cv2.minMaxLoc(np.ascontiguousarray(x).reshape(len(x), -1))
+        out[...] = x
+        return out
+    low, high, _, _ = cv2.minMaxLoc(x.reshape(len(x), -1))
     low, high = np.float32(low), np.float32(high)
     shifts = np.asarray(shifts, np.float32)
-    if x.shape[2] == channels > 1:
-        shifted = x.reshape(len(x), -1) + np.tile(shifts, x.shape[1])  # long rows: NumPy's inner loop is long too
-        return np.clip(shifted, low, high, out=shifted).reshape(x.shape)
-    shifted = np.empty((*x.shape[:2], channels), np.float32)
-    for top in range(0, len(x), 128):  # parts that stay in the cache
-        planes = x[top : top + 128, :, 0] + shifts[:, None, None]
+    if x.shape[2] == channels:
+        lines = out.reshape(len(x), -1)  # NumPy is slow on short inner axes
+        np.add(x.reshape(len(x), -1), np.tile(shifts, x.shape[1]), out=lines)
+        np.clip(lines, low, high, out=lines)
+        return out
+    step = max(1, _PIXELS_IN_CACHE // x.shape[1])
+    for top in range(0, len(x), step):
+        planes = x[top : top + step, :, 0] + shifts[:, np.newaxis, np.newaxis]
         np.clip(planes, low, high, out=planes)
-        cv2.merge(list(planes), dst=shifted[top : top + 128])
-    return shifted
+        cv2.merge(list(planes), dst=out[top : top + step])
+    return out
 
 
 # --------------------------------------------------------------------------------------------------- checking

@@ -168,15 +168,18 @@ class DMIterator(keras.utils.PyDataset):
         """Batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
         raise NotImplementedError
 
-    def _augment(self, x, index, occurrence=0):
+    def _augment(self, x, index, occurrence=0, out=None):
         """Augment and standardise sample `index`: x float32 (H, W, C), as drawn for (seed, epoch, index).
 
-        `occurrence` tells apart images that belong to one sample, or one sample drawn repeatedly.
+        `occurrence` tells apart images that belong to one sample, or one sample drawn repeatedly. Returns `out`, of
+        the shape of x, or a new array.
         """
         rng = np.random.default_rng([self.seed, self._epoch, int(index), occurrence])
-        generator = self.generator
-        params = generator.get_random_transform(x.shape, rng)
-        return generator.standardize(generator.apply_transform(x, params))
+        x = self.generator.apply_transform(x, self.generator.get_random_transform(x.shape, rng), out)
+        standardized = self.generator.standardize(x, copy=False)
+        if standardized is not x:  # a preprocessing function may return another array
+            x[...] = standardized
+        return x
 
     def _with_labels(self, x, classes):
         """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance."""
@@ -210,7 +213,7 @@ class _SampleIterator(DMIterator):
         batch, seen = None, {}
         for position, i in enumerate(index):
             occurrence = seen[i] = seen.get(i, -1) + 1
-            x = self._augment(self.load(i), i, occurrence)
+            x = self.load(i)
             if batch is None:
                 batch = np.empty((len(index), *x.shape), np.float32)
             elif x.shape != batch.shape[1:]:
@@ -218,7 +221,7 @@ class _SampleIterator(DMIterator):
                     f"{self._name(i)}: images of a batch differ in size. Expected {batch.shape[1:]}. "
                     f"Received {x.shape}; set target_size."
                 )
-            batch[position] = x
+            x = self._augment(x, i, occurrence, out=batch[position])
             if self.save_to_dir:
                 self._save(x, i, occurrence)
         return self._with_labels(batch, None if self.classes is None else self.classes[index])
