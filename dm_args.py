@@ -6,7 +6,8 @@ Only the standard library is imported here, so that `--help` and option errors a
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from dm_files import InputError
 
@@ -253,20 +254,29 @@ def complete(parser: argparse.ArgumentParser, given: dict) -> argparse.Namespace
 
 
 def start_backend() -> None:
-    """Import Keras and start its backend, without the notices of TensorFlow's native code.
+    """Import Keras, start its backend and seed it with RANDOM_SEED (12345); call before a model is built.
 
-    TensorFlow writes them to standard error, where errors of one line belong, before its logging can be configured.
-    TF_CPP_MIN_LOG_LEVEL=0 shows them.
+    TensorFlow's native code writes notices to standard error, where errors of one line belong, before its logging
+    can be configured: they are dropped, unless TF_CPP_MIN_LOG_LEVEL is 0.
     """
-    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") == "0":
+    seed = env_int("RANDOM_SEED", 12345)
+    with _dropped_standard_error(os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"):
+        import keras
+
+        keras.utils.set_random_seed(seed)
+        keras.ops.zeros(1)
+
+
+@contextmanager
+def _dropped_standard_error(drop: bool) -> Iterator[None]:
+    if not drop:
+        yield
         return
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
-        import keras
-
-        keras.ops.zeros(1)
+        yield
     finally:
         os.dup2(saved, 2)
         os.close(saved)

@@ -39,7 +39,6 @@ def prepare(args: argparse.Namespace, model: keras.Model, top_layer_nb: int | No
     channel shift within 20. Raises InputError for data or a model that do not fit the options.
     """
     seed = dm_args.env_int("RANDOM_SEED", 12345)
-    keras.utils.set_random_seed(seed)
     _check_model(model, args)
     model, org_model = make_parallel(model, dm_args.env_int("NUM_GPU_DEVICES", 1))
 

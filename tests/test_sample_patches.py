@@ -348,9 +348,9 @@ def test_patches_of_an_earlier_run_are_pointed_out(study, capsys):
 
 
 @pytest.mark.parametrize("script", [sample_patches_combined, sample_patches_main])
-def test_options_are_those_of_the_original(golden, script):
+def test_options_are_those_of_the_original(spec, script):
     name = Path(script.__file__).stem
-    wanted = json.loads((golden.parent / "spec/cli_flags.json").read_text())[name]
+    wanted = json.loads((spec / "cli_flags.json").read_text())[name]
     actions = script.make_parser()._actions
     ours = {flag: action for action in actions for flag in action.option_strings}
     positional = [action.dest for action in actions if not action.option_strings]

@@ -1,0 +1,97 @@
+"""How command lines end, and outputs that appear whole or not at all."""
+
+import argparse
+import os
+import stat
+
+import pytest
+
+from dm_args import add_flag, add_optional, complete, env_int, run_main
+from dm_files import InputError, atomic_write
+
+
+def parser():
+    parser = argparse.ArgumentParser(prog="tool")
+    parser.add_argument("source")
+    add_optional(parser, "--scale", "-s", type=float, no_flags=["-ns"], help="scale")
+    add_flag(parser, "--centre", True, "centre")
+    return parser
+
+
+def test_options_come_as_keyword_arguments():
+    seen = []
+    assert run_main(parser(), lambda **options: seen.append(options), ["a", "-s", "2", "--no-centre"]) == 0
+    assert run_main(parser(), lambda **options: seen.append(options), ["a", "-s", "2", "-ns"]) == 0
+    assert seen == [
+        {"source": "a", "scale": 2.0, "centre": False},
+        {"source": "a", "scale": None, "centre": True},
+    ]
+
+
+class ResourceExhaustedError(Exception):
+    """Stand-in for TensorFlow's."""
+
+
+@pytest.mark.parametrize(
+    "error, status, text",
+    [
+        (InputError("a.png: broken\nbadly"), 1, "tool: error: a.png: broken badly"),
+        (OSError(28, "No space left on device", "out.png"), 1, "tool: error: No space left on device: out.png"),
+        (MemoryError(), 1, "--batch-size"),
+        (ResourceExhaustedError("OOM when allocating"), 1, "--batch-size"),
+        (KeyboardInterrupt(), 130, "tool: interrupted"),
+    ],
+)
+def test_failures_are_one_line(error, status, text, capsys):
+    def run(**options):
+        raise error
+
+    assert run_main(parser(), run, ["a"]) == status
+    line = capsys.readouterr().err
+    assert text in line and line.count("\n") == 1
+
+
+def test_our_own_mistakes_are_not_hidden():
+    def run(**options):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_main(parser(), run, ["a"])
+
+
+def test_calls_from_python_get_the_defaults():
+    assert complete(parser(), {"source": "a", "scale": 3}) == argparse.Namespace(source="a", scale=3, centre=True)
+
+
+def test_environment_variables_are_whole_numbers(monkeypatch):
+    monkeypatch.setenv("RANDOM_SEED", "7")
+    assert env_int("RANDOM_SEED", 1) == 7
+    monkeypatch.setenv("RANDOM_SEED", "7.5")
+    with pytest.raises(InputError, match=r"RANDOM_SEED.*7\.5"):
+        env_int("RANDOM_SEED", 1)
+    monkeypatch.delenv("RANDOM_SEED")
+    assert env_int("RANDOM_SEED", 1) == 1
+
+
+def test_a_written_file_replaces_the_old_one_and_keeps_its_mode(tmp_path):
+    path = tmp_path / "new folder" / "a.txt"
+    with atomic_write(path) as temporary:
+        assert temporary.suffix == ".txt" and temporary.parent == path.parent
+        temporary.write_text("one")
+        assert not path.exists()
+    os.chmod(path, 0o600)
+    with atomic_write(path) as temporary:
+        temporary.write_text("two")
+    assert path.read_text() == "two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

@@ -1,0 +1,107 @@
+"""Prediction over sets, flip averaging, scores and result files, by closed forms."""
+
+import json
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from dm_files import InputError
+from dm_inference import auc_by_class, auc_line, classification_scores, flip_all_img, predict, write_test_results
+
+
+class TopLeft:
+    """Stand-in model: the pixel at the top left as the score of class 1."""
+
+    def predict_on_batch(self, x):
+        score = x[:, 0, 0, 0]
+        return np.stack([1 - score, score], axis=1)
+
+
+class Numbered(keras.utils.PyDataset):
+    """Ten images of 2 x 2 in batches of three; pixel values are image number + 0.1, 0.2, 0.3, 0.4."""
+
+    x = np.arange(10)[:, None, None, None] + np.array([[0.1, 0.2], [0.3, 0.4]])[None, :, :, None]
+    y = np.eye(2)[[0, 1] * 5]
+
+    def __init__(self):
+        super().__init__(workers=3)
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.x[index * 3 : index * 3 + 3], self.y[index * 3 : index * 3 + 3]
+
+
+def test_flips_are_as_it_is_left_right_up_down_both():
+    x = np.array([[1, 2], [3, 4]]).reshape(1, 2, 2, 1)
+    flat = [f.ravel().tolist() for f in flip_all_img(x)]
+    assert flat == [[1, 2, 3, 4], [2, 1, 4, 3], [3, 4, 1, 2], [4, 3, 2, 1]]
+
+
+@pytest.mark.parametrize("data", [Numbered(), (Numbered.x, Numbered.y)], ids=["dataset", "arrays"])
+@pytest.mark.parametrize("samples", [None, 7])
+def test_every_sample_once_in_order_with_the_mean_of_four_flips(data, samples):
+    y_true, y_pred, weights, y_flips = predict(TopLeft(), data, batch_size=4, samples=samples, flips=True)
+    n = samples or 10
+    np.testing.assert_allclose(y_pred[:, 1], np.arange(n) + 0.1)
+    np.testing.assert_allclose(y_flips[:, 1], np.arange(n) + 0.25)
+    np.testing.assert_array_equal(y_true, Numbered.y[:n])
+    assert weights is None
+
+
+def test_sample_weights_come_along():
+    weights = np.arange(10.0)
+    assert predict(TopLeft(), (Numbered.x, Numbered.y, weights), samples=3)[2].tolist() == [0, 1, 2]
+
+
+def test_an_empty_set_is_refused():
+    with pytest.raises(InputError, match="empty set"):
+        predict(TopLeft(), (Numbered.x[:0], Numbered.y[:0]))
+
+
+def test_auc_is_the_share_of_ordered_pairs():
+    rng = np.random.default_rng(3)
+    truth, score = rng.integers(0, 2, 40), rng.integers(0, 5, 40)
+    positive, negative = score[truth == 1][:, None], score[truth == 0][None, :]
+    expected = np.mean((positive > negative) + 0.5 * (positive == negative))
+    assert auc_by_class(truth, score) == pytest.approx([expected])
+
+
+def test_auc_refuses_what_it_cannot_score():
+    with pytest.raises(InputError, match="NaN"):
+        auc_by_class(np.array([0, 1]), np.array([0.1, np.nan]))
+    with pytest.raises(InputError, match="shape"):
+        auc_by_class(np.eye(3), np.zeros((3, 2)))
+
+
+def test_auc_line_names_classes_and_leaves_out_undefined_ones_from_the_mean():
+    assert auc_line(np.array([0.5, np.nan, 1.0]), ["a", "b", "c"]) == "a: 0.5000, b: nan, c: 1.0000, mean: 0.7500"
+    assert auc_line(np.array([np.nan]), ["a"]) == "a: nan, mean: nan"
+
+
+def test_scores_of_a_small_table():
+    truth = np.eye(3)[[0, 0, 1, 2]]
+    guess = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    scores = classification_scores(truth, guess, ["a", "b", "c"])
+    assert scores["accuracy"] == 0.75
+    assert scores["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+    assert scores["auc"] == {"a": 0.75, "b": 1.0, "c": 1.0}
+    assert scores["auc_mean"] == pytest.approx(2.75 / 3)
+
+
+def test_result_files_hold_the_predictions_and_undefined_scores_as_null(tmp_path):
+    truth = np.eye(2)[[1, 1]]
+    single = np.array([[0.25, 0.75], [0.5, 0.5]])
+    write_test_results(
+        tmp_path, ["pos/a.png", "pos/b.png"], truth, {"single": single, "flips": single[::-1]}, ["neg", "pos"]
+    )
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert table.columns.tolist() == ["file", "label", "neg", "pos", "neg_flips", "pos_flips"]
+    assert table.iloc[0].tolist() == ["pos/a.png", "pos", 0.25, 0.75, 0.5, 0.5]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["single"]["auc"] == {"neg": None, "pos": None}
+    assert metrics["flips"]["samples"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "predictions.csv", "roc.png"]

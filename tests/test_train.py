@@ -1,0 +1,287 @@
+"""Both trainers' command lines, from folders of images to models, scores and error lines."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+import dm_checkpoint
+from ddsm_train import image_clf_train, patch_clf_train
+from dm_image import DMImageDataGenerator
+from dm_keras_ext import DMAucModelCheckpoint, Yaroslav
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 64
+PIXELS = [
+    *("--img-size", str(SIZE), str(SIZE), "--rescale-factor", "0.003891", "--featurewise-mean", "44"),
+    *("--no-equalize-hist", "--optimizer", "adam", "--init-learningrate", "0.01", "--batch-size", "8"),
+]
+
+
+def write_images(folder, names, count, seed):
+    """Classes differ in brightness, so that a network can tell them apart."""
+    rng = np.random.default_rng(seed)
+    for level, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(0, 16000, (SIZE, SIZE)) + 16000 * level
+            cv2.imwrite(str(folder / name / f"{i}.png"), image.astype(np.uint16))
+
+
+@pytest.fixture
+def data(tmp_path):
+    for seed, part in enumerate(("train", "val", "test")):
+        write_images(tmp_path / part, ("neg", "pos"), 6, seed)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def patch_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "patch.h5"
+    keras.utils.set_random_seed(1)
+    dm_checkpoint.save_model(Yaroslav(classes=5, nb_init_filter=1), path)
+    return path
+
+
+def folders(data):
+    return [str(data / part) for part in ("train", "val", "test")]
+
+
+def train_patches(data, *options):
+    best = str(data / "out" / "best.h5")
+    network = ("--net", "yaroslav", "--nb-init-filter", "2", "--no-use-pretrained", "--class-list", "neg", "pos")
+    return patch_clf_train.main([*PIXELS, *network, "--best-model", best, *options, *folders(data)])
+
+
+def train_images(data, *options):
+    best = str(data / "out" / "best.h5")
+    return image_clf_train.main([*PIXELS, "--best-model", best, *options, *folders(data)])
+
+
+@pytest.mark.parametrize("script", [image_clf_train, patch_clf_train])
+def test_options_are_the_published_ones(script, spec):
+    parser = script.make_parser()
+    by_flag = {flag: action for action in parser._actions for flag in action.option_strings}
+    positional = [action.dest for action in parser._actions if not action.option_strings]
+    for option in json.loads((spec / "cli_flags.json").read_text())[script.__name__.split(".")[-1]]:
+        for flag in option["flags"]:
+            assert by_flag[flag].dest == option["dest"], flag
+        assert option["flags"] or option["dest"] in positional
+        assert parser.get_default(option["dest"]) == option["default"], option["dest"]
+
+
+@pytest.mark.parametrize("script", [image_clf_train, patch_clf_train])
+def test_every_option_is_explained(script):
+    silent = [a.dest for a in script.make_parser()._actions if not a.help]
+    assert silent == []
+
+
+def test_optional_values_can_be_taken_back():
+    parser = image_clf_train.make_parser()
+    args = parser.parse_args(
+        ["-ic", "4095", "-nic", "--top-layer-nb", "3", "--no-top-layer-nb", "-is", "8", "9", "--no-add-conv", *"abc"]
+    )
+    assert (args.img_scale, args.top_layer_nb, args.img_size, args.add_conv) == (None, None, [8, 9], False)
+
+
+@pytest.mark.parametrize("script", ["image_clf_train", "patch_clf_train"])
+def test_help_imports_nothing_heavy(script):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ddsm_train import {script} as s\n"
+        "try: s.main(['--help'])\nexcept SystemExit: pass\n"
+        "assert not {'keras', 'tensorflow', 'numpy', 'cv2', 'pandas'} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_patch_training_leaves_model_scores_and_predictions(data, capsys):
+    assert train_patches(data, "--nb-epoch", "8", "--augmentation", "--auto-batch-balance") == 0
+    printed = capsys.readouterr().out
+    assert "Minimum val loss achieved at epoch:" in printed
+    out = data / "out" / "best"
+    history = pd.read_csv(out / "history.csv")
+    assert list(history.epoch) == list(range(1, 9))
+    metrics = json.loads((out / "metrics.json").read_text())["single"]
+    assert metrics["accuracy"] == 1.0  # brightness tells the classes apart
+    assert metrics["confusion_matrix"] == [[6, 0], [0, 6]]
+    assert json.loads((out / "args.json").read_text())["nb_init_filter"] == 2
+    assert (out / "roc.png").stat().st_size > 0
+
+    # The saved model gives the predictions that were written.
+    table = pd.read_csv(out / "predictions.csv")
+    images = np.stack([cv2.imread(str(data / "test" / name), cv2.IMREAD_UNCHANGED) for name in table.file])
+    x = (images.astype(np.float32) * np.float32(0.003891) - 44)[..., None]
+    model = dm_checkpoint.load_model(data / "out" / "best.h5")
+    np.testing.assert_allclose(model.predict_on_batch(x), table[["neg", "pos"]], atol=1e-4)
+    assert list(table.label) == [name.split("/")[0] for name in table.file]
+
+
+@pytest.mark.slow
+def test_conversion_finetuning_and_the_notebook_agree(data, patch_model, capsys):
+    converted = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    size = ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1"]
+    status = train_images(data, *converted, *size, "--nb-epoch", "1", "--all-layer-epochs", "2")
+    assert status == 0
+    first = data / "first.h5"
+    (data / "out" / "best.h5").rename(first)
+    options = ["--resume-from", str(first), "--nb-epoch", "0", "--all-layer-epochs", "3", "--load-train-ram"]
+    assert train_images(data, *options, "--img-size", "128", "128", "--load-val-ram") == 0
+    printed = capsys.readouterr().out
+    line = re.findall(r"AUROC on test set: neg: \S+, pos: (\S+), mean: \S+", printed)[-1]
+    flips = re.findall(r"AUROC on test set, mean of 4 flips: neg: \S+, pos: (\S+), mean", printed)[-1]
+
+    imgen = DMImageDataGenerator(featurewise_center=True)
+    imgen.mean = 44.0
+    generator = imgen.flow_from_directory(
+        str(data / "test"),
+        target_size=(128, 128),
+        target_scale=None,
+        rescale_factor=0.003891,
+        equalize_hist=False,
+        dup_3_channels=False,
+        classes=["neg", "pos"],
+        class_mode="categorical",
+        batch_size=4,
+        shuffle=False,
+    )
+    model = dm_checkpoint.load_model(data / "out" / "best.h5")
+    for augment, expected in ((False, line), (True, flips)):
+        auc, y_true, y_pred = DMAucModelCheckpoint.calc_test_auc(
+            generator, model, test_samples=generator.nb_sample, return_y_res=True, test_augment=augment
+        )
+        assert f"{auc[1]:.4f}" == expected
+        table = pd.read_csv(data / "out" / "best" / "predictions.csv")
+        np.testing.assert_allclose(y_pred[:, 1], table["pos_flips" if augment else "pos"], atol=1e-5)
+        assert y_true.sum() == len(table) == 12
+
+
+@pytest.mark.slow
+def test_workers_and_memory_change_nothing(data, monkeypatch):
+    """Same seed, same batches: the losses of a run agree for 1 and 3 workers, from disk and from memory."""
+    runs = []
+    for workers, memory in (("1", []), ("3", ["--load-train-ram", "--load-val-ram"])):
+        monkeypatch.setenv("NUM_CPU_CORES", workers)
+        out = data / f"run{workers}"
+        assert train_patches(data, "--nb-epoch", "2", "--augmentation", "--out-dir", str(out), *memory) == 0
+        runs.append(pd.read_csv(out / "history.csv"))
+    np.testing.assert_allclose(runs[0].to_numpy(), runs[1].to_numpy(), rtol=1e-4)
+
+
+def test_nosave_leaves_nothing(data, monkeypatch):
+    monkeypatch.chdir(data)
+    before = sorted(data.rglob("*"))
+    assert train_patches(data, "--nb-epoch", "1", "--best-model", "NOSAVE") == 0
+    assert sorted(data.rglob("*")) == before
+
+
+# --- Bad input: one line on standard error, status 1, no model -----------------------------------------------------
+
+
+def remove_class(data):
+    (data / "val" / "pos").rename(data / "elsewhere")
+
+
+def empty_class(data):
+    for file in (data / "train" / "pos").iterdir():
+        file.unlink()
+
+
+def truncate_image(data):
+    file = data / "train" / "pos" / "3.png"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+FAULTS = {
+    "class folder missing": (remove_class, [], r"val.pos"),
+    "class folder empty": (empty_class, [], r"train.pos"),
+    "image cut short": (truncate_image, [], r"3\.png"),
+    "image cut short, in memory": (truncate_image, ["--load-train-ram"], r"3\.png"),
+    "training folder missing": (lambda data: (data / "train").rename(data / "t"), [], r"train"),
+    "class weights of four classes": (lambda data: None, ["--pos-cls-weight", "2", "--net", "nothing"], r"nothing"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_data_faults_are_named_in_one_line(fault, data, capfd):
+    spoil, options, pattern = FAULTS[fault]
+    spoil(data)
+    assert train_patches(data, "--nb-epoch", "1", *options) == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert re.search(pattern, errors[0])
+    assert "Traceback" not in errors[0]
+    assert not (data / "out" / "best.h5").exists()
+
+
+def test_skipping_an_unreadable_image_goes_on_and_lists_it(data, capfd):
+    truncate_image(data)
+    assert train_patches(data, "--nb-epoch", "1", "--on-error", "skip") == 0
+    captured = capfd.readouterr()
+    assert "3.png" in captured.out + captured.err
+    assert (data / "out" / "best.h5").exists()
+
+
+MODEL_FAULTS = {
+    "no model": ([], r"--patch-model-state.*--resume-from"),
+    "no such file": (["--resume-from", "absent.h5"], r"absent\.h5"),
+    "another class count": (["--resume-from", "{patch}"], r"patch\.h5.*2 classes.*5"),
+    "not a model": (["--resume-from", "{text}"], r"text\.h5"),
+    "no weights of this kind": (["--patch-model-state", "{text}"], r"text\.h5"),
+}
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_model_faults_are_named_in_one_line(fault, data, patch_model, capfd):
+    options, pattern = MODEL_FAULTS[fault]
+    (data / "text.h5").write_text("not a model")
+    options = [o.format(patch=patch_model, text=data / "text.h5") for o in options]
+    assert train_images(data, *options) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(pattern, error)
+
+
+def test_a_model_for_another_image_size_is_refused(data, capfd):
+    dm_checkpoint.save_model(Yaroslav((96, 96, 1), classes=2, nb_init_filter=1), data / "fixed.h5")
+    assert train_images(data, "--resume-from", str(data / "fixed.h5"), "--nb-epoch", "0") == 1
+    assert re.search(r"fixed\.h5.*64 64.*96 x 96", capfd.readouterr().err.splitlines()[-1])
+
+
+def test_one_class_validation_says_so_and_the_loss_decides(data, patch_model, capfd):
+    for file in (data / "val" / "pos").iterdir():
+        file.unlink()
+    options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    small = ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1"]
+    assert train_images(data, *options, *small, "--nb-epoch", "2", "--all-layer-epochs", "2") == 0
+    assert "AUC is undefined" in capfd.readouterr().err
+    assert (data / "out" / "best.h5").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [["--optimizer", "sdg"], ["--batch-size", "0"], ["--img-size", "8"], ["--hidden-dropout", "1.5"]]
+)
+def test_wrong_options_end_with_status_2(options, data, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_patches(data, *options)
+    assert ended.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_wrong_environment_variable_is_named(data, monkeypatch, capfd):
+    monkeypatch.setenv("RANDOM_SEED", "many")
+    assert train_patches(data) == 1
+    assert "RANDOM_SEED" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_run_from_python_checks_names(data):
+    with pytest.raises(TypeError, match="batch_sice"):
+        patch_clf_train.run(train_dir="a", val_dir="b", test_dir="c", batch_sice=3)
+    with pytest.raises(TypeError, match="test_dir"):
+        patch_clf_train.run(train_dir="a", val_dir="b")
