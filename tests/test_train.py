@@ -103,12 +103,25 @@ def test_help_imports_nothing_heavy(script):
 
 @pytest.mark.slow
 def test_patch_training_leaves_model_scores_and_predictions(data, capsys):
-    assert train_patches(data, "--nb-epoch", "8", "--augmentation", "--auto-batch-balance") == 0
+    assert (
+        train_patches(
+            data,
+            "--nb-epoch",
+            "35",
+            "--es-patience",
+            "35",
+            "--train-bs-multiplier",
+            "0.25",
+            "--augmentation",
+            "--auto-batch-balance",
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "Minimum val loss achieved at epoch:" in printed
     out = data / "out" / "best"
     history = pd.read_csv(out / "history.csv")
-    assert list(history.epoch) == list(range(1, 9))
+    assert list(history.epoch) == list(range(1, 36))
     metrics = json.loads((out / "metrics.json").read_text())["single"]
     assert metrics["accuracy"] == 1.0  # brightness tells the classes apart
     assert metrics["confusion_matrix"] == [[6, 0], [0, 6]]
