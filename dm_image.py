@@ -85,17 +85,15 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool) -> np.ndarray:
             raise InputError(f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.")
         img = dataset.pixel_array
         if voi_lut:
-            img = pydicom.pixels.apply_voi_lut(img, dataset)
+            img = np.rint(pydicom.pixels.apply_voi_lut(img, dataset)).astype(img.dtype)
     except InputError:
         raise
     except Exception as error:  # pydicom and its decoder plug-ins raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{fname}: cannot decode this DICOM file: {reason}") from error
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        if img.dtype.kind == "u" and not voi_lut:
-            img = np.subtract(2**dataset.BitsStored - 1, img, dtype=img.dtype)
-        else:
-            img = img.max() + img.min() - img
+        highest = 2**dataset.BitsStored - 1
+        img = np.invert(img) if img.dtype.kind == "i" else highest - np.minimum(img, img.dtype.type(highest))
     return img
 
 
