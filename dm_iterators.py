@@ -45,8 +45,9 @@ class DMIterator(keras.utils.PyDataset):
         auto_batch_balance: also return sample weights, 1 / (frequency of the sample's class in its batch).
         no_pos_skip: probability of leaving out a batch without a sample of class 1.
         balance_classes: if above 0, redraw each batch with this ratio of others to class 1 (`index_balancer`).
-        workers: threads that load batches for Keras (default NUM_CPU_CORES, 4); use_multiprocessing,
-            max_queue_size: as in keras.utils.PyDataset.
+        workers: threads that load the images of a batch (default NUM_CPU_CORES, 4). They are ours, and Keras is told
+            of one worker: its own queue (as of 3.15) carries batches over from the start of one epoch to the next, so
+            that under a distribution strategy, and with JAX and PyTorch, images come twice and others never.
     """
 
     def __init__(
@@ -64,10 +65,10 @@ class DMIterator(keras.utils.PyDataset):
         no_pos_skip=0.0,
         balance_classes=0.0,
         workers=None,
-        use_multiprocessing=False,
-        max_queue_size=10,
     ):
-        super().__init__(_default_workers(workers), use_multiprocessing, max_queue_size)
+        super().__init__()
+        workers = _default_workers(workers)
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         if class_mode not in CLASS_MODES:
             raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {class_mode!r}.")
         if n < 1:
@@ -168,6 +169,10 @@ class DMIterator(keras.utils.PyDataset):
         """Batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
         raise NotImplementedError
 
+    def _map(self, function, *items):
+        """List of function(item), or of several, on this iterator's threads."""
+        return list((self._pool.map if self._pool else map)(function, *items))
+
     def _augment(self, x, index, occurrence=0, out=None):
         """Augment and standardise sample `index`: x float32 (H, W, C), as drawn for (seed, epoch, index).
 
@@ -210,20 +215,19 @@ class _SampleIterator(DMIterator):
         super().__init__(*args, **kwargs)
 
     def _make_batch(self, index, rng):
-        batch, seen = None, {}
-        for position, i in enumerate(index):
-            occurrence = seen[i] = seen.get(i, -1) + 1
-            x = self.load(i)
-            if batch is None:
-                batch = np.empty((len(index), *x.shape), np.float32)
-            elif x.shape != batch.shape[1:]:
+        images = self._map(self.load, index)
+        shape = images[0].shape
+        for i, x in zip(index, images, strict=True):
+            if x.shape != shape:
                 raise InputError(
-                    f"{self._name(i)}: images of a batch differ in size. Expected {batch.shape[1:]}. "
+                    f"{self._name(i)}: images of a batch differ in size. Expected {shape}. "
                     f"Received {x.shape}; set target_size."
                 )
-            x = self._augment(x, i, occurrence, out=batch[position])
-            if self.save_to_dir:
-                self._save(x, i, occurrence)
+        occurrences = [int((index[:k] == i).sum()) for k, i in enumerate(index)]
+        batch = np.empty((len(index), *shape), np.float32)
+        self._map(self._augment, images, index, occurrences, batch)
+        if self.save_to_dir:
+            self._map(self._save, batch, index, occurrences)
         return self._with_labels(batch, None if self.classes is None else self.classes[index])
 
     def load(self, index):

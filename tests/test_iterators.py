@@ -1,0 +1,420 @@
+"""dm_iterators: order, labels and weights against the published program's runs; every image once; memory and disk."""
+
+import json
+import tracemalloc
+
+import cv2
+import keras
+import numpy as np
+import pytest
+
+from dm_files import InputError
+from dm_image import DMImageDataGenerator, check_pixel_stats, read_resize_img
+from dm_iterators import batch_weights
+
+AUGMENT = {"rotation_range": 25.0, "zoom_range": [0.8, 1.2], "channel_shift_range": 20.0, "horizontal_flip": True}
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def sums(x):
+    return x.sum(axis=(1, 2, 3), dtype=np.float64)
+
+
+def assert_batch(batch, case, err_msg):
+    """Labels and weights of a batch exactly as recorded; y or w absent where the record has none."""
+    _, *rest = batch if isinstance(batch, tuple) else (batch,)
+    for name in ("y", "w"):
+        if case.get(name) is not None:
+            np.testing.assert_array_equal(rest.pop(0), np.array(case[name], np.float32), err_msg=err_msg)
+    assert not rest
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """13 images in two class folders, one of them nested; 16-bit, each of its own grey level."""
+    for k in range(13):
+        folder = tmp_path / "data" / ("neg" if k < 8 else "pos") / ("deep" if k == 3 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(folder / f"{k:02d}.png"), np.full((20, 16), 1000 * (k + 1), np.uint16))
+    (tmp_path / "data" / "neg" / "notes.txt").write_text("no image")
+    return tmp_path / "data"
+
+
+# ------------------------------------------------------------------------------- runs of the published program
+
+
+DIRECTORY_RUNS = ("binary2", "noshuf", "noshuf_default_classes_sorted", "shuf_bal", "shuf_nobal", "sparse")
+
+
+@pytest.mark.parametrize("run", DIRECTORY_RUNS)
+def test_golden_directory(golden, run):
+    folder = golden / "iterators"
+    record, pixels = load(folder / "directory.json")[run], np.load(folder / "batches.npz")
+    generator = DMImageDataGenerator(featurewise_center=True)
+    generator.mean = 52.18
+    found = generator.flow_from_directory(folder / "dir", **record["args"])
+    assert found.filenames == sorted(found.filenames, key=lambda f: (found.class_indices[f.split("/")[0]], f))
+    assert sorted(found.filenames) == sorted(record["filenames"])
+    assert found.class_indices == record["class_indices"]
+    assert (found.nb_sample, found.nb_class) == (record["nb_sample"], len(record["class_indices"]))
+    assert len(found) == record["batches_per_epoch"]
+
+    # The program listed files in the operating system's order: the same rule over its list.
+    args = {k: v for k, v in record["args"].items() if k != "classes"}
+    paths = [folder / "dir" / name for name in record["filenames"]]
+    iterator = generator.flow_from_img_list(paths, record["labels"], target_scale=None, **args)
+    for case in record["batches"]:
+        batch = iterator.next()
+        assert iterator.total_batches_seen == case["total_batches_seen"]
+        assert_batch(batch, case, str(case["batch"]))
+        key = f"{run}_x_b{case['batch']}"
+        if case["epoch"] == 0 and key in pixels:
+            np.testing.assert_allclose(batch[0], pixels[key], atol=0.004)
+
+
+def test_golden_reset_midway(golden):
+    folder = golden / "iterators"
+    runs = load(folder / "directory.json")
+    record, listing = runs["reset_midway"], runs["shuf_bal"]
+    paths = [folder / "dir" / name for name in listing["filenames"]]
+    iterator = DMImageDataGenerator().flow_from_img_list(
+        paths,
+        listing["labels"],
+        class_mode="sparse",
+        target_size=(4, 4),
+        batch_size=record["batch_size"],
+        seed=record["seed"],
+    )
+    assert [iterator.next()[1].tolist() for _ in range(2)] == record["first_two_batches_labels"]
+    iterator.reset()
+    assert [iterator.next()[1].tolist() for _ in range(6)] == record["after_reset_labels"]
+
+
+def test_golden_flow(golden):
+    folder = golden / "iterators"
+    y = np.load(folder / "batches.npz")["flow_y"]
+    x = np.broadcast_to(np.arange(float(len(y)))[:, None, None, None], (len(y), 2, 2, 1))
+    for run, record in load(folder / "flow.json").items():
+        labels = {"no_labels": None, "sparse_y": y.argmax(axis=1)}.get(run, y)
+        iterator = DMImageDataGenerator().flow(x, labels, **record["args"])
+        for case in record["batches"]:
+            batch = iterator.next()
+            if labels is None:
+                assert batch[:, 0, 0, 0].tolist() == case
+                continue
+            assert batch[0][:, 0, 0, 0].tolist() == case["index"], run
+            assert_batch(batch, case, run)
+            assert iterator.total_batches_seen == case["total_batches_seen"]
+
+
+def test_golden_image_lists(golden):
+    folder = golden / "iterators"
+    record, pixels = load(folder / "img_list.json"), np.load(folder / "batches.npz")
+    paths = [folder / "list_imgs" / name for name in record["files"]]
+    for run, content in record.items():
+        if not isinstance(content, dict):
+            continue
+        iterator = DMImageDataGenerator().flow_from_img_list(
+            paths, record["labels"], target_size=(20, 16), target_scale=4095, **content["args"]
+        )
+        for i, case in enumerate(content["batches"]):
+            batch = iterator.next()
+            assert_batch(batch, case, run)
+            np.testing.assert_allclose(sums(batch[0]), case["x_sums"], atol=40)
+            if f"list_{run}_x{i}" in pixels:
+                np.testing.assert_allclose(batch[0], pixels[f"list_{run}_x{i}"], atol=1)
+
+
+def test_golden_exam_lists(golden):
+    folder = golden / "iterators"
+    record = load(folder / "exam_list.json")
+    for exam in record["exams"]:
+        for side in "LR":
+            for view in ("CC", "MLO"):
+                files = exam[side][view]
+                exam[side][view] = files and [folder / "list_imgs" / name for name in files]
+    for run, content in record["runs"].items():
+        exams = [exam for exam in record["exams"] if content.get("exams_used") != "all but s3" or exam["subj"] != "s3"]
+        iterator = DMImageDataGenerator().flow_from_exam_list(
+            exams, target_size=(20, 16), target_scale=4095, **content["args"]
+        )
+        for case in content["batches"]:
+            batch = iterator.next()
+            if "subj" in case:
+                subj, exam, cc, mlo, *y = batch
+                assert (subj, exam) == (case["subj"], case["exam"])
+                for views, expected in ((cc, case["cc"]), (mlo, case["mlo"])):
+                    for images, values in zip(views, expected, strict=True):
+                        np.testing.assert_allclose(
+                            [i.sum(dtype=np.float64) for i in images], [v[0] for v in values], 1e-3
+                        )
+            else:
+                (cc, mlo), *y = (batch,) if case["y"] is None else batch
+                np.testing.assert_allclose(sums(cc), case["cc_sums"], atol=40, err_msg=run)
+                np.testing.assert_allclose(sums(mlo), case["mlo_sums"], atol=40, err_msg=run)
+            np.testing.assert_array_equal(y, [] if case["y"] is None else [case["y"]], err_msg=run)
+
+
+class StandInClassifier:
+    def predict(self, x, batch_size):
+        return 2 * x.mean(axis=(1, 2, 3)) / 4095 % 1
+
+
+def test_golden_candidate_rois(golden):
+    """k-means may number its clusters otherwise than in 2017: patches of an image are compared as a set."""
+    folder = golden / "iterators"
+    record = load(folder / "candid_roi.json")
+    paths = [folder / "list_imgs" / name for name in record["files"]]
+    for run, content in record["runs"].items():
+        args = record["common"] | content["args"]
+        labels = None if args.pop("_nolab", False) else record["labels"]
+        args["roi_per_img"] = args.pop("_roi", args["roi_per_img"])
+        if "roi_clf" in args:
+            args["roi_clf"] = StandInClassifier()
+        iterator = DMImageDataGenerator().flow_from_candid_roi(paths, labels, **args)
+        for case in content["batches"]:
+            batch = iterator.next()
+            x, *rest = batch if isinstance(batch, tuple) else (batch,)
+            per_image = 1 if args.get("one_patch_mode") else args["roi_per_img"]
+            order, expected = np.argsort(sums(x)), np.argsort(case["x_sums"])
+            order, expected = (i[np.argsort(i // per_image, kind="stable")] for i in (order, expected))
+            assert list(x.shape) == case["shape"]
+            np.testing.assert_allclose(sums(x)[order], np.array(case["x_sums"])[expected], atol=300, err_msg=run)
+            for name in ("y", "w"):
+                if case[name] is not None:
+                    recorded = np.array(case[name], np.float32)[expected]
+                    np.testing.assert_array_equal(rest.pop(0)[order], recorded, err_msg=run)
+
+
+# ------------------------------------------------------------------------------------------- every image once
+
+
+class Recorder(keras.Model):
+    """Notes, in `seen`, the first pixels of every batch it is trained on."""
+
+    def train_step(self, data):
+        self.seen.append(sorted(keras.ops.convert_to_numpy(data[0])[:, 0, 0, 0].tolist()))
+        return {"loss": 0.0}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_fit_sees_every_image_once_an_epoch_in_the_same_batches(workers):
+    x = np.broadcast_to(np.arange(11.0)[:, None, None, None], (11, 2, 2, 1))
+    generator = DMImageDataGenerator()
+    iterator = generator.flow(x, np.arange(11) % 2, batch_size=4, seed=3, auto_batch_balance=False, workers=workers)
+    pixels = keras.Input((2, 2, 1))
+    model = Recorder(pixels, keras.layers.Dense(1)(pixels))
+    model.compile(optimizer="sgd", loss="mse", run_eagerly=True)
+    model.seen = []
+    model.fit(iterator, epochs=3, verbose=0)
+    epochs = [model.seen[-9:][k : k + 3] for k in (0, 3, 6)]
+    reference = generator.flow(x, batch_size=4, seed=3)
+    possible = [sorted(sorted(reference.next()[:, 0, 0, 0].tolist()) for _ in range(3)) for _ in range(9)]
+    for epoch in epochs:
+        assert sorted(np.concatenate(epoch)) == list(range(11))
+        assert sorted(epoch) in possible  # Keras permutes the batches of an epoch, and may pass over one at its start
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="distribution strategies are TensorFlow's")
+def test_fit_under_a_strategy_sees_every_image_once_an_epoch():
+    """Where Keras's own queue, with several workers, delivers 55 of 74 images."""
+    import tensorflow as tf
+
+    seen = []
+
+    class Note(keras.layers.Layer):
+        def call(self, x):
+            noted = tf.numpy_function(lambda x: (seen.append(x[:, 0, 0, 0]), x)[1], [x], tf.float32)
+            return tf.ensure_shape(noted, (None, 2, 2, 1))
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    with tf.distribute.MirroredStrategy(["cpu:0"]).scope():
+        pixels = keras.Input((2, 2, 1))
+        model = keras.Model(pixels, keras.layers.Dense(1)(Note()(pixels)))
+        model.compile(optimizer="sgd", loss="mse")
+    x = np.broadcast_to(np.arange(74.0)[:, None, None, None], (74, 2, 2, 1))
+    iterator = DMImageDataGenerator().flow(x, np.zeros(74), batch_size=2, seed=3, auto_batch_balance=False, workers=4)
+    model.fit(iterator, epochs=2, verbose=0)
+    for epoch in (seen[-74:-37], seen[-37:]):
+        assert sorted(np.concatenate(epoch)) == list(range(74))
+
+
+def test_batches_are_pure_functions_of_their_position(folders):
+    def batches(order):
+        iterator = DMImageDataGenerator(**AUGMENT).flow_from_directory(
+            folders, target_size=(20, 16), batch_size=4, seed=9, dup_3_channels=True
+        )
+        iterator.on_epoch_end()
+        return {i: iterator[i] for i in order}
+
+    forward, backward = batches([0, 1, 2, 3]), batches([3, 1, 1, 0, 2])
+    for i in forward:
+        np.testing.assert_array_equal(forward[i][0], backward[i][0])
+        np.testing.assert_array_equal(forward[i][1], backward[i][1])
+    assert sum(len(y) for _, y in forward.values()) == 13
+
+
+def test_augmentation_differs_between_epochs_images_and_repeats():
+    img = np.random.default_rng(0).random((1, 16, 16, 1)) * 255
+    iterator = DMImageDataGenerator(**AUGMENT).flow(np.repeat(img, 2, axis=0), shuffle=False, seed=1)
+    first, second = iterator.next(), iterator.next()
+    assert not np.array_equal(first[0], first[1])
+    assert not np.array_equal(first[0], second[0])
+    balanced = DMImageDataGenerator(**AUGMENT).flow(
+        np.repeat(img, 8, axis=0), [1] + [0] * 7, balance_classes=1.0, auto_batch_balance=False, seed=1
+    )
+    x, y = balanced.next()
+    assert y.sum() > 1
+    assert len(np.unique(x[y == 1].reshape(y.sum(), -1), axis=0)) == y.sum()
+
+
+def test_iteration_next_and_reset(folders):
+    iterator = DMImageDataGenerator().flow_from_directory(folders, batch_size=5, seed=1, target_size=(4, 4))
+    epoch = [len(x) for x, _ in iterator]
+    assert epoch == [5, 5, 3]
+    iterator.next()
+    assert sum(len(x) for x, _ in iterator) == 8  # what was left of the second epoch
+    iterator.next()
+    iterator.reset()
+    assert iterator.total_batches_seen == 7
+    assert sum(len(x) for x, _ in iterator) == 13
+    assert isinstance(iterator, keras.utils.PyDataset)
+
+
+def test_no_seed_draws_one():
+    x = np.zeros((100, 2, 2, 1)) + np.arange(100)[:, None, None, None]
+    first, second = (DMImageDataGenerator().flow(x, batch_size=100).next() for _ in range(2))
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("class_mode", "dtype", "shape"),
+    [("categorical", np.float32, (4, 2)), ("binary", np.float32, (4,)), ("sparse", np.int64, (4,))],
+)
+def test_class_modes(folders, class_mode, dtype, shape):
+    iterator = DMImageDataGenerator().flow_from_directory(
+        folders, batch_size=4, target_size=(4, 4), class_mode=class_mode, classes=["pos", "neg"], seed=0
+    )
+    _, y = iterator.next()
+    assert (y.dtype, y.shape) == (dtype, shape)
+    assert iterator.class_indices == {"pos": 0, "neg": 1}
+    without = DMImageDataGenerator().flow_from_directory(folders, class_mode=None, target_size=(4, 4))
+    assert isinstance(without.next(), np.ndarray)
+
+
+def test_batch_weights_even_the_classes_out():
+    classes = np.array([0, 0, 0, 2, 2, 1])
+    weights = batch_weights(classes)
+    np.testing.assert_allclose([weights[classes == k].sum() for k in range(3)], 6)
+
+
+# -------------------------------------------------------------------------------------- memory, files at fault
+
+
+def test_images_in_memory_give_the_batches_from_disk(folders):
+    args = {"target_size": (10, 12), "batch_size": 5, "seed": 2, "auto_batch_balance": True, "dup_3_channels": True}
+    args |= {"target_scale": 255.0}
+    disk, memory = (
+        DMImageDataGenerator(**AUGMENT).flow_from_directory(folders, load_to_ram=ram, **args) for ram in (False, True)
+    )
+    for _ in range(6):
+        for a, b in zip(disk.next(), memory.next(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_memory_peak_is_that_of_the_stored_pixels(tmp_path):
+    (tmp_path / "neg").mkdir()
+    for k in range(100):
+        cv2.imwrite(str(tmp_path / "neg" / f"{k}.png"), np.full((150, 110), k, np.uint16))
+    generator = DMImageDataGenerator()
+    flow = {"directory": tmp_path, "target_size": (150, 110), "load_to_ram": True, "workers": 2}
+    generator.flow_from_directory(**flow)  # imports and the like
+    tracemalloc.start()
+    iterator = generator.flow_from_directory(**flow)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 1.1 * 100 * 150 * 110 * 2
+    assert iterator.next()[0].dtype == np.float32
+
+
+def test_mixed_pixel_types_are_not_kept_in_memory(folders):
+    cv2.imwrite(str(folders / "pos" / "99.png"), np.zeros((20, 16), np.uint8))
+    with pytest.raises(InputError, match=r"99\.png.*uint16.*uint8"):
+        DMImageDataGenerator().flow_from_directory(folders, target_size=(4, 4), load_to_ram=True)
+
+
+@pytest.mark.parametrize("load_to_ram", [False, True])
+def test_images_at_fault(folders, load_to_ram):
+    (folders / "pos" / "bad.png").write_text("no image")
+    args = {"target_size": (4, 4), "load_to_ram": load_to_ram, "batch_size": 3, "seed": 0}
+    generator = DMImageDataGenerator()
+    iterator = generator.flow_from_directory(folders, on_error="skip", **args)
+    assert iterator.nb_sample == 13
+    assert len(iterator.skipped) == 1
+    assert "bad.png" in iterator.skipped[0]
+    with pytest.raises(InputError, match=r"bad\.png"):
+        iterator = generator.flow_from_directory(folders, **args)
+        for _ in iterator:
+            pass
+    if not load_to_ram:
+        assert "bad.png" in str(iterator.input_error)
+
+
+def test_folders_at_fault(folders):
+    generator = DMImageDataGenerator()
+    with pytest.raises(InputError, match="no such folder"):
+        generator.flow_from_directory(folders / "nowhere")
+    with pytest.raises(InputError, match="benign"):
+        generator.flow_from_directory(folders, classes=["neg", "benign"])
+    (folders / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty.*no images"):
+        generator.flow_from_directory(folders)
+    with pytest.raises(InputError, match="sub-folder"):
+        generator.flow_from_directory(folders / "empty")
+
+
+def test_files_are_found_whatever_the_case_of_their_suffix(folders):
+    (folders / "neg" / "00.png").rename(folders / "neg" / "00.PNG")
+    (folders / "neg" / "._01.png").write_bytes(b"what macOS leaves")
+    iterator = DMImageDataGenerator().flow_from_directory(folders)
+    assert iterator.filenames[:2] == ["neg/00.PNG", "neg/01.png"]
+    assert "neg/deep/03.png" in iterator.filenames
+    assert iterator.nb_sample == 13
+
+
+def test_augmented_images_can_be_saved(folders, tmp_path):
+    iterator = DMImageDataGenerator().flow_from_directory(
+        folders, target_size=(20, 16), save_to_dir=tmp_path / "saved", save_prefix="aug", shuffle=False, batch_size=4
+    )
+    iterator.next()
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [f"aug_0_{k}.png" for k in range(4)]
+    assert cv2.imread(str(tmp_path / "saved" / "aug_0_0.png"), -1).shape == (20, 16)
+
+
+def test_images_of_different_sizes_do_not_make_a_batch(folders):
+    cv2.imwrite(str(folders / "neg" / "99.png"), np.zeros((20, 30), np.uint16))
+    with pytest.raises(InputError, match="differ in size"):
+        for _ in DMImageDataGenerator().flow_from_directory(folders, target_height=10, target_size=None):
+            pass
+
+
+def test_pixel_range_and_mean_are_checked(folders):
+    def messages(mean=None, **args):
+        generator = DMImageDataGenerator(featurewise_center=mean is not None)
+        generator.mean = mean
+        return check_pixel_stats(generator.flow_from_directory(folders, target_size=(4, 4), **args))
+
+    own_mean = np.mean([read_resize_img(p, (4, 4), rescale_factor=0.01).mean() for p in folders.rglob("*.png")])
+    assert messages(own_mean, rescale_factor=0.01) == []
+    [message] = messages()
+    assert "1.3e+04" in message
+    assert "rescale" in message
+    [message] = messages(own_mean + 60, rescale_factor=0.01)
+    assert f"{own_mean + 60:.4g}" in message
+    assert f"{own_mean:.4g}" in message
