@@ -261,12 +261,13 @@ class ArrayIterator(_SampleIterator):
         if y is not None and len(y) != len(self.x):
             raise InputError(f"flow: Expected as many labels as images, {len(self.x)}. Received {len(y)}.")
         self.y = None if y is None else np.asarray(y)
-        classes = None if y is None else dm_image.to_sparse(y)
+        classes = None if y is None else dm_image.to_sparse(y).astype(np.int64)
         super().__init__(
             generator,
             len(self.x),
             classes,
             None if y is None else int(classes.max()) + 1,
+            class_mode="sparse",
             auto_batch_balance=auto_batch_balance,
             **kwargs,
         )
