@@ -75,13 +75,15 @@ class DMIterator(keras.utils.PyDataset):
             raise InputError("Expected at least one image to iterate over. Received none.")
         if batch_size < 1:
             raise InputError(f"batch_size: Expected at least 1. Received {batch_size}.")
+        if no_pos_skip >= 1 and classes is not None and not np.any(np.equal(classes, 1)):
+            raise InputError("Expected a sample of class 1, since all batches without one are skipped. Received none.")
         self.generator = generator
         self.nb_sample = n
         self.classes = None if classes is None else np.asarray(classes)
         self.nb_class = nb_class
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed)
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed) % 2**32
         self.class_mode = None if classes is None else class_mode
         self.auto_batch_balance = auto_batch_balance
         self.no_pos_skip = no_pos_skip
@@ -91,20 +93,27 @@ class DMIterator(keras.utils.PyDataset):
         self._next = 0  # position of next() in the epoch
         self._plan_epoch(batches_before=0)
 
+    @property
+    def labels(self):
+        """Class numbers (n,) of the samples, or None."""
+        return self.classes
+
     # -- order
 
     def _plan_epoch(self, batches_before):
-        """List this epoch's batches as (number, sample indices), and how many batches each leaves behind."""
-        self._before, self._next = batches_before, 0
-        order = np.arange(self.nb_sample)
-        if self.shuffle:
-            order = self._random_state(batches_before).permutation(self.nb_sample)
-        slices = [order[k : k + self.batch_size] for k in range(0, self.nb_sample, self.batch_size)]
-        self._after = batches_before + len(slices)
-        numbered = enumerate(slices, start=batches_before + 1)
-        self._batches = [(number, index) for number, index in numbered if not self._is_skipped(number, index)]
-        if not self._batches:
-            self._plan_epoch(self._after)
+        """List the batches of the epoch that begins after `batches_before`, as (number, sample indices)."""
+        self._next, self._batches = 0, []
+        while not self._batches:  # all of an epoch's batches may be skipped
+            self._before = batches_before
+            order = np.arange(self.nb_sample)
+            if self.shuffle:
+                order = self._random_state(batches_before).permutation(self.nb_sample)
+            for start in range(0, self.nb_sample, self.batch_size):
+                index = order[start : start + self.batch_size]
+                batches_before += 1
+                if not self._is_skipped(batches_before, index):
+                    self._batches.append((batches_before, index))
+        self._after = batches_before
 
     def _random_state(self, number):
         return np.random.RandomState((self.seed + number) % 2**32)
@@ -329,11 +338,6 @@ class _FileIterator(_SampleIterator):
             classes = None if classes is None else np.asarray(classes)[good]
         super().__init__(generator, len(self._paths), classes, nb_class, workers=workers, **kwargs)
 
-    @property
-    def labels(self):
-        """Class numbers (n,) in the order of `.filenames`, or None."""
-        return self.classes
-
     def _read(self, index):
         path = self._paths[index]
         return dm_image.check_grey(path, dm_image.read_resized(path, **self._read_args))
@@ -350,48 +354,44 @@ class _FileIterator(_SampleIterator):
     def _read_all(self, load_to_ram, on_error, workers):
         """Read every file with `workers` threads; list the indices of good ones, and keep their images if asked."""
         n = len(self._paths)
-        store = None
+        if load_to_ram:
+            first = next((img for img in map(self._read_or_error, range(n)) if not isinstance(img, InputError)), None)
+            self._ram = None if first is None else np.empty((n, *first.shape), first.dtype)
 
         def read(index):
-            try:
-                return self._read(index)
-            except InputError as error:
-                return error
+            img = self._read_or_error(index)
+            if isinstance(img, InputError):
+                if on_error == "stop":
+                    raise img
+                return img
+            if self._ram is not None:
+                if img.dtype != self._ram.dtype:
+                    raise InputError(
+                        f"{self._paths[index]}: load_to_ram needs one pixel type. Expected {self._ram.dtype}. "
+                        f"Received {img.dtype}; convert the files or switch load_to_ram off."
+                    )
+                self._ram[index] = img  # right here: images waiting for their place would add to the peak
+            return None
 
-        good = []
-        with ThreadPoolExecutor(workers) as pool:
-            # Few at a time: images that wait for their place in the array would double the memory.
-            results = _map_in_order(pool, read, range(n), ahead=2 * workers)
-            for index, img in enumerate(tqdm(results, total=n, desc="load images", unit="image", leave=False)):
-                if isinstance(img, InputError):
-                    if on_error == "stop":
-                        raise img
-                    self.skipped.append(str(img))
-                    continue
-                if load_to_ram:
-                    if store is None:
-                        store = np.empty((n, *img.shape), img.dtype)
-                    if img.dtype != store.dtype:
-                        raise InputError(
-                            f"{self._paths[index]}: load_to_ram needs one pixel type. Expected {store.dtype}, that of "
-                            f"the first image. Received {img.dtype}; convert the files or switch load_to_ram off."
-                        )
-                    store[len(good)] = img
-                good.append(index)
-        if load_to_ram and store is not None:
-            self._ram = store[: len(good)]
+        pool = ThreadPoolExecutor(workers)
+        try:
+            results = tqdm(pool.map(read, range(n)), total=n, desc="read images", unit="image", leave=False)
+            errors = list(results)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self.skipped = [str(error) for error in errors if error]
+        good = [index for index, error in enumerate(errors) if not error]
+        if self._ram is not None and self.skipped:
+            for place, index in enumerate(good):
+                self._ram[place] = self._ram[index]
+            self._ram = self._ram[: len(good)]
         return good
 
-
-def _map_in_order(pool, function, items, ahead):
-    """Results of function(item) in order, at most `ahead` of them computed before they are asked for."""
-    futures = []
-    for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) > ahead:
-            yield futures.pop(0).result()
-    for future in futures:
-        yield future.result()
+    def _read_or_error(self, index):
+        try:
+            return self._read(index)
+        except InputError as error:
+            return error
 
 
 class ImageListIterator(_FileIterator):
