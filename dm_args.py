@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dm_files import InputError
+from dm_parallel import BACKENDS
 
 # Names of the backends' own out-of-memory errors: no backend is imported here.
 _OUT_OF_MEMORY = {"ResourceExhaustedError", "OutOfMemoryError"}
@@ -98,6 +99,18 @@ def add_pixel_options(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--featurewise-center", True, "subtract --featurewise-mean from every pixel after rescaling")
     group.add_argument("--featurewise-mean", type=float, help="mean pixel of the training set after rescaling")
     add_flag(group, "--equalize-hist", False, "equalize the histogram of each image (needs pixels within 0..255)")
+
+
+def add_parallel_options(parser: argparse._ActionsContainer, jobs: int = 1) -> None:
+    """How `dm_parallel.run_parallel` works. jobs: the default of `--jobs`."""
+    parser.add_argument(
+        "--jobs", type=positive_int, default=jobs, help=f"images worked on at the same time; default: {jobs}"
+    )
+    parser.add_argument(
+        "--backend", choices=list(BACKENDS), default="loky",
+        help="what works on them: processes (loky) or threads of this machine, or a cluster: Dask's at "
+        "DASK_SCHEDULER_ADDRESS, Ray's at RAY_ADDRESS, or without these a local one of --jobs processes",
+    )  # fmt: skip
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,83 @@
+"""Results in order on every backend, errors passed on, memory bounded."""
+
+import functools
+import os
+import time
+
+import pytest
+
+import dm_parallel
+from dm_files import InputError
+from dm_parallel import run_parallel
+
+LOCAL = ["loky", "threading"]
+
+
+@pytest.fixture(
+    params=[*LOCAL, pytest.param("dask", marks=pytest.mark.slow), pytest.param("ray", marks=pytest.mark.slow)]
+)
+def backend(request):
+    if request.param not in LOCAL:
+        pytest.importorskip({"dask": "distributed", "ray": "ray"}[request.param])
+    return request.param
+
+
+def work(item, bad=None):
+    """Later items are done earlier."""
+    if item == bad:
+        raise InputError(f"item {item}: Expected another")
+    time.sleep(0.05 * (item % 2 == 0))
+    return item * item, os.getpid()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_come_in_order(backend, jobs):
+    results = list(run_parallel(work, range(9), jobs, backend))
+    assert [value for value, _ in results] == [item * item for item in range(9)]
+    elsewhere = backend in ("dask", "ray") or (backend == "loky" and jobs > 1)
+    assert all((process != os.getpid()) == elsewhere for _, process in results)
+
+
+def test_the_first_error_in_order_is_raised_as_it_was(backend):
+    taken = []
+    with pytest.raises(InputError, match=r"^item 3: Expected another$"):
+        taken.extend(run_parallel(functools.partial(work, bad=3), range(9), 2, backend, desc="work"))
+        pytest.fail("no error")
+    results = run_parallel(functools.partial(work, bad=3), range(9), 2, backend)
+    assert [next(results)[0] for _ in range(3)] == [0, 1, 4]
+    results.close()
+
+
+@pytest.mark.parametrize(("ahead", "most"), [(None, 4), (3, 3)])
+def test_few_items_are_begun_before_results_are_taken(ahead, most):
+    begun = []
+    results = run_parallel(begun.append, range(50), 2, "threading", ahead=ahead)
+    for taken in range(1, 20):
+        next(results)
+        time.sleep(0.005)
+        assert taken <= len(begun) < taken + most
+    results.close()
+    assert len(begun) < 30
+
+
+def die(item):
+    os._exit(1)
+
+
+def test_a_dead_worker_is_an_input_error():
+    with pytest.raises(InputError, match="a worker process died"):
+        list(run_parallel(die, range(3), 2, "loky"))
+    assert [value for value, _ in run_parallel(work, range(3), 2, "loky")] == [0, 1, 4]
+
+
+@pytest.mark.parametrize(("backend", "install"), [("dask", "'dask[distributed]'"), ("ray", "ray")])
+def test_missing_backends_say_what_to_install(monkeypatch, backend, install):
+    monkeypatch.setattr(dm_parallel.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as error:
+        run_parallel(work, range(3), 2, backend)
+    assert str(error.value).endswith(f"pip install {install}")
+
+
+def test_unknown_backends_are_refused():
+    with pytest.raises(InputError, match=r"Expected loky, threading, dask, ray\. Received 'spark'"):
+        run_parallel(work, range(3), 2, "spark")
