@@ -331,15 +331,15 @@ def test_images_in_memory_give_the_batches_from_disk(folders):
 def test_memory_peak_is_that_of_the_stored_pixels(tmp_path):
     (tmp_path / "neg").mkdir()
     for k in range(100):
-        cv2.imwrite(str(tmp_path / "neg" / f"{k}.png"), np.full((150, 110), k, np.uint16))
+        cv2.imwrite(str(tmp_path / "neg" / f"{k}.png"), np.full((400, 300), k, np.uint16))
     generator = DMImageDataGenerator()
-    flow = {"directory": tmp_path, "target_size": (150, 110), "load_to_ram": True, "workers": 2}
+    flow = {"directory": tmp_path, "target_size": (400, 300), "load_to_ram": True, "workers": 2}
     generator.flow_from_directory(**flow)  # imports and the like
     tracemalloc.start()
     iterator = generator.flow_from_directory(**flow)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak <= 1.1 * 100 * 150 * 110 * 2
+    assert peak <= 1.1 * 100 * 400 * 300 * 2
     assert iterator.next()[0].dtype == np.float32
 
 
