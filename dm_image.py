@@ -18,7 +18,7 @@ import numpy as np
 from dm_files import InputError
 
 # What a decoder has to say about a broken file goes into our one-line error.
-cv2.setLogLevel(0)
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
