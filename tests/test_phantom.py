@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 
 from dm_files import InputError
+from dm_phantom import Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
 from dm_preprocess import DMImagePreprocessor
 from dm_region import split_patients
-from scripts.make_phantom import (
-    Patient,
-    draw_breast,
-    draw_calcs,
-    draw_mass,
-    draw_view,
-    main,
-    make_phantom,
-    power_law_noise,
-)
+from scripts.make_phantom import main, make_phantom
 
 HEIGHT, WIDTH = 192, 144
 PATHOLOGIES = ["BENIGN", "MALIGNANT"]
