@@ -9,6 +9,7 @@ from pathlib import Path
 # Reading the umask means setting it, for all threads: done once, while there is one.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_PARTIAL = ".partial."
 
 
 class InputError(ValueError):
@@ -24,11 +25,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     The temporary name keeps the suffix of `path`, since writers choose their format by it. A reader of `path`
     sees the old file or the new one, never a part. On error the old file stays and the temporary one is
-    removed. Missing parent folders are created.
+    removed; only a killed process leaves it (`remove_partial`). Missing parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem[:40]}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -37,6 +38,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partial(folder: str | os.PathLike) -> None:
+    """Remove what `atomic_write` left in `folder` when its process was killed. Not while others write there."""
+    for path in Path(folder).glob(f"{_PARTIAL}*"):
+        path.unlink(missing_ok=True)
 
 
 def _copy_permissions(temporary: Path, path: Path) -> None:

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from dm_args import add_flag, add_optional, complete, env_int, run_main
-from dm_files import InputError, atomic_write
+from dm_files import InputError, atomic_write, remove_partial
 
 
 def parser():
@@ -95,3 +95,14 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_can_be_removed(tmp_path):
+    with atomic_write(tmp_path / "a.png") as temporary:
+        temporary.write_text("half")
+        os.link(temporary, tmp_path / "saved")
+        name = temporary.name
+    os.rename(tmp_path / "saved", tmp_path / name)
+    (tmp_path / ".partial").write_text("the user's own")
+    remove_partial(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", ".partial"}
