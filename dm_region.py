@@ -26,7 +26,8 @@ MAX_BACKGROUND_TRIES = 100_000
 
 
 class Patch(NamedTuple):
-    """A patch centre: `kind` is "abn" (lesion), "bkg" (background) or "blob" (bright background spot).
+    """A patch centre: `kind` is "abn" (lesion), or background: "bkg" (anywhere), "blob" (on a bright spot) or
+    "hard" (beside a lesion).
 
     overlap: see `Roi.overlap`; for background the largest over the lesions it had to avoid.
     """
@@ -110,15 +111,17 @@ def cut_patch(img, x, y, patch_size):
     return img[top:bottom, left:right]
 
 
-def sample_patches(img, roi, avoid, *, nb_abn, nb_bkg, nb_hns, patch_size=256, pos_cutoff=0.75, neg_cutoff=0.35):
-    """Choose the patch centres of one lesion and of the background beside it.
+def sample_patches(
+    img, roi, avoid, *, nb_abn, nb_bkg, nb_hns, nb_hard_neg=0, patch_size=256, pos_cutoff=0.75, neg_cutoff=0.35
+):
+    """Choose the patch centres of one lesion and of the background of its image.
 
     img: padded image, 2-D array. roi: the lesion. avoid: list of `Roi`s that background keeps off.
     nb_abn: lesion patches; 1 gives the centroid, more give random centres that overlap at least `pos_cutoff`.
     nb_bkg: background patches that overlap less than `neg_cutoff`; the first `nb_hns` of them are bright
-    blobs, where the image has so many.
+    blobs, where the image has so many. nb_hard_neg: further ones that lie beside the lesion.
 
-    Returns (list of Patch in the order blob, abn, bkg; the overlap cutoff in the end, which is lower than
+    Returns (list of Patch in the order blob, abn, bkg, hard; the overlap cutoff in the end, which is lower than
     `pos_cutoff` when the lesion allowed no other way). Raises InputError when the lesion or its surroundings
     leave no room.
     """
@@ -126,7 +129,8 @@ def sample_patches(img, roi, avoid, *, nb_abn, nb_bkg, nb_hns, patch_size=256, p
     blobs = sample_blobs(img, avoid, nb_hns, patch_size, neg_cutoff)
     lesions, cutoff = sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng)
     background = sample_background(avoid, nb_bkg - len(blobs), patch_size, neg_cutoff, img.shape, rng)
-    return blobs + lesions + background, cutoff
+    beside = sample_hard_negatives(roi, avoid, nb_hard_neg, patch_size, neg_cutoff)
+    return blobs + lesions + background + beside, cutoff
 
 
 def sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng):
@@ -158,23 +162,47 @@ def sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng):
 def sample_background(avoid, nb_bkg, patch_size, neg_cutoff, image_shape, rng):
     """Patches anywhere in the image, margins excepted, that overlap all of `avoid` less than `neg_cutoff`.
 
-    Every try draws x, then y, from `rng` (a RandomState). Raises InputError after MAX_BACKGROUND_TRIES.
+    rng: a RandomState. Raises InputError after MAX_BACKGROUND_TRIES.
     """
     half = patch_size // 2
     height, width = image_shape
+    return _sample_apart("bkg", avoid, nb_bkg, patch_size, neg_cutoff, (half, half, width - half, height - half), rng)
+
+
+def sample_hard_negatives(roi, avoid, nb_hard_neg, patch_size, neg_cutoff):
+    """Patches beside a lesion: centres within half a patch of its box, that overlap `avoid` less than `neg_cutoff`.
+
+    The box is cut at the margins of the image. The draws are from a generator of their own. (The published program
+    has this sampler, without a call of it.) Raises InputError after MAX_BACKGROUND_TRIES.
+    """
+    half = patch_size // 2
+    left, top, width, height = roi.box
+    image_height, image_width = roi.image_shape
+    limits = (
+        max(left - half, half),
+        max(top - half, half),
+        min(left + width + half, image_width - half),
+        min(top + height + half, image_height - half),
+    )
+    return _sample_apart("hard", avoid, nb_hard_neg, patch_size, neg_cutoff, limits, np.random.RandomState(SEED))
+
+
+def _sample_apart(kind, avoid, count, patch_size, neg_cutoff, limits, rng):
+    """`count` patches with centres within `limits` (left, top, right, bottom); every try draws x, then y."""
+    left, top, right, bottom = limits
     patches, tries = [], 0
-    while len(patches) < nb_bkg:
+    while len(patches) < count:
         if tries == MAX_BACKGROUND_TRIES:
             raise InputError(
-                f"only {len(patches)} of {nb_bkg} background patches found in {tries} tries: "
-                f"use a smaller --patch-size or --nb-bkg, or a larger --neg-cutoff"
+                f"only {len(patches)} of {count} background patches ({kind}) found in {tries} tries: "
+                f"use a smaller --patch-size, fewer of them, or a larger --neg-cutoff"
             )
-        x = int(rng.randint(half, width - half))
-        y = int(rng.randint(half, height - half))
+        x = int(rng.randint(left, right))
+        y = int(rng.randint(top, bottom))
         tries += 1
         overlap = max(roi.overlap(x, y, patch_size) for roi in avoid)
         if overlap < neg_cutoff:
-            patches.append(Patch("bkg", x, y, overlap))
+            patches.append(Patch(kind, x, y, overlap))
     return patches
 
 

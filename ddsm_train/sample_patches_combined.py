@@ -18,8 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from dm_args import add_flag, add_optional, complete, fraction, natural_int, positive_float, positive_int, run_main
-from dm_files import InputError, atomic_write
+from dm_args import (
+    add_flag,
+    add_optional,
+    add_parallel_options,
+    complete,
+    fraction,
+    natural_int,
+    positive_float,
+    positive_int,
+    run_main,
+)
+from dm_files import InputError, atomic_write, remove_partial
+from dm_parallel import run_parallel
 
 PATHS = (
     "roi_mask_path_file",
@@ -29,6 +40,8 @@ PATHS = (
     "train_out_dir",
     "val_out_dir",
 )
+# Written when a set is complete.
+TABLES = ("pat_lst.txt", "patches.csv")
 COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
 ALLOWED = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
 BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
@@ -193,8 +206,8 @@ def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: s
         except InputError as error:
             fault(path, error)
 
-    # Only one lesion of an image brings background. To avoid all lesions, all must be known.
-    background_due = not (args.avoid_all_rois and result.faults)
+    # To avoid all lesions, all must be known. Background comes with one lesion, hard negatives with each.
+    background_due = others_known = not (args.avoid_all_rois and result.faults)
     for lesion, path, roi in rois:
         try:
             patches, cutoff = sample_patches(
@@ -204,6 +217,7 @@ def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: s
                 nb_abn=args.nb_abn,
                 nb_bkg=args.nb_bkg if background_due else 0,
                 nb_hns=args.nb_hns if background_due else 0,
+                nb_hard_neg=args.nb_hard_neg if others_known else 0,
                 patch_size=args.patch_size,
                 pos_cutoff=args.pos_cutoff,
                 neg_cutoff=args.neg_cutoff,
@@ -298,7 +312,8 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     from dm_region import split_patients
 
     check_options(args, class_dirs)
-    lesions = [lesion for lesion in read_lesions(args.roi_mask_path_file) if (lesion.type, True) in class_dirs]
+    table = read_lesions(args.roi_mask_path_file)
+    lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
     check_names(lesions, class_dirs)
     annotated = {lesion.patient for lesion in lesions}
     listed = read_patients(args.pat_train_list_file)
@@ -306,7 +321,10 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     if not patients:
         raise InputError(f"{args.pat_train_list_file}: no patient in it is in {args.roi_mask_path_file}")
     if len(patients) < len(listed):
-        print(f"{len(listed) - len(patients)} of {len(listed)} listed patients have no lesion in the table")
+        print(f"{len(listed) - len(patients)} of {len(listed)} listed patients have no lesion in the table to sample")
+    wanted = set(patients)
+    if unused := len(table) - sum(lesion.patient in wanted for lesion in lesions):
+        print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
     malignant = {lesion.patient for lesion in lesions if lesion.malignant}
     train, val = split_patients(patients, [patient in malignant for patient in patients], args.val_size)
 
@@ -324,7 +342,6 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
 
 def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, prefix, out_dir) -> list[str]:
     """Sample the images of `patients` into `out_dir`; return the faults met."""
-    from joblib import Parallel, delayed
     from tqdm import tqdm
 
     print(f"Sampling for {name} set")
@@ -335,13 +352,12 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
         key=lambda lesion: lesion[:3],
     )]  # fmt: skip
     folders = [Path(out_dir, class_dir) for class_dir in {args.bkg_dir, *class_dirs.values()}]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
     sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), prefix=prefix, out_dir=out_dir)
-    results = Parallel(n_jobs=args.jobs, return_as="generator")(delayed(sample)(image) for image in images)
+    results = run_parallel(sample, images, args.jobs, args.backend, desc=name)
+    prepare_folders(out_dir, folders)
 
     rows, faults = [], []
-    for result in tqdm(results, total=len(images), desc=name, unit="image", disable=None):
+    for result in results:
         rows += result.rows
         faults += result.faults
         if args.verbose:
@@ -353,12 +369,22 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
     return faults
 
 
+def prepare_folders(out_dir, folders: Sequence[Path]) -> None:
+    """Make the class folders, and remove what says that `out_dir` is complete, or what a killed run left there."""
+    for table in TABLES:
+        Path(out_dir, table).unlink(missing_ok=True)
+    for folder in (Path(out_dir), *folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
+
+
 def write_tables(out_dir, patients: Sequence[str], rows: Sequence[PatchRow]) -> None:
     """Write pat_lst.txt and patches.csv."""
-    with atomic_write(Path(out_dir, "pat_lst.txt")) as temporary:
+    patient_list, patch_table = (Path(out_dir, table) for table in TABLES)
+    with atomic_write(patient_list) as temporary:
         temporary.write_text("".join(f"{patient}\n" for patient in patients), encoding="utf-8")
     with (
-        atomic_write(Path(out_dir, "patches.csv")) as temporary,
+        atomic_write(patch_table) as temporary,
         open(temporary, "w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -419,6 +445,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--nb-hns", type=natural_int, default=15, help="hard negatives an image: background on bright blobs"
     )
     parser.add_argument(
+        "--nb-hard-neg", type=natural_int, default=0,
+        help="hard negatives a lesion, besides --nb-bkg: background around it, with centres within half a patch of "
+        "its bounding box",
+    )  # fmt: skip
+    parser.add_argument(
         "--pos-cutoff", type=positive_float, default=0.75,
         help="least fraction of the patch that is lesion, or of the lesion that is in the patch, in lesion patches",
     )  # fmt: skip
@@ -435,7 +466,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="what a bad image or mask does: end the run, or be left out and listed; "
         "default: be left out and listed, with exit status 1 when all others are done",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=positive_int, default=1, help="images worked on at the same time")
+    add_parallel_options(parser)
     add_flag(parser, "--verbose", True, "print what was sampled from each image")
 
 

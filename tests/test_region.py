@@ -17,6 +17,7 @@ from dm_region import (
     detect_blobs,
     sample_background,
     sample_blobs,
+    sample_hard_negatives,
     sample_lesion,
     sample_patches,
     split_patients,
@@ -49,6 +50,25 @@ def test_blobs_match_golden(golden):
         image = read_resize_img(golden / f"patches/input/full_img/{name}.png", target_height=576)
         breast, _ = DMImagePreprocessor.segment_breast(image)
         np.testing.assert_allclose(detect_blobs(np.pad(breast, 56), 112), expected, atol=1e-3)
+
+
+def test_hard_negatives_match_golden(golden):
+    folder = golden / "patches"
+    case = json.loads((folder / "unit_hard_negatives.json").read_text())
+    height, size = case["target_height"], case["patch_size"]
+    image = read_resize_img(folder / "input/full_img" / case["image"], target_height=height)
+    mask = read_resize_img(folder / "input/roi_mask" / case["mask"], target_height=height)
+    left, top, width, height = case["bbox"]
+    padded = np.pad(DMImagePreprocessor.segment_breast(image)[0], size // 2)
+    roi = Roi.from_mask(mask[top : top + height, left : left + width], size // 2, padded.shape)
+    assert [list(map(str, roi.centroid))] == case["centroid"]
+
+    patches = sample_hard_negatives(roi, [roi], case["nb"], size, case["neg_cutoff"])
+    assert [[str(patch.x), str(patch.y)] for patch in patches] == case["centres"]
+    pixels = np.load(folder / "unit_hard_negatives.npz")
+    for number, patch in enumerate(patches):
+        expected = pixels[f"{case['image'].removesuffix('.png')}_1_{number:04d}"]
+        np.testing.assert_allclose(cut_patch(padded, patch.x, patch.y, size), expected, atol=1)
 
 
 def test_split_matches_golden(golden):
@@ -128,6 +148,18 @@ def test_background_without_room_is_an_error_not_a_hang(monkeypatch):
     mask = np.ones((40, 40))
     with pytest.raises(InputError, match="only 0 of 2 background patches"):
         sample_background([roi_of(mask)], 2, 10, 0.35, mask.shape, np.random.RandomState(0))
+
+
+@pytest.mark.parametrize("corner", [(8, 8), (30, 40), (72, 92)])
+def test_hard_negatives_touch_the_lesion_within_the_image(corner):
+    """A lesion of 20 x 20 pixels, at a border or not: patches of 16 within 8 pixels of it, margins of 8."""
+    roi = roi_of(rectangle((120, 100), *corner, 20, 20))
+    patches = sample_hard_negatives(roi, [roi], 300, 16, 0.2)
+    (left, top), centres = corner, np.array([patch[1:3] for patch in patches])
+    lows = [max(left - 8, 8), max(top - 8, 8)]
+    highs = [min(left + 28, 92) - 1, min(top + 28, 112) - 1]
+    np.testing.assert_array_equal([centres.min(0), centres.max(0)], [lows, highs])
+    assert all(patch.overlap == roi.overlap(patch.x, patch.y, 16) < 0.2 for patch in patches)
 
 
 def test_blobs_keep_off_all_lesions_and_background_fills_up():
