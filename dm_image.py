@@ -34,19 +34,12 @@ def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = Fal
     """Pixels of a PNG, JPEG, BMP, TIFF or DICOM file in the type they are stored in.
 
     Returns (H, W), or (H, W, C) in OpenCV's channel order for a colour image. `gs_255` asks for 8-bit grey
-    instead (no effect on DICOM, as in the 2017 program). DICOM: the stored values, without rescale slope;
-    MONOCHROME1 is inverted within its stored bits; `voi_lut` applies the file's display window.
+    instead (no effect on DICOM, as in the 2017 program). DICOM: see `read_dicom`.
     Raises InputError for whatever is not one readable image of finite numbers.
     """
-    try:
-        with open(fname, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise InputError(f"{fname}: cannot read this image: {error.strerror or error}.") from error
-    if not data:
-        raise InputError(f"{fname}: the image file is empty (0 bytes).")
+    data = _read_bytes(fname)
     if data[128:132] == b"DICM" or str(fname).lower().endswith(DICOM_SUFFIXES):
-        img = _decode_dicom(fname, data, voi_lut)
+        img = _decode_dicom(fname, data, voi_lut)[0]
     else:
         img = _decode_image(fname, data, gs_255)
     if img.dtype.name not in PIXEL_TYPES:
@@ -54,6 +47,27 @@ def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = Fal
     if img.dtype.kind == "f" and not np.isfinite(img).all():
         raise InputError(f"{fname}: the image holds NaN or infinite pixels.")
     return img
+
+
+def read_dicom(fname: str | os.PathLike, voi_lut: bool = False):
+    """Pixels (H, W) of a DICOM file as integers, (lowest, highest) value that they can have, and pydicom's dataset.
+
+    The pixels are the stored values, without rescale slope; `voi_lut` applies the file's first display window or
+    lookup table, if it has one, whose output is brought to the range of the stored bits. MONOCHROME1 is inverted
+    within that range. Raises InputError as `read_img` does.
+    """
+    return _decode_dicom(fname, _read_bytes(fname), voi_lut)
+
+
+def _read_bytes(fname) -> bytes:
+    try:
+        with open(fname, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise InputError(f"{fname}: cannot read this image: {error.strerror or error}.") from error
+    if not data:
+        raise InputError(f"{fname}: the image file is empty (0 bytes).")
+    return data
 
 
 def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
@@ -73,7 +87,7 @@ def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
     return img
 
 
-def _decode_dicom(fname, data: bytes, voi_lut: bool) -> np.ndarray:
+def _decode_dicom(fname, data: bytes, voi_lut: bool):
     import pydicom
 
     try:
@@ -84,17 +98,47 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool) -> np.ndarray:
         if frames > 1:
             raise InputError(f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.")
         img = dataset.pixel_array
+        bits = dataset.BitsStored
+        lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        highest = lowest + 2**bits - 1
         if voi_lut:
-            img = np.rint(pydicom.pixels.apply_voi_lut(img, dataset)).astype(img.dtype)
+            img = _apply_voi_lut(img, lowest, highest, dataset)
     except InputError:
         raise
     except Exception as error:  # pydicom and its decoder plug-ins raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "missing dependencies" in reason:
+            syntax = dataset.file_meta.TransferSyntaxUID.name
+            packages = "pylibjpeg " + ("pylibjpeg-openjpeg" if "2000" in syntax else "pylibjpeg-libjpeg")
+            reason = f"it is compressed as {syntax}, which needs a decoder: pip install {packages}"
         raise InputError(f"{fname}: cannot decode this DICOM file: {reason}") from error
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        highest = 2**dataset.BitsStored - 1
-        img = np.invert(img) if img.dtype.kind == "i" else highest - np.minimum(img, img.dtype.type(highest))
-    return img
+        img = (highest + lowest - np.clip(img, lowest, highest).astype(np.int32)).astype(img.dtype)
+    return img, (lowest, highest), dataset
+
+
+def _apply_voi_lut(img: np.ndarray, lowest: int, highest: int, dataset) -> np.ndarray:
+    """What the file's first display window or lookup table makes of stored pixels, within lowest..highest."""
+    from pydicom.pixels import apply_modality_lut, apply_windowing
+
+    values = apply_modality_lut(img, dataset)
+    if tables := dataset.get("VOILUTSequence"):
+        # Not pydicom's apply_voi, which wraps the index of a table with more than 256 entries of 8 bits.
+        _, first, bits = tables[0].LUTDescriptor
+        entries = tables[0].LUTData
+        entries = np.frombuffer(entries, "<u2") if isinstance(entries, bytes) else np.array(entries)
+        shown = entries[np.clip(np.rint(values - float(first)), 0, len(entries) - 1).astype(int)]
+        low, high = 0, 2**bits - 1
+    elif dataset.get("WindowCenter") is not None:
+        shown = apply_windowing(values, dataset)
+        if modality := dataset.get("ModalityLUTSequence"):
+            low, high = 0, 2 ** modality[0].LUTDescriptor[2] - 1
+        else:
+            slope, intercept = dataset.get("RescaleSlope", 1), dataset.get("RescaleIntercept", 0)
+            low, high = lowest * slope + intercept, highest * slope + intercept
+    else:
+        return img
+    return np.rint((shown - low) * ((highest - lowest) / (high - low)) + lowest).astype(img.dtype)
 
 
 def check_grey(fname, img: np.ndarray) -> np.ndarray:
@@ -117,7 +161,20 @@ def read_resized(fname, target_size=None, target_height=None, gs_255=False) -> n
     height, width = map(int, target_size)
     if height < 1 or width < 1:
         raise InputError(f"{fname}: cannot resize {img.shape[:2]} to {height} rows x {width} columns.")
-    return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
+    return resize(img, height, width)
+
+
+def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic resizing in the stored integer type, to the same pixels as the published program.
+
+    Intel's library, which OpenCV uses where it is built in, rounds some pixels otherwise; it is no faster here.
+    """
+    use_ipp = cv2.ipp.useIPP()  # a setting of this thread
+    cv2.ipp.setUseIPP(False)
+    try:
+        return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
+    finally:
+        cv2.ipp.setUseIPP(use_ipp)
 
 
 def scale_pixels(img: np.ndarray, target_scale=None, rescale_factor=None) -> np.ndarray:

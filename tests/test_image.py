@@ -115,12 +115,69 @@ def test_dicom_monochrome1_is_inverted_within_its_bits(tmp_path):
     np.testing.assert_array_equal(dm_image.read_img(renamed), 4095 - pixels)
 
 
-def test_dicom_window_is_applied_when_asked(tmp_path):
-    pixels = np.array([[0, 1500], [2000, 4000]], np.uint16)
-    path = write_dicom(tmp_path / "a.dcm", pixels, WindowCenter=1500, WindowWidth=1000)
+def test_dicom_reader_tells_the_range_of_the_stored_bits(tmp_path):
+    pixels = np.array([[-2048, -1], [0, 2047]], np.int16)
+    path = write_dicom(tmp_path / "a.dcm", pixels, PhotometricInterpretation="MONOCHROME1")
+    img, limits, dataset = dm_image.read_dicom(path)
+    np.testing.assert_array_equal(img, -1 - pixels)
+    assert img.dtype == np.int16
+    assert limits == (-2048, 2047)
+    assert dataset.BitsStored == 12
+
+
+@pytest.mark.parametrize(("dtype", "slope", "intercept"), [("uint16", 1, 0), ("uint16", 2, -1000), ("int16", 1, 0)])
+def test_dicom_window_is_applied_when_asked(tmp_path, dtype, slope, intercept):
+    """The linear function of the standard (PS3.3 C.11.2.1.2.1), on rescaled values, stretched to the stored bits."""
+    pixels = np.array([[0, 1100, 1500], [1501, 2000, 2047]], dtype)
+    tags = {"WindowCenter": 1500 * slope + intercept, "WindowWidth": 1000 * slope}
+    path = write_dicom(tmp_path / "a.dcm", pixels, **tags, RescaleSlope=slope, RescaleIntercept=intercept)
     windowed = dm_image.read_img(path, voi_lut=True)
-    assert windowed.dtype == np.uint16
-    assert windowed[0, 0] == windowed.min() < windowed[0, 1] < windowed[1, 0] == windowed[1, 1] == windowed.max()
+    assert windowed.dtype == dtype
+    values = pixels * float(slope) + intercept
+    share = np.clip((values - (tags["WindowCenter"] - 0.5)) / (tags["WindowWidth"] - 1) + 0.5, 0, 1)
+    lowest = -2048 if dtype == "int16" else 0
+    np.testing.assert_array_equal(windowed, np.rint(share * 4095 + lowest))
+    np.testing.assert_array_equal(dm_image.read_img(path), pixels)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_dicom_lookup_table_is_applied_when_asked(tmp_path, bits):
+    from pydicom import Dataset
+
+    entries = np.rint(np.sqrt(np.arange(300) / 299) * (2**bits - 1)).astype(int)
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [300, 100, bits])
+    table.add_new("LUTData", "US", entries.tolist())
+    pixels = np.array([[0, 100, 101], [250, 399, 4000]], np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", pixels, VOILUTSequence=[table], PhotometricInterpretation="MONOCHROME1")
+    expected = entries[[[0, 0, 1], [150, 299, 299]]] / (2**bits - 1) * 4095
+    np.testing.assert_array_equal(dm_image.read_img(path, voi_lut=True), 4095 - np.rint(expected))
+
+
+def test_an_absent_decoder_is_named(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.pixels.decoders import JPEGLosslessSV1Decoder
+
+    if JPEGLosslessSV1Decoder.is_available:
+        pytest.skip("the decoder is installed")
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((4, 4), np.uint16))
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xd9"])
+    dataset["PixelData"].VR = "OB"
+    dataset.save_as(path)
+    with pytest.raises(InputError, match=r"JPEG Lossless.*pip install pylibjpeg pylibjpeg-libjpeg"):
+        dm_image.read_img(path)
+
+
+def test_compressed_dicom_is_decoded(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    pixels = np.random.default_rng(0).integers(0, 4096, (30, 20), dtype=np.uint16)
+    path = write_dicom(tmp_path / "a.dcm", pixels)
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless)
+    dataset.save_as(path)
+    np.testing.assert_array_equal(dm_image.read_img(path), pixels)
 
 
 def bad_image(kind, folder):
