@@ -51,11 +51,10 @@ def test_golden_read_resize_img(golden):
         got, reference = dm_image.read_resize_img(path, **kwargs), expected[case["key"]]
         assert got.dtype == np.float32
         assert got.shape == reference.shape
-        # One unit of the stored type before scaling, which target_scale may enlarge.
-        stored = dm_image.read_img(path, gs_255=kwargs.get("gs_255", False))
-        unit = kwargs.get("target_scale", 0) / max(float(stored.max()), 1) or 1
-        np.testing.assert_allclose(got, reference, atol=1.01 * max(unit, 1.0), err_msg=str(case))
-        assert np.mean(got != reference) < 0.1
+        # Libraries decode JPEG within a grey level of each other; all else is the same to the bit.
+        scale = kwargs.get("target_scale", 0) / 255 or 1
+        tolerance = 1.01 * max(scale, 1.0) if path.suffix == ".jpg" else 0
+        np.testing.assert_allclose(got, reference, rtol=0, atol=tolerance, err_msg=str(case))
 
 
 def test_golden_read_img_for_pred(golden):
@@ -72,8 +71,9 @@ def test_golden_read_img_for_pred(golden):
             continue
         assert got.dtype == np.float32
         assert got.shape == reference.shape
-        # Equalisation turns a difference of one grey level into several.
-        np.testing.assert_allclose(got, reference, atol=16 if kwargs.get("equalize_hist") else 1.01, err_msg=str(case))
+        jpeg = case["file"].endswith(".jpg")  # equalisation turns a difference of one grey level into several
+        tolerance = (16 if kwargs.get("equalize_hist") else 1.01) if jpeg else 0
+        np.testing.assert_allclose(got, reference, rtol=0, atol=tolerance, err_msg=str(case))
     assert 0 < refused < 10
 
 
@@ -355,7 +355,7 @@ def test_golden_heatmap_sweeps(golden, tmp_path):
             16,
             **kwargs,
         )
-        np.testing.assert_allclose(heatmap, expected[case["key"]], atol=2e-3, err_msg=case["key"])
+        np.testing.assert_allclose(heatmap, expected[case["key"]], atol=1e-4, err_msg=case["key"])
 
 
 # ----------------------------------------------------------------------------------------------- augmentation

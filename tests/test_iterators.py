@@ -72,7 +72,7 @@ def test_golden_directory(golden, run):
         assert_batch(batch, case, str(case["batch"]))
         key = f"{run}_x_b{case['batch']}"
         if case["epoch"] == 0 and key in pixels:
-            np.testing.assert_allclose(batch[0], pixels[key], atol=0.004)
+            np.testing.assert_allclose(batch[0], pixels[key], rtol=1e-6)
 
 
 def test_golden_reset_midway(golden):
@@ -123,9 +123,9 @@ def test_golden_image_lists(golden):
         for i, case in enumerate(content["batches"]):
             batch = iterator.next()
             assert_batch(batch, case, run)
-            np.testing.assert_allclose(sums(batch[0]), case["x_sums"], atol=40)
+            np.testing.assert_allclose(sums(batch[0]), case["x_sums"], rtol=1e-6)
             if f"list_{run}_x{i}" in pixels:
-                np.testing.assert_allclose(batch[0], pixels[f"list_{run}_x{i}"], atol=1)
+                np.testing.assert_allclose(batch[0], pixels[f"list_{run}_x{i}"], rtol=1e-6)
 
 
 def test_golden_exam_lists(golden):
@@ -153,8 +153,8 @@ def test_golden_exam_lists(golden):
                         )
             else:
                 (cc, mlo), *y = (batch,) if case["y"] is None else batch
-                np.testing.assert_allclose(sums(cc), case["cc_sums"], atol=40, err_msg=run)
-                np.testing.assert_allclose(sums(mlo), case["mlo_sums"], atol=40, err_msg=run)
+                np.testing.assert_allclose(sums(cc), case["cc_sums"], rtol=1e-6, err_msg=run)
+                np.testing.assert_allclose(sums(mlo), case["mlo_sums"], rtol=1e-6, err_msg=run)
             np.testing.assert_array_equal(y, [] if case["y"] is None else [case["y"]], err_msg=run)
 
 
@@ -182,7 +182,7 @@ def test_golden_candidate_rois(golden):
             order, expected = np.argsort(sums(x)), np.argsort(case["x_sums"])
             order, expected = (i[np.argsort(i // per_image, kind="stable")] for i in (order, expected))
             assert list(x.shape) == case["shape"]
-            np.testing.assert_allclose(sums(x)[order], np.array(case["x_sums"])[expected], atol=300, err_msg=run)
+            np.testing.assert_allclose(sums(x)[order], np.array(case["x_sums"])[expected], rtol=1e-6, err_msg=run)
             for name in ("y", "w"):
                 if case[name] is not None:
                     recorded = np.array(case[name], np.float32)[expected]
