@@ -137,7 +137,7 @@ def sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng):
     """Patches on a lesion, and the lowest overlap cutoff used; see `sample_patches`.
 
     Every try draws x, then y, within the box of the lesion from `rng` (a RandomState). After every
-    TRIES_PER_CUTOFF tries the cutoff falls by OVERLAP_STEP.
+    TRIES_PER_CUTOFF tries the cutoff falls by OVERLAP_STEP, at last to any overlap at all.
     """
     if nb_abn == 1:
         x, y = roi.centroid
@@ -150,11 +150,10 @@ def sample_lesion(roi, nb_abn, patch_size, pos_cutoff, rng):
         tries += 1
         if tries == TRIES_PER_CUTOFF:
             tries = 0
-            pos_cutoff -= OVERLAP_STEP
-            if pos_cutoff <= 0:
-                raise InputError("no patch overlaps the lesion: Expected a mask with one compact lesion")
+            pos_cutoff = max(pos_cutoff - OVERLAP_STEP, 0)
         overlap = roi.overlap(x, y, patch_size)
-        if overlap >= pos_cutoff:
+        # Ends: a patch centred on any pixel of the outline has some of the lesion.
+        if overlap > 0 and overlap >= pos_cutoff:
             patches.append(Patch("abn", x, y, overlap))
     return patches, pos_cutoff
 

@@ -102,25 +102,31 @@ class ImageResult(NamedTuple):
 def read_lesions(path) -> list[Lesion]:
     """Rows of the lesion table, in the order of the file; InputError names the row that is wrong."""
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    columns = reader.fieldnames or ()
-    if missing := [name for name in COLUMNS if name not in columns]:
+    lesions, first_seen = [], {}
+    try:
+        _check_columns(reader.fieldnames or (), path)
+        for cells in reader:
+            row = f"{path}, row {reader.line_num}"
+            lesion = _read_lesion(cells, row)
+            key = lesion[:5]
+            if key in first_seen:
+                raise InputError(
+                    f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
+                    f"remove one of them"
+                )
+            first_seen[key] = reader.line_num
+            lesions.append(lesion)
+    except csv.Error as error:
+        raise InputError(f"{path}, row {reader.line_num}: not a CSV table: {error}") from None
+    return lesions
+
+
+def _check_columns(columns: Sequence[str], path) -> None:
+    if wrong := [name for name in COLUMNS if columns.count(name) != 1]:
         raise InputError(
-            f"{path}: missing columns {', '.join(missing)}: Expected {','.join(COLUMNS)}. "
+            f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(COLUMNS)}. "
             f"Received {','.join(columns)[:200]}"
         )
-    lesions, first_seen = [], {}
-    for cells in reader:
-        row = f"{path}, row {reader.line_num}"
-        lesion = _read_lesion(cells, row)
-        key = lesion[:5]
-        if key in first_seen:
-            raise InputError(
-                f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
-                f"remove one of them"
-            )
-        first_seen[key] = reader.line_num
-        lesions.append(lesion)
-    return lesions
 
 
 def _read_text(path) -> str:
@@ -260,11 +266,11 @@ def read_size(path) -> tuple[int, int]:
 
 def read_resized(path, args):
     """Image file or mask as a float32 array of the size that the options ask for."""
-    from dm_image import read_resize_img
+    from dm_image import check_grey, read_resize_img
 
     if args.target_width is None:
-        return read_resize_img(path, target_height=args.target_height)
-    return read_resize_img(path, target_size=(args.target_height, args.target_width))
+        return check_grey(path, read_resize_img(path, target_height=args.target_height))
+    return check_grey(path, read_resize_img(path, target_size=(args.target_height, args.target_width)))
 
 
 def find_breast(image, segment: bool):

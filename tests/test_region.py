@@ -143,6 +143,14 @@ def test_cutoff_falls_until_the_lesion_allows_it():
     assert all(patch.overlap == pytest.approx(0.5) for patch in patches)
 
 
+def test_thin_lesions_are_met_in_the_end():
+    """A frame as wide as one pixel, far larger than a patch: most centres within its box have no lesion at all."""
+    mask = rectangle((140, 140), 20, 20, 100, 100)
+    mask[21:119, 21:119] = 0
+    patches, cutoff = sample_lesion(roi_of(mask), 5, 6, 0.75, np.random.RandomState(0))
+    assert cutoff < 0.4 and all(patch.overlap >= cutoff and patch.overlap > 0 for patch in patches)
+
+
 def test_background_without_room_is_an_error_not_a_hang(monkeypatch):
     monkeypatch.setattr(dm_region, "MAX_BACKGROUND_TRIES", 50)
     mask = np.ones((40, 40))

@@ -291,10 +291,20 @@ def test_wrong_table_rows_are_named(tmp_path, row, message):
     assert message in str(error.value)
 
 
-def test_missing_columns_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", f"missing or repeated columns {HEADER.replace(',', ', ')}"),
+        ("patient_id,side,view\nP_1,LEFT,CC\n", "missing or repeated columns abn_num, pathology, type"),
+        (f"{HEADER.replace(',', ';')}\n", "missing or repeated columns patient_id"),
+        (f"{HEADER},type\n", "missing or repeated columns type"),
+        (f"{HEADER}\n{'x' * 200_000}\n", r"row 1: not a CSV table"),
+    ],
+)
+def test_tables_without_their_columns_are_refused(tmp_path, text, message):
     path = tmp_path / "table.csv"
-    path.write_text("patient_id,side,view\nP_1,LEFT,CC\n")
-    with pytest.raises(InputError, match="missing columns abn_num, pathology, type"):
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
         sample_patches_combined.read_lesions(path)
 
 
