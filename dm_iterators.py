@@ -20,6 +20,7 @@ from dm_region import detect_blobs
 # Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
 cv2.setNumThreads(1)
 
+_NO_IMAGES = f"no images in this class folder. Expected {', '.join(dm_image.IMAGE_SUFFIXES)}."
 CLASS_MODES = ("categorical", "binary", "sparse", None)
 
 
@@ -451,13 +452,14 @@ class DirectoryIterator(_FileIterator):
     Args:
         directory: folder of the class folders.
         classes: names of the class folders in the order of the outputs; by default all sub-folders, sorted.
+        allow_empty: accept class folders without images, as long as one has some.
         follow_links: also descend into linked folders.
         Others: see `_FileIterator`, `_SampleIterator` and `DMIterator`.
 
     `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers.
     """
 
-    def __init__(self, generator, directory, *, classes=None, follow_links=False, **kwargs):
+    def __init__(self, generator, directory, *, classes=None, allow_empty=False, follow_links=False, **kwargs):
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such folder. Expected a folder with one sub-folder a class.")
@@ -470,8 +472,12 @@ class DirectoryIterator(_FileIterator):
         names, labels = [], []
         for name, number in self.class_indices.items():
             found = _find_images(directory, name, follow_links)
+            if not found and not allow_empty:
+                raise InputError(f"{directory / name}: {_NO_IMAGES}")
             names += found
             labels += [number] * len(found)
+        if not names:
+            raise InputError(f"{directory}: {_NO_IMAGES}")
         super().__init__(
             generator, [directory / name for name in names], names, labels, len(self.class_indices), **kwargs
         )
@@ -481,15 +487,12 @@ def _find_images(directory, class_name, follow_links):
     folder = directory / class_name
     if not folder.is_dir():
         raise InputError(f"{folder}: class folder not found; name the folders in --class-list (classes).")
-    found = sorted(
+    return sorted(
         Path(root, name).relative_to(directory).as_posix()
         for root, _, files in os.walk(folder, followlinks=follow_links)
         for name in files
         if name.lower().endswith(dm_image.IMAGE_SUFFIXES) and not name.startswith(".")
     )
-    if not found:
-        raise InputError(f"{folder}: no images in this class folder. Expected {', '.join(dm_image.IMAGE_SUFFIXES)}.")
-    return found
 
 
 class ExamIterator(DMIterator):

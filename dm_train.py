@@ -73,17 +73,29 @@ def prepare(args: argparse.Namespace, model: keras.Model, top_layer_nb: int | No
         load_to_ram=args.load_train_ram,
         **pixels,
     )
-    scoring = {"batch_size": args.batch_size, "shuffle": False, **pixels}
+    # A class may be absent where nothing is learned: its scores are then undefined, which is said.
+    scoring = {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True, **pixels}
     val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, **scoring)
     test_set = plain.flow_from_directory(args.test_dir, **scoring)
     for message in check_pixel_stats(train_set):
         print(f"warning: {message}", file=sys.stderr)
+
+    _report_skipped(training=train_set, validation=val_set, test=test_set)
 
     training = Training(args, model, org_model, top_layer_nb, train_set, val_set, test_set, _out_dir(args))
     if training.out_dir is not None:
         write_json(training.out_dir / "args.json", vars(args))
         training.callbacks.append(HistoryFile(training.out_dir / "history.csv"))
     return training
+
+
+def _report_skipped(**sets) -> None:
+    for name, image_set in sets.items():
+        for message in image_set.skipped:
+            print(f"skipped: {message}", file=sys.stderr)
+        if image_set.skipped:
+            total = len(image_set.skipped) + image_set.nb_sample
+            print(f"warning: {len(image_set.skipped)} of {total} {name} images skipped", file=sys.stderr)
 
 
 def _check_model(model: keras.Model, args: argparse.Namespace) -> None:
