@@ -1,0 +1,638 @@
+"""CBIS-DDSM as downloaded: its description files, its folder layouts, and the files of one image.
+
+Three layouts are in circulation: folders named by UID, as the description files have them; folders named by date and
+series description; and the JPEG re-release. Which file of a lesion is its mask and which its crop is told by their
+content.
+"""
+
+import csv
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from dm_files import InputError
+
+# Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
+COLUMNS = {
+    "patient": ("patient id",),
+    "side": ("left or right breast", "side"),
+    "view": ("image view", "view"),
+    "number": ("abnormality id", "abn num"),
+    "type": ("abnormality type",),
+    "pathology": ("pathology",),
+    "image": ("image file path", "od img path"),
+    "crop": ("cropped image file path", "od crop path"),
+    "mask": ("roi mask file path", "mask path"),
+}
+ALLOWED = {
+    "side": ("LEFT", "RIGHT"),
+    "view": ("CC", "MLO"),
+    "type": ("calcification", "mass"),
+    "pathology": ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK"),
+}
+DICOM_INFO_COLUMNS = ("image_path", "PatientID", "SeriesDescription")
+# A folder of one view, or with a number at its end of one lesion; also the PatientID in its DICOM files.
+FOLDER = re.compile(r"(Calc|Mass)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?")
+MASK_DESCRIPTION = "roi mask"
+# A mask that JPEG has blurred: nearly all pixels within this fraction of the range of its darkest or brightest.
+JPEG_TOLERANCE = 0.15
+JPEG_SHARE = 0.05
+# Sizes that differ, though not in the aspect ratio by more than this, are said to be of one shape.
+ASPECT_TOLERANCE = 0.02
+# Kinds of repairs that report.json counts even where there are none, besides those found in the tables.
+REPAIRS = (
+    "mask_found_by_content",
+    "mask_resized",
+    "masks_united",
+    "monochrome1_inverted",
+    "8_bit_scaled_to_16_bit",
+    "one_copy_of_image_kept",
+    "unreadable_copy_of_image_not_needed",
+    "unreadable_file_not_needed",
+    "several_files_for_one_image",
+)
+
+
+class Finding(NamedTuple):
+    """One row of the description files. image, crop, mask: path cells, as tuples of their parts."""
+
+    patient: str
+    side: str
+    view: str
+    number: int
+    type: str  # calc or mass
+    pathology: str
+    official: str  # train or test
+    image: tuple[str, ...]
+    crop: tuple[str, ...]
+    mask: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.patient}_{self.side}_{self.view}"
+
+    @property
+    def malignant(self) -> bool:
+        return self.pathology == "MALIGNANT"
+
+    @property
+    def image_folder(self) -> str:
+        division = {"train": "Training", "test": "Test"}[self.official]
+        return f"{self.type.capitalize()}-{division}_{self.key}"
+
+
+# ------------------------------------------------------------------------------------------- description files
+
+
+def find_tables(folder) -> list[Path]:
+    """The description files in `folder` or below it, sorted by name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: Expected the one that holds the description files")
+    paths = sorted(folder.rglob("*case_description*.csv"), key=lambda path: path.name)
+    if not paths:
+        raise InputError(
+            f"{folder}: no description files: Expected calc_case_description_train_set.csv and its three siblings "
+            f"there or below; name their folder with --csv-dir"
+        )
+    names = [path.name for path in paths]
+    for path, following in pairwise(paths):
+        if path.name == following.name:
+            raise InputError(f"{path} and {following}: two files of one name; name the right folder with --csv-dir")
+    for kind in ("calc", "mass"):
+        for division in ("train", "test"):
+            if not any(kind in name and division in name for name in names):
+                print(f"Warning: no {kind}_case_description_{division}_set.csv in {folder}")
+    return paths
+
+
+def read_table(path) -> tuple[list[Finding], Counter]:
+    """Rows of one description file, in its order, and how many rows have each of its oddities.
+
+    InputError names the line that is wrong. Rows with an unknown value are never left out: the label of the image
+    may depend on them.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(reader, [])
+        places = _find_columns(path, header)
+        findings, oddities, line = [], Counter(), reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
+            findings.append(_read_finding({name: cells[place] for name, place in places.items()}, where, oddities))
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
+    if not findings:
+        raise InputError(f"{path}: no rows below the header")
+    return findings, oddities
+
+
+def _find_columns(path, header: Sequence[str]) -> dict[str, int]:
+    names = [" ".join(name.replace("_", " ").lower().split()) for name in header]
+    places, missing = {}, []
+    for field, spellings in COLUMNS.items():
+        found = [names.index(spelling) for spelling in spellings if spelling in names]
+        if found:
+            places[field] = found[0]
+        else:
+            missing.append(" or ".join(spellings))
+    if missing:
+        raise InputError(
+            f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300] or 'nothing'}"
+        )
+    return places
+
+
+def _read_finding(cells: Mapping[str, str], where: str, oddities: Counter) -> Finding:
+    paths = {name: cells[name] for name in ("image", "crop", "mask")}
+    oddities["newline_in_path_cell"] += any("\n" in path or "\r" in path for path in paths.values())
+    oddities["backslash_path"] += any("\\" in path for path in paths.values())
+    cells = {name: cell.strip() for name, cell in cells.items()}
+    for name, allowed in ALLOWED.items():
+        if cells[name] not in allowed:
+            raise InputError(f"{where}: unknown {name}: Expected {' or '.join(allowed)}. Received {cells[name]!r}")
+    patient = re.search(r"P_\d+", cells["patient"])
+    if not patient:
+        raise InputError(f"{where}: unknown patient: Expected an id like P_00001. Received {cells['patient']!r}")
+    if not re.fullmatch(r"0*[1-9]\d{0,3}", cells["number"]):
+        raise InputError(f"{where}: unknown abnormality id: Expected 1, 2, ... Received {cells['number']!r}")
+    parts = {name: _read_path(path, f"{where}, {COLUMNS[name][0]}") for name, path in paths.items()}
+    oddities["roi_and_crop_in_different_folders"] += bool(parts["crop"]) and parts["crop"][:-1] != parts["mask"][:-1]
+
+    key = f"{patient[0]}_{cells['side']}_{cells['view']}"
+    divisions = set(re.findall("train|test", Path(where.rsplit(", line", 1)[0]).name.lower()))
+    for name, path in parts.items():
+        for folder in filter(None, map(FOLDER.fullmatch, path)):
+            if "_".join(folder.group(3, 4, 5)) != key:
+                raise InputError(f"{where}: the {name} path is of another image. Expected {key}. Received {folder[0]}")
+            if name == "image" and len(divisions) != 1:
+                divisions = {"train" if folder[2] == "Training" else "test"}
+    if len(divisions) != 1:
+        raise InputError(f"{where}: in the official training or test set? Expected a file name that has train or test")
+    kind = "calc" if cells["type"] == "calcification" else "mass"
+    number, official = int(cells["number"]), divisions.pop()
+    return Finding(patient[0], cells["side"], cells["view"], number, kind, cells["pathology"], official, **parts)
+
+
+def _read_path(cell: str, where: str) -> tuple[str, ...]:
+    """Parts of a path cell. Newlines are dropped; what leads out of the download folder is refused."""
+    path = re.sub(r"\s*[\r\n]\s*", "", cell).strip().replace("\\", "/")
+    parts = tuple(part for part in path.split("/") if part not in ("", "."))
+    if path.startswith(("/", "~")) or re.match("[A-Za-z]:", path) or ".." in parts:
+        raise InputError(f"{where}: Expected a path below the download folder. Received {path!r}")
+    if not path.isprintable():
+        raise InputError(f"{where}: Expected a path. Received {path!r}")
+    return parts
+
+
+class Tables(NamedTuple):
+    """All findings by the key of their image, images sorted, duplicates merged; and the counts of report.json."""
+
+    images: dict[str, list[Finding]]
+    counts: dict
+    repairs: dict[str, list[str]]
+
+    def cancer(self) -> dict[str, bool]:
+        """For each patient, whether any finding is malignant."""
+        cancer = defaultdict(bool)
+        for findings in self.images.values():
+            cancer[findings[0].patient] |= is_positive(findings)
+        return dict(cancer)
+
+
+def is_positive(findings: Iterable[Finding]) -> bool:
+    return any(finding.malignant for finding in findings)
+
+
+def read_tables(paths: Sequence[Path]) -> Tables:
+    """Read and merge the description files."""
+    rows, files = [], {}
+    for path in paths:
+        findings, oddities = read_table(path)
+        rows += findings
+        files[path.name] = _count(findings) | dict(oddities)
+    repairs = {}
+    repeated = Counter(rows)
+    repairs["duplicate_rows_merged"] = [
+        f"{row.key} {row.type} {row.number}: {n} rows" for row, n in repeated.items() if n > 1
+    ]
+    images, lesions = defaultdict(list), defaultdict(set)
+    for finding in sorted(repeated, key=lambda row: (row.key, row.type, row.number)):
+        images[finding.key].append(finding)
+        lesions[finding.key, finding.type, finding.number].add(finding.pathology)
+
+    def listed(differ):
+        return sorted(key for key, findings in images.items() if differ(findings))
+
+    def both(findings, attribute):
+        return len({getattr(finding, attribute) for finding in findings}) == 2
+
+    divisions = defaultdict(set)
+    for row in rows:
+        divisions[row.patient].add(row.official)
+    repairs["mixed_pathologies"] = listed(
+        lambda findings: is_positive(findings) and not all(finding.malignant for finding in findings)
+    )
+    repairs["pathologies_of_one_lesion_differ"] = [
+        f"{key} {kind} {number}: {', '.join(sorted(found))}"
+        for (key, kind, number), found in lesions.items()
+        if len(found) > 1
+    ]
+    repairs["patients_in_both_official_sets"] = sorted(patient for patient, sets in divisions.items() if len(sets) == 2)
+    repairs["images_in_both_official_sets"] = listed(lambda findings: both(findings, "official"))
+    repairs["images_in_calc_and_mass_of_one_set"] = listed(
+        lambda findings: any(
+            both([f for f in findings if f.official == official], "type") for official in ("train", "test")
+        )
+    )
+    repairs["images_in_calc_and_mass"] = listed(lambda findings: both(findings, "type"))
+    counts = _count(rows) | {
+        "image_folders": len({row.image_folder for row in rows}),
+        "lesions": len(lesions),
+        "positive_images": sum(map(is_positive, images.values())),
+    }
+    return Tables(dict(images), {"tables": files, "all": counts}, repairs)
+
+
+def _count(findings: Sequence[Finding]) -> dict[str, int]:
+    keys, patients = {finding.key for finding in findings}, {finding.patient for finding in findings}
+    return {"rows": len(findings), "images": len(keys), "patients": len(patients)}
+
+
+# ---------------------------------------------------------------------------------------------- download folder
+
+
+class Download(NamedTuple):
+    """Where the images lie. Paths are relative to the download folder.
+
+    by_series: files by the name of the folder they are in. by_folder: files by the `FOLDER` they are below or,
+    where there is none, by their PatientID. descriptions: SeriesDescription of files, where a table tells it.
+    """
+
+    by_series: dict[str, list[str]]
+    by_folder: dict[str, list[str]]
+    descriptions: dict[str, str]
+
+    def find(self, cell: Sequence[str], folder: str) -> list[str]:
+        """Files that the path cell of an image may mean: those of its series, else of its `folder`.
+
+        Where some of them have the name that the cell gives, only these.
+        """
+        files = self.by_series.get(_series(cell)) or self.by_folder.get(folder, [])
+        named = [path for path in files if path.split("/")[-1] == (cell or ("",))[-1]]
+        return named or files
+
+    def find_roi(self, row: Finding, images: Iterable[str]) -> tuple[str, ...]:
+        """Files that may be the mask of a row: all of its ROI series, or where those are missing of its ROI folder."""
+        files = set(self.by_series.get(_series(row.mask), ()))
+        if not files:
+            files.update(self.by_folder.get(f"{row.image_folder}_{row.number}", ()))
+        files.update(self.by_series.get(_series(row.crop), ()))
+        return tuple(sorted(files.difference(images)))
+
+
+def _series(cell: Sequence[str]) -> str:
+    return cell[-2] if len(cell) > 1 else ""
+
+
+def scan_download(root) -> Download:
+    """Find all images below `root`, in any of the layouts that are in circulation."""
+    from dm_image import DICOM_SUFFIXES, IMAGE_SUFFIXES
+
+    by_series, by_folder, orphans = defaultdict(list), defaultdict(list), []
+    descriptions, patient_ids = {}, {}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders.sort()
+        relative = Path(folder).relative_to(root)
+        view = next(filter(FOLDER.fullmatch, reversed(relative.parts)), None)
+        for name in sorted(names):
+            path = (relative / name).as_posix()
+            if name == "dicom_info.csv":
+                patient_ids, descriptions = read_dicom_info(Path(root, path))
+            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            by_series[relative.name].append(path)
+            if view:
+                by_folder[view].append(path)
+            else:
+                orphans.append(path)
+    if not by_series:
+        raise InputError(f"{root}: no images below it: Expected the download, DICOM or JPEG files")
+    told = {}
+    for path in orphans:
+        place = "/".join(path.split("/")[-2:])
+        if place in patient_ids:
+            by_folder[patient_ids[place]].append(path)
+            told[path] = descriptions[place]
+        elif path.lower().endswith(DICOM_SUFFIXES):
+            try:
+                by_folder[read_header(root, path, {}).patient_id].append(path)
+            except InputError:  # it may be found by its series, and is reported where it is wanted
+                continue
+    return Download(dict(by_series), dict(by_folder), told)
+
+
+def read_dicom_info(path) -> tuple[dict[str, str], dict[str, str]]:
+    """PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in DICOM_INFO_COLUMNS if name not in (reader.fieldnames or ())]:
+            raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}")
+        patients, descriptions = {}, {}
+        for row in reader:
+            place = "/".join((row["image_path"] or "").strip().replace("\\", "/").split("/")[-2:])
+            patients[place] = (row["PatientID"] or "").strip()
+            descriptions[place] = (row["SeriesDescription"] or "").strip()
+    return patients, descriptions
+
+
+class Header(NamedTuple):
+    """What is known of an image file without its pixels. description: SeriesDescription, or an empty text."""
+
+    path: str
+    height: int
+    width: int
+    patient_id: str
+    description: str
+    inverted: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
+    """InputError when there is no header to be read."""
+    from dm_image import DICOM_SUFFIXES
+
+    file = Path(root, path)
+    try:
+        if path.lower().endswith(DICOM_SUFFIXES):
+            import pydicom
+
+            tags = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            described = str(tags.get("SeriesDescription") or "")
+            inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
+            size = int(tags.Rows), int(tags.Columns)
+            return Header(path, *size, str(tags.get("PatientID") or ""), described, inverted)
+        from PIL import Image
+
+        with Image.open(file) as image:
+            return Header(path, image.height, image.width, "", descriptions.get(path, ""), False)
+    except Exception as error:  # pydicom raises many kinds on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a readable image ({reason})") from None
+
+
+def read_grey(root, path: str):
+    """Pixels (H, W) of an image file; InputError as `read_img`, naming the path below the download folder."""
+    from dm_image import check_grey, read_img
+
+    file = Path(root, path)
+    try:
+        # The re-release has some grey pictures in three channels.
+        return check_grey(file, read_img(file, gs_255=path.lower().endswith((".jpg", ".jpeg"))))
+    except InputError as error:
+        raise InputError(str(error).replace(str(file), path)) from None
+
+
+# -------------------------------------------------------------------------------------------------- one image
+
+
+class Copy(NamedTuple):
+    """One of the files that hold an image: those of its calc and of its mass rows may differ."""
+
+    folder: str
+    files: tuple[str, ...]  # as `Download.find` gives them
+
+
+class Lesion(NamedTuple):
+    """All rows with one image, type and number, and the files that may be its masks.
+
+    rows: for each row the index of its image's `Copy`, the file that its mask cell names, and the candidates.
+    """
+
+    type: str
+    number: int
+    pathology: str
+    rows: tuple[tuple[int, str, tuple[str, ...]], ...]
+
+
+class Plan(NamedTuple):
+    """What is to be made of one image. folder: of the whole image, such as train/pos; None for no set."""
+
+    copies: tuple[Copy, ...]
+    lesions: tuple[Lesion, ...]
+    folder: str | None
+    descriptions: dict[str, str]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All files that the image and its masks may be made from."""
+        files = {path for copy in self.copies for path in copy.files}
+        return tuple(sorted(files.union(*(row[-1] for lesion in self.lesions for row in lesion.rows))))
+
+
+def plan_image(findings: Sequence[Finding], download: Download, folder: str | None) -> Plan:
+    copies, lesions = {}, defaultdict(list)
+    for finding in findings:
+        name = finding.image_folder
+        copies.setdefault(name, Copy(name, tuple(download.find(finding.image, name))))
+        lesions[finding.type, finding.number].append(finding)
+    order = list(copies)
+    plans = []
+    for (kind, number), rows in lesions.items():
+        pathologies = sorted((finding.pathology for finding in rows), key="MALIGNANT".__ne__)
+        candidates = tuple(
+            (order.index(row.image_folder), "/".join(row.mask), download.find_roi(row, copies[row.image_folder].files))
+            for row in rows
+        )
+        plans.append(Lesion(kind, number, pathologies[0], candidates))
+    plan = Plan(tuple(copies.values()), tuple(plans), folder, {})
+    descriptions = {path: download.descriptions[path] for path in plan.sources if path in download.descriptions}
+    return plan._replace(descriptions=descriptions)
+
+
+def prepare_image(item, download, out, whole: dict):
+    """Write the full image, the masks and the whole image of one item; see `dm_dataset.prepare`.
+
+    whole: options of `make_whole`.
+    """
+    import numpy as np
+
+    from dm_dataset import Prepared, make_whole, to_uint16, write_png
+
+    plan, result = item.plan, Prepared(item.name)
+
+    def write(path, pixels):
+        write_png(Path(out, path), pixels)
+        result.outputs.append(path)
+
+    try:
+        img, sizes = read_image(plan, download, result)
+        img = to_uint16(img)
+        if plan.folder:
+            small = make_whole(img, **whole)
+            write(f"{plan.folder}/{item.name}.png", small)
+            result.facts["pixel_sum"] = int(small.sum(dtype=np.int64))
+        write(f"full_img/{item.name}.png", img)
+    except InputError as error:
+        result.faults.append(f"{item.name}: {error}; left out with its {len(plan.lesions)} lesions")
+        return result
+    result.facts["lesions"] = []
+    for lesion in plan.lesions:
+        name = f"{item.name} {lesion.type} {lesion.number}"
+        try:
+            mask = read_mask(name, lesion, sizes, img.shape, plan.descriptions, download, result)
+        except InputError as error:
+            result.faults.append(f"{name}: {error}")
+            continue
+        write(f"roi_mask/{lesion.type.capitalize()}-Training_{item.name}_{lesion.number}.png", mask)
+        result.facts["lesions"].append([lesion.type, lesion.number, lesion.pathology])
+    return result
+
+
+def read_image(plan: Plan, download, result):
+    """Pixels of the first copy of an image that is readable, and the size of each copy, None where not known.
+
+    The calc and the mass rows of one view have files of their own, of the same film; one is kept.
+    """
+    img, sizes, problems = None, [], []
+    for copy in plan.copies:
+        sizes.append(None)
+        try:
+            header = choose_image(copy, plan.descriptions, download, result)
+            sizes[-1] = header.height, header.width
+            if img is None:
+                img = check_mammogram(header.path, read_grey(download, header.path))
+                kept = header
+        except InputError as error:
+            problems.append(str(error))
+    if img is None:
+        raise InputError("; ".join(problems))
+    for copy in plan.copies:
+        if kept.path not in copy.files:
+            result.repairs.append(("one_copy_of_image_kept", f"{result.name}: {kept.path}, not that of {copy.folder}"))
+    for problem in problems:
+        result.repairs.append(("unreadable_copy_of_image_not_needed", f"{result.name}: {problem}"))
+    if kept.inverted:
+        result.repairs.append(("monochrome1_inverted", f"{result.name}: {kept.path}"))
+    if img.dtype.name == "uint8":
+        result.repairs.append(("8_bit_scaled_to_16_bit", f"{result.name}: {kept.path}"))
+    return img, sizes
+
+
+def choose_image(copy: Copy, descriptions, download, result) -> Header:
+    """The header of the full mammogram among the files of `copy`: the largest, if there are several."""
+    if not copy.files:
+        raise InputError(f"no image of {copy.folder} in the download: Expected a folder of this name or of its series")
+    if len(copy.files) == 1:
+        return read_header(download, copy.files[0], descriptions)
+    headers = [read_header(download, path, descriptions) for path in copy.files]
+    chosen = max(headers, key=lambda header: header.height * header.width)
+    result.repairs.append(
+        ("several_files_for_one_image", f"{result.name}: {chosen.path} of {len(headers)} in {copy.folder}")
+    )
+    return chosen
+
+
+def check_mammogram(path: str, img):
+    """`img` if it is a picture of unsigned pixels, else InputError."""
+    if img.dtype.name not in ("uint8", "uint16"):
+        raise InputError(f"{path}: Expected 8- or 16-bit unsigned pixels. Received {img.dtype}")
+    if img.min() == img.max():
+        raise InputError(f"{path}: the image is constant: Expected a mammogram")
+    return img
+
+
+def read_mask(name: str, lesion: Lesion, sizes, shape, descriptions, download, result):
+    """The mask of one lesion, uint8 0/255 (*shape); InputError when no file is one.
+
+    sizes: of each copy of the image. shape: of the one that is kept.
+    """
+    import cv2
+    import numpy as np
+
+    union, used = np.zeros(shape, bool), {}
+    for copy, named, candidates in lesion.rows:
+        found, problems = find_masks(candidates, sizes[copy] or shape, descriptions, download)
+        if not found:
+            reasons = "; ".join(problems) or "no file in the download"
+            raise InputError(
+                f"no mask: Expected a file of two values and {shape[0]} x {shape[1]} pixels for {named}. "
+                f"Received {reasons}"
+            )
+        for path, mask in found.items():
+            if path in used:
+                continue
+            used[path] = named
+            if not path.endswith(named):
+                result.repairs.append(("mask_found_by_content", f"{name}: {path}, not {named}"))
+            if mask.shape != shape:
+                stretch = mask.shape[0] * shape[1] / (mask.shape[1] * shape[0])
+                text = "{}: {} from {} x {} to {} x {}".format(name, path, *mask.shape, *shape)
+                text += "" if abs(stretch - 1) <= ASPECT_TOLERANCE else ", of another aspect ratio"
+                result.repairs.append(("mask_resized", text))
+                mask = cv2.resize(mask.astype("uint8"), shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+            union |= mask
+        result.repairs += [("unreadable_file_not_needed", f"{name}: {p}") for p in problems if "not readable" in p]
+    if len(used) > 1:
+        result.repairs.append(("masks_united", f"{name}: {', '.join(sorted(used))}"))
+    if not union.any():
+        raise InputError("nothing is left of the mask once it is resized")
+    return np.where(union, np.uint8(255), np.uint8(0))
+
+
+def find_masks(candidates: Sequence[str], size, descriptions, download):
+    """Masks among the candidates, by path as boolean arrays; and what is wrong with each of the others.
+
+    All binary files of the image's `size` (height, width) are masks. Where there is none, the one binary file that
+    is, in this order of importance, described as a mask, or the largest.
+    """
+    exact, others, problems = {}, {}, []
+    for path in candidates:
+        try:
+            header = read_header(download, path, descriptions)
+            pixels = read_grey(download, path)
+        except InputError as error:
+            problems.append(f"not readable: {error}")
+            continue
+        lossy = path.lower().endswith((".jpg", ".jpeg"))
+        mask = as_mask(pixels, lossy)
+        if mask is None:
+            problems.append("{} of {} x {} pixels, not of two values".format(path, *pixels.shape))
+        elif pixels.shape == tuple(size):
+            exact[path] = mask
+        else:
+            described = MASK_DESCRIPTION in header.description.lower()
+            others[path] = (described, mask.size), mask
+    if not exact and others:
+        best = max(others, key=lambda path: others[path][0])
+        exact[best] = others[best][1]
+    return exact, problems
+
+
+def as_mask(img, lossy: bool):
+    """Where an image of two values is bright, or None if it has more or fewer. lossy: JPEG has blurred its edges."""
+    import numpy as np
+
+    lowest, highest = int(img.min()), int(img.max())
+    if lowest == highest:
+        return None
+    tolerance = JPEG_TOLERANCE * (highest - lowest) if lossy else 0
+    between = np.count_nonzero((img > lowest + tolerance) & (img < highest - tolerance))
+    if between > (JPEG_SHARE * img.size if lossy else 0):
+        return None
+    return img > (lowest + highest) / 2

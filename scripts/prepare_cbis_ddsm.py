@@ -1,0 +1,332 @@
+#!/usr/bin/env python3
+"""Turn a download of CBIS-DDSM into what the patch sampler and the whole-image trainer read.
+
+Reads the DICOM files of the archive, in any of its folder layouts, or the JPEG files of the re-release, and the four
+description files. Writes below the output folder
+
+    full_img/<patient>_<side>_<view>.png                                    16-bit mammograms, as they are
+    roi_mask/<Calc|Mass>-Training_<patient>_<side>_<view>_<number>.png      8-bit masks, 255 in the lesion
+    roi_mask_path.csv      the lesions (the sampler's names: also test patients have "Training" in them)
+    pat_train.txt pat_val.txt pat_test.txt      patients, none in two of them
+    pat_side_cancer.csv    1 where a breast has a malignant finding
+    train|val|test/neg|pos/<patient>_<side>_<view>.png      16-bit whole images of --img-size
+    report.json            counts, every repair, every image left out and why, and the --featurewise-mean to use
+
+An image is positive when any of its findings is malignant. An interrupted run goes on where it was.
+
+    python scripts/prepare_cbis_ddsm.py CBIS-DDSM prepared --split author --jobs 8
+    python scripts/prepare_cbis_ddsm.py folder_of_the_description_files --dry-run
+"""
+
+import argparse
+import functools
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
+from dm_args import add_flag, add_parallel_options, complete, fraction, natural_int, positive_int, run_main
+from dm_cbis_ddsm import (
+    REPAIRS,
+    Finding,
+    Tables,
+    find_tables,
+    is_positive,
+    plan_image,
+    prepare_image,
+    read_tables,
+    scan_download,
+)
+from dm_dataset import (
+    CLASSES,
+    REPORT,
+    RESCALE_FACTOR,
+    SETS,
+    Item,
+    check_disjoint,
+    prepare,
+    read_patient_list,
+    split_by_patient,
+    split_in_three,
+    write_csv,
+    write_text,
+)
+from dm_files import InputError
+
+LESION_COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
+# Options that decide what the outputs are.
+OPTIONS = (
+    "split",
+    "test_size",
+    "val_size",
+    "random_state",
+    "img_size",
+    "resize",
+    "segment_breast",
+    "auto_levels",
+    "face",
+)
+
+
+# ------------------------------------------------------------------------------------------------------ splits
+
+
+def split_patients(tables: Tables, args) -> dict[str, list[str]]:
+    """Patients of train, val and test by `args.split`; see `--help`. InputError when one is in two of them."""
+    cancer = tables.cancer()
+    if args.split == "author":
+        sets = split_in_three(cancer, args.test_size, args.val_size, args.random_state)
+    elif args.split == "official":
+        test = {
+            finding.patient for findings in tables.images.values() for finding in findings if finding.official == "test"
+        }
+        rest = {patient: label for patient, label in cancer.items() if patient not in test}
+        if not rest:
+            raise InputError("--split official: no training patients: Expected the description files of both sets")
+        train, val = split_by_patient(rest, args.val_size, args.random_state)
+        sets = {"train": train, "val": val, "test": sorted(test)}
+    else:
+        files = dict(zip(SETS, (args.pat_train, args.pat_val, args.pat_test), strict=True))
+        if missing := [f"--pat-{name}" for name, path in files.items() if path is None]:
+            raise InputError(f"--split lists: Expected a file for each set. Missing {', '.join(missing)}")
+        sets = {name: read_patient_list(path) for name, path in files.items()}
+        check_disjoint(sets)
+        for name, path in files.items():
+            if unknown := [patient for patient in sets[name] if patient not in cancer]:
+                raise InputError(
+                    f"{path}: {len(unknown)} patients have no findings in the tables, such as {unknown[0]}"
+                )
+        sets = {name: sorted(patients) for name, patients in sets.items()}
+    check_disjoint(sets)
+    return sets
+
+
+def count_sets(sets: Mapping[str, Sequence[str]], images: Mapping[str, Sequence[Finding]]) -> dict[str, dict]:
+    """Patients, images and positive images of each set."""
+    counts = {}
+    for name, patients in sets.items():
+        wanted = set(patients)
+        mine = [findings for findings in images.values() if findings[0].patient in wanted]
+        positive = [findings for findings in mine if is_positive(findings)]
+        counts[name] = {
+            "patients": len(patients),
+            "cancer_patients": len({findings[0].patient for findings in positive}),
+            "images": len(mine),
+            "positive_images": len(positive),
+        }
+    return counts
+
+
+def print_tables(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> None:
+    """Say what the tables hold and what the split makes of it."""
+    for name, counts in tables.counts["tables"].items():
+        print(f"{name}: {counts['rows']} rows, {counts['images']} images, {counts['patients']} patients")
+    counts, repairs = tables.counts["all"], {kind: len(items) for kind, items in tables.repairs.items()}
+    print(
+        f"together: {counts['rows']} rows, {counts['lesions']} lesions, {counts['image_folders']} image folders, "
+        f"{counts['images']} images ({counts['positive_images']} positive), {counts['patients']} patients"
+    )
+    print(
+        f"in both official sets: {repairs['patients_in_both_official_sets']} patients, "
+        f"{repairs['images_in_both_official_sets']} images"
+        + ("; they are for the test only" if args.split == "official" else "")
+    )
+    print(
+        f"in the calc and the mass table: {repairs['images_in_calc_and_mass']} images "
+        f"({repairs['images_in_calc_and_mass_of_one_set']} within one official set); each is taken once"
+    )
+    print(f"both malignant and other findings: {repairs['mixed_pathologies']} images, which are positive")
+    seed = f", random state {args.random_state}" if args.split != "lists" else ""
+    print(f"split {args.split}{seed}:")
+    for name, counts in count_sets(sets, tables.images).items():
+        print(
+            f"  {name:5} {counts['patients']:5} patients ({counts['cancer_patients']} with cancer), "
+            f"{counts['images']:5} images ({counts['positive_images']} positive)"
+        )
+    placed = [patient for patients in sets.values() for patient in patients]
+    print(f"no patient is in two sets: {len(placed)} places, {len(set(placed))} patients")
+    if left := patients_left(tables, sets):
+        print(f"in no set: {left} patients")
+
+
+def patients_left(tables: Tables, sets: Mapping[str, Sequence[str]]) -> int:
+    return len(tables.cancer().keys() - {patient for patients in sets.values() for patient in patients})
+
+
+# -------------------------------------------------------------------------------------------------- the whole
+
+
+def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> dict:
+    """Prepare all images of `sets` and write the lists; returns the report."""
+    download = scan_download(args.download)
+    whole = {
+        "img_size": args.img_size,
+        "resize": args.resize,
+        "segment_breast": args.segment_breast,
+        "levels": args.auto_levels,
+        "face": args.face,
+    }
+    set_of = {patient: name for name, patients in sets.items() for patient in patients}
+    items = []
+    for key, findings in tables.images.items():
+        name = set_of.get(findings[0].patient)
+        folder = f"{name}/{CLASSES[is_positive(findings)]}" if name else None
+        plan = plan_image(findings, download, folder)
+        items.append(Item(key, plan.sources, {"whole": whole, "plan": plan}, plan))
+    folders = ["full_img", "roi_mask", *(f"{name}/{label}" for name in SETS for label in CLASSES)]
+    work = functools.partial(prepare_image, download=args.download, out=args.out, whole=whole)
+    results = prepare(items, work, args.download, args.out, folders, args.jobs, args.backend, args.on_error)
+
+    done = {result.name: tables.images[result.name] for result in results if "lesions" in result.facts}
+    kept = {findings[0].patient for findings in done.values()}
+    lists = {name: [patient for patient in patients if patient in kept] for name, patients in sets.items()}
+    for name, patients in lists.items():
+        write_text(Path(args.out, f"pat_{name}.txt"), "".join(f"{patient}\n" for patient in patients))
+    lesions = [
+        (*result.name.rsplit("_", 2), number, pathology, kind)
+        for result in results
+        for kind, number, pathology in result.facts.get("lesions", ())
+    ]
+    write_csv(
+        Path(args.out, "roi_mask_path.csv"), ["patient_id", "side", "view", "abn_num", "pathology", "type"], lesions
+    )
+    breasts = defaultdict(bool)
+    for findings in tables.images.values():
+        breasts[findings[0].patient, findings[0].side] |= is_positive(findings)
+    seen = {(findings[0].patient, findings[0].side) for findings in done.values()}
+    write_csv(
+        Path(args.out, "pat_side_cancer.csv"),
+        ["patient_id", "side", "cancer"],
+        [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen],
+    )
+
+    repairs = defaultdict(list, {kind: list(listed) for kind, listed in tables.repairs.items()})
+    for kind in REPAIRS:
+        repairs[kind]
+    for result in results:
+        for kind, what in result.repairs:
+            repairs[kind].append(what)
+    train = [result for result in results if result.outputs and result.outputs[0].startswith("train/")]
+    pixels = len(train) * args.img_size[0] * args.img_size[1]
+    mean = RESCALE_FACTOR * sum(result.facts["pixel_sum"] for result in train) / pixels if pixels else None
+    return {
+        "options": {name: getattr(args, name) for name in OPTIONS},
+        "rescale_factor": RESCALE_FACTOR,
+        "featurewise_mean": None if mean is None else round(mean, 4),
+        "tables": tables.counts["tables"],
+        "counts": tables.counts["all"]
+        | {
+            "images_prepared": len(done),
+            "lesions_prepared": len(lesions),
+            "images_skipped": len(results) - len(done),
+            "masks_skipped": tables.counts["all"]["lesions"] - len(lesions),
+            "patients_in_no_set": patients_left(tables, sets),
+        },
+        "planned_sets": count_sets(sets, tables.images),
+        "sets": count_sets(lists, done),
+        "repairs": {kind: {"count": len(listed), "items": listed} for kind, listed in sorted(repairs.items())},
+        "skipped": [{"image": result.name, "reason": fault} for result in results for fault in result.faults],
+    }
+
+
+def run(**options):
+    """Prepare the data set with the command line's options as keyword arguments; see `--help` for them.
+
+    Raises InputError for bad tables or options, and, once all other images are done, for images or masks at fault
+    unless `on_error` is "skip".
+    """
+    args = complete(make_parser(), options)
+    if args.out is None and not args.dry_run:
+        raise InputError("no output folder given: Expected one after the download folder, or --dry-run")
+    tables = read_tables(find_tables(args.csv_dir or args.download))
+    sets = split_patients(tables, args)
+    print_tables(tables, sets, args)
+    if args.dry_run:
+        return
+    report = prepare_dataset(tables, sets, args)
+    write_text(Path(args.out, REPORT), json.dumps(report, indent=2) + "\n")
+    print_report(report, args)
+    if report["skipped"] and args.on_error != "skip":
+        raise InputError(
+            f"{len(report['skipped'])} images or masks at fault, all others done; mend them and run this again, or "
+            f"leave them out with --on-error skip. The first: {report['skipped'][0]['reason']}"
+        )
+
+
+def print_report(report: dict, args) -> None:
+    counts = report["counts"]
+    print(f"prepared {counts['images_prepared']} images and {counts['lesions_prepared']} masks")
+    for name, numbers in report["sets"].items():
+        images, positive = numbers["images"], numbers["positive_images"]
+        print(f"  {name:5} {numbers['patients']} patients, {images} images ({positive} positive)")
+        if positive in (0, images):
+            print(f"Warning: {name} has images of one class only: no AUC can be computed on it")
+    for kind, repairs in report["repairs"].items():
+        if repairs["count"]:
+            print(f"  {kind}: {repairs['count']}")
+    for text in report["repairs"]["mask_resized"]["items"]:
+        print(f"Warning: mask resized: {text}")
+    if report["skipped"]:
+        print(f"{len(report['skipped'])} left out:")
+        for skipped in report["skipped"]:
+            print(f"  {skipped['reason']}")
+    if (mean := report["featurewise_mean"]) is not None:
+        print(f"for the trainer: --rescale-factor {RESCALE_FACTOR} --featurewise-mean {mean:.2f}")
+    print(f"details: {Path(args.out, 'report.json')}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("download", help="folder of the download: the images and, unless --csv-dir names another, description files")
+    add("out", nargs="?", help="folder to write; not needed with --dry-run")
+    add("--csv-dir", metavar="DIR", help="folder of the four description files; default: below the download folder")
+    add("--dry-run", action="store_true", help="read the description files alone and print the split")
+    group = parser.add_argument_group("split by patient")
+    add = group.add_argument
+    add(
+        "--split", choices=["author", "official", "lists"], default="author",
+        help="author: --test-size for the test, then --val-size of the others for validation, stratified by any "
+        "malignancy (the paper's); official: the data set's own test patients, with those who are in both of its sets, "
+        "then --val-size of the others; lists: from files (default: author)",
+    )  # fmt: skip
+    add("--test-size", type=fraction, default=0.15, help="share of the patients for the test (0.15)")
+    add("--val-size", type=fraction, default=0.1, help="share of the other patients for validation (0.1)")
+    add("--random-state", type=natural_int, default=12345, help="seed of the split (12345)")
+    for name in ("train", "val", "test"):
+        add(f"--pat-{name}", metavar="FILE", help=f"with --split lists: {name} patients, one id a line")
+    group = parser.add_argument_group("whole images")
+    add = group.add_argument
+    add(
+        "--img-size", "-is", nargs=2, type=positive_int, default=[1152, 896], metavar=("HEIGHT", "WIDTH"),
+        help="size of the whole images (1152 896)",
+    )  # fmt: skip
+    add(
+        "--resize", choices=["stretch", "pad"], default="stretch",
+        help="stretch to the size (the original), or keep the aspect ratio, fill the height and pad the width with "
+        "zeros (default: stretch)",
+    )  # fmt: skip
+    add_flag(group, "--segment-breast", False, "blank all but the breast, and cut the image to it")
+    add_flag(group, "--auto-levels", False, "stretch the pixels of each image to the full range, 0..65535")
+    add(
+        "--face", choices=["left", "right", "as-is"], default="as-is",
+        help="mirror whole images so that the breasts point this way (default: as-is)",
+    )  # fmt: skip
+    group = parser.add_argument_group("work")
+    group.add_argument(
+        "--on-error", choices=["stop", "skip"],
+        help="what a bad image or mask does: end the run, or be left out and listed; "
+        "default: be left out and listed, with exit status 1 when all others are done",
+    )  # fmt: skip
+    add_parallel_options(group)
+    return parser
+
+
+def main(argv=None):
+    return run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
