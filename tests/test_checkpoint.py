@@ -233,7 +233,7 @@ def test_nested_keras2_file(tmp_path, frozen, order):
         assert model.get_layer("model_1").get_layer(name).trainable == (name not in frozen)
     # Second output: the nested model as it stands, whose reference in output_layers also counts from 1.
     x = np.random.default_rng(3).random((2, 8, 8, 3), np.float32)
-    np.testing.assert_allclose(model(x)[1], model.get_layer("model_1")(x), rtol=1e-6)
+    np.testing.assert_allclose(model.predict_on_batch(x)[1], model.get_layer("model_1").predict_on_batch(x), rtol=1e-6)
 
 
 def test_scope_suffixes_inside_a_nested_model(tmp_path):
@@ -284,7 +284,7 @@ def test_nested_model_called_twice(tmp_path):
         {"inner": [("dense_1/kernel:0", kernel), ("dense_1/bias:0", np.zeros(3, np.float32))]},
     )
     x = np.random.default_rng(1).random((4, 3), np.float32)
-    outputs = load_model(path)(x)
+    outputs = load_model(path).predict_on_batch(x)
     np.testing.assert_allclose(np.squeeze(outputs), np.maximum(x @ kernel, 0) @ kernel, atol=1e-5)
 
 
@@ -496,8 +496,8 @@ def test_another_class_count(tmp_path, ending):
     model = nested_model(seed=1)
     with pytest.raises(InputError, match="dense") as caught:
         load_weights(model, path)
-    assert "(3, 2)" in str(caught.value)
-    assert "(3, 5)" in str(caught.value)
+    assert "3, 2" in str(caught.value)
+    assert "3, 5" in str(caught.value)  # backends print shapes in their own ways
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     if ending == ".h5":
@@ -687,7 +687,7 @@ def test_golden_checkpoint(golden, tmp_path, name):
     taps = [model.get_layer(after[name]).input for name in inner]
     probe = keras.Model(model.input, [model.output, *taps])
 
-    predicted, *tensors = (np.asarray(t) for t in keras.tree.flatten(probe(x, training=False)))
+    predicted, *tensors = (keras.ops.convert_to_numpy(t) for t in keras.tree.flatten(probe(x, training=False)))
     np.testing.assert_allclose(predicted, values["predict"], rtol=0, atol=1e-4)
     for layer, tensor in zip(inner, tensors, strict=True):
         scale = np.abs(tensor).max()
@@ -699,6 +699,6 @@ def test_golden_checkpoint(golden, tmp_path, name):
 
     if x.size < 1_000_000:  # larger images cost seconds each; their weights are proved above
         flips = [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
-        predicted = np.stack([np.asarray(model(flip, training=False)) for flip in flips])
+        predicted = np.stack([model.predict_on_batch(flip) for flip in flips])
         np.testing.assert_allclose(predicted, values["predict_flips"], rtol=0, atol=1e-4)
         np.testing.assert_allclose(predicted.mean(axis=0), values["predict_flip_mean"], rtol=0, atol=1e-4)
