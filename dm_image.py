@@ -97,8 +97,13 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
         frames = int(dataset.get("NumberOfFrames") or 1)
         if frames > 1:
             raise InputError(f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.")
-        img = dataset.pixel_array
         bits = dataset.BitsStored
+        # Bits above those stored are dropped where they may be overlays or lack the sign; in other files they show
+        # that the header is wrong, and dropping them would wrap bright pixels around to dark ones.
+        positions = [dataset.get((group, 0x0102)) for group in range(0x6000, 0x6020, 2)]
+        overlays = any(position is not None and position.value for position in positions)
+        dataset.pixel_array_options(correct_unused_bits=overlays or dataset.PixelRepresentation == 1)
+        img = dataset.pixel_array
         lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
         highest = lowest + 2**bits - 1
         if voi_lut:

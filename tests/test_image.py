@@ -125,6 +125,21 @@ def test_dicom_reader_tells_the_range_of_the_stored_bits(tmp_path):
     assert dataset.BitsStored == 12
 
 
+@pytest.mark.parametrize(
+    ("dtype", "overlay", "first"),
+    [("uint16", None, 0xF001), ("uint16", 0, 0xF001), ("uint16", 12, 1), ("int16", None, 1)],
+)
+def test_dicom_bits_beyond_those_stored(tmp_path, dtype, overlay, first):
+    """12 bits stored, and more in the first pixel: an overlay there, no sign there, or a header that is wrong."""
+    pydicom = pytest.importorskip("pydicom")
+    path = write_dicom(tmp_path / "a.dcm", np.array([[0xF001, 2]], np.uint16).view(dtype))
+    if overlay is not None:
+        dataset = pydicom.dcmread(path)
+        dataset.add_new((0x6000, 0x0102), "US", overlay)
+        dataset.save_as(path)
+    np.testing.assert_array_equal(dm_image.read_img(path), [[first, 2]])
+
+
 @pytest.mark.parametrize(("dtype", "slope", "intercept"), [("uint16", 1, 0), ("uint16", 2, -1000), ("int16", 1, 0)])
 def test_dicom_window_is_applied_when_asked(tmp_path, dtype, slope, intercept):
     """The linear function of the standard (PS3.3 C.11.2.1.2.1), on rescaled values, stretched to the stored bits."""

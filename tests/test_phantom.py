@@ -1,6 +1,8 @@
 """The phantom: its texture's spectrum, lesions inside their masks, files that agree, and its splits."""
 
 import csv
+import json
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
+import dm_phantom_cbis
 from dm_files import InputError
+from dm_image import read_img
 from dm_phantom import Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
+from dm_phantom_cbis import ODDITIES, make_download
 from dm_preprocess import DMImagePreprocessor
 from dm_region import split_patients
 from scripts.make_phantom import main, make_phantom
@@ -217,3 +222,230 @@ def test_a_folder_with_content_is_left_alone(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "new or empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ------------------------------------------------------------------------------------- the CBIS-DDSM download
+
+TABLES = {
+    f"{kind}_case_description_{division}_set.csv": (kind, division)
+    for kind in ("calc", "mass")
+    for division in ("train", "test")
+}
+# As published.
+HEADERS = {
+    "calc": "patient_id,breast density,left or right breast,image view,abnormality id,abnormality type,calc type,"
+    "calc distribution,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path",
+    "mass": "patient_id,breast_density,left or right breast,image view,abnormality id,abnormality type,mass shape,"
+    "mass margins,assessment,pathology,subtlety,image file path,cropped image file path,ROI mask file path",
+}
+PATHS = ("image file path", "cropped image file path", "ROI mask file path")
+DOWNLOAD = {"patients": 14, "height": HEIGHT, "width": WIDTH, "seed": 3}
+
+
+@pytest.fixture(scope="module", params=dm_phantom_cbis.TREES)
+def download(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param)
+    return out, request.param, make_download(out, tree=request.param, **DOWNLOAD)
+
+
+def tables_of(out, tree):
+    return {name: out / ("csv" if tree == "jpeg" else "") / name for name in TABLES}
+
+
+def headers_of(out, tree):
+    """For each file of a download: (PatientID, SeriesDescription or None, PhotometricInterpretation)."""
+    if tree == "jpeg":
+        return {
+            out / row["image_path"].removeprefix("CBIS-DDSM/"): (
+                row["PatientID"],
+                row["SeriesDescription"] or None,
+                row["PhotometricInterpretation"],
+            )
+            for row in read_rows(out / "csv" / "dicom_info.csv")
+        }
+    import pydicom
+
+    found = {}
+    for path in out.rglob("*.dcm"):
+        dataset = pydicom.dcmread(path, stop_before_pixels=True)
+        assert dataset.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRLittleEndian
+        found[path] = dataset.PatientID, dataset.get("SeriesDescription"), dataset.PhotometricInterpretation
+    return found
+
+
+def test_description_files_look_like_the_real_ones(download):
+    out, tree, rows = download
+    counts = json.loads((out / "oddities.json").read_text())["counts"]
+    total = 0
+    for name, path in tables_of(out, tree).items():
+        kind, division = TABLES[name]
+        text = path.read_bytes()
+        found = read_rows(path)
+        assert text.startswith(HEADERS[kind].encode() + b"\r\n")
+        assert text.count(b"\r\n") == len(found) + 1
+        assert text.count(b"\n") == 2 * len(found) + 1
+        total += len(found)
+        for row in found:
+            lines = [row[cell].count("\n") for cell in PATHS]
+            assert lines == ([0, 1, 0] if kind == "calc" else [0, 0, 1])
+            key = "_".join(row[cell] for cell in ("patient_id", "left or right breast", "image view"))
+            folder = f"{kind.capitalize()}-{'Training' if division == 'train' else 'Test'}_{key}"
+            folders = folder, f"{folder}_{row['abnormality id']}", f"{folder}_{row['abnormality id']}"
+            assert tuple(row[cell].split("/")[0] for cell in PATHS) == folders
+            assert row["abnormality type"] == ("calcification" if kind == "calc" else "mass")
+    assert total == counts["rows"] == len(rows) + 1
+    assert counts["images"] == len({row.key for row in rows}) == 28
+
+
+def test_files_hold_what_was_drawn(download):
+    """Mask and crop told apart by content alone, against the drawing itself."""
+    out, tree, rows = download
+    files = defaultdict(list)
+    for path, (folder, *_) in headers_of(out, tree).items():
+        files[folder].append(path)
+    assert sum(map(len, files.values())) == sum(1 for p in out.rglob("*") if p.suffix in (".dcm", ".jpg"))
+    tolerance = 24 if tree == "jpeg" else 0
+    drawn = {}
+    for row in rows:
+        if row.key not in drawn:
+            drawn[row.key] = draw_view(row.patient, row.view, 3, HEIGHT, WIDTH)
+        img, masks = drawn[row.key]
+        (image_file,) = files[row.image_folder]
+        if tree == "jpeg":
+            img = img >> 8
+        if "truncated" in row.oddities:
+            with pytest.raises(InputError, match=r"truncated|less than expected"):
+                read_img(image_file)
+        else:
+            assert np.abs(read_img(image_file).astype(int) - img).max() <= tolerance
+        roi_files = files[row.roi_folder]
+        assert len(roi_files) == (4 if "several_masks" in row.oddities else 2)
+        found = [read_img(path) for path in roi_files]
+        binary = [(x > 127).astype(np.uint8) for x in found if ((x < 64) | (x > 191)).all() and x.max() <= 255]
+        if "mask_size" in row.oddities:
+            assert binary[0].shape == (167, 120)
+            binary = [cv2.resize(binary[0], (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST)]
+        mask = masks[row.index] > 0
+        share = max((mask & (x > 0)).sum() / (mask | (x > 0)).sum() for x in binary if x.shape == mask.shape)
+        assert share > 0.7 if "mask_size" in row.oddities else share == 1
+        crops = [x for x in found if x.shape != mask.shape and x.shape != (167, 120)]
+        assert len(crops) == len(roi_files) / 2
+
+
+def test_oddities_are_those_of_the_list(download):
+    """Recounted from the files and tables alone."""
+    out, tree, _ = download
+    found = {name: set() for name in [*ODDITIES, "swapped"]}
+    key_of = lambda folder: folder.split("_", 1)[1]  # noqa: E731
+    headers = headers_of(out, tree)
+    for path, (folder, description, photometric) in headers.items():
+        if description is None:
+            found["mask_without_description"].add(key_of(folder).rsplit("_", 1)[0])
+        if photometric == "MONOCHROME1":
+            found["monochrome1"].add(key_of(folder))
+        if description == "full mammogram images":
+            try:
+                read_img(path)
+            except InputError:
+                found["truncated"].add(key_of(folder))
+    if tree == "uid":
+        found["mask_size"] = {
+            key_of(folder).rsplit("_", 1)[0]
+            for path, (folder, description, _) in headers.items()
+            if description == "ROI mask images" and read_img(path).shape != (HEIGHT, WIDTH)
+        }
+    sets, kinds, pathologies, numbers, masks = (defaultdict(set) for _ in range(5))
+    for name, path in tables_of(out, tree).items():
+        kind, division = TABLES[name]
+        table = read_rows(path)
+        lines = Counter(tuple(row.values()) for row in table)
+        for row in table:
+            key = "_".join(row[cell] for cell in ("patient_id", "left or right breast", "image view"))
+            sets[key].add(division)
+            sets[row["patient_id"]].add(division)
+            kinds[key].add(kind)
+            pathologies[key].add(row["pathology"])
+            numbers[key].add(row["abnormality id"])
+            if lines[tuple(row.values())] > 1:
+                found["repeated_row"].add(key)
+            _, crop, mask = (row[cell].strip() for cell in PATHS)
+            masks[key, kind, row["abnormality id"]].add(mask)
+            if mask.rsplit("/", 1)[0] != crop.rsplit("/", 1)[0]:
+                found["separate_folders"].add(key)
+            if tree == "uid":
+                is_swapped = headers[out / "CBIS-DDSM" / crop][1] in ("ROI mask images", None)
+                found["swapped"] |= {mask.split("/")[0]} if is_swapped else set()
+    found["patient_in_both_sets"] = {name for name, s in sets.items() if len(s) == 2 and name.count("_") == 1}
+    found["key_in_both_sets"] = {name for name, s in sets.items() if len(s) == 2 and name.count("_") == 3}
+    found["key_in_both_types"] = {key for key, group in kinds.items() if len(group) == 2}
+    found["mixed_pathologies"] = {key for key, p in pathologies.items() if "MALIGNANT" in p and len(p) > 1}
+    found["several_abnormalities"] = {key for key, group in numbers.items() if len(group) > 1}
+    found["several_masks"] = {key for (key, *_), group in masks.items() if len(group) > 1}
+    listed = json.loads((out / "oddities.json").read_text())["oddities"]
+    assert set(listed) == set(found)
+    for name, keys in found.items():
+        if name in ("mask_size", "swapped") and tree != "uid":
+            continue
+        assert set(listed[name]) == keys, name
+        assert keys or (name, tree) == ("monochrome1", "jpeg"), name
+
+
+def test_folders_are_named_as_in_the_downloads_in_circulation(download):
+    import re
+
+    out, tree, _ = download
+    case = r"(Calc|Mass)-(Training|Test)_P_\d{5}_(LEFT|RIGHT)_(CC|MLO)(_\d)?"
+    uid = r"1\.3\.6\.1\.4\.1\.9590\.100\.1\.2\.\d{39}"
+    description = r"(full mammogram images|ROI mask images|cropped images|NA)"
+    pattern = {
+        "uid": rf"CBIS-DDSM/{case}/{uid}/{uid}/00000[01]\.dcm",
+        "descriptive": rf"CBIS-DDSM/{case}/07-20-2016-DDSM-\d{{5}}/1-{description}-\d{{5}}/00000[01]\.dcm",
+        "descriptive2": rf"CBIS-DDSM/{case}/07-20-2016-DDSM-NA-\d{{5}}/1\.000000-{description}-\d{{5}}/1-[12]\.dcm",
+        "jpeg": rf"jpeg/{uid}/[12]-\d{{3}}\.jpg",
+    }[tree]
+    for path in out.rglob("*"):
+        if path.suffix in (".dcm", ".jpg"):
+            assert re.fullmatch(pattern, path.relative_to(out).as_posix())
+
+
+def test_a_download_without_oddities(tmp_path):
+    rows = make_download(tmp_path, oddities="none", old_header=True, **DOWNLOAD | {"patients": 10})
+    listed = json.loads((tmp_path / "oddities.json").read_text())["oddities"]
+    of_people = {"mixed_pathologies", "several_abnormalities", "key_in_both_types"}
+    assert {name for name, found in listed.items() if found} <= of_people
+    for path in tmp_path.rglob("*.dcm"):
+        read_img(path)
+    table = read_rows(tmp_path / "mass_case_description_train_set.csv")
+    columns = (
+        "patient_id,breast_density,side,view,abn_num,abnormality_type,mass_shape,mass_margins,assessment,pathology,"
+        "subtlety,od_img_path,od_crop_path,mask_path"
+    )
+    assert list(table[0]) == columns.split(",")
+    for row in table:
+        folder, study, series, name = row["mask_path"].strip().split("\\")
+        assert name == "000001.dcm"
+        assert read_img(tmp_path / "CBIS-DDSM" / folder / study / series / name).dtype == np.uint8
+    divisions = {row.patient.name: row.division for row in rows}
+    assert Counter(divisions.values()) == {"Training": 8, "Test": 2}
+
+
+def test_downloads_are_the_same_for_any_number_of_jobs(tmp_path):
+    for jobs in (1, 2):
+        options = f"--layout cbis-ddsm --tree jpeg --patients 10 --height 128 --width 128 --views CC --jobs {jobs}"
+        assert main([f"{tmp_path}/{jobs}", *options.split()]) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--layout cbis-ddsm --img-size 80 64", "--img-size is for --layout prepared"),
+        ("--tree jpeg", "--tree is for --layout cbis-ddsm"),
+        ("--layout cbis-ddsm --patients 3", "cannot split"),
+        ("--layout cbis-ddsm --height 100", "at least 128"),
+    ],
+)
+def test_options_of_the_other_layout_and_impossible_ones(tmp_path, capsys, options, words):
+    assert main([f"{tmp_path}/out", *options.split()]) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Convert DICOM mammograms of any source to 16-bit greyscale PNG files, which all other scripts read.
+
+  python scripts/dicom_to_png.py downloads/mine converted --jobs 4
+
+The PNG files lie in OUT/images, in the folders of the source; OUT/images.csv has a row for each, with patient, side
+and view from its header, and OUT/report.json the counts. Pixels are scaled so that the range of the stored bits (12,
+14, 16, signed or not) becomes 0..65535, so the rescale factor 0.003891 brings all of them to 0..255. MONOCHROME1 is
+inverted. An interrupted run goes on where it was.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError
+
+# Codes of SNOMED (old and new style) in the View Code Sequence.
+VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
+COLUMNS = [
+    *("file", "patient_id", "laterality", "view", "rows", "columns"),
+    *("bits", "photometric_interpretation", "window"),  # window: 1 where --voi-lut found one to apply
+]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="DICOM file, or folder searched for them")
+    parser.add_argument("out", metavar="OUT", help="folder to write; new, or that of an earlier run")
+    parser.add_argument(
+        "--voi-lut", action="store_true",
+        help="apply the display window or lookup table of each file that has one, as a viewer does",
+    )  # fmt: skip
+    parser.add_argument(
+        "--auto-levels", action="store_true",
+        help="stretch each image from its own darkest to its own brightest pixel, whatever its bits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--on-error", choices=["stop", "skip"], default="stop",
+        help="what an unusable file does: end the run, or be left out and listed (stop)",
+    )  # fmt: skip
+    dm_args.add_parallel_options(parser)
+    return parser
+
+
+def find_dicom(sources) -> dict[str, Path]:
+    """DICOM files by the name of their PNG file, which is relative to the folder that they were found in.
+
+    By ending or, since many have none, by their first bytes; directories of media and hidden files are not images.
+    Raises InputError for sources without any, and for two files with one name.
+    """
+    from dm_image import DICOM_SUFFIXES
+
+    def is_dicom(path):
+        if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+            return False
+        if path.suffix.lower() in DICOM_SUFFIXES:
+            return True
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+
+    found = {}
+    for source in map(Path, sources):
+        if source.is_dir():
+            walk = os.walk(source, followlinks=True)
+            paths = sorted(Path(root, name) for root, _, names in walk for name in names)
+            files = [(path, path.relative_to(source)) for path in paths if is_dicom(path)]
+        else:
+            files = [(source, Path(source.name))]
+        if not files:
+            raise InputError(f"{source}: no DICOM files in this folder")
+        for path, name in files:
+            stem = name.with_suffix("") if name.suffix.lower() in DICOM_SUFFIXES else name
+            name = f"{stem.as_posix()}.png"
+            if name in found:
+                raise InputError(f"{path} and {found[name]}: both would be written as {name}; convert them apart")
+            found[name] = path
+    return found
+
+
+def to_16_bit(fname, voi_lut=False, auto_levels=False):
+    """Pixels (H, W) of a DICOM mammogram as uint16 over 0..65535, and pydicom's dataset.
+
+    The lowest and highest values that its stored bits allow become 0 and 65535, with `auto_levels` the lowest and
+    highest that it has. `voi_lut`: see `dm_image.read_dicom`. Raises InputError for whatever is no such image.
+    """
+    import numpy as np
+
+    from dm_image import check_grey, read_dicom
+
+    img, (lowest, highest), dataset = read_dicom(fname, voi_lut)
+    check_grey(fname, img)
+    photometric = dataset.get("PhotometricInterpretation")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise InputError(f"{fname}: not a grey image. Expected MONOCHROME1 or MONOCHROME2. Received {photometric}")
+    darkest, brightest = int(img.min()), int(img.max())
+    if darkest == brightest:
+        raise InputError(f"{fname}: the image is constant. Expected a picture. Received the value {darkest} everywhere")
+    if auto_levels:
+        lowest, highest = darkest, brightest
+    elif darkest < lowest or brightest > highest:
+        raise InputError(
+            f"{fname}: pixels do not fit the {dataset.BitsStored} bits that the file's header tells. Expected "
+            f"{lowest}..{highest}. Received {darkest}..{brightest}; use --auto-levels, or leave the file out"
+        )
+    return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16), dataset
+
+
+def describe(name, dataset, voi_lut) -> dict:
+    """A row of images.csv."""
+    codes = [item.get("CodeValue") for item in dataset.get("ViewCodeSequence") or []]
+    views = [VIEW_CODES.get(code) for code in codes] + [dataset.get("ViewPosition")]
+    if dataset.get("PatientOrientation") in ("CC", "MLO"):  # as in CBIS-DDSM
+        views.append(dataset.PatientOrientation)
+    window = dataset.get("VOILUTSequence") or dataset.get("WindowCenter") is not None
+    values = (
+        name,
+        str(dataset.get("PatientID") or ""),
+        str(dataset.get("ImageLaterality") or dataset.get("Laterality") or ""),
+        str(next(filter(None, views), "")),
+        dataset.Rows,
+        dataset.Columns,
+        dataset.BitsStored,
+        dataset.PhotometricInterpretation,
+        int(bool(voi_lut and window)),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def convert(item, out):
+    """Write the PNG file of one item; see `dm_dataset.prepare`."""
+    from dm_dataset import Prepared, write_png
+
+    path = f"images/{item.name}"
+    result = Prepared(item.name)
+    try:
+        img, dataset = to_16_bit(item.plan, **item.settings)
+    except InputError as error:
+        result.faults.append(str(error))
+        return result
+    write_png(Path(out, path), img)
+    result.outputs.append(path)
+    result.facts = describe(path, dataset, item.settings["voi_lut"])
+    return result
+
+
+def run(**options) -> None:
+    """Convert; keyword arguments are the option names of `make_parser`."""
+    args = dm_args.complete(make_parser(), options)
+    sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
+    from dm_dataset import REPORT, Item, prepare, write_csv, write_text
+
+    settings = {"voi_lut": args.voi_lut, "auto_levels": args.auto_levels}
+    items = [Item(name, (str(path.resolve()),), settings, path) for name, path in find_dicom(sources).items()]
+    out = Path(args.out)
+    results = prepare(
+        items, functools.partial(convert, out=out), "/", out, ["images"], args.jobs, args.backend, args.on_error
+    )
+    rows = [result.facts for result in results if not result.faults]
+    faults = [fault for result in results for fault in result.faults]
+    write_csv(out / "images.csv", COLUMNS, [row.values() for row in rows])
+    report = {"images": len(rows), "skipped": faults}
+    print(f"{len(rows)} images in {out / 'images'}, listed in {out / 'images.csv'}")
+    if args.voi_lut:
+        report["without_window"] = [row["file"] for row in rows if not row["window"]]
+        print(f"{len(report['without_window'])} of them have no display window and are scaled by their stored bits")
+    write_text(out / REPORT, json.dumps(report | settings, indent=2) + "\n")
+    if faults:
+        print(f"{len(faults)} files are left out:", *faults, sep="\n  ")
+    if not rows:
+        raise InputError("none of the files could be converted")
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
