@@ -129,12 +129,12 @@ def make_uid(*words):
     return UID_PREFIX + ("1" + digits)[:39].ljust(39, "1")
 
 
-def add_oddities(people, oddities, seed):
+def add_oddities(people, seed):
     """Give one patient each the oddities, with the findings they need. Returns (people, {patient name: oddity})."""
     people, odd = list(people), {}
     # Fewer patients than oddities get the first ones.
     order = np.random.default_rng([seed, 2]).permutation(len(people))
-    for position, oddity in zip(order.tolist(), oddities, strict=False):
+    for position, oddity in zip(order.tolist(), ODDITIES, strict=False):
         patient = people[position]
         pathology = patient.findings[0][1]
         kinds = {
@@ -362,7 +362,9 @@ def make_download(
     check_output(out, height, width)
     people, odd = draw_patients(patients, prevalence, 1 - prevalence, seed), {}
     if oddities == "all":
-        people, odd = add_oddities(people, [name for name in ODDITIES if (name, tree) != ("monochrome1", "jpeg")], seed)
+        people, odd = add_oddities(people, seed)
+    if tree == "jpeg":
+        odd = {name: oddity for name, oddity in odd.items() if oddity != "monochrome1"}
     _, test = split_patients([p.name for p in people], [p.malignant for p in people], test_size, seed)
     divisions = {p.name: "Test" if p.name in test else "Training" for p in people}
     rows = make_rows(people, views, divisions, odd, seed)

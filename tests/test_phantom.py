@@ -429,6 +429,12 @@ def test_a_download_without_oddities(tmp_path):
     assert Counter(divisions.values()) == {"Training": 8, "Test": 2}
 
 
+def test_all_trees_hold_the_same_rows(tmp_path):
+    rows = {tree: make_download(tmp_path / tree, views=["CC"], tree=tree, **DOWNLOAD) for tree in ("uid", "jpeg")}
+    without = [row._replace(oddities=row.oddities - {"monochrome1"}) for row in rows["uid"]]
+    assert rows["jpeg"] == without != rows["uid"]
+
+
 def test_downloads_are_the_same_for_any_number_of_jobs(tmp_path):
     for jobs in (1, 2):
         options = f"--layout cbis-ddsm --tree jpeg --patients 10 --height 128 --width 128 --views CC --jobs {jobs}"
