@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dm_files import atomic_write
+from dm_files import InputError, atomic_write
 from dm_parallel import run_parallel
 from dm_phantom import Patient, check_output, draw_patients, draw_view
 from dm_region import split_patients
@@ -365,7 +365,10 @@ def make_download(
         people, odd = add_oddities(people, seed)
     if tree == "jpeg":
         odd = {name: oddity for name, oddity in odd.items() if oddity != "monochrome1"}
-    _, test = split_patients([p.name for p in people], [p.malignant for p in people], test_size, seed)
+    try:
+        _, test = split_patients([p.name for p in people], [p.malignant for p in people], test_size, seed)
+    except InputError as error:
+        raise InputError(f"--patients {patients} are too few for --test-size {test_size:g}: {error}") from None
     divisions = {p.name: "Test" if p.name in test else "Training" for p in people}
     rows = make_rows(people, views, divisions, odd, seed)
     groups = defaultdict(list)

@@ -447,7 +447,7 @@ def test_downloads_are_the_same_for_any_number_of_jobs(tmp_path):
     [
         ("--layout cbis-ddsm --img-size 80 64", "--img-size is for --layout prepared"),
         ("--tree jpeg", "--tree is for --layout cbis-ddsm"),
-        ("--layout cbis-ddsm --patients 3", "cannot split"),
+        ("--layout cbis-ddsm --patients 3", "--patients 3 are too few"),
         ("--layout cbis-ddsm --height 100", "at least 128"),
     ],
 )
