@@ -44,6 +44,8 @@ JPEG_TOLERANCE = 0.15
 JPEG_SHARE = 0.05
 # Sizes that differ, though not in the aspect ratio by more than this, are said to be of one shape.
 ASPECT_TOLERANCE = 0.02
+# Counted for each description file.
+TABLE_ODDITIES = ("newline_in_path_cell", "backslash_path", "roi_and_crop_in_different_folders")
 # Kinds of repairs that report.json counts even where there are none, besides those found in the tables.
 REPAIRS = (
     "mask_found_by_content",
@@ -77,13 +79,22 @@ class Finding(NamedTuple):
         return f"{self.patient}_{self.side}_{self.view}"
 
     @property
+    def image_folder(self) -> str:
+        """The folder of its view, as its path cell has it or, where that has none, as the download names them."""
+        division = {"train": "Training", "test": "Test"}[self.official]
+        return _find_folder(self.image) or f"{self.type.capitalize()}-{division}_{self.key}"
+
+    @property
+    def roi_folder(self) -> str:
+        return _find_folder(self.mask) or f"{self.image_folder}_{self.number}"
+
+    @property
     def malignant(self) -> bool:
         return self.pathology == "MALIGNANT"
 
-    @property
-    def image_folder(self) -> str:
-        division = {"train": "Training", "test": "Test"}[self.official]
-        return f"{self.type.capitalize()}-{division}_{self.key}"
+
+def _find_folder(parts: Iterable[str]) -> str | None:
+    return next(filter(FOLDER.fullmatch, parts), None)
 
 
 # ------------------------------------------------------------------------------------------- description files
@@ -122,20 +133,20 @@ def read_table(path) -> tuple[list[Finding], Counter]:
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         header = next(reader, [])
         places = _find_columns(path, header)
+        division = re.findall("train|test", Path(path).stem.lower())
         findings, oddities, line = [], Counter(), reader.line_num + 1
         for cells in reader:
             where, line = f"{path}, line {line}", reader.line_num + 1
-            if not cells:
+            if not any(cells):
                 continue
             if len(cells) != len(header):
                 raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
-            findings.append(_read_finding({name: cells[place] for name, place in places.items()}, where, oddities))
+            cells = {name: cells[place] for name, place in places.items()}
+            findings.append(_read_finding(cells, where, division[-1] if division else None, oddities))
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
-    if not findings:
-        raise InputError(f"{path}: no rows below the header")
     return findings, oddities
 
 
@@ -155,10 +166,12 @@ def _find_columns(path, header: Sequence[str]) -> dict[str, int]:
     return places
 
 
-def _read_finding(cells: Mapping[str, str], where: str, oddities: Counter) -> Finding:
+def _read_finding(cells: Mapping[str, str], where: str, division: str | None, oddities: Counter) -> Finding:
     paths = {name: cells[name] for name in ("image", "crop", "mask")}
     oddities["newline_in_path_cell"] += any("\n" in path or "\r" in path for path in paths.values())
     oddities["backslash_path"] += any("\\" in path for path in paths.values())
+    paths = {name: _read_path(path, f"{where}, {COLUMNS[name][0]}") for name, path in paths.items()}
+    oddities["roi_and_crop_in_different_folders"] += paths["crop"][:-1] != paths["mask"][:-1]
     cells = {name: cell.strip() for name, cell in cells.items()}
     for name, allowed in ALLOWED.items():
         if cells[name] not in allowed:
@@ -168,22 +181,20 @@ def _read_finding(cells: Mapping[str, str], where: str, oddities: Counter) -> Fi
         raise InputError(f"{where}: unknown patient: Expected an id like P_00001. Received {cells['patient']!r}")
     if not re.fullmatch(r"0*[1-9]\d{0,3}", cells["number"]):
         raise InputError(f"{where}: unknown abnormality id: Expected 1, 2, ... Received {cells['number']!r}")
-    parts = {name: _read_path(path, f"{where}, {COLUMNS[name][0]}") for name, path in paths.items()}
-    oddities["roi_and_crop_in_different_folders"] += bool(parts["crop"]) and parts["crop"][:-1] != parts["mask"][:-1]
-
-    key = f"{patient[0]}_{cells['side']}_{cells['view']}"
-    divisions = set(re.findall("train|test", Path(where.rsplit(", line", 1)[0]).name.lower()))
-    for name, path in parts.items():
-        for folder in filter(None, map(FOLDER.fullmatch, path)):
-            if "_".join(folder.group(3, 4, 5)) != key:
-                raise InputError(f"{where}: the {name} path is of another image. Expected {key}. Received {folder[0]}")
-            if name == "image" and len(divisions) != 1:
-                divisions = {"train" if folder[2] == "Training" else "test"}
-    if len(divisions) != 1:
+    folder = _find_folder(paths["image"])
+    if division is None and folder is None:
         raise InputError(f"{where}: in the official training or test set? Expected a file name that has train or test")
+    official = division or ("test" if "-Test_" in folder else "train")
     kind = "calc" if cells["type"] == "calcification" else "mass"
-    number, official = int(cells["number"]), divisions.pop()
-    return Finding(patient[0], cells["side"], cells["view"], number, kind, cells["pathology"], official, **parts)
+    number = int(cells["number"])
+    finding = Finding(
+        patient[0], cells["side"], cells["view"], number, kind, cells["pathology"], official, **paths
+    )  # fmt: skip
+    for name, path in paths.items():
+        found = _find_folder(path)
+        if found and "_".join(FOLDER.fullmatch(found).group(3, 4, 5)) != finding.key:
+            raise InputError(f"{where}: the {name} path is of another image. Expected {finding.key}. Received {found}")
+    return finding
 
 
 def _read_path(cell: str, where: str) -> tuple[str, ...]:
@@ -222,7 +233,9 @@ def read_tables(paths: Sequence[Path]) -> Tables:
     for path in paths:
         findings, oddities = read_table(path)
         rows += findings
-        files[path.name] = _count(findings) | dict(oddities)
+        files[path.name] = _count(findings) | {name: oddities[name] for name in TABLE_ODDITIES}
+    if not rows:
+        raise InputError(f"{', '.join(map(str, paths))}: no rows below the header")
     repairs = {}
     repeated = Counter(rows)
     repairs["duplicate_rows_merged"] = [
@@ -286,20 +299,19 @@ class Download(NamedTuple):
     descriptions: dict[str, str]
 
     def find(self, cell: Sequence[str], folder: str) -> list[str]:
-        """Files that the path cell of an image may mean: those of its series, else of its `folder`.
+        """Files that the path cell of an image may mean: those of its series in its `folder`, else of either.
 
         Where some of them have the name that the cell gives, only these.
         """
-        files = self.by_series.get(_series(cell)) or self.by_folder.get(folder, [])
+        series, below = self.by_series.get(_series(cell), []), self.by_folder.get(folder, [])
+        files = [path for path in series if path in below] or below or series
         named = [path for path in files if path.split("/")[-1] == (cell or ("",))[-1]]
         return named or files
 
     def find_roi(self, row: Finding, images: Iterable[str]) -> tuple[str, ...]:
-        """Files that may be the mask of a row: all of its ROI series, or where those are missing of its ROI folder."""
-        files = set(self.by_series.get(_series(row.mask), ()))
-        if not files:
-            files.update(self.by_folder.get(f"{row.image_folder}_{row.number}", ()))
-        files.update(self.by_series.get(_series(row.crop), ()))
+        """Files that may be the mask of a row: all of the series that its cells name, and of its ROI folder."""
+        files = {*self.by_series.get(_series(row.mask), ()), *self.by_series.get(_series(row.crop), ())}
+        files.update(self.by_folder.get(row.roi_folder, ()))
         return tuple(sorted(files.difference(images)))
 
 
@@ -383,6 +395,8 @@ def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
             import pydicom
 
             tags = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+            if "Rows" not in tags or "Columns" not in tags:
+                raise InputError("empty, damaged or no picture")
             described = str(tags.get("SeriesDescription") or "")
             inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
             size = int(tags.Rows), int(tags.Columns)
@@ -489,7 +503,7 @@ def prepare_image(item, download, out, whole: dict):
             result.facts["pixel_sum"] = int(small.sum(dtype=np.int64))
         write(f"full_img/{item.name}.png", img)
     except InputError as error:
-        result.faults.append(f"{item.name}: {error}; left out with its {len(plan.lesions)} lesions")
+        result.faults.append(f"{item.name}: {error}; left out with its masks")
         return result
     result.facts["lesions"] = []
     for lesion in plan.lesions:
@@ -536,15 +550,19 @@ def read_image(plan: Plan, download, result):
 
 def choose_image(copy: Copy, descriptions, download, result) -> Header:
     """The header of the full mammogram among the files of `copy`: the largest, if there are several."""
-    if not copy.files:
-        raise InputError(f"no image of {copy.folder} in the download: Expected a folder of this name or of its series")
-    if len(copy.files) == 1:
-        return read_header(download, copy.files[0], descriptions)
-    headers = [read_header(download, path, descriptions) for path in copy.files]
+    headers, problems = [], []
+    for path in copy.files:
+        try:
+            headers.append(read_header(download, path, descriptions))
+        except InputError as error:
+            problems.append(str(error))
+    if not headers:
+        expected = f"no image of {copy.folder}: Expected a folder of this name, or of its series, in the download"
+        raise InputError("; ".join(problems) or expected)
     chosen = max(headers, key=lambda header: header.height * header.width)
-    result.repairs.append(
-        ("several_files_for_one_image", f"{result.name}: {chosen.path} of {len(headers)} in {copy.folder}")
-    )
+    if len(copy.files) > 1:
+        text = f"{result.name}: {chosen.path} of {len(copy.files)} files of {copy.folder}"
+        result.repairs.append(("several_files_for_one_image", text))
     return chosen
 
 
@@ -598,30 +616,26 @@ def read_mask(name: str, lesion: Lesion, sizes, shape, descriptions, download, r
 def find_masks(candidates: Sequence[str], size, descriptions, download):
     """Masks among the candidates, by path as boolean arrays; and what is wrong with each of the others.
 
-    All binary files of the image's `size` (height, width) are masks. Where there is none, the one binary file that
-    is, in this order of importance, described as a mask, or the largest.
+    All files of two values that have the image's `size` (height, width) are masks. Where there is none, those of
+    another size are that are described as masks or, failing that, the largest.
     """
-    exact, others, problems = {}, {}, []
+    exact, described, others, problems = {}, {}, {}, []
     for path in candidates:
         try:
-            header = read_header(download, path, descriptions)
             pixels = read_grey(download, path)
+            mask = as_mask(pixels, lossy=path.lower().endswith((".jpg", ".jpeg")))
+            if mask is None:
+                problems.append("{} of {} x {} pixels, not of two values".format(path, *pixels.shape))
+            elif mask.shape == tuple(size):
+                exact[path] = mask
+            elif MASK_DESCRIPTION in read_header(download, path, descriptions).description.lower():
+                described[path] = mask
+            else:
+                others[path] = mask
         except InputError as error:
             problems.append(f"not readable: {error}")
-            continue
-        lossy = path.lower().endswith((".jpg", ".jpeg"))
-        mask = as_mask(pixels, lossy)
-        if mask is None:
-            problems.append("{} of {} x {} pixels, not of two values".format(path, *pixels.shape))
-        elif pixels.shape == tuple(size):
-            exact[path] = mask
-        else:
-            described = MASK_DESCRIPTION in header.description.lower()
-            others[path] = (described, mask.size), mask
-    if not exact and others:
-        best = max(others, key=lambda path: others[path][0])
-        exact[best] = others[best][1]
-    return exact, problems
+    largest = sorted(others, key=lambda path: others[path].size)[-1:]
+    return exact or described or {path: others[path] for path in largest}, problems
 
 
 def as_mask(img, lossy: bool):

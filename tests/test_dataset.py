@@ -1,0 +1,310 @@
+"""Splits by patient, whole images, and preparation that goes on where it was."""
+
+import functools
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+
+import dm_dataset
+from dm_dataset import (
+    Item,
+    Prepared,
+    auto_levels,
+    check_disjoint,
+    faces_left,
+    make_whole,
+    prepare,
+    read_patient_list,
+    split_by_patient,
+    split_in_three,
+    to_uint16,
+    write_png,
+)
+from dm_files import InputError
+from dm_image import read_img, read_resize_img
+
+# ------------------------------------------------------------------------------------------- splits by patient
+
+
+def make_patients(number, cancer_share=0.4):
+    return {f"P_{index:05d}": index % 10 < 10 * cancer_share for index in range(number)}
+
+
+def test_split_in_three_keeps_the_shares():
+    cancer = make_patients(1000)
+    sets = split_in_three(cancer, 0.15, 0.1, 3)
+    assert {name: len(patients) for name, patients in sets.items()} == {"train": 765, "val": 85, "test": 150}
+    for patients in sets.values():
+        assert sum(cancer[patient] for patient in patients) / len(patients) == pytest.approx(0.4, abs=0.01)
+    assert sorted(patient for patients in sets.values() for patient in patients) == sorted(cancer)
+
+
+def test_split_is_that_of_scikit_learn():
+    from sklearn.model_selection import train_test_split
+
+    cancer = make_patients(200)
+    labels = list(cancer.values())
+    first, second = train_test_split(list(cancer), test_size=0.15, stratify=labels, random_state=7)
+    assert split_by_patient(cancer, 0.15, 7) == (sorted(first), sorted(second))
+
+
+def test_split_depends_on_patients_and_seed_alone():
+    cancer = make_patients(100)
+    shuffled = dict(reversed(cancer.items()))
+    assert split_in_three(cancer, 0.15, 0.1, 1) == split_in_three(shuffled, 0.15, 0.1, 1)
+    assert split_in_three(cancer, 0.15, 0.1, 1) != split_in_three(cancer, 0.15, 0.1, 2)
+
+
+@pytest.mark.parametrize("number, cancer_share", [(4, 0.5), (6, 0.2), (10, 0.4), (10, 0)])
+def test_few_patients_are_divided_with_both_classes_where_there_are_two_of_each(number, cancer_share):
+    cancer = make_patients(number, cancer_share)
+    first, second = split_by_patient(cancer, 0.1, 0)
+    assert sorted(first + second) == sorted(cancer)
+    for label in (False, True):
+        group = {patient for patient in cancer if cancer[patient] == label}
+        if len(group) > 1:
+            assert group & set(first) and group & set(second)
+
+
+def test_disjoint_check_names_patient_and_sets():
+    check_disjoint({"train": ["a"], "val": ["b"], "test": ["c"]})
+    with pytest.raises(InputError, match="1 patients are in both val and test, such as b"):
+        check_disjoint({"train": ["a"], "val": ["b"], "test": ["c", "b"]})
+
+
+@pytest.mark.parametrize("header", ["", "patient_id\n", "\ufeffpatient_id\r\n"])
+def test_patient_list_with_and_without_header(tmp_path, header):
+    path = tmp_path / "list.txt"
+    path.write_text(header + "P_1\n\n P_2 \n", encoding="utf-8")
+    assert read_patient_list(path) == ["P_1", "P_2"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "no patients"), (b"P_1\nP_1\n", "P_1 stands there 2 times"), (b"\xff\xfe\x00", "not a text")],
+)
+def test_bad_patient_list_is_named(tmp_path, content, message):
+    path = tmp_path / "list.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_patient_list(path)
+    assert str(path) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ whole images
+
+
+def make_breast(height=60, width=40, chest_wall="left"):
+    """A 16-bit breast: bright at the chest wall, on a black background."""
+    x = np.arange(width)
+    row = np.where(x < 0.6 * width, 50000 - 1000 * x, 0)
+    img = np.tile(row, (height, 1)).astype(np.uint16)
+    img[: height // 6] = 0
+    return img if chest_wall == "left" else np.ascontiguousarray(img[:, ::-1])
+
+
+def test_16_bit_range():
+    img = np.array([[0, 1, 255]], np.uint8)
+    assert to_uint16(img).tolist() == [[0, 257, 65535]]
+    assert to_uint16(to_uint16(img)).tolist() == [[0, 257, 65535]]
+    with pytest.raises(InputError, match="int16"):
+        to_uint16(img.astype(np.int16))
+
+
+def test_auto_levels_reach_both_ends_and_are_linear():
+    img = np.array([[1000, 2000, 3000]], np.uint16)
+    assert auto_levels(img).tolist() == [[0, 32768, 65535]]
+    with pytest.raises(InputError, match="constant"):
+        auto_levels(np.full((2, 2), 7, np.uint16))
+
+
+def test_stretch_is_what_the_trainer_makes_of_the_full_image(tmp_path):
+    img = make_breast()
+    write_png(tmp_path / "full.png", img)
+    assert read_img(tmp_path / "full.png").dtype == np.uint16
+    by_trainer = read_resize_img(tmp_path / "full.png", target_size=(24, 20))
+    np.testing.assert_array_equal(make_whole(img, (24, 20)), by_trainer)
+
+
+@pytest.mark.parametrize("chest_wall", ["left", "right"])
+def test_pad_keeps_the_aspect_and_the_chest_wall_at_the_edge(chest_wall):
+    img = make_breast(60, 40, chest_wall)
+    whole = make_whole(img, (30, 35), resize="pad")
+    assert whole.shape == (30, 35)
+    inside, padding = (whole[:, :20], whole[:, 20:]) if chest_wall == "left" else (whole[:, 15:], whole[:, :15])
+    np.testing.assert_array_equal(inside, make_whole(img, (30, 20)))
+    assert not padding.any()
+
+
+def test_pad_below_where_the_width_is_reached_first():
+    img = make_breast(30, 60)
+    whole = make_whole(img, (40, 40), resize="pad")
+    np.testing.assert_array_equal(whole[:20], make_whole(img, (20, 40)))
+    assert not whole[20:].any()
+
+
+@pytest.mark.parametrize("face", ["left", "right"])
+@pytest.mark.parametrize("chest_wall", ["left", "right"])
+def test_face_points_all_breasts_one_way(face, chest_wall):
+    img = make_breast(chest_wall=chest_wall)
+    assert faces_left(img) == (chest_wall == "right")
+    whole = make_whole(img, img.shape, face=face)
+    np.testing.assert_array_equal(whole, make_breast(chest_wall="right" if face == "left" else "left"))
+    np.testing.assert_array_equal(make_whole(img, img.shape, face="as-is"), img)
+
+
+def test_segmentation_cuts_to_the_breast_and_blanks_labels():
+    img = make_breast()
+    labelled = img.copy()
+    labelled[1:5, 34:39] = 65535
+    whole = make_whole(labelled, (50, 24), segment_breast=True)
+    np.testing.assert_array_equal(whole, img[10:, :24])
+
+
+# ---------------------------------------------------------------------------------------------- resumable runs
+
+
+def work(item, download, out, log):
+    """Copies the sources; one that says bad is a fault."""
+    with open(log, "a") as file:
+        file.write(f"{item.name}\n")
+    result = Prepared(item.name, facts={"bytes": 0})
+    for source in item.sources:
+        data = (download / source).read_bytes()
+        if data == b"bad":
+            result.faults.append(f"{source}: bad")
+            continue
+        path = f"{item.settings['folder']}/{item.name}.txt"
+        with dm_dataset.atomic_write(out / path) as temporary:
+            temporary.write_bytes(data)
+        result.outputs.append(path)
+        result.repairs.append(("copied", source))
+        result.facts["bytes"] += len(data)
+    return result
+
+
+class Run:
+    """A download of five files, and runs over it."""
+
+    def __init__(self, tmp_path):
+        self.download, self.log = tmp_path / "download", tmp_path / "log"
+        self.download.mkdir()
+        for name in "abcde":
+            (self.download / name).write_text(f"content of {name}")
+
+    def __call__(self, out, folder="one", only=None, names="abcde", **options):
+        self.log.write_text("")
+        items = [Item(name, (name,), {"folder": folder}, None) for name in names]
+        function = functools.partial(only or work, download=self.download, out=out, log=self.log)
+        results = prepare(items, function, self.download, out, ["one", "two"], **options)
+        dm_dataset.write_text(out / dm_dataset.REPORT, json.dumps([result.facts for result in results]))
+        return results
+
+    def worked_on(self):
+        return self.log.read_text().split()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+def read_folder(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_second_run_keeps_everything(run, tmp_path):
+    out = tmp_path / "out"
+    first = run(out)
+    content = read_folder(out)
+    assert len(content) == 7
+    assert run(out) == first
+    assert run.worked_on() == []
+    assert read_folder(out) == content
+
+
+@pytest.mark.parametrize(
+    "disturb",
+    [
+        lambda download, out: (out / "one/b.txt").unlink(),
+        lambda download, out: (out / "one/b.txt").write_text("content"),
+        lambda download, out: os.utime(download / "b", ns=(1, 1)),
+        lambda download, out: (download / "b").write_text("another size"),
+    ],
+)
+def test_only_what_is_not_whole_and_current_is_made_again(run, tmp_path, disturb):
+    out = tmp_path / "out"
+    run(out)
+    disturb(run.download, out)
+    run(out)
+    assert run.worked_on() == ["b"]
+    content = read_folder(out)
+    assert content["one/b.txt"] == (run.download / "b").read_bytes()
+    run(tmp_path / "fresh")
+    assert content == read_folder(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_run_goes_on_and_ends_with_the_same_files(run, tmp_path, jobs):
+    run(tmp_path / "whole")
+    out = tmp_path / "out"
+
+    def until_d(item, **options):
+        if item.name == "d":
+            with dm_dataset.atomic_write(out / "one/d.txt") as temporary:
+                temporary.write_text("half")
+                os.link(temporary, out / "one/.partial.d.x.txt")  # what a kill would leave
+                raise KeyboardInterrupt
+        return work(item, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, only=until_d)
+    assert not (out / dm_dataset.REPORT).exists()
+    with open(out / dm_dataset.MANIFEST, "a") as file:
+        file.write('{"stamp": "0123", "na')
+    run(out, jobs=jobs)
+    assert sorted(run.worked_on()) == ["d", "e"]
+    assert read_folder(out) == read_folder(tmp_path / "whole")
+
+
+def test_outputs_of_another_split_are_removed(run, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    run(out, folder="two", names="abc")
+    run(tmp_path / "fresh", folder="two", names="abc")
+    assert read_folder(out) == read_folder(tmp_path / "fresh")
+
+
+def test_faults_are_returned_or_end_the_run(run, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    (run.download / "c").write_text("bad")
+    results = run(out)
+    assert [result.faults for result in results if result.faults] == [["c: bad"]]
+    assert not (out / "one/c.txt").exists()
+    run(out)
+    assert run.worked_on() == ["c"]  # what was at fault is tried again
+    with pytest.raises(InputError, match="c: bad"):
+        run(out, on_error="stop")
+    assert not (out / dm_dataset.REPORT).exists()
+
+
+def test_folder_of_others_is_refused(run, tmp_path):
+    out = tmp_path / "out"
+    (out / "two").mkdir(parents=True)
+    (out / "two/mine.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"mine\.txt: not made by this script"):
+        run(out)
+    assert read_folder(out) == {"two/mine.txt": b"precious"}
+
+
+def test_png_keeps_pixels_and_type(tmp_path):
+    for dtype in (np.uint8, np.uint16):
+        img = np.random.RandomState(0).randint(0, np.iinfo(dtype).max, (9, 7)).astype(dtype)
+        write_png(tmp_path / "image.png", img)
+        stored = cv2.imread(str(tmp_path / "image.png"), cv2.IMREAD_UNCHANGED)
+        assert stored.dtype == dtype
+        np.testing.assert_array_equal(stored, img)

@@ -1,0 +1,644 @@
+"""CBIS-DDSM from its download to prepared folders: the real tables, every layout, every oddity, bad input."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from dm_cbis_ddsm import as_mask, find_tables, read_table, read_tables
+from dm_files import InputError
+from dm_phantom import draw_view
+from dm_phantom_cbis import TREES, make_download, write_dicom
+from scripts import prepare_cbis_ddsm
+from scripts.prepare_cbis_ddsm import main, run
+
+SIZE = 144, 128  # of the phantoms
+WHOLE = {"img_size": [72, 56]}
+
+# ------------------------------------------------------------------------------------------------ real tables
+
+
+@pytest.fixture(scope="session")
+def real_tables(spec):
+    """Folder of the four real description files, and what is read from them."""
+    folder = spec.parent / "cbis_ddsm_csv"
+    return folder, read_tables(find_tables(folder))
+
+
+def test_counts_of_the_real_tables(real_tables):
+    """The figures that the data set's description gives."""
+    _, tables = real_tables
+    counts = tables.counts["tables"]
+    names = ["calc_train", "calc_test", "mass_train", "mass_test"]
+    files = [counts["{}_case_description_{}_set.csv".format(*name.split("_"))] for name in names]
+    assert [file["rows"] for file in files] == [1546, 326, 1318, 378]
+    assert [file["images"] for file in files] == [1227, 284, 1231, 361]
+    assert [file["patients"] for file in files] == [602, 151, 691, 201]
+    assert [file["roi_and_crop_in_different_folders"] for file in files] == [1, 0, 92, 11]
+    assert all(file["newline_in_path_cell"] == file["rows"] for file in files)
+    together = tables.counts["all"]
+    assert (together["image_folders"], together["patients"]) == (3103, 1566)
+    assert (together["images"], together["positive_images"]) == (3032, 1347)
+    repairs = {kind: len(items) for kind, items in tables.repairs.items()}
+    assert repairs["patients_in_both_official_sets"] == 31
+    assert repairs["images_in_both_official_sets"] == 29
+    assert repairs["images_in_calc_and_mass_of_one_set"] == 42
+    assert repairs["images_in_calc_and_mass"] == 42 + 29
+    assert repairs["mixed_pathologies"] == 33
+    assert repairs["duplicate_rows_merged"] == repairs["pathologies_of_one_lesion_differ"] == 0
+
+
+@pytest.mark.parametrize("split, test_patients", [("author", 235), ("official", 151 + 201 - 3)])
+def test_dry_run_on_the_real_tables(real_tables, capsys, split, test_patients):
+    folder, tables = real_tables
+    assert main([str(folder), "--dry-run", "--split", split]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    figures = {line.split()[0]: list(map(int, re.findall(r"\d+", line))) for line in lines if line.startswith("  ")}
+    assert list(figures) == ["train", "val", "test"]
+    assert figures["test"][0] == test_patients
+    # patients, cancer patients, images, positive images
+    assert np.sum(list(figures.values()), axis=0).tolist() == [1566, sum(tables.cancer().values()), 3032, 1347]
+    assert "no patient is in two sets: 1566 places, 1566 patients" in lines
+    assert any("in both official sets: 31 patients, 29 images" in line for line in lines)
+
+
+def test_author_split_of_the_real_tables_is_stratified(real_tables):
+    _, tables = real_tables
+    sets = prepare_cbis_ddsm.split_patients(tables, prepare_cbis_ddsm.make_parser().parse_args(["x", "y"]))
+    cancer = tables.cancer()
+    shares = [np.mean([cancer[patient] for patient in patients]) for patients in sets.values()]
+    assert shares == pytest.approx([np.mean(list(cancer.values()))] * 3, abs=0.01)
+    assert len(sets["test"]) == pytest.approx(0.15 * 1566, abs=1)
+    assert len(sets["val"]) == pytest.approx(0.1 * 0.85 * 1566, abs=1)
+
+
+def test_official_split_of_the_real_tables_keeps_shared_patients_for_the_test(real_tables):
+    _, tables = real_tables
+    parser = prepare_cbis_ddsm.make_parser()
+    sets = prepare_cbis_ddsm.split_patients(tables, parser.parse_args(["x", "y", "--split", "official"]))
+    assert set(tables.repairs["patients_in_both_official_sets"]) <= set(sets["test"])
+    in_test_tables = {row.patient for rows in tables.images.values() for row in rows if row.official == "test"}
+    assert set(sets["test"]) == in_test_tables
+
+
+# ------------------------------------------------------------------------------------------- phantom downloads
+
+
+def download_phantom(out, tree, **options):
+    options = {"patients": 12, "height": SIZE[0], "width": SIZE[1], "seed": 5} | options
+    return make_download(out, tree=tree, **options), json.loads((out / "oddities.json").read_text())
+
+
+@pytest.fixture(scope="session", params=TREES)
+def prepared(request, tmp_path_factory):
+    """(download, its rows, its oddities.json, prepared folder, report) of each layout."""
+    folder = tmp_path_factory.mktemp(request.param)
+    rows, odd = download_phantom(folder / "download", request.param, old_header=request.param == "descriptive")
+    run(download=str(folder / "download"), out=str(folder / "out"), on_error="skip", **WHOLE)
+    return folder / "download", rows, odd, folder / "out", read_report(folder / "out")
+
+
+def read_report(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def read_png(path):
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def by_key(rows):
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.key].append(row)
+    return groups
+
+
+def read_folder(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_full_images_and_masks_are_those_drawn(prepared):
+    _, rows, odd, out, _ = prepared
+    lossy = odd["tree"] == "jpeg"
+    for key, group in by_key(rows).items():
+        path = out / f"full_img/{key}.png"
+        assert path.exists() == (key not in odd["oddities"]["truncated"])
+        if not path.exists():
+            continue
+        img, masks = draw_view(group[0].patient, group[0].view, 5, *SIZE)
+        full = read_png(path)
+        assert full.dtype == np.uint16
+        if lossy:
+            assert (full % 257 == 0).all()
+            assert np.abs(full / 257 - (img >> 8)).mean() < 2
+        else:
+            np.testing.assert_array_equal(full, img)
+        lesions = defaultdict(lambda: np.zeros(SIZE, bool))
+        for row in group:
+            lesions[row.kind, row.number] |= masks[row.index] > 0
+        for (kind, number), expected in lesions.items():
+            mask = read_png(out / f"roi_mask/{kind.capitalize()}-Training_{key}_{number}.png")
+            assert mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
+            if key in odd["oddities"]["mask_size"]:  # what remains of it, made smaller by the phantom and resized back
+                small = cv2.resize(
+                    expected.astype("uint8"), (round(0.83 * SIZE[1]), round(0.87 * SIZE[0])), None, 0, 0, 0
+                )
+                expected = cv2.resize(small, SIZE[::-1], None, 0, 0, 0) > 0
+            overlap = ((mask > 0) & expected).sum() / ((mask > 0) | expected).sum()
+            assert overlap > 0.98 if lossy else overlap == 1
+
+
+def test_lists_and_tables_agree_with_the_rows(prepared):
+    _, rows, odd, out, report = prepared
+    lesions, breasts = {}, defaultdict(bool)
+    for row in rows:
+        malignant = row.pathology == "MALIGNANT"
+        if row.key not in odd["oddities"]["truncated"]:
+            lesions[*row.key.rsplit("_", 2), str(row.number), row.kind] = row.pathology
+        breasts[row.patient.name, row.patient.side] |= malignant
+    written = read_csv(out / "roi_mask_path.csv")
+    assert list(written[0]) == ["patient_id", "side", "view", "abn_num", "pathology", "type"]
+    columns = ["patient_id", "side", "view", "abn_num", "type"]
+    assert {tuple(line[name] for name in columns): line["pathology"] for line in written} == lesions
+    assert len(list((out / "roi_mask").iterdir())) == len(lesions) == report["counts"]["lesions_prepared"]
+    sides = {
+        (line["patient_id"], line["side"]): line["cancer"] == "1" for line in read_csv(out / "pat_side_cancer.csv")
+    }
+    assert sides == breasts
+
+
+def test_whole_images_lie_in_the_set_of_their_patient_and_the_class_of_their_findings(prepared):
+    _, rows, odd, out, report = prepared
+    sets = {name: (out / f"pat_{name}.txt").read_text().split() for name in ("train", "val", "test")}
+    assert sorted(patient for patients in sets.values() for patient in patients) == sorted(
+        {r.patient.name for r in rows}
+    )
+    total = 0
+    for key, group in by_key(rows).items():
+        name = next(name for name, patients in sets.items() if group[0].patient.name in patients)
+        label = "pos" if any(row.pathology == "MALIGNANT" for row in group) else "neg"
+        found = [path.relative_to(out).as_posix() for path in out.glob(f"t*/*/{key}.png")] + [
+            path.relative_to(out).as_posix() for path in out.glob(f"val/*/{key}.png")
+        ]
+        assert found == ([] if key in odd["oddities"]["truncated"] else [f"{name}/{label}/{key}.png"])
+        total += len(found)
+    assert total == report["counts"]["images_prepared"] == sum(s["images"] for s in report["sets"].values())
+
+
+def test_featurewise_mean_is_that_of_the_training_images(prepared):
+    *_, out, report = prepared
+    images = [read_png(path) for path in (out / "train").rglob("*.png")]
+    assert {(img.shape, img.dtype.name) for img in images} == {(tuple(WHOLE["img_size"]), "uint16")}
+    assert report["rescale_factor"] == 0.003891
+    assert report["featurewise_mean"] == pytest.approx(0.003891 * np.mean(images), abs=1e-3)
+
+
+def test_every_oddity_is_counted(prepared):
+    _, rows, odd, _, report = prepared
+    repairs = {kind: repair["count"] for kind, repair in report["repairs"].items()}
+    assert all(repair["count"] == len(repair["items"]) for repair in report["repairs"].values())
+    found = {name: len(where) for name, where in odd["oddities"].items()}
+    assert all(found[name] for name in found if (name, odd["tree"]) != ("monochrome1", "jpeg"))
+    assert {name: report["counts"][name] for name in ("rows", "patients", "images", "image_folders")} == {
+        name: odd["counts"][name] for name in ("rows", "patients", "images", "image_folders")
+    }
+    assert report["counts"]["positive_images"] == odd["counts"]["malignant_images"]
+    assert repairs["duplicate_rows_merged"] == found["repeated_row"]
+    assert repairs["mixed_pathologies"] == found["mixed_pathologies"]
+    assert repairs["patients_in_both_official_sets"] == found["patient_in_both_sets"]
+    assert repairs["images_in_both_official_sets"] == found["key_in_both_sets"]
+    assert repairs["images_in_calc_and_mass"] == found["key_in_both_types"]
+    assert repairs["one_copy_of_image_kept"] == odd["counts"]["image_folders"] - odd["counts"]["images"]
+    assert repairs["mask_resized"] == found["mask_size"]
+    assert repairs["masks_united"] == found["several_masks"]
+    assert repairs["monochrome1_inverted"] == found["monochrome1"]
+    lossy = odd["tree"] == "jpeg"
+    assert repairs["8_bit_scaled_to_16_bit"] == (report["counts"]["images_prepared"] if lossy else 0)
+    usable = [row for row in rows if row.key not in odd["oddities"]["truncated"]]
+    swapped = {row.roi_folder for row in usable if "swapped" in row.oddities and "separate_folders" not in row.oddities}
+    if odd["tree"] == "uid":  # the other layouts have no paths that the tables could name
+        named = {item.split(": ")[1].split("/")[1] for item in report["repairs"]["mask_found_by_content"]["items"]}
+        assert named >= swapped
+    else:
+        assert repairs["mask_found_by_content"] == len(usable)
+    tables = report["tables"].values()
+    assert sum(table["newline_in_path_cell"] for table in tables) == odd["counts"]["rows"]
+    assert sum(table["backslash_path"] for table in tables) == (
+        odd["counts"]["rows"] if odd["tree"] == "descriptive" else 0
+    )
+    assert sum(table["roi_and_crop_in_different_folders"] for table in tables) == found["separate_folders"]
+    assert [skipped["image"] for skipped in report["skipped"]] == odd["oddities"]["truncated"]
+    assert report["counts"]["images_skipped"] == found["truncated"]
+
+
+# --------------------------------------------------------------------------------- downloads changed by hand
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """A small download by UID without oddities, and its rows."""
+    folder = tmp_path_factory.mktemp("plain") / "download"
+    return folder, download_phantom(folder, "uid", patients=6, views=("CC",), oddities="none")[0]
+
+
+@pytest.fixture
+def download(plain, tmp_path):
+    """A copy of the plain download, to be changed."""
+    shutil.copytree(plain[0], tmp_path / "download")
+    return tmp_path / "download", plain[1]
+
+
+def prepare(folder, out, **options):
+    run(download=str(folder), out=str(out), **WHOLE | options)
+    return read_report(out)
+
+
+def single(folder, pattern):
+    (path,) = folder.glob(f"CBIS-DDSM/{pattern}")
+    return path
+
+
+def files_of(out):
+    """What the trainers and the sampler read, without the report and the manifest, which name sources."""
+    return {name: data for name, data in read_folder(out).items() if "report" not in name and "manifest" not in name}
+
+
+def test_folders_without_names_are_told_by_their_patient_id(download, plain, tmp_path):
+    folder, _ = download
+    (folder / "CBIS-DDSM").rename(folder / "old")
+    for index, path in enumerate(sorted((folder / "old").rglob("*.dcm"))):
+        target = folder / f"S{index // 7}/{index}.dcm"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    prepare(folder, tmp_path / "moved")
+    prepare(plain[0], tmp_path / "out")
+    assert files_of(tmp_path / "moved") == files_of(tmp_path / "out")
+
+
+def test_jpeg_without_dicom_info(tmp_path):
+    folder = tmp_path / "download"
+    download_phantom(folder, "jpeg", patients=6, views=("CC",), oddities="none")
+    prepare(folder, tmp_path / "out")
+    (folder / "csv/dicom_info.csv").unlink()
+    prepare(folder, tmp_path / "without")
+    assert files_of(tmp_path / "without") == files_of(tmp_path / "out")
+
+
+def test_mask_in_a_folder_of_its_own_under_any_description(download, plain, tmp_path):
+    folder, rows = download
+    for row in rows:
+        (inner,) = (folder / "CBIS-DDSM" / row.roi_folder).glob("*/*")
+        for file, name in (("000000.dcm", "1.000000-ROI mask images-1"), ("000001.dcm", "1.000000-NA-2")):
+            (inner.parent / name).mkdir()
+            (inner / file).rename(inner.parent / name / "1-1.dcm")
+    prepare(folder, tmp_path / "split")
+    prepare(plain[0], tmp_path / "out")
+    assert files_of(tmp_path / "split") == files_of(tmp_path / "out")
+
+
+def test_other_copy_is_used_when_one_is_unreadable(download, plain, tmp_path):
+    folder, rows = download
+    row = next(row for row in rows if row.division == "Training")
+    name = f"{row.kind}_case_description_{{}}_set.csv"
+    text = (folder / name.format("train")).read_bytes()
+    (folder / name.format("test")).write_bytes(text.replace(b"-Training_", b"-Test_"))
+    for path in list((folder / "CBIS-DDSM").glob(f"{row.kind.capitalize()}-Training_*")):
+        shutil.copytree(path, path.with_name(path.name.replace("Training", "Test")))
+    broken = next((folder / "CBIS-DDSM" / row.image_folder).rglob("*.dcm"))
+    broken.write_bytes(b"")
+    report = prepare(folder, tmp_path / "out")
+    assert report["skipped"] == []
+    (problem,) = report["repairs"]["unreadable_copy_of_image_not_needed"]["items"]
+    assert row.key in problem and row.image_folder in problem
+    img, _ = draw_view(row.patient, row.view, 5, *SIZE)
+    np.testing.assert_array_equal(read_png(tmp_path / f"out/full_img/{row.key}.png"), img)
+
+
+def spoil_image(folder, row, how):
+    path = next((folder / "CBIS-DDSM" / row.image_folder).rglob("*.dcm"))
+    if how == "missing":
+        shutil.rmtree(folder / "CBIS-DDSM" / row.image_folder)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "text":
+        path.write_text("no DICOM file, though it is named so")
+    elif how == "constant":
+        write_dicom(path, np.full(SIZE, 9, np.uint16), PatientID=row.image_folder)
+    return row.image_folder
+
+
+def spoil_mask(folder, row, how):
+    paths = sorted((folder / "CBIS-DDSM" / row.roi_folder).rglob("*.dcm"))
+    mask = paths[0 if row.kind == "calc" else 1]
+    if how == "missing folder":
+        shutil.rmtree(folder / "CBIS-DDSM" / row.roi_folder)
+    elif how == "missing":
+        mask.unlink()
+    elif how == "truncated":
+        mask.write_bytes(mask.read_bytes()[:-100])
+    elif how == "all zero":
+        write_dicom(mask, np.zeros(SIZE, np.uint8), PatientID=row.roi_folder)
+    elif how == "not binary":
+        write_dicom(mask, np.random.RandomState(0).randint(0, 255, SIZE).astype(np.uint8), PatientID=row.roi_folder)
+    return row.roi_folder
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "text", "constant"])
+def test_bad_image_is_named_and_all_others_are_done(download, plain, tmp_path, capsys, how):
+    folder, rows = download
+    name = spoil_image(folder, rows[0], how)
+    out = tmp_path / "out"
+    options = ["--img-size", "72", "56"]
+    assert main([str(folder), str(out), *options]) == 1
+    message = capsys.readouterr().err
+    assert name in message and message.count("\n") == 1 and "--on-error skip" in message
+    report = read_report(out)
+    (skipped,) = report["skipped"]
+    assert skipped["image"] == rows[0].key and name in skipped["reason"]
+    assert report["counts"]["images_prepared"] == report["counts"]["images"] - 1
+    assert not list(out.rglob(f"*{rows[0].key}*"))
+    assert rows[0].patient.name not in "".join(path.read_text() for path in out.glob("pat*"))
+    assert main([str(folder), str(out), *options, "--on-error", "skip"]) == 0
+    assert main([str(folder), str(out), *options, "--on-error", "stop"]) == 1
+    assert not (out / "report.json").exists()
+    shutil.rmtree(folder)
+    shutil.copytree(plain[0], folder)
+    assert main([str(folder), str(out), *options]) == 0  # mended: the rest is kept
+    prepare(folder, tmp_path / "fresh")
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("how", ["missing folder", "missing", "truncated", "all zero", "not binary"])
+def test_bad_mask_is_named_and_its_image_kept(download, tmp_path, how):
+    folder, rows = download
+    row = next(row for row in rows if row.kind == "mass")
+    name = spoil_mask(folder, row, how)
+    report = prepare(folder, tmp_path / "out", on_error="skip")
+    (skipped,) = report["skipped"]
+    assert skipped["image"] == row.key and f"{row.key} {row.kind} {row.number}: no mask" in skipped["reason"]
+    assert name in skipped["reason"]
+    assert report["counts"]["masks_skipped"] == 1
+    assert (tmp_path / f"out/full_img/{row.key}.png").exists()
+    lesions = [
+        (line["patient_id"], line["type"], line["abn_num"]) for line in read_csv(tmp_path / "out/roi_mask_path.csv")
+    ]
+    assert (row.patient.name, row.kind, str(row.number)) not in lesions
+
+
+def test_truncated_crop_is_not_needed(download, tmp_path):
+    folder, rows = download
+    paths = sorted((folder / "CBIS-DDSM" / rows[0].roi_folder).rglob("*.dcm"))
+    crop = paths[1 if rows[0].kind == "calc" else 0]
+    crop.write_bytes(crop.read_bytes()[:-100])
+    report = prepare(folder, tmp_path / "out")
+    assert report["skipped"] == []
+    assert report["repairs"]["unreadable_file_not_needed"]["count"] == 1
+
+
+@pytest.mark.parametrize("tables", ["pathologies differ", "masks of one number"])
+def test_rows_of_one_lesion_are_merged(download, tmp_path, tables):
+    folder, rows = download
+    row = next(row for row in rows if row.pathology == "BENIGN" and row.division == "Training")
+    path = folder / f"{row.kind}_case_description_train_set.csv"
+    lines = list(csv.reader(path.read_bytes().decode().splitlines(keepends=True)))
+    line = next(line for line in lines if line[0] == row.patient.name and int(line[4]) == row.number)
+    if tables == "pathologies differ":
+        line = ["MALIGNANT" if cell == "BENIGN" else cell for cell in line]
+    else:  # the mask of a second row, in a folder of its own
+        line = [
+            *line[:-2],
+            *(cell.replace(row.roi_folder, f"{row.roi_folder}9").replace("/1.3", "/9.3") for cell in line[-2:]),
+        ]
+        mask = np.zeros(SIZE, np.uint8)
+        mask[:5, :4] = 1
+        write_dicom(folder / "CBIS-DDSM" / f"{row.roi_folder}9/9.3/9.3/000000.dcm", mask)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([*lines, line])
+    report = prepare(folder, tmp_path / "out")
+    (written,) = [
+        line["pathology"]
+        for line in read_csv(tmp_path / "out/roi_mask_path.csv")
+        if (line["patient_id"], line["type"], line["abn_num"]) == (row.patient.name, row.kind, str(row.number))
+    ]
+    if tables == "pathologies differ":
+        assert written == "MALIGNANT" and report["repairs"]["pathologies_of_one_lesion_differ"]["count"] == 1
+        assert list(tmp_path.glob(f"out/*/pos/{row.key}.png"))
+    else:
+        assert written == "BENIGN" and report["repairs"]["masks_united"]["count"] == 1
+        name = f"{row.kind.capitalize()}-Training_{row.key}_{row.number}.png"
+        mask = read_png(tmp_path / "out/roi_mask" / name)
+        assert (mask[:5, :4] == 255).all()
+        expected = draw_view(row.patient, row.view, 5, *SIZE)[1][row.index]
+        assert (mask[expected > 0] == 255).all()
+
+
+# ----------------------------------------------------------------------------------------- bad tables, options
+
+
+def rewrite(folder, name, change):
+    path = next(folder.glob(name))
+    text = path.read_bytes().decode()
+    changed = change(text)
+    assert changed != text
+    path.write_bytes(changed.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.replace("pathology", "outcome"), "line 1: missing columns pathology"),
+        (lambda t: t.replace("image file path", "x", 1), "line 1: missing columns image file path or od img path"),
+        (lambda t: t.replace(",LEFT,", ",LFET,", 1), "unknown side: Expected LEFT or RIGHT. Received 'LFET'"),
+        (lambda t: t.replace(",CC,", ",XCCL,", 1), "line 2: unknown view: Expected CC or MLO. Received 'XCCL'"),
+        (lambda t: t.replace(",BENIGN", ",HARMLESS", 1), "unknown pathology: Expected MALIGNANT"),
+        (lambda t: t.replace(",mass,", ",lump,", 1), "line 2: unknown type"),
+        (lambda t: t.replace("\nP_", "\nQ_", 1), "line 2: unknown patient: Expected an id like P_00001. Received 'Q_"),
+        (lambda t: t.replace("CC,1,", "CC,one,", 1), "unknown abnormality id"),
+        (lambda t: re.sub(r"Mass-\w+/", "../", t, count=1), r"line 2, image file path: Expected a path below"),
+        (lambda t: t.replace("Mass-", "/Mass-", 1), "line 2, image file path: Expected a path below"),
+        (lambda t: t.replace("Mass-", "C:\\Mass-", 1), "line 2, image file path: Expected a path below"),
+        (
+            lambda t: re.sub(r"P_(\d+)_(LEFT|RIGHT)", "P_99999_RIGHT", t, count=1),
+            "line 2: the image path is of another",
+        ),
+        (lambda t: t[:-40], r"is the file whole\?|unexpected end of data"),
+        (lambda t: "", "line 1: missing columns"),
+    ],
+)
+def test_bad_table_is_named_with_its_line(download, tmp_path, capsys, change, message):
+    folder, _ = download
+    path = rewrite(folder, "mass*train*.csv", change)
+    assert main([str(folder), str(tmp_path / "out"), "--on-error", "skip"]) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error and re.search(message, error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_are_counted_with_newlines_in_cells(download):
+    path = rewrite(download[0], "mass*train*.csv", lambda text: text[::-1].replace("NGINEB", "DOOG", 1)[::-1])
+    line = path.read_bytes().decode().split("GOOD")[0].count("\n") + 1
+    with pytest.raises(InputError, match=f"line {line}: unknown pathology"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "no output folder"),
+        (["out", "--split", "lists"], "Missing --pat-train, --pat-val, --pat-test"),
+        (["out", "--csv-dir", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_options_are_named(plain, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(plain[0]), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_download_without_images_or_tables(plain, tmp_path, capsys):
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "no description files" in capsys.readouterr().err
+    assert main([str(tmp_path), str(tmp_path / "out"), "--csv-dir", str(plain[0])]) == 1
+    assert f"{tmp_path}: no images below it" in capsys.readouterr().err
+
+
+def test_jpeg_table_without_its_columns(tmp_path):
+    folder = tmp_path / "download"
+    download_phantom(folder, "jpeg", patients=6, views=("CC",), oddities="none")
+    rewrite(folder, "csv/dicom_info.csv", lambda text: text.replace("PatientID", "patient"))
+    with pytest.raises(InputError, match=r"dicom_info\.csv, line 1: missing columns PatientID"):
+        prepare(folder, tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------ splits and options
+
+
+def write_lists(folder, **lists):
+    for name, patients in lists.items():
+        (folder / name).write_text("".join(f"{patient}\n" for patient in patients))
+    return {f"pat_{name}": str(folder / name) for name in lists}
+
+
+def test_split_by_lists(plain, tmp_path):
+    folder, rows = plain
+    patients = sorted({row.patient.name for row in rows})
+    files = write_lists(tmp_path, train=["patient_id", *patients[:2]], val=patients[2:3], test=patients[3:5])
+    report = prepare(folder, tmp_path / "out", split="lists", **files)
+    assert {name: counts["patients"] for name, counts in report["sets"].items()} == {"train": 2, "val": 1, "test": 2}
+    assert report["counts"]["patients_in_no_set"] == 1
+    assert (tmp_path / "out/pat_train.txt").read_text().split() == patients[:2]
+    # Those in no set are there for the sampler, not for the trainer.
+    left = next(row for row in rows if row.patient.name == patients[5])
+    assert [path.parent.name for path in (tmp_path / "out").rglob(f"{left.key}.png")] == ["full_img"]
+
+
+@pytest.mark.parametrize("fault, message", [("twice", "are in both train and test"), ("unknown", "P_99999")])
+def test_lists_with_faults_are_refused(plain, tmp_path, fault, message):
+    patients = sorted({row.patient.name for row in plain[1]})
+    lists = {"train": patients[:2], "val": patients[2:3], "test": patients[3:]}
+    lists["test"].append(patients[0] if fault == "twice" else "P_99999")
+    with pytest.raises(InputError, match=message):
+        prepare(plain[0], tmp_path / "out", split="lists", **write_lists(tmp_path, **lists))
+
+
+def test_another_split_moves_whole_images(plain, tmp_path):
+    prepare(plain[0], tmp_path / "out", random_state=1)
+    prepare(plain[0], tmp_path / "out", split="official")
+    prepare(plain[0], tmp_path / "fresh", split="official")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
+
+
+def test_whole_image_options_leave_full_images_alone(plain, tmp_path):
+    from dm_dataset import make_whole
+
+    options = {"resize": "pad", "segment_breast": True, "auto_levels": True, "face": "left"}
+    prepare(plain[0], tmp_path / "plain")
+    prepare(plain[0], tmp_path / "out", **options)
+    plain_files, files = read_folder(tmp_path / "plain"), read_folder(tmp_path / "out")
+    kept = {name for name in files if name.startswith(("full_img", "roi_mask", "pat_"))}
+    assert all(files[name] == plain_files[name] for name in kept)
+    levels = {**options, "levels": options["auto_levels"]}
+    del levels["auto_levels"]
+    for path in (tmp_path / "out").glob("t*/*/*.png"):
+        full = read_png(tmp_path / "out/full_img" / path.name)
+        np.testing.assert_array_equal(read_png(path), make_whole(full, (72, 56), **levels))
+
+
+# ----------------------------------------------------------------------------------------------- whole command
+
+
+@pytest.mark.parametrize("jobs, backend", [(2, "loky"), (2, "threading")])
+def test_any_number_of_jobs_gives_the_same_files(plain, tmp_path, jobs, backend):
+    prepare(plain[0], tmp_path / "one")
+    prepare(plain[0], tmp_path / "many", jobs=jobs, backend=backend)
+    assert read_folder(tmp_path / "one") == read_folder(tmp_path / "many")
+
+
+def test_killed_process_goes_on_and_ends_with_the_same_files(plain, tmp_path):
+    script = Path(prepare_cbis_ddsm.__file__)
+    command = [sys.executable, script, plain[0], tmp_path / "out", "--img-size", "1152", "896"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "out/full_img").exists() or len(list((tmp_path / "out/full_img").glob("P_*.png"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out/report.json").exists()
+    kept = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "out/full_img").glob("P_*.png")}
+    prepare(plain[0], tmp_path / "out", img_size=[1152, 896])
+    assert any(os.stat(path).st_mtime_ns == changed for path, changed in kept.items())
+    prepare(plain[0], tmp_path / "fresh", img_size=[1152, 896])
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
+
+
+def test_sampler_takes_what_is_prepared(plain, tmp_path):
+    from ddsm_train import sample_patches_combined
+
+    out = tmp_path / "out"
+    prepare(plain[0], out)
+    patients = "".join((out / f"pat_{name}.txt").read_text() for name in ("train", "val", "test"))
+    (tmp_path / "all.txt").write_text(patients)
+    sample_patches_combined.run(
+        *map(str, (out / "roi_mask_path.csv", out / "roi_mask", tmp_path / "all.txt", out / "full_img")),
+        str(tmp_path / "patches"), str(tmp_path / "val"),
+        target_height=SIZE[0], patch_size=16, nb_abn=1, nb_bkg=1, nb_hns=0, val_size=0, on_error="stop", verbose=False,
+    )  # fmt: skip
+    lesions = {(row.patient.name, row.kind, row.number) for row in plain[1]}
+    rows = read_csv(tmp_path / "patches/patches.csv")
+    assert sum(row["kind"] == "abn" for row in rows) == len(lesions)
+
+
+# ------------------------------------------------------------------------------------------------ mask or crop
+
+
+def test_mask_is_told_by_its_values():
+    mask = np.zeros((60, 50), np.uint8)
+    mask[20:30, 10:25] = 255
+    np.testing.assert_array_equal(as_mask(mask, lossy=False), mask > 0)
+    np.testing.assert_array_equal(as_mask(mask.astype(np.uint16) * 257, lossy=False), mask > 0)
+    blurred = cv2.imdecode(cv2.imencode(".jpg", mask, [cv2.IMWRITE_JPEG_QUALITY, 75])[1], cv2.IMREAD_GRAYSCALE)
+    assert len(np.unique(blurred)) > 2
+    assert as_mask(blurred, lossy=False) is None
+    np.testing.assert_array_equal(as_mask(blurred, lossy=True), mask > 0)
+    crop = np.random.RandomState(0).normal(120, 20, (60, 50)).clip(0, 255).astype(np.uint8)
+    assert as_mask(crop, lossy=True) is None
+    assert as_mask(np.full((4, 4), 255, np.uint8), lossy=False) is None
