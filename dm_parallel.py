@@ -20,6 +20,9 @@ from dm_files import InputError
 # What backends raise when a worker dies. Names, since not all of them are installed.
 _WORKER_DIED = {"BrokenProcessPool", "TerminatedWorkerError", "KilledWorker", "WorkerCrashedError", "OutOfMemoryError"}
 
+# For worker processes: threads of their own would compete with the other workers.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
+
 
 def run_parallel(
     function: Callable,
@@ -120,7 +123,7 @@ def _threading(jobs: int) -> Iterator:
 def _loky(jobs: int) -> Iterator:
     from joblib.externals.loky import get_reusable_executor
 
-    pool = get_reusable_executor(max_workers=jobs)
+    pool = get_reusable_executor(max_workers=jobs, env=_ONE_THREAD)
     try:
         yield pool.submit, jobs
     except KeyboardInterrupt:
@@ -136,7 +139,10 @@ def _dask(jobs: int) -> Iterator:
 
     address = dask.config.get("scheduler-address", None)
     local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
-    with Client(address) if address else Client(**local) as client:
+    with (
+        dask.config.set({"distributed.nanny.pre-spawn-environ": _ONE_THREAD}),
+        Client(address) if address else Client(**local) as client,
+    ):
         yield functools.partial(client.submit, pure=False), max(jobs, sum(client.ncores().values()))
 
 
@@ -148,8 +154,8 @@ def _ray(jobs: int) -> Iterator:
     options = {"log_to_driver": False, "logging_level": "ERROR"}
     if not os.environ.get("RAY_ADDRESS"):
         # Its workers do not look for modules where this process does.
-        paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-        options |= {"num_cpus": jobs, "include_dashboard": False, "runtime_env": {"env_vars": paths}}
+        variables = _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        options |= {"num_cpus": jobs, "include_dashboard": False, "runtime_env": {"env_vars": variables}}
     ray.init(**options)
     try:
         remote = ray.remote(_call)

@@ -48,6 +48,17 @@ def test_the_first_error_in_order_is_raised_as_it_was(backend):
     results.close()
 
 
+def count_threads(_):
+    import cv2
+
+    return cv2.getNumThreads()
+
+
+def test_worker_processes_have_one_thread_each(backend):
+    if backend != "threading":
+        assert set(run_parallel(count_threads, range(4), 2, backend)) == {1}
+
+
 @pytest.mark.parametrize(("ahead", "most"), [(None, 4), (3, 3)])
 def test_few_items_are_begun_before_results_are_taken(ahead, most):
     begun = []
