@@ -8,6 +8,10 @@ Every section prints a table and checks that both ways give the same numbers.
 """
 
 import argparse
+import contextlib
+import functools
+import io
+import os
 import sys
 import tempfile
 import time
@@ -147,7 +151,147 @@ def loading(args):
             print(f"{source:>8}" + "".join(f"{speed:12.0f}" for speed in speeds))
 
 
-SECTIONS = {"augmentation": augmentation, "loading": loading}
+def overlap_of_2017(mask, x, y, patch_size):
+    """The 2017 rule, plainly: a mask of the patch as large as the image, against the lesion's."""
+    half = patch_size // 2
+    patch = np.zeros(mask.shape, np.uint8)
+    patch[y - half : y + half, x - half : x + half] = 1
+    shared = (mask * patch).sum()
+    return max(shared / patch.sum(), shared / mask.sum())
+
+
+def centres_of_2017(mask, count, patch_size, pos_cutoff=0.75, neg_cutoff=0.35):
+    """`count` centres on and off the lesion of `mask` (padded, 0 or 1), drawn as in 2017; list of (x, y)."""
+    rng = np.random.RandomState(12345)
+    half = patch_size // 2
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    left, top, width, height = cv2.boundingRect(max(contours, key=cv2.contourArea))
+    lesion, background = [], []
+    while len(lesion) < count:
+        x, y = int(rng.randint(left, left + width)), int(rng.randint(top, top + height))
+        if overlap_of_2017(mask, x, y, patch_size) >= pos_cutoff:
+            lesion.append((x, y))
+    while len(background) < count:
+        x, y = (int(rng.randint(half, size - half)) for size in mask.shape[::-1])
+        if overlap_of_2017(mask, x, y, patch_size) < neg_cutoff:
+            background.append((x, y))
+    return lesion + background
+
+
+class Study:
+    """A phantom data set, for the patch sampler: 10 patches of 256 pixels on each lesion, 10 beside the first."""
+
+    count, patch_size = 10, 256
+
+    def __init__(self, folder, patients, height, width, seed=0):
+        from ddsm_train import sample_patches_combined as sampler
+        from dm_args import complete
+        from scripts.make_phantom import make_phantom
+
+        self.root = Path(folder)
+        make_phantom(self.root, patients, ("CC",), height, width, test_size=0, val_size=0, seed=seed)
+        names = ("roi_mask_path.csv", "roi_mask", "pat_train.txt", "full_img", "out/train", "out/val")
+        given = sampler.name_paths([str(self.root / name) for name in names]) | {
+            "target_height": height, "nb_abn": self.count, "nb_bkg": self.count, "nb_hns": 0, "val_size": 0.0,
+            "verbose": False,
+        }  # fmt: skip
+        self.options = given
+        self.args = complete(sampler.make_parser(), given)
+        self.sampler = sampler
+        # Images of one lesion: the others sample more patches than the rest of the table counts.
+        lesions = sampler.read_lesions(self.args.roi_mask_path_file)
+        views = [lesion[:3] for lesion in lesions]
+        self.lesions = [lesion for lesion in lesions if views.count(lesion[:3]) == 1]
+
+    def sample(self, lesion):
+        """All of one image: from its files to its patches on disk."""
+        class_dirs = {("calc", True): "cm", ("calc", False): "cb", ("mass", True): "mm", ("mass", False): "mb"}
+        return self.sampler.sample_image([lesion], self.args, class_dirs, "", self.root / "out")
+
+    def image(self, lesion):
+        return self.root / "full_img" / f"{lesion.image_id}.png"
+
+    def read(self, lesion):
+        """(padded breast, lesion mask of the breast)"""
+        mask_name = f"{lesion.type.capitalize()}-Training_{lesion.image_id}_{lesion.number}.png"
+        whole, mask = (
+            self.sampler.read_resized(path, self.args)
+            for path in (self.image(lesion), self.root / "roi_mask" / mask_name)
+        )
+        breast, (left, top, width, height) = self.sampler.find_breast(whole, True)
+        return np.pad(breast, self.patch_size // 2), mask[top : top + height, left : left + width]
+
+
+def sampling(args):
+    """Patches of lesions and background, 10 and 10 an image of phantom data sets."""
+    from dm_region import Roi, sample_patches
+
+    cv2.setNumThreads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        print("Choosing the centres of 10 + 10 patches, and all of it (decode, segment, choose, encode, write), ms an")
+        print("image 4096 x 3328: the 2017 rule with masks as large as the image against dm_region, fastest of 3.")
+        print(
+            f"{'image':>18} {'2017':>8} {'ours':>8} {'ratio':>6} {'all 2017':>9} {'all ours':>9} {'ratio':>6}  centres"
+        )
+        study = Study(Path(folder, "large"), 6, 4096, 3328)
+        half = study.patch_size // 2
+        for lesion in study.lesions[:3]:
+            img, mask = study.read(lesion)
+            padded = np.pad((mask > 0).astype(np.uint8), half)
+
+            def ours(img=img, mask=mask):
+                roi = Roi.from_mask(mask, half, img.shape)
+                numbers = {"nb_abn": study.count, "nb_bkg": study.count, "nb_hns": 0}
+                patches, _ = sample_patches(img, roi, [roi], patch_size=study.patch_size, **numbers)
+                return [(patch.x, patch.y) for patch in patches]
+
+            def old(padded=padded):
+                return centres_of_2017(padded, study.count, study.patch_size)
+
+            same = "the same" if ours() == old() else "NOT the same"
+            choose, plain, whole = (
+                fastest(function, 3) for function in (ours, old, functools.partial(study.sample, lesion))
+            )
+            everything = whole - choose + plain
+            print(
+                f"{lesion.image_id:>18} {plain * 1e3:8.1f} {choose * 1e3:8.2f} {plain / choose:6.0f} "
+                f"{everything * 1e3:9.1f} {whole * 1e3:9.1f} {everything / whole:6.1f}  {same}"
+            )
+
+        print(
+            "\nAll of it against decoding the image and encoding the patches alone, ms, images 1152 x 896, fastest of 5"
+        )
+        print(f"{'image':>18} {'alone':>7} {'ours':>7} {'ratio':>6}")
+        study = Study(Path(folder, "small"), 80, 1152, 896)
+        for lesion in study.lesions[:4]:
+            patches = [
+                cv2.imread(str(study.root / "out" / row.file), cv2.IMREAD_UNCHANGED)
+                for row in study.sample(lesion).rows
+            ]
+
+            def alone(lesion=lesion, patches=patches):
+                cv2.imread(str(study.image(lesion)), cv2.IMREAD_UNCHANGED)
+                for patch in patches:
+                    cv2.imencode(".png", patch)
+
+            alone, ours = (fastest(function, 5) for function in (alone, functools.partial(study.sample, lesion)))
+            print(f"{lesion.image_id:>18} {alone * 1e3:7.1f} {ours * 1e3:7.1f} {ours / alone:6.2f}")
+
+        print("\nTwo processes against one, all images of the set, started before, five times in turn")
+        print(f"{'one s':>7} {'two s':>7} {'ratio':>6}  load of the machine before (1 is one processor)")
+        with contextlib.redirect_stdout(io.StringIO()):
+            study.sampler.run(**study.options, jobs=2)
+        for _ in range(5):
+            load, seconds = os.getloadavg()[0], []
+            for jobs in (1, 2):
+                start = time.perf_counter()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    study.sampler.run(**study.options, jobs=jobs)
+                seconds.append(time.perf_counter() - start)
+            print(f"{seconds[0]:7.2f} {seconds[1]:7.2f} {seconds[0] / seconds[1]:6.2f}  {load:.1f}")
+
+
+SECTIONS = {"augmentation": augmentation, "loading": loading, "sampling": sampling}
 
 
 def main(argv=None):
