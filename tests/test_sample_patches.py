@@ -3,7 +3,12 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -113,6 +118,16 @@ def test_edge_cases_match_golden(golden, tmp_path, capsys, name, whole):
         assert file in output
 
 
+def test_too_few_patients_to_split_are_an_error(golden, tmp_path, capsys):
+    """Where the original ended in scikit-learn's stack trace."""
+    config = json.loads((golden / "patches/edge_default_val.json").read_text())
+    assert config["exit_code"] == 1
+    assert sample_patches_combined.main([*arguments(golden / "patches/input_edge", tmp_path), *config["args"]]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--val-size" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_single_type_sampler_matches_golden(golden, tmp_path):
     source = golden / "patches/input"
     config = json.loads((golden / "patches/main_mass.json").read_text())
@@ -170,13 +185,72 @@ def sample(study, out=None, **options):
     return out
 
 
-def test_output_does_not_depend_on_the_number_of_jobs(study):
-    one, two = sample(study, study / "one"), sample(study, study / "two", jobs=2)
-    files = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(two) for path in two.rglob("*") if path.is_file())
-    assert len(files) == 5 * 3 + 4 * 4 + 2 * 2
-    for file in files:
-        assert (one / file).read_bytes() == (two / file).read_bytes()
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading", pytest.param("dask", marks=pytest.mark.slow)])
+def test_output_does_not_depend_on_who_works(study, backend):
+    if backend == "dask":
+        pytest.importorskip("distributed")
+    one, two = sample(study, study / "one"), sample(study, study / "two", jobs=2, backend=backend)
+    assert contents(one) == contents(two)
+    assert len(contents(one)) == 5 * 3 + 4 * 4 + 2 * 2
+
+
+def test_a_killed_run_started_again_ends_with_the_same_files(study):
+    options = {"--target-height": 120, "--patch-size": 16, "--nb-abn": 5, "--nb-bkg": 400, "--val-size": 0.5}
+    options = [str(part) for option in options.items() for part in option]
+    whole, out = study / "whole", study / "out"
+    assert sample_patches_combined.main([*arguments(study, whole), *options]) == 0
+    # Left by a run with other options: its table must not pass for that of the killed one.
+    sample(study, out)
+    shutil.rmtree(out / "train/background")
+
+    command = [sys.executable, sample_patches_combined.__file__, *arguments(study, out), *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not list((out / "train").glob("background/*.png")) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "train/patches.csv").exists() and not (out / "train/pat_lst.txt").exists()
+    (out / "train/background/.partial.P_1_LEFT_CC.abc.png").write_bytes(b"half")
+
+    assert sample_patches_combined.main([*arguments(study, out), *options]) == 0
+    assert contents(out) == contents(whole)
+
+
+def test_hard_negatives_lie_beside_their_lesion(study):
+    without, out = sample(study, study / "without"), sample(study, nb_hard_neg=5)
+    rows = read_rows(out / "train") + read_rows(out / "val")
+    assert [row for row in rows if row["kind"] != "hard"] == read_rows(without / "train") + read_rows(without / "val")
+    hard = [row for row in rows if row["kind"] == "hard"]
+    assert len(hard) == 5 * 5 and {row["class"] for row in hard} == {"background"}
+    for row in hard:
+        # Discs with a radius of 8 around (20, 50) and, for number 2, (20, 90); patches of 16.
+        across, down = int(row["image_x"]) - 20, int(row["image_y"]) - (90 if row["abnormality"] == "2" else 50)
+        assert max(abs(across), abs(down)) <= 17 and float(row["overlap"]) < 0.35
+
+
+@pytest.mark.parametrize("name", ["full_img/P_2_LEFT_CC.png", "roi_mask/Mass-Training_P_2_LEFT_CC_1.png"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "truncated"),
+        (lambda path: path.write_text("no image"), "not a readable image"),
+        (lambda path: cv2.imwrite(str(path), np.full((120, 100, 3), 9, "uint8")), "colour"),
+        (lambda path: cv2.imwrite(str(path), np.zeros((120, 100), "uint16")), "above (0|zero)"),
+    ],
+)
+def test_damaged_files_are_named_and_the_rest_is_sampled(study, capsys, name, damage, message):
+    damage(study / name)
+    options = ["--target-height", "120", "--patch-size", "16", "--nb-hns", "0", "--val-size", "0", "--no-verbose"]
+    assert sample_patches_combined.main([*arguments(study, study / "out"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(rf"The first: .*{name}.*{message}", error), error
+    assert {row["patient"] for row in read_rows(study / "out/train")} == {"P_0", "P_1", "P_3"}
 
 
 def test_patches_csv_leads_back_to_the_image(study):
