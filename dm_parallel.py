@@ -1,8 +1,8 @@
 """One function on many items at the same time: in processes, in threads, or on a cluster.
 
 The backends have joblib's names: "loky" are processes of this machine, "threading" its threads, "dask" and "ray"
-the workers of a cluster, which must see the same files and have this package installed. Only the backend asked for
-is imported.
+the workers of a cluster, all machines of which (the scheduler's too) have this package installed and see the same
+files. Only the backend asked for is imported.
 """
 
 import functools
@@ -16,9 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 
 from dm_files import InputError
-
-# What backends raise when a worker dies. Names, since not all of them are installed.
-_WORKER_DIED = {"BrokenProcessPool", "TerminatedWorkerError", "KilledWorker", "WorkerCrashedError", "OutOfMemoryError"}
 
 # For worker processes: threads of their own would compete with the other workers.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
@@ -44,7 +41,7 @@ def run_parallel(
     take. More evens out items of unequal length. Default: twice the number of workers.
 
     What `function` raises is raised here, when its item's turn comes; items not yet begun are then left. Raises
-    InputError at once when the backend is not installed, and when a worker dies.
+    InputError at once when the backend is not installed, and later when it fails, such as when a worker dies.
     """
     if backend not in BACKENDS:
         raise InputError(f"--backend: Expected {', '.join(BACKENDS)}. Received {backend!r}")
@@ -67,21 +64,24 @@ def _run(function: Callable, items: Sequence, jobs: int, backend: str, ahead: in
         yield from map(function, items)
         return
     call = functools.partial(_outcome, function)
+    failure = None
     try:
         with (
             BACKENDS[backend](jobs) as (submit, workers),
-            closing(_in_order(submit, call, items, workers, ahead)) as done,
+            closing(_in_order(submit, call, items, workers, ahead)) as outcomes,
         ):
-            for result, error in done:
-                if error is not None:
-                    raise error
+            for result, failure in outcomes:
+                if failure is not None:
+                    raise failure
                 yield result
     except Exception as error:
-        if type(error).__name__ not in _WORKER_DIED:
+        if error is failure:
             raise
+        # Not of `function`: a worker died, or does not find its modules, or cannot be reached.
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise InputError(
-            f"a worker process died ({type(error).__name__}), most often for lack of memory: use fewer --jobs"
-        ) from None
+            f"--backend {backend} failed ({type(error).__name__}: {reason}). {_ADVICE[backend]}"
+        ) from error
 
 
 def _outcome(function: Callable, item) -> tuple:
@@ -169,5 +169,12 @@ def _call(function: Callable, item):
     return function(item)
 
 
+_CLUSTER_ADVICE = "All its machines need this package installed, the same files and enough memory"
+_ADVICE = {
+    "loky": "Most often memory is short: use fewer --jobs",
+    "threading": "Use fewer --jobs",
+    "dask": _CLUSTER_ADVICE,
+    "ray": _CLUSTER_ADVICE,
+}
 BACKENDS = {"loky": _loky, "threading": _threading, "dask": _dask, "ray": _ray}
 _PACKAGES = {"dask": ("distributed", "'dask[distributed]'"), "ray": ("ray", "ray")}

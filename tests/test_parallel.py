@@ -76,9 +76,17 @@ def die(item):
 
 
 def test_a_dead_worker_is_an_input_error():
-    with pytest.raises(InputError, match="a worker process died"):
+    with pytest.raises(InputError, match=r"--backend loky failed \(TerminatedWorkerError: .*use fewer --jobs$"):
         list(run_parallel(die, range(3), 2, "loky"))
     assert [value for value, _ in run_parallel(work, range(3), 2, "loky")] == [0, 1, 4]
+
+
+def test_a_cluster_out_of_reach_is_an_input_error():
+    dask = pytest.importorskip("dask")
+    pytest.importorskip("distributed")
+    nowhere = {"scheduler-address": "tcp://127.0.0.1:9", "distributed.comm.timeouts.connect": "1s"}
+    with dask.config.set(nowhere), pytest.raises(InputError, match=r"--backend dask failed \(.* All its machines need"):
+        list(run_parallel(work, range(3), 2, "dask"))
 
 
 @pytest.mark.parametrize(("backend", "install"), [("dask", "'dask[distributed]'"), ("ray", "ray")])
