@@ -105,7 +105,8 @@ def find_tables(folder) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: Expected the one that holds the description files")
-    paths = sorted(folder.rglob("*case_description*.csv"), key=lambda path: path.name)
+    paths = [path for path in folder.rglob("*case_description*.csv") if not path.name.startswith(".")]
+    paths.sort(key=lambda path: path.name)
     if not paths:
         raise InputError(
             f"{folder}: no description files: Expected calc_case_description_train_set.csv and its three siblings "
@@ -500,7 +501,7 @@ def prepare_image(item, download, out, whole: dict):
         if plan.folder:
             small = make_whole(img, **whole)
             write(f"{plan.folder}/{item.name}.png", small)
-            result.facts["pixel_sum"] = int(small.sum(dtype=np.int64))
+            result.facts |= {"folder": plan.folder, "pixel_sum": int(small.sum(dtype=np.int64))}
         write(f"full_img/{item.name}.png", img)
     except InputError as error:
         result.faults.append(f"{item.name}: {error}; left out with its masks")

@@ -307,4 +307,4 @@ def _remove_others(out: Path, folders: Sequence[str], expected: set[str]) -> Non
     for folder in folders:
         for path in sorted(Path(out, folder).rglob("*")):
             if path.is_file() and path.relative_to(out).as_posix() not in expected:
-                path.unlink()
+                path.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, f
 from dm_args import add_flag, add_parallel_options, complete, fraction, natural_int, positive_int, run_main
 from dm_cbis_ddsm import (
     REPAIRS,
+    Download,
     Finding,
     Tables,
     find_tables,
@@ -45,6 +46,7 @@ from dm_dataset import (
     RESCALE_FACTOR,
     SETS,
     Item,
+    Prepared,
     check_disjoint,
     prepare,
     read_patient_list,
@@ -91,14 +93,12 @@ def split_patients(tables: Tables, args) -> dict[str, list[str]]:
         files = dict(zip(SETS, (args.pat_train, args.pat_val, args.pat_test), strict=True))
         if missing := [f"--pat-{name}" for name, path in files.items() if path is None]:
             raise InputError(f"--split lists: Expected a file for each set. Missing {', '.join(missing)}")
-        sets = {name: read_patient_list(path) for name, path in files.items()}
-        check_disjoint(sets)
+        sets = {name: sorted(read_patient_list(path)) for name, path in files.items()}
         for name, path in files.items():
             if unknown := [patient for patient in sets[name] if patient not in cancer]:
                 raise InputError(
                     f"{path}: {len(unknown)} patients have no findings in the tables, such as {unknown[0]}"
                 )
-        sets = {name: sorted(patients) for name, patients in sets.items()}
     check_disjoint(sets)
     return sets
 
@@ -158,8 +158,44 @@ def patients_left(tables: Tables, sets: Mapping[str, Sequence[str]]) -> int:
 # -------------------------------------------------------------------------------------------------- the whole
 
 
+def plan_images(tables: Tables, sets: Mapping[str, Sequence[str]], download: Download, whole: dict) -> list[Item]:
+    """One item an image. Those of patients in no set become full images and masks alone."""
+    set_of = {patient: name for name, patients in sets.items() for patient in patients}
+    items = []
+    for key, findings in tables.images.items():
+        name = set_of.get(findings[0].patient)
+        folder = f"{name}/{CLASSES[is_positive(findings)]}" if name else None
+        plan = plan_image(findings, download, folder)
+        items.append(Item(key, plan.sources, {"whole": whole, "plan": plan}, plan))
+    return items
+
+
+def write_lists(out, tables: Tables, lists: Mapping[str, Sequence[str]], results: Sequence[Prepared]) -> None:
+    """Write the patient lists, roi_mask_path.csv and pat_side_cancer.csv, of what is there."""
+    for name, patients in lists.items():
+        write_text(Path(out, f"pat_{name}.txt"), "".join(f"{patient}\n" for patient in patients))
+    lesions = [
+        (*result.name.rsplit("_", 2), number, pathology, kind)
+        for result in results
+        for kind, number, pathology in result.facts.get("lesions", ())
+    ]
+    write_csv(Path(out, "roi_mask_path.csv"), LESION_COLUMNS, lesions)
+    breasts = defaultdict(bool)
+    for findings in tables.images.values():
+        breasts[findings[0].patient, findings[0].side] |= is_positive(findings)
+    seen = {tuple(result.name.rsplit("_", 2)[:2]) for result in results if "lesions" in result.facts}
+    cancers = [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen]
+    write_csv(Path(out, "pat_side_cancer.csv"), ["patient_id", "side", "cancer"], cancers)
+
+
+def pixel_mean(results: Sequence[Prepared], img_size: tuple[int, int]) -> float | None:
+    """Mean of the training images after rescaling, None if there are none."""
+    sums = [result.facts["pixel_sum"] for result in results if result.facts.get("folder", "").startswith("train/")]
+    return round(RESCALE_FACTOR * sum(sums) / (len(sums) * img_size[0] * img_size[1]), 4) if sums else None
+
+
 def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> dict:
-    """Prepare all images of `sets` and write the lists; returns the report."""
+    """Prepare all images and write the lists; returns the report."""
     download = scan_download(args.download)
     whole = {
         "img_size": args.img_size,
@@ -168,13 +204,7 @@ def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> 
         "levels": args.auto_levels,
         "face": args.face,
     }
-    set_of = {patient: name for name, patients in sets.items() for patient in patients}
-    items = []
-    for key, findings in tables.images.items():
-        name = set_of.get(findings[0].patient)
-        folder = f"{name}/{CLASSES[is_positive(findings)]}" if name else None
-        plan = plan_image(findings, download, folder)
-        items.append(Item(key, plan.sources, {"whole": whole, "plan": plan}, plan))
+    items = plan_images(tables, sets, download, whole)
     folders = ["full_img", "roi_mask", *(f"{name}/{label}" for name in SETS for label in CLASSES)]
     work = functools.partial(prepare_image, download=args.download, out=args.out, whole=whole)
     results = prepare(items, work, args.download, args.out, folders, args.jobs, args.backend, args.on_error)
@@ -182,48 +212,29 @@ def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> 
     done = {result.name: tables.images[result.name] for result in results if "lesions" in result.facts}
     kept = {findings[0].patient for findings in done.values()}
     lists = {name: [patient for patient in patients if patient in kept] for name, patients in sets.items()}
-    for name, patients in lists.items():
-        write_text(Path(args.out, f"pat_{name}.txt"), "".join(f"{patient}\n" for patient in patients))
-    lesions = [
-        (*result.name.rsplit("_", 2), number, pathology, kind)
-        for result in results
-        for kind, number, pathology in result.facts.get("lesions", ())
-    ]
-    write_csv(
-        Path(args.out, "roi_mask_path.csv"), ["patient_id", "side", "view", "abn_num", "pathology", "type"], lesions
-    )
-    breasts = defaultdict(bool)
-    for findings in tables.images.values():
-        breasts[findings[0].patient, findings[0].side] |= is_positive(findings)
-    seen = {(findings[0].patient, findings[0].side) for findings in done.values()}
-    write_csv(
-        Path(args.out, "pat_side_cancer.csv"),
-        ["patient_id", "side", "cancer"],
-        [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen],
-    )
+    write_lists(args.out, tables, lists, results)
 
-    repairs = defaultdict(list, {kind: list(listed) for kind, listed in tables.repairs.items()})
-    for kind in REPAIRS:
-        repairs[kind]
+    masks = sum(len(result.facts.get("lesions", ())) for result in results)
+    found = {path for paths in download.by_series.values() for path in paths}
+    repairs = {kind: [] for kind in REPAIRS} | {kind: list(listed) for kind, listed in tables.repairs.items()}
     for result in results:
         for kind, what in result.repairs:
             repairs[kind].append(what)
-    train = [result for result in results if result.outputs and result.outputs[0].startswith("train/")]
-    pixels = len(train) * args.img_size[0] * args.img_size[1]
-    mean = RESCALE_FACTOR * sum(result.facts["pixel_sum"] for result in train) / pixels if pixels else None
+    counts = {
+        "images_prepared": len(done),
+        "images_skipped": len(results) - len(done),
+        "masks_prepared": masks,
+        "masks_skipped": tables.counts["all"]["lesions"] - masks,
+        "patients_in_no_set": patients_left(tables, sets),
+        "files_found": len(found),
+        "files_of_no_row": len(found.difference(*(item.sources for item in items))),
+    }
     return {
         "options": {name: getattr(args, name) for name in OPTIONS},
         "rescale_factor": RESCALE_FACTOR,
-        "featurewise_mean": None if mean is None else round(mean, 4),
+        "featurewise_mean": pixel_mean(results, args.img_size),
         "tables": tables.counts["tables"],
-        "counts": tables.counts["all"]
-        | {
-            "images_prepared": len(done),
-            "lesions_prepared": len(lesions),
-            "images_skipped": len(results) - len(done),
-            "masks_skipped": tables.counts["all"]["lesions"] - len(lesions),
-            "patients_in_no_set": patients_left(tables, sets),
-        },
+        "counts": tables.counts["all"] | counts,
         "planned_sets": count_sets(sets, tables.images),
         "sets": count_sets(lists, done),
         "repairs": {kind: {"count": len(listed), "items": listed} for kind, listed in sorted(repairs.items())},
@@ -257,7 +268,7 @@ def run(**options):
 
 def print_report(report: dict, args) -> None:
     counts = report["counts"]
-    print(f"prepared {counts['images_prepared']} images and {counts['lesions_prepared']} masks")
+    print(f"prepared {counts['images_prepared']} images and {counts['masks_prepared']} masks")
     for name, numbers in report["sets"].items():
         images, positive = numbers["images"], numbers["positive_images"]
         print(f"  {name:5} {numbers['patients']} patients, {images} images ({positive} positive)")

@@ -176,7 +176,7 @@ def test_lists_and_tables_agree_with_the_rows(prepared):
     assert list(written[0]) == ["patient_id", "side", "view", "abn_num", "pathology", "type"]
     columns = ["patient_id", "side", "view", "abn_num", "type"]
     assert {tuple(line[name] for name in columns): line["pathology"] for line in written} == lesions
-    assert len(list((out / "roi_mask").iterdir())) == len(lesions) == report["counts"]["lesions_prepared"]
+    assert len(list((out / "roi_mask").iterdir())) == len(lesions) == report["counts"]["masks_prepared"]
     sides = {
         (line["patient_id"], line["side"]): line["cancer"] == "1" for line in read_csv(out / "pat_side_cancer.csv")
     }
@@ -401,6 +401,15 @@ def test_bad_mask_is_named_and_its_image_kept(download, tmp_path, how):
         (line["patient_id"], line["type"], line["abn_num"]) for line in read_csv(tmp_path / "out/roi_mask_path.csv")
     ]
     assert (row.patient.name, row.kind, str(row.number)) not in lesions
+
+
+def test_files_of_no_row_are_counted(download, tmp_path):
+    folder, rows = download
+    write_dicom(folder / "CBIS-DDSM/Mass-Training_P_77777_LEFT_CC/1/2/000000.dcm", np.eye(9, dtype=np.uint16))
+    (folder / "._calc_case_description_train_set.csv").write_bytes(b"left by a file system")
+    counts = prepare(folder, tmp_path / "out")["counts"]
+    assert counts["files_of_no_row"] == 1
+    assert counts["files_found"] == 1 + len({row.image_folder for row in rows}) + 2 * len(rows)
 
 
 def test_truncated_crop_is_not_needed(download, tmp_path):
