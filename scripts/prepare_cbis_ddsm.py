@@ -206,7 +206,9 @@ def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> 
     }
     items = plan_images(tables, sets, download, whole)
     folders = ["full_img", "roi_mask", *(f"{name}/{label}" for name in SETS for label in CLASSES)]
-    work = functools.partial(prepare_image, download=args.download, out=args.out, whole=whole)
+    # The workers of a cluster start in folders of their own.
+    folders_at = {"download": Path(args.download).resolve(), "out": Path(args.out).resolve()}
+    work = functools.partial(prepare_image, **folders_at, whole=whole)
     results = prepare(items, work, args.download, args.out, folders, args.jobs, args.backend, args.on_error)
 
     done = {result.name: tables.images[result.name] for result in results if "lesions" in result.facts}
