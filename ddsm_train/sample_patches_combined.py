@@ -362,16 +362,24 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
     results = run_parallel(sample, images, args.jobs, args.backend, desc=name)
     prepare_folders(out_dir, folders)
 
-    rows, faults = [], []
-    for result in results:
-        rows += result.rows
-        faults += result.faults
-        if args.verbose:
-            tqdm.write("\n".join([*result.log, *result.faults]))
-    write_tables(out_dir, patients, rows)
-    print(f"{len(rows)} patches: {dict(Counter(row.class_name for row in rows))}")
-    if older := {path for folder in folders for path in folder.glob("*.png")} - {Path(out_dir, r.file) for r in rows}:
-        print(f"Warning: {len(older)} patches in {out_dir} are not of this run, such as {min(older)}")
+    patient_list, patch_table = (Path(out_dir, table) for table in TABLES)
+    counts, faults = Counter(), []
+    # Row by row, so that memory does not grow with the number of images.
+    with atomic_write(patch_table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        # "class" is a word of Python and cannot name a field.
+        writer.writerow(name.removesuffix("_name") for name in PatchRow._fields)
+        for result in results:
+            writer.writerows(result.rows)
+            counts.update(row.class_name for row in result.rows)
+            faults += result.faults
+            if args.verbose:
+                tqdm.write("\n".join([*result.log, *result.faults]))
+    with atomic_write(patient_list) as temporary:
+        temporary.write_text("".join(f"{patient}\n" for patient in patients), encoding="utf-8")
+    print(f"{counts.total()} patches: {dict(counts)}")
+    if older := sum(1 for folder in folders for _ in folder.glob("*.png")) - counts.total():
+        print(f"Warning: {older} patches in {out_dir} are not of this run: they are not in {patch_table.name}")
     return faults
 
 
@@ -382,21 +390,6 @@ def prepare_folders(out_dir, folders: Sequence[Path]) -> None:
     for folder in (Path(out_dir), *folders):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
-
-
-def write_tables(out_dir, patients: Sequence[str], rows: Sequence[PatchRow]) -> None:
-    """Write pat_lst.txt and patches.csv."""
-    patient_list, patch_table = (Path(out_dir, table) for table in TABLES)
-    with atomic_write(patient_list) as temporary:
-        temporary.write_text("".join(f"{patient}\n" for patient in patients), encoding="utf-8")
-    with (
-        atomic_write(patch_table) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        # "class" is a word of Python and cannot name a field.
-        writer.writerow(name.removesuffix("_name") for name in PatchRow._fields)
-        writer.writerows(rows)
 
 
 def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:
