@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from ddsm_train.sample_patches_combined import add_sampling_options, name_paths, sample_dataset
+from ddsm_train.sample_patches_combined import add_sampling_options, name_paths
 from dm_args import complete, run_main
+from dm_patches import sample_dataset
 
 
 def make_parser() -> argparse.ArgumentParser:

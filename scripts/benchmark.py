@@ -22,7 +22,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ddsm_train import sample_patches_combined as sampler
+from dm_args import complete
 from dm_image import DMImageDataGenerator
+from dm_patches import find_breast, read_lesions, read_resized, sample_image
+from dm_region import Roi, sample_patches
+from scripts.make_phantom import make_phantom
 
 # The augmentation of the published training runs.
 SETTINGS = {
@@ -184,10 +189,6 @@ class Study:
     count, patch_size = 10, 256
 
     def __init__(self, folder, patients, height, width, seed=0):
-        from ddsm_train import sample_patches_combined as sampler
-        from dm_args import complete
-        from scripts.make_phantom import make_phantom
-
         self.root = Path(folder)
         make_phantom(self.root, patients, ("CC",), height, width, test_size=0, val_size=0, seed=seed)
         names = ("roi_mask_path.csv", "roi_mask", "pat_train.txt", "full_img", "out/train", "out/val")
@@ -197,16 +198,15 @@ class Study:
         }  # fmt: skip
         self.options = given
         self.args = complete(sampler.make_parser(), given)
-        self.sampler = sampler
         # Images of one lesion: the others sample more patches than the rest of the table counts.
-        lesions = sampler.read_lesions(self.args.roi_mask_path_file)
+        lesions = read_lesions(self.args.roi_mask_path_file)
         views = [lesion[:3] for lesion in lesions]
         self.lesions = [lesion for lesion in lesions if views.count(lesion[:3]) == 1]
 
     def sample(self, lesion):
         """All of one image: from its files to its patches on disk."""
         class_dirs = {("calc", True): "cm", ("calc", False): "cb", ("mass", True): "mm", ("mass", False): "mb"}
-        return self.sampler.sample_image([lesion], self.args, class_dirs, "", self.root / "out")
+        return sample_image([lesion], self.args, class_dirs, "", self.root / "out")
 
     def image(self, lesion):
         return self.root / "full_img" / f"{lesion.image_id}.png"
@@ -215,17 +215,14 @@ class Study:
         """(padded breast, lesion mask of the breast)"""
         mask_name = f"{lesion.type.capitalize()}-Training_{lesion.image_id}_{lesion.number}.png"
         whole, mask = (
-            self.sampler.read_resized(path, self.args)
-            for path in (self.image(lesion), self.root / "roi_mask" / mask_name)
+            read_resized(path, self.args) for path in (self.image(lesion), self.root / "roi_mask" / mask_name)
         )
-        breast, (left, top, width, height) = self.sampler.find_breast(whole, True)
+        breast, (left, top, width, height) = find_breast(whole, True)
         return np.pad(breast, self.patch_size // 2), mask[top : top + height, left : left + width]
 
 
 def sampling(args):
     """Patches of lesions and background, 10 and 10 an image of phantom data sets."""
-    from dm_region import Roi, sample_patches
-
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         print("Choosing the centres of 10 + 10 patches, and all of it (decode, segment, choose, encode, write), ms an")
@@ -280,13 +277,13 @@ def sampling(args):
         print("\nTwo processes against one, all images of the set, started before, five times in turn")
         print(f"{'one s':>7} {'two s':>7} {'ratio':>6}  load of the machine before (1 is one processor)")
         with contextlib.redirect_stdout(io.StringIO()):
-            study.sampler.run(**study.options, jobs=2)
+            sampler.run(**study.options, jobs=2)
         for _ in range(5):
             load, seconds = os.getloadavg()[0], []
             for jobs in (1, 2):
                 start = time.perf_counter()
                 with contextlib.redirect_stdout(io.StringIO()):
-                    study.sampler.run(**study.options, jobs=jobs)
+                    sampler.run(**study.options, jobs=jobs)
                 seconds.append(time.perf_counter() - start)
             print(f"{seconds[0]:7.2f} {seconds[1]:7.2f} {seconds[0] / seconds[1]:6.2f}  {load:.1f}")
 

@@ -17,6 +17,7 @@ import pytest
 
 from ddsm_train import sample_patches_combined, sample_patches_main
 from dm_files import InputError
+from dm_patches import read_lesions
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
 
@@ -361,7 +362,7 @@ def test_wrong_table_rows_are_named(tmp_path, row, message):
     path = tmp_path / "table.csv"
     path.write_text(f"{HEADER}\n{row}\n")
     with pytest.raises(InputError, match=r"table\.csv, ") as error:
-        sample_patches_combined.read_lesions(path)
+        read_lesions(path)
     assert message in str(error.value)
 
 
@@ -379,7 +380,7 @@ def test_tables_without_their_columns_are_refused(tmp_path, text, message):
     path = tmp_path / "table.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        sample_patches_combined.read_lesions(path)
+        read_lesions(path)
 
 
 def test_tables_that_are_no_text_are_refused(study):

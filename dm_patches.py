@@ -1,0 +1,389 @@
+"""From tables of lesions, images and masks to folders of patches: what both patch samplers do.
+
+Where patches are cut is decided in `dm_region`. Output folders: one sub-folder a class with the patches as 16-bit
+PNG, `patches.csv` (a row a patch, see `PatchRow`) and `pat_lst.txt` (the patients of the set). The two tables are
+there when a set is complete; the same run started again after it was killed writes the same files.
+"""
+
+import csv
+import functools
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from dm_files import InputError, atomic_write, remove_partial
+from dm_parallel import run_parallel
+
+# Written when a set is complete.
+TABLES = ("pat_lst.txt", "patches.csv")
+COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
+ALLOWED = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
+BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
+# A mask of another size than its image is resized like it; of another shape, it belongs to another image.
+ASPECT_TOLERANCE = 0.02
+
+
+class Lesion(NamedTuple):
+    """One row of the lesion table; `number` tells the lesions of one image apart."""
+
+    patient: str
+    side: str
+    view: str
+    number: str
+    type: str
+    malignant: bool
+
+    @property
+    def image_id(self) -> str:
+        return f"{self.patient}_{self.side}_{self.view}"
+
+
+class PatchRow(NamedTuple):
+    """One row of patches.csv; its header is these names, with `class` for `class_name`.
+
+    x, y: centre as in `dm_region` and in the log. image_x, image_y: the same centre in the whole image as resized
+    to image_height x image_width. source_height, source_width: the size of the image file. overlap: see
+    `dm_region.Roi.overlap`.
+    """
+
+    file: str
+    patient: str
+    side: str
+    view: str
+    abnormality: str
+    class_name: str
+    kind: str
+    x: int
+    y: int
+    overlap: float
+    image_x: int
+    image_y: int
+    image_height: int
+    image_width: int
+    source_height: int
+    source_width: int
+
+
+class ImageResult(NamedTuple):
+    rows: list[PatchRow]
+    log: list[str]
+    faults: list[str]
+
+
+# ---------------------------------------------------------------------------------------------- input tables
+
+
+def read_lesions(path) -> list[Lesion]:
+    """Rows of the lesion table, in the order of the file; InputError names the row that is wrong."""
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    lesions, first_seen = [], {}
+    try:
+        _check_columns(reader.fieldnames or (), path)
+        for cells in reader:
+            row = f"{path}, row {reader.line_num}"
+            lesion = _read_lesion(cells, row)
+            key = lesion[:5]
+            if key in first_seen:
+                raise InputError(
+                    f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
+                    f"remove one of them"
+                )
+            first_seen[key] = reader.line_num
+            lesions.append(lesion)
+    except csv.Error as error:
+        raise InputError(f"{path}, row {reader.line_num}: not a CSV table: {error}") from None
+    return lesions
+
+
+def _check_columns(columns: Sequence[str], path) -> None:
+    if wrong := [name for name in COLUMNS if columns.count(name) != 1]:
+        raise InputError(
+            f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(COLUMNS)}. "
+            f"Received {','.join(columns)[:200]}"
+        )
+
+
+def _read_text(path) -> str:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
+
+
+def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
+    cells = {name: (cells[name] or "").strip() for name in COLUMNS}
+    for name, allowed in ALLOWED.items():
+        if cells[name] not in allowed:
+            raise InputError(f"{row}: unknown {name}: Expected {' or '.join(allowed)}. Received {cells[name]!r}")
+    pathology = cells["pathology"]
+    malignant = pathology.startswith("MALIGNANT")
+    if not malignant and pathology not in BENIGN:
+        raise InputError(f"{row}: unknown pathology: Expected MALIGNANT, {' or '.join(BENIGN)}. Received {pathology!r}")
+    for name in ("patient_id", "abn_num"):
+        if not _is_file_name(cells[name]):
+            raise InputError(f"{row}: {name} is part of file names. Received {cells[name]!r}")
+    return Lesion(cells["patient_id"], cells["side"], cells["view"], cells["abn_num"], cells["type"], malignant)
+
+
+def _is_file_name(text: str) -> bool:
+    return text.isprintable() and text != "" and not any(part in text for part in ("/", "\\", "..", ":"))
+
+
+def read_patients(path) -> list[str]:
+    """Patient ids, one a line without header; InputError when one stands there twice or there are none."""
+    patients = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not patients:
+        raise InputError(f"{path}: no patients: Expected one patient id a line")
+    patient, count = Counter(patients).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{path}: patient {patient} stands there {count} times; remove the others")
+    return patients
+
+
+# -------------------------------------------------------------------------------------------------- one image
+
+
+def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: str, out_dir) -> ImageResult:
+    """Sample and write all patches of one image.
+
+    lesions: those of the image. args: the options. class_dirs: class folder by (type, malignant).
+    prefix: what the image's file name has before the image id. out_dir: where the class folders are.
+    Faults of the input files are returned, or raised as InputError with `--on-error stop`.
+    """
+    import numpy as np
+
+    from dm_region import Roi, sample_patches
+
+    result = ImageResult([], [], [])
+    image_id = lesions[0].image_id
+    half = args.patch_size // 2
+
+    def fault(path, error):
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        if args.on_error == "stop":
+            raise InputError(message)
+        result.faults.append(message)
+
+    path = Path(args.full_img_dir, f"{prefix}{image_id}.png")
+    try:
+        whole = read_resized(path, args)
+        source_size = read_size(path)
+        breast, (left, top, width, height) = find_breast(whole, args.segment_breast)
+    except InputError as error:
+        fault(path, error)
+        return result
+    result.log.append(f"ID:{image_id}, read image of size={whole.shape} size after segmentation={breast.shape}")
+    padded = np.pad(breast, half)
+
+    rois = []
+    for lesion in lesions:
+        path = Path(args.roi_mask_dir, f"{lesion.type.capitalize()}-Training_{image_id}_{lesion.number}.png")
+        try:
+            mask = read_resized(path, args)[top : top + height, left : left + width]
+            check_mask_fits(read_size(path), source_size)
+            rois.append((lesion, path, Roi.from_mask(mask, half, padded.shape)))
+        except InputError as error:
+            fault(path, error)
+
+    # To avoid all lesions, all must be known. Background comes with one lesion, hard negatives with each.
+    background_due = others_known = not (args.avoid_all_rois and result.faults)
+    for lesion, path, roi in rois:
+        try:
+            patches, cutoff = sample_patches(
+                padded,
+                roi,
+                avoid=[other for *_, other in rois] if args.avoid_all_rois else [roi],
+                nb_abn=args.nb_abn,
+                nb_bkg=args.nb_bkg if background_due else 0,
+                nb_hns=args.nb_hns if background_due else 0,
+                nb_hard_neg=args.nb_hard_neg if others_known else 0,
+                patch_size=args.patch_size,
+                pos_cutoff=args.pos_cutoff,
+                neg_cutoff=args.neg_cutoff,
+            )
+        except InputError as error:
+            fault(path, error)
+            continue
+        background_due = False
+        result.log.append(f"ROI centroid= {roi.centroid}")
+        if cutoff < args.pos_cutoff:
+            result.log.append(f"Nb of trials reached maximum, decrease overlap cutoff to {cutoff:.2f}")
+        numbers = Counter()
+        for patch in patches:
+            class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
+            file = f"{class_dir}/{image_id}_{lesion.number}_{numbers[class_dir]:04d}.png"
+            numbers[class_dir] += 1
+            write_patch(Path(out_dir, file), padded, patch, args.patch_size)
+            article = "an" if patch.kind == "abn" else "a"
+            result.log.append(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
+            result.rows.append(
+                PatchRow(
+                    file, lesion.patient, lesion.side, lesion.view, lesion.number, class_dir, patch.kind,
+                    patch.x, patch.y, round(patch.overlap, 4), patch.x - half + left, patch.y - half + top,
+                    *whole.shape, *source_size,
+                )
+            )  # fmt: skip
+    return result
+
+
+def read_size(path) -> tuple[int, int]:
+    """(height, width) of an image file, from its header."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise InputError(f"{path}: not a readable image ({error})") from None
+
+
+def read_resized(path, args):
+    """Image file or mask as a float32 array of the size that the options ask for."""
+    from dm_image import check_grey, read_resize_img
+
+    if args.target_width is None:
+        return check_grey(path, read_resize_img(path, target_height=args.target_height))
+    return check_grey(path, read_resize_img(path, target_size=(args.target_height, args.target_width)))
+
+
+def find_breast(image, segment: bool):
+    """(breast image, its (left, top, width, height) in `image`); all of `image` when not to `segment`."""
+    from dm_preprocess import DMImagePreprocessor
+
+    if segment:
+        return DMImagePreprocessor.segment_breast(image)
+    height, width = image.shape
+    return image, (0, 0, width, height)
+
+
+def check_mask_fits(mask_size, image_size) -> None:
+    """Refuse a mask whose aspect ratio is not its image's. Sizes: (height, width) of the files."""
+    if abs(mask_size[0] / mask_size[1] * image_size[1] / image_size[0] - 1) > ASPECT_TOLERANCE:
+        raise InputError(
+            "the mask does not fit its image: Expected the shape of {} x {} pixels. Received {} x {}".format(
+                *image_size, *mask_size
+            )
+        )
+
+
+def write_patch(path, padded, patch, patch_size: int) -> None:
+    """Save a patch of the padded image as 16-bit greyscale PNG with the same pixel values."""
+    import cv2
+    import numpy as np
+
+    from dm_region import cut_patch
+
+    pixels = np.clip(np.rint(cut_patch(padded, patch.x, patch.y, patch_size)), 0, 65535).astype("uint16")
+    encoded = cv2.imencode(".png", pixels)[1]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded)
+
+
+# -------------------------------------------------------------------------------------------------- all images
+
+
+def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str = "") -> None:
+    """Sample the training and the validation set; see `sample_image` for the arguments.
+
+    Lesions of a type without a class folder are not used. Raises InputError for bad tables or options, and, once
+    all other images are sampled, for images at fault unless `args.on_error` is "skip".
+    """
+    from dm_region import split_patients
+
+    check_options(args, class_dirs)
+    table = read_lesions(args.roi_mask_path_file)
+    lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
+    check_names(lesions, class_dirs)
+    annotated = {lesion.patient for lesion in lesions}
+    listed = read_patients(args.pat_train_list_file)
+    patients = [patient for patient in listed if patient in annotated]
+    if not patients:
+        raise InputError(f"{args.pat_train_list_file}: no patient in it is in {args.roi_mask_path_file}")
+    if len(patients) < len(listed):
+        print(f"{len(listed) - len(patients)} of {len(listed)} listed patients have no lesion in the table to sample")
+    wanted = set(patients)
+    if unused := len(table) - sum(lesion.patient in wanted for lesion in lesions):
+        print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
+    malignant = {lesion.patient for lesion in lesions if lesion.malignant}
+    train, val = split_patients(patients, [patient in malignant for patient in patients], args.val_size)
+
+    faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
+    if val:
+        faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
+    if faults:
+        print(f"{len(faults)} left out:", *faults, sep="\n  ")
+        if args.on_error != "skip":
+            raise InputError(
+                f"{len(faults)} images or masks at fault, all others sampled; mend them, or leave them out with "
+                f"--on-error skip. The first: {faults[0]}"
+            )
+
+
+def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, prefix, out_dir) -> list[str]:
+    """Sample the images of `patients` into `out_dir`; return the faults met."""
+    from tqdm import tqdm
+
+    print(f"Sampling for {name} set")
+    wanted = set(patients)
+    images = [list(group) for _, group in groupby(
+        # A stable sort: the lesions of an image stay in the order of the table.
+        sorted((lesion for lesion in lesions if lesion.patient in wanted), key=lambda lesion: lesion[:3]),
+        key=lambda lesion: lesion[:3],
+    )]  # fmt: skip
+    folders = [Path(out_dir, class_dir) for class_dir in {args.bkg_dir, *class_dirs.values()}]
+    sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), prefix=prefix, out_dir=out_dir)
+    results = run_parallel(sample, images, args.jobs, args.backend, desc=name)
+    prepare_folders(out_dir, folders)
+
+    patient_list, patch_table = (Path(out_dir, table) for table in TABLES)
+    counts, faults = Counter(), []
+    # Row by row, so that memory does not grow with the number of images.
+    with atomic_write(patch_table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        # "class" is a word of Python and cannot name a field.
+        writer.writerow(name.removesuffix("_name") for name in PatchRow._fields)
+        for result in results:
+            writer.writerows(result.rows)
+            counts.update(row.class_name for row in result.rows)
+            faults += result.faults
+            if args.verbose:
+                tqdm.write("\n".join([*result.log, *result.faults]))
+    with atomic_write(patient_list) as temporary:
+        temporary.write_text("".join(f"{patient}\n" for patient in patients), encoding="utf-8")
+    print(f"{counts.total()} patches: {dict(counts)}")
+    if older := sum(1 for folder in folders for _ in folder.glob("*.png")) - counts.total():
+        print(f"Warning: {older} patches in {out_dir} are not of this run: they are not in {patch_table.name}")
+    return faults
+
+
+def prepare_folders(out_dir, folders: Sequence[Path]) -> None:
+    """Make the class folders, and remove what says that `out_dir` is complete, or what a killed run left there."""
+    for table in TABLES:
+        Path(out_dir, table).unlink(missing_ok=True)
+    for folder in (Path(out_dir), *folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
+
+
+def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:
+    """Refuse two lesions whose patches would have the same names."""
+    names = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
+    for (class_dir, image_id, number), count in names.items():
+        if count > 1:
+            raise InputError(
+                f"{count} lesions would share the file names {class_dir}/{image_id}_{number}_*.png; "
+                f"give their types folders of their own"
+            )
+
+
+def check_options(args, class_dirs: Mapping) -> None:
+    if args.patch_size < 2:
+        raise InputError(f"--patch-size: Expected at least 2. Received {args.patch_size}")
+    if Path(args.train_out_dir).resolve() == Path(args.val_out_dir).resolve():
+        raise InputError(f"training and validation folder are the same: {args.train_out_dir}")
+    if args.bkg_dir in class_dirs.values():
+        raise InputError(f"--bkg-dir: Expected a folder of its own. Received {args.bkg_dir}, that of lesions")
