@@ -4,9 +4,14 @@ from setuptools import setup
 
 here = Path(__file__).parent
 scripts = {
+    "dm-prepare-cbis-ddsm": "scripts.prepare_cbis_ddsm",
+    "dm-dicom-to-png": "scripts.dicom_to_png",
+    "dm-pixel-mean": "scripts.pixel_mean",
     "dm-sample-patches": "ddsm_train.sample_patches_combined",
+    "dm-sample-patches-of-one-type": "ddsm_train.sample_patches_main",
     "dm-train-patch": "ddsm_train.patch_clf_train",
     "dm-train-image": "ddsm_train.image_clf_train",
+    "dm-draw-lesions": "scripts.draw_lesions",
     "dm-make-phantom": "scripts.make_phantom",
 }
 setup(
