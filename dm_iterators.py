@@ -234,7 +234,7 @@ class _SampleIterator(DMIterator):
                     f"Received {x.shape}; set target_size."
                 )
         occurrences = [int((index[:k] == i).sum()) for k, i in enumerate(index)]
-        batch = np.empty((len(index), *shape), np.float32)
+        batch = dm_image.empty_aligned((len(index), *shape))
         self._map(self._augment, images, index, occurrences, batch)
         if self.save_to_dir:
             self._map(self._save, batch, index, occurrences)
