@@ -8,6 +8,7 @@ there when a set is complete; the same run started again after it was killed wri
 import csv
 import functools
 import io
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from dm_files import InputError, atomic_write, remove_partial
 from dm_parallel import run_parallel
 
+FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
 TABLES = ("pat_lst.txt", "patches.csv")
 COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
@@ -295,6 +297,9 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     from dm_region import split_patients
 
     check_options(args, class_dirs)
+    # The workers of a cluster start in folders of their own.
+    folders = {name: Path(getattr(args, name)).absolute() for name in FOLDERS}
+    args = Namespace(**vars(args) | folders)
     table = read_lesions(args.roi_mask_path_file)
     lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
     check_names(lesions, class_dirs)
