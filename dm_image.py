@@ -659,6 +659,9 @@ def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None
 # Pixels worked on at a time, so that several steps find them in the cache.
 _PIXELS_IN_CACHE = 2**16
 
+# Numbers of channels for which OpenCV computes a warp's coordinates in float32; otherwise, to 10 bits of fraction.
+_FLOAT32_WARPS = (1, 3, 4) if int(cv2.__version__.split(".")[0]) >= 5 else ()
+
 # Buffers kept from image to image: fresh memory costs more, in page faults, than the work done in it.
 _buffers = threading.local()
 
@@ -730,10 +733,10 @@ def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, boo
     # Input coordinates of output pixel (i, j) are by_row[:, i] + by_column[:, j], summed in SciPy's order.
     by_row = matrix[:2, 2:] + matrix[:2, :1] * row_index
     by_column = matrix[:2, 1:2] * column_index
-    if _FIXED_POINT_WARP:
-        error = 2e-3
-    else:  # four roundings to float32, of numbers no larger than this sum
+    if channels in _FLOAT32_WARPS:  # four roundings to float32, of numbers no larger than this sum
         error = 2.0**-22 * max(abs(a) * rows + abs(b) * columns + abs(p), abs(c) * rows + abs(d) * columns + abs(q))
+    else:
+        error = 2e-3
     i, j = _near_rounding_boundary(by_row, by_column, error)
     source = by_row.take(i, axis=1) + by_column.take(j, axis=1) + 0.5
     source_row, source_column = source.clip(0, [[rows - 1], [columns - 1]]).astype(np.intp)
@@ -741,15 +744,11 @@ def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, boo
     return warped
 
 
-# Before version 5, OpenCV computes the coordinates of a warp to 10 bits, then in float32.
-_FIXED_POINT_WARP = int(cv2.__version__.split(".")[0]) < 5
-
-
 def _near_rounding_boundary(by_row, by_column, tolerance):
     """Pixels (i, j) where a coordinate by_row[k, i] + by_column[k, j], k = 0 or 1, is within `tolerance` of n + 1/2.
 
     Columns are put into bins by the fraction of their part; only those in the bins that belong to a row's boundary
-    are taken, without evaluating all H x W. A few pixels farther from the boundary come along.
+    are taken, without evaluating all H x W. Pixels up to a bin farther from the boundary come along.
     """
     bins = 2048
     of_both = np.array([[0], [bins]])  # each coordinate has its own bins

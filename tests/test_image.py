@@ -442,7 +442,7 @@ def restated(x, params, rows, columns):
 
 
 @pytest.mark.parametrize(("size", "cases"), [((97, 61), 40), ((64, 128), 40), ((300, 200), 40), ((1152, 896), 3)])
-@pytest.mark.parametrize("kind", ["one", "repeated", "copies", "different"])
+@pytest.mark.parametrize("kind", ["one", "repeated", "copies", "different", "two"])
 def test_pixels_are_scipys(size, cases, kind):
     """Random cases, every pixel a different value, wide ranges and shifts on."""
     generator = DMImageDataGenerator(**ALL_ON, width_shift_range=0.3, height_shift_range=0.3)
@@ -453,6 +453,7 @@ def test_pixels_are_scipys(size, cases, kind):
         "repeated": np.broadcast_to(img, (*size, 3)),
         "copies": np.repeat(img - 100, 3, axis=2),
         "different": np.concatenate([img, img[::-1], img * 2], axis=2) + 100,
+        "two": np.concatenate([img, img[::-1]], axis=2),
     }[kind]
     for seed in range(cases):
         params = generator.get_random_transform(x.shape, np.random.default_rng(seed))
