@@ -9,23 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from dm_files import InputError
+from dm_files import InputError, env_int
 from dm_parallel import BACKENDS
 
-# Names of the backends' own out-of-memory errors: no backend is imported here.
-_OUT_OF_MEMORY = {"ResourceExhaustedError", "OutOfMemoryError"}
+# What the backends' own out-of-memory errors are called, or say: no backend is imported here.
+_OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUSTED")
 _LESS_MEMORY = (
     "use a smaller --batch-size, --train-bs-multiplier or --img-size, or leave out --load-train-ram and --load-val-ram"
 )
-
-
-def env_int(name: str, default: int) -> int:
-    """Value of an environment variable such as `RANDOM_SEED`; InputError if it is not a whole number."""
-    text = os.environ.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise InputError(f"environment variable {name}: Expected a whole number. Received {text!r}") from None
 
 
 def positive_int(text: str) -> int:
@@ -273,9 +264,14 @@ def start_backend() -> None:
     can be configured: they are dropped, unless TF_CPP_MIN_LOG_LEVEL is 0.
     """
     seed = env_int("RANDOM_SEED", 12345)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"environment variable RANDOM_SEED: Expected 0 to 2**32 - 1. Received {seed}")
     with _dropped_standard_error(os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"):
-        import keras
-
+        try:
+            import keras
+        except (ImportError, ValueError) as error:
+            backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+            raise InputError(f"Keras cannot start with the backend {backend} (KERAS_BACKEND): {error}") from error
         keras.utils.set_random_seed(seed)
         keras.ops.zeros(1)
 
@@ -315,7 +311,7 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if type(error).__name__ not in _OUT_OF_MEMORY:
+        if not any(name in f"{type(error).__name__} {error}" for name in _OUT_OF_MEMORY):
             raise
         message = f"out of memory; {_LESS_MEMORY}"
     print(f"{parser.prog}: error: " + " ".join(message.split()), file=sys.stderr)

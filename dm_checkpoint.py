@@ -5,6 +5,7 @@ list depends on which layers were frozen when the file was written, so reading b
 equal shape without a word. Everything here therefore pairs weights by layer name and weight name.
 """
 
+import io
 import json
 import logging
 import os
@@ -97,20 +98,30 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     Raises InputError for an unknown ending or a file that cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".h5", ".keras"):
-        raise InputError(f"{path}: unknown model format. Expected a name ending in .h5, .keras or .weights.h5")
+    check_model_name(path)
     # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
     bare = keras.Model(model.input, model.output, name=model.name, trainable=model.trainable)
     try:
         with atomic_write(path) as temporary, _flags_of_layers(bare), _without_legacy_notice():
             if path.name.endswith(".weights.h5"):
                 _save_weights(bare, temporary)
-            else:
+            elif path.suffix == ".keras":
                 keras.saving.save_model(bare, temporary)
+            else:
+                _save_legacy(bare, temporary)
     except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
         errno = getattr(error, "errno", None)
         reason = os.strerror(errno) if errno else _one_line(error)
         raise InputError(f"{path}: cannot be written: {reason}") from error
+
+
+def check_model_name(path: str | os.PathLike) -> None:
+    """Raise InputError unless `path` can become a model file: by its ending, and by not being a folder."""
+    path = Path(path)
+    if path.suffix not in (".h5", ".hdf5", ".keras"):
+        raise InputError(f"{path}: unknown model format. Expected a name ending in .h5, .keras or .weights.h5")
+    if path.is_dir():
+        raise InputError(f"{path}: Expected the name of a model file. Received a folder")
 
 
 # Reading
@@ -420,12 +431,22 @@ def _without_legacy_notice() -> Iterator[None]:
         logger.removeFilter(other)
 
 
-def _save_weights(model: keras.Model, path: Path) -> None:
-    """Write a `.weights.h5` file, by taking it out of a `.keras` archive.
+class _MemoryFile(h5py.File):
+    """HDF5 in memory. When a disk is full, HDF5 leaves its file open, which crashes Python later on."""
 
-    `Model.save_weights` leaves its HDF5 file open when the disk is full, which crashes Python later on; the archive
-    is put together in memory.
-    """
+    def __str__(self):
+        return "memory.h5"  # Keras chooses the format by this ending
+
+
+def _save_legacy(model: keras.Model, path: Path) -> None:
+    content = io.BytesIO()
+    with _MemoryFile(content, "w") as h5:
+        keras.saving.save_model(model, h5)
+    path.write_bytes(content.getbuffer())
+
+
+def _save_weights(model: keras.Model, path: Path) -> None:
+    """Take the `.weights.h5` file out of a `.keras` archive, which Keras puts together in memory."""
     archive = path.with_suffix(".keras")
     try:
         keras.saving.save_model(model, archive)

@@ -14,6 +14,10 @@ from tqdm import tqdm
 from dm_files import InputError, atomic_write
 
 
+class NotFiniteError(InputError):
+    """Predictions hold NaN or infinity: the model has diverged."""
+
+
 def flip_all_img(x: np.ndarray) -> list[np.ndarray]:
     """The four flips of a batch (N, H, W, C): as it is, left-right, up-down, both."""
     return [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
@@ -98,7 +102,7 @@ def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | N
     if y_true.shape != y_pred.shape:
         raise InputError(f"Expected predictions of shape {y_true.shape}. Received {y_pred.shape}")
     if not np.isfinite(y_pred).all():
-        raise InputError("Expected finite predictions. Received NaN or infinity: the model has diverged")
+        raise NotFiniteError("Expected finite predictions. Received NaN or infinity: the model has diverged")
     return np.array(
         [
             roc_auc_score(truth, score, sample_weight=weights) if 0 < truth.sum() < len(truth) else np.nan

@@ -17,7 +17,7 @@ from keras import layers, ops
 import dm_checkpoint
 from dm_checkpoint import leaf_layers
 from dm_files import InputError, atomic_write
-from dm_inference import auc_by_class, auc_line, flip_all_img, predict
+from dm_inference import NotFiniteError, auc_by_class, auc_line, flip_all_img, predict
 from dm_multi_gpu import training_scope
 from dm_resnet import ResNetBuilder, set_dropout_rate
 
@@ -82,6 +82,12 @@ _PATCH_NETS = {
 }
 
 
+# Options of the command line that only the networks of ResNetBuilder have.
+BUILDER_OPTIONS = frozenset(
+    ["init_filter_size", "init_conv_stride", "pool_size", "pool_stride", "alpha", "l1_ratio", "inp_dropout"]
+)
+
+
 def Yaroslav(input_shape=(None, None, 1), classes: int = 5, nb_init_filter: int = 32) -> keras.Model:
     """Patch classifier of the challenge's top-performing team, fully convolutional.
 
@@ -140,6 +146,8 @@ def get_dl_model(
     if resume_from is not None:
         model = robust_load_model(resume_from, trust_checkpoint=trust_checkpoint)
         check_outputs(model, nb_class, resume_from)
+    elif net in _PATCH_NETS and builder_options.keys() - BUILDER_OPTIONS:
+        raise TypeError(f"unknown options: {', '.join(sorted(builder_options.keys() - BUILDER_OPTIONS))}")
     elif net in _PATCH_NETS:
         model = _build_application(net, nb_class, use_pretrained, pretrained_weights, weight_decay, hidden_dropout)
     elif net == "yaroslav":
@@ -172,18 +180,16 @@ def check_outputs(model: keras.Model, nb_class: int, source) -> None:
 
 def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight_decay, hidden_dropout):
     build = getattr(keras.applications, _PATCH_NETS[net].application)
-    weights = "imagenet" if use_pretrained and pretrained_weights is None else None
-    try:
-        base = build(include_top=False, weights=weights, input_shape=(None, None, 3))
-    except Exception as error:
-        if weights is None:
-            raise
-        # Keras reports a failed download as a bare Exception.
-        raise InputError(
-            f"ImageNet weights of {net} could not be downloaded ({' '.join(str(error).split())[:200]}). Connect to "
-            f"the internet, or give a local file with --pretrained-weights FILE, or start from random weights "
-            f"with --no-use-pretrained"
-        ) from error
+    base = build(include_top=False, weights=None, input_shape=(None, None, 3))
+    if use_pretrained and pretrained_weights is None:
+        try:
+            base = build(include_top=False, weights="imagenet", input_shape=(None, None, 3))
+        except Exception as error:  # Keras reports a failed download as a bare Exception
+            raise InputError(
+                f"ImageNet weights of {net} could not be downloaded ({' '.join(str(error).split())[:200]}). Connect to "
+                f"the internet, or give a local file with --pretrained-weights FILE, or start from random weights with "
+                f"--no-use-pretrained"
+            ) from error
     if use_pretrained and pretrained_weights is not None:
         dm_checkpoint.load_weights(base, pretrained_weights)
     x = layers.GlobalAveragePooling2D()(base.output)
@@ -369,7 +375,9 @@ class BestModel(keras.callbacks.Callback):
         if self._weights is not None:
             model.set_weights(self._weights)
         elif self.best_epoch is not None:
-            model.set_weights(dm_checkpoint.load_model(self.filepath).get_weights())
+            # The file is ours, so any code in it came with the model that was trained.
+            best = dm_checkpoint.load_model(self.filepath, trust_checkpoint=True)
+            model.set_weights(best.get_weights())
 
 
 class DMAucModelCheckpoint(BestModel):
@@ -387,7 +395,12 @@ class DMAucModelCheckpoint(BestModel):
         self._warned = False
 
     def score(self, epoch, logs):
-        auc = self.calc_test_auc(self.test_data, self.model, self.batch_size, self.test_samples)
+        try:
+            auc = self.calc_test_auc(self.test_data, self.model, self.batch_size, self.test_samples)
+        except NotFiniteError as error:
+            print(f"epoch {epoch + 1}: {error}; lower --init-learningrate", file=sys.stderr)
+            logs["val_auc"] = np.nan
+            return np.nan  # never the best; early stopping ends the stage
         logs["val_auc"] = mean = float(np.mean(auc)) if np.isfinite(auc).all() else np.nan
         print(f" - Epoch: {epoch + 1}, AUC by class: {auc_line(np.atleast_1d(auc))}", flush=True)
         if np.isfinite(mean):
@@ -535,7 +548,8 @@ def train_stages(
                 optimizer=create_optimizer(optim, stage.lr),
                 loss=WeightedCrossentropy(),
                 metrics=["accuracy"],
-                jit_compile=False,
+                # XLA pays where it is a GPU's only way to be fast; JAX would otherwise run op by op.
+                jit_compile=keras.backend.backend() == "jax",
             )
             with unreadable_images_named(train_set, validation_set):
                 fit = model.fit(
@@ -563,6 +577,17 @@ def unreadable_images_named(*sets):
             if cause is not None:
                 raise cause from error
         raise
+
+
+def check_top_layer(model: keras.Model, top_layer_nb: int | None) -> None:
+    """Raise InputError unless `top_layer_nb` is the index of a layer that a stage can begin to train at."""
+    if top_layer_nb is None:
+        raise InputError(
+            "--top-layer-nb: Expected the index of the first layer to train, since --nb-epoch is above 0. Received "
+            "none; give it (2 for whole-image models without a heatmap), or --nb-epoch 0 to train all layers at once"
+        )
+    if not 0 < top_layer_nb < len(model.layers):
+        raise InputError(f"--top-layer-nb: Expected an index of 1 to {len(model.layers) - 1}. Received {top_layer_nb}")
 
 
 def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -> dict[int, float] | None:
@@ -605,6 +630,7 @@ def do_3stage_training(
     nb_worker=1,
     weight_decay2=0.01,
     hidden_dropout2=0.0,
+    weight_decay=None,
     hidden_dropout=None,
     frozen_bn="batch",
     best_model=None,
@@ -612,25 +638,27 @@ def do_3stage_training(
 ):
     """Train a patch classifier: last layer, then top layers, then all layers (paper, section on patch training).
 
-    Epoch arguments are cumulative totals. Without pretrained weights, and for YaroslavNet, which has none, there
-    is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay the model was built with, and
-    the dropout unless `hidden_dropout` is given; later ones take `weight_decay2` and `hidden_dropout2`. The model of
+    Epoch arguments are cumulative totals. Without pretrained weights, and for nets that have none (YaroslavNet, those
+    of ResNetBuilder), there is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay and
+    dropout the model was built with, unless `weight_decay` or `hidden_dropout` is given; later ones take
+    `weight_decay2` and `hidden_dropout2`. The model of
     best validation accuracy is kept in `best_model_file`, or by the caller's `best_model`. `validation_steps`,
     `train_batches` and `nb_worker` are accepted for old callers: sets know their own length and workers.
 
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.
     """
-    if use_pretrained and net == "yaroslav":
-        print("YaroslavNet has no ImageNet weights: all layers train from the start", flush=True)
-    if not use_pretrained or net == "yaroslav":
-        stages = [Stage(nb_epoch, init_lr, 0, dropout=hidden_dropout)]
+    if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
+        print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
+        use_pretrained = False
+    first = {"weight_decay": weight_decay, "dropout": hidden_dropout}
+    if not use_pretrained:
+        stages = [Stage(nb_epoch, init_lr, 0, **first)]
     else:
-        if top_layer_nb is None:
-            raise InputError(f"--top-layer-nb: Expected an index for {net}. Received none")
+        check_top_layer(model, top_layer_nb)
         later = {"weight_decay": weight_decay2, "dropout": hidden_dropout2}
         stages = [
-            Stage(nb_epoch, init_lr, len(model.layers) - 1, dropout=hidden_dropout),
+            Stage(nb_epoch, init_lr, len(model.layers) - 1, **first),
             Stage(top_layer_epochs, init_lr * top_layer_multiplier, top_layer_nb, **later),
             Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, **later),
         ]
@@ -690,11 +718,7 @@ def do_2stage_training(
     """
     stages = [Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2)]
     if nb_epoch > 0:
-        if top_layer_nb is None:
-            raise InputError(
-                "--top-layer-nb: Expected the index of the first new layer, since --nb-epoch is above 0. Received "
-                "none; give it (2 for models without a heatmap), or --nb-epoch 0 to train all layers at once"
-            )
+        check_top_layer(model, top_layer_nb)
         stages.insert(0, Stage(nb_epoch, init_lr, top_layer_nb, weight_decay, hidden_dropout))
     keeper = auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
     nb_class = model.output_shape[-1]

@@ -1,6 +1,7 @@
 """What the two trainers' command lines share: the image sets before training, the summary and scores after it."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import dm_checkpoint
 from dm_files import InputError
 from dm_image import DMImageDataGenerator, check_pixel_stats
 from dm_inference import auc_by_class, auc_line, predict, write_json, write_test_results
-from dm_keras_ext import BestModel, HistoryFile, check_outputs
+from dm_keras_ext import BestModel, HistoryFile, check_outputs, class_weights
 from dm_multi_gpu import make_parallel
 
 
@@ -39,7 +40,7 @@ def prepare(args: argparse.Namespace, model: keras.Model, top_layer_nb: int | No
     channel shift within 20. Raises InputError for data or a model that do not fit the options.
     """
     seed = dm_args.env_int("RANDOM_SEED", 12345)
-    _check_model(model, args)
+    check_options(args, model)
     model, org_model = make_parallel(model, dm_args.env_int("NUM_GPU_DEVICES", 1))
 
     plain = DMImageDataGenerator(featurewise_center=args.featurewise_center)
@@ -98,17 +99,49 @@ def _report_skipped(**sets) -> None:
             print(f"warning: {len(image_set.skipped)} of {total} {name} images skipped", file=sys.stderr)
 
 
-def _check_model(model: keras.Model, args: argparse.Namespace) -> None:
-    source = args.resume_from or "model"
+def check_options(args: argparse.Namespace, model: keras.Model) -> None:
+    """Raise InputError where model, options and places to write do not fit, before any image is read."""
+    source = args.resume_from or getattr(args, "patch_model_state", None) or "model"
+    if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.outputs) != 1:
+        raise InputError(f"{source}: Expected a model of one image. Received inputs {_shapes(model.inputs)}")
+    if len(model.outputs[0].shape) != 2:
+        raise InputError(f"{source}: Expected a classifier. Received a model with outputs {_shapes(model.outputs)}")
     check_outputs(model, len(args.class_list), source)
-    height, width, channels = model.input_shape[1:]
-    if any(built not in (None, asked) for built, asked in zip((height, width), args.img_size, strict=True)):
+    size, channels = tuple(args.img_size), model.inputs[0].shape[-1]
+    if any(built not in (None, asked) for built, asked in zip(model.inputs[0].shape[1:3], size, strict=True)):
         raise InputError(
-            f"{source}: Expected a model for images of the size --img-size {args.img_size[0]} {args.img_size[1]}. "
-            f"Received one for {height} x {width}"
+            f"{source}: Expected a model for images of the size --img-size {size[0]} {size[1]}. "
+            f"Received one for {model.inputs[0].shape[1]} x {model.inputs[0].shape[2]}"
         )
     if channels not in (1, 3):
         raise InputError(f"{source}: Expected a model of 1 or 3 input channels. Received one of {channels}")
+    try:
+        keras.models.clone_model(
+            model, input_tensors=keras.Input((*size, channels)), clone_function=lambda layer: layer
+        )
+    except ValueError as error:
+        raise InputError(f"--img-size {size[0]} {size[1]}: too small for this network; use larger images") from error
+    if not args.auto_batch_balance:
+        class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
+    if args.best_model == args.final_model != "NOSAVE":
+        raise InputError(
+            f"--final-model: Expected another name than --best-model. Received {args.final_model} for both"
+        )
+    for option, name in (("--best-model", args.best_model), ("--final-model", args.final_model)):
+        if name == "NOSAVE":
+            continue
+        dm_checkpoint.check_model_name(name)
+        if name.endswith(".weights.h5"):
+            raise InputError(
+                f"{option} {name}: Expected a full model, .h5 or .keras. Received the ending of bare weights"
+            )
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(Path(name).parent, os.W_OK):
+            raise InputError(f"{option} {name}: the folder cannot be written to")
+
+
+def _shapes(tensors) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
 def _out_dir(args: argparse.Namespace) -> Path | None:
@@ -121,7 +154,7 @@ def finish(training: Training, best: BestModel, losses: list, accuracies: list, 
     """Save the final model, print the training summary, and score the test set with the best weights."""
     args, model = training.args, training.org_model
     if losses:
-        # The lowest loss may be NaN-free while others are not.
+        # A diverged epoch has a NaN loss; it must not win.
         epoch = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
         print("\n==== Training summary ====")
         print(f"Minimum val loss achieved at epoch: {epoch + 1}")
@@ -135,9 +168,13 @@ def finish(training: Training, best: BestModel, losses: list, accuracies: list, 
     y_true, y_pred, _, y_flips = predict(model, training.test_set, flips=flips, progress=True)
     predictions = {"single": y_pred} | ({"flips": y_flips} if flips else {})
     print(f"Test accuracy: {(y_true.argmax(1) == y_pred.argmax(1)).mean():.4f}")
-    print(f"AUROC on test set: {auc_line(auc_by_class(y_true, y_pred), args.class_list)}")
+    auc = auc_by_class(y_true, y_pred)
+    print(f"AUROC on test set: {auc_line(auc, args.class_list)}")
+    if np.isnan(auc).any():
+        print("test set: the AUC is undefined for classes that hold all samples or none", file=sys.stderr)
     if flips:
         print(f"AUROC on test set, mean of 4 flips: {auc_line(auc_by_class(y_true, y_flips), args.class_list)}")
     if training.out_dir is not None:
         write_test_results(training.out_dir, training.test_set.filenames, y_true, predictions, args.class_list)
         print(f"Results are in {training.out_dir}", flush=True)
+    _report_skipped(training=training.train_set, validation=training.val_set, test=training.test_set)

@@ -85,32 +85,39 @@ def build_model(args: argparse.Namespace):
         top_layer_nb = args.top_layer_nb
     elif args.patch_model_state is not None:
         patch_model = dm_keras_ext.robust_load_model(args.patch_model_state, trust_checkpoint=args.trust_checkpoint)
-        model, top_layer_nb = add_top_layers(
-            patch_model,
-            args.img_size,
-            patch_net=args.patch_net,
-            block_type=args.block_type,
-            depths=args.top_depths,
-            repetitions=args.top_repetitions,
-            nb_class=len(args.class_list),
-            bottleneck_enlarge_factor=args.bottleneck_enlarge_factor,
-            dropout=args.hidden_dropout,
-            weight_decay=args.weight_decay,
-            add_heatmap=args.add_heatmap,
-            avg_pool_size=args.avg_pool_size,
-            add_conv=args.add_conv,
-            add_shortcut=args.add_shortcut,
-            hm_strides=args.hm_strides,
-            hm_pool_size=args.hm_pool_size,
-            fc_init_units=args.fc_init_units,
-            fc_layers=args.fc_layers,
-        )
-        top_layer_nb = args.top_layer_nb or top_layer_nb
+        if len(patch_model.inputs) != 1 or len(patch_model.inputs[0].shape) != 4:
+            raise InputError(f"{args.patch_model_state}: Expected a patch classifier, a model of one image")
+        try:
+            model, top_layer_nb = add_top_layers(
+                patch_model,
+                args.img_size,
+                patch_net=args.patch_net,
+                block_type=args.block_type,
+                depths=args.top_depths,
+                repetitions=args.top_repetitions,
+                nb_class=len(args.class_list),
+                bottleneck_enlarge_factor=args.bottleneck_enlarge_factor,
+                dropout=args.hidden_dropout,
+                weight_decay=args.weight_decay,
+                add_heatmap=args.add_heatmap,
+                avg_pool_size=args.avg_pool_size,
+                add_conv=args.add_conv,
+                add_shortcut=args.add_shortcut,
+                hm_strides=args.hm_strides,
+                hm_pool_size=args.hm_pool_size,
+                fc_init_units=args.fc_init_units,
+                fc_layers=args.fc_layers,
+            )
+            top_layer_nb = args.top_layer_nb or top_layer_nb
+        except InputError as error:
+            raise InputError(f"{args.patch_model_state}: {error}") from error
     else:
         raise InputError(
             "Expected --patch-model-state FILE, to build on a patch classifier, or --resume-from FILE, to finetune a "
             "whole-image classifier. Received neither"
         )
+    if args.nb_epoch > 0:
+        dm_keras_ext.check_top_layer(model, top_layer_nb)
     return model, top_layer_nb
 
 

@@ -16,16 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
 
-_BUILDER_OPTIONS = (
-    "init_filter_size",
-    "init_conv_stride",
-    "pool_size",
-    "pool_stride",
-    "alpha",
-    "l1_ratio",
-    "inp_dropout",
-)
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,7 +75,7 @@ def run(**options) -> None:
     args = dm_args.complete(make_parser(), options)
     dm_args.start_backend()
     import dm_train
-    from dm_keras_ext import BestModel, do_3stage_training, get_dl_model
+    from dm_keras_ext import BUILDER_OPTIONS, BestModel, do_3stage_training, get_dl_model
 
     model, _, top_layer_nb = get_dl_model(
         args.net,
@@ -99,7 +89,7 @@ def run(**options) -> None:
         pretrained_weights=args.pretrained_weights,
         trust_checkpoint=args.trust_checkpoint,
         nb_init_filter=args.nb_init_filter,
-        **{name: getattr(args, name) for name in _BUILDER_OPTIONS},
+        **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
     training = dm_train.prepare(args, model, top_layer_nb)
     best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
@@ -126,6 +116,7 @@ def run(**options) -> None:
         neg_cls_weight=args.neg_cls_weight,
         weight_decay2=args.weight_decay2,
         hidden_dropout2=args.hidden_dropout2,
+        weight_decay=args.weight_decay,
         hidden_dropout=args.hidden_dropout,
         frozen_bn=args.frozen_bn,
         best_model=best,

@@ -39,6 +39,7 @@ class ResourceExhaustedError(Exception):
         (OSError(28, "No space left on device", "out.png"), 1, "tool: error: No space left on device: out.png"),
         (MemoryError(), 1, "--batch-size"),
         (ResourceExhaustedError("OOM when allocating"), 1, "--batch-size"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 1, "--batch-size"),  # JAX
         (KeyboardInterrupt(), 130, "tool: interrupted"),
     ],
 )

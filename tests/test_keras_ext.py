@@ -179,8 +179,12 @@ def test_patch_nets_have_the_published_parameters_and_top_layers(net, top, listi
 
 
 def test_missing_imagenet_weights_name_both_ways(monkeypatch):
-    def offline(*args, **kwargs):
-        raise Exception("URL fetch failure on ...: None -- no route")
+    build = keras.applications.VGG16
+
+    def offline(weights, **kwargs):
+        if weights == "imagenet":
+            raise Exception("URL fetch failure on ...: None -- no route")
+        return build(weights=weights, **kwargs)
 
     monkeypatch.setattr(keras.applications, "VGG16", offline)
     with pytest.raises(InputError, match=r"(?s)--pretrained-weights FILE.*--no-use-pretrained"):
@@ -201,6 +205,11 @@ def test_resuming_checks_the_class_count(tmp_path):
     dm_checkpoint.save_model(Yaroslav(classes=5, nb_init_filter=1), path)
     with pytest.raises(InputError, match=r"net\.keras.*3 classes.*5"):
         get_dl_model("yaroslav", nb_class=3, resume_from=path)
+
+
+def test_options_of_other_networks_are_not_swallowed():
+    with pytest.raises(TypeError, match="hidden_droput"):
+        get_dl_model("vgg16", use_pretrained=False, hidden_droput=0.5)
 
 
 def test_unknown_net_is_named():

@@ -218,7 +218,13 @@ FAULTS = {
     "image cut short": (truncate_image, [], r"3\.png"),
     "image cut short, in memory": (truncate_image, ["--load-train-ram"], r"3\.png"),
     "training folder missing": (lambda data: (data / "train").rename(data / "t"), [], r"train"),
-    "class weights of four classes": (lambda data: None, ["--pos-cls-weight", "2", "--net", "nothing"], r"nothing"),
+    "unknown net": (lambda data: None, ["--net", "nothing"], r"dm_resnet_14.*nothing"),
+    "images too small": (lambda data: None, ["--img-size", "32", "32"], r"--img-size 32 32"),
+    "format of the best model": (lambda data: None, ["--best-model", "best.pt"], r"best\.pt.*\.keras"),
+    "bare weights as the best model": (lambda data: None, ["--best-model", "a.weights.h5"], r"a\.weights\.h5"),
+    "one name for two models": (lambda data: None, ["--final-model", "{best}"], r"--final-model"),
+    "best model in a file": (lambda data: (data / "out").write_text(""), [], r"out"),
+    "class twice": (lambda data: None, ["--class-list", "neg", "neg", "--es-patience", "1"], r"neg"),
 }
 
 
@@ -226,6 +232,7 @@ FAULTS = {
 def test_data_faults_are_named_in_one_line(fault, data, capfd):
     spoil, options, pattern = FAULTS[fault]
     spoil(data)
+    options = [option.format(best=data / "out" / "best.h5") for option in options]
     assert train_patches(data, "--nb-epoch", "1", *options) == 1
     errors = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1
@@ -245,7 +252,7 @@ def test_skipping_an_unreadable_image_goes_on_and_lists_it(data, capfd):
 MODEL_FAULTS = {
     "no model": ([], r"--patch-model-state.*--resume-from"),
     "no such file": (["--resume-from", "absent.h5"], r"absent\.h5"),
-    "another class count": (["--resume-from", "{patch}"], r"patch\.h5.*2 classes.*5"),
+    "another class count": (["--resume-from", "{patch}", "--nb-epoch", "0"], r"patch\.h5.*2 classes.*5"),
     "not a model": (["--resume-from", "{text}"], r"text\.h5"),
     "no weights of this kind": (["--patch-model-state", "{text}"], r"text\.h5"),
 }
@@ -259,6 +266,68 @@ def test_model_faults_are_named_in_one_line(fault, data, patch_model, capfd):
     assert train_images(data, *options) == 1
     error = capfd.readouterr().err.splitlines()[-1]
     assert re.search(pattern, error)
+
+
+def save_net(path, inputs, outputs):
+    dm_checkpoint.save_model(keras.Model(inputs, outputs), path)
+    return str(path)
+
+
+def test_networks_of_another_kind_are_refused(data, capfd):
+    """Vectors, two images, maps instead of classes: each named before any image is read."""
+    layers = keras.layers
+    vector, image, other = layers.Input((5,)), layers.Input((SIZE, SIZE, 1)), layers.Input((SIZE, SIZE, 1))
+    pooled = layers.GlobalAveragePooling2D()
+    nets = {
+        "vector.keras": (vector, layers.Dense(2)(vector)),
+        "views.keras": ([image, other], layers.Dense(2)(layers.Add()([pooled(image), pooled(other)]))),
+        "map.keras": (image, layers.Conv2D(2, 1)(image)),
+    }
+    for name, (inputs, outputs) in nets.items():
+        model = save_net(data / name, inputs, outputs)
+        for option in ("--resume-from", "--patch-model-state"):
+            assert train_images(data, option, model, "--nb-epoch", "0") == 1
+            assert name in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_class_weights_need_two_or_three_classes(tmp_path, capfd):
+    for part in ("train", "val", "test"):
+        write_images(tmp_path / part, "abcd", 1, 0)
+    assert train_patches(tmp_path, "--class-list", *"abcd", "--pos-cls-weight", "2") == 1
+    assert "--auto-batch-balance" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("top_layer_nb", [[], ["--top-layer-nb", "99"]])
+def test_the_first_layer_to_train_is_checked_before_the_images(data, top_layer_nb, capfd):
+    dm_checkpoint.save_model(Yaroslav(classes=2, nb_init_filter=1), data / "net.keras")
+    assert train_images(data / "absent", "--resume-from", str(data / "net.keras"), *top_layer_nb) == 1
+    assert "--top-layer-nb" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_networks_without_imagenet_weights_train_all_layers(data, capsys):
+    assert train_patches(data, "--net", "dm_resnet_14", "--use-pretrained", "--nb-epoch", "1") == 0
+    assert "dm_resnet_14 has no ImageNet weights" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_diverged_training_is_scored_with_its_best_model(data, patch_model, monkeypatch, capfd):
+    """Predictions turn NaN after the first epoch: said by epoch, and the first epoch's model is scored."""
+    score, epochs = DMAucModelCheckpoint.calc_test_auc, []
+
+    def diverging(test_set, model, *args, **kwargs):
+        epochs.append(model)
+        if len(epochs) > 1:
+            model.set_weights([np.full_like(w, np.nan) for w in model.get_weights()])
+        return score(test_set, model, *args, **kwargs)
+
+    monkeypatch.setattr(DMAucModelCheckpoint, "calc_test_auc", staticmethod(diverging))
+    options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    small = ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1", "--es-patience", "0"]
+    assert train_images(data, *options, *small, "--nb-epoch", "3", "--all-layer-epochs", "3") == 0
+    captured = capfd.readouterr()
+    assert "epoch 2" in captured.err and "--init-learningrate" in captured.err
+    assert re.search(r"AUROC on test set: neg: \d", captured.out)
 
 
 def test_a_model_for_another_image_size_is_refused(data, capfd):
