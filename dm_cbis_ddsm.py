@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_files import InputError
+from dm_files import InputError, write_img
 
 # Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
 COLUMNS = {
@@ -487,12 +487,12 @@ def prepare_image(item, download, out, whole: dict):
     """
     import numpy as np
 
-    from dm_dataset import Prepared, make_whole, to_uint16, write_png
+    from dm_dataset import Prepared, make_whole, to_uint16
 
     plan, result = item.plan, Prepared(item.name)
 
     def write(path, pixels):
-        write_png(Path(out, path), pixels)
+        write_img(Path(out, path), pixels)
         result.outputs.append(path)
 
     try:

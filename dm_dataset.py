@@ -151,14 +151,6 @@ def make_whole(
     return np.pad(small, ((0, height - rows), (left, width - columns - left)))
 
 
-def write_png(path, img: np.ndarray) -> None:
-    """Save an 8- or 16-bit image (H, W) as a greyscale PNG, whole or not at all."""
-    import cv2
-
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", img)[1])
-
-
 # ------------------------------------------------------------------------------------------------- text files
 
 

@@ -1,4 +1,7 @@
-"""Bad input and whole outputs: the one error type users see, and files that appear only when complete."""
+"""Bad input and whole outputs: the one error type users see, and files that appear only when complete.
+
+Only the standard library is imported at the start, since every command line imports this.
+"""
 
 import os
 import tempfile
@@ -19,25 +22,66 @@ class InputError(ValueError):
     """
 
 
+def env_int(name: str, default: int, minimum: int | None = None) -> int:
+    """Value of an environment variable such as `NUM_CPU_CORES`; InputError if it is no whole number or too low."""
+    text = os.environ.get(name, "")
+    try:
+        value = int(text) if text else default
+    except ValueError:
+        raise InputError(f"environment variable {name}: Expected a whole number. Received {text!r}") from None
+    if minimum is not None and value < minimum:
+        raise InputError(f"environment variable {name}: Expected at least {minimum}. Received {text}")
+    return value
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed to `path` when the block ends without error.
 
     The temporary name keeps the suffix of `path`, since writers choose their format by it. A reader of `path`
     sees the old file or the new one, never a part. On error the old file stays and the temporary one is
-    removed; only a killed process leaves it (`remove_partial`). Missing parent folders are created.
+    removed; only a killed process leaves it (`remove_partial`). Missing parent folders are created. An OSError
+    that names no file (a full disk), or the temporary one, gets `path` as its `filename`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem[:40]}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        yield temporary
-        _copy_permissions(temporary, path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem[:40]}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _copy_permissions(temporary, path)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        ours = error.filename is None or Path(str(error.filename)).name.startswith(_PARTIAL)
+        if ours and error.errno is not None:  # without a number there is a text, which a file name would hide
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_img(path: str | os.PathLike, img) -> None:
+    """Write an image (H, W[, 1]), or (H, W, 3) in OpenCV order, as PNG or (8-bit only) JPEG, by the name's ending.
+
+    Raises InputError for another ending or an array that is no such image, OSError when the file cannot be written.
+    Both name the file, which is written whole or not at all.
+    """
+    import cv2
+
+    suffix = Path(path).suffix.lower()
+    fits = img.ndim >= 2 and img.shape[2:] in ((), (1,), (3,))
+    pixel_types = {".png": ("uint8", "uint16"), ".jpg": ("uint8",), ".jpeg": ("uint8",)}
+    if suffix not in pixel_types:
+        raise InputError(f"{path}: Expected the name of a picture, ending in {', '.join(pixel_types)}")
+    if img.dtype.name not in pixel_types[suffix] or not fits or img.size == 0:
+        types = " or ".join(pixel_types[suffix])
+        raise InputError(f"{path}: Expected an image of {types}. Received {img.dtype} of shape {img.shape}")
+    # Encoded in memory: OpenCV's own writing does not say why it failed, and libpng complains by itself.
+    encoded = cv2.imencode(suffix, img)[1]
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(encoded)
 
 
 def remove_partial(folder: str | os.PathLike) -> None:

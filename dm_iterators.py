@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dm_image
-from dm_files import InputError, atomic_write
+from dm_files import InputError, env_int, write_img
 from dm_preprocess import DMImagePreprocessor
 from dm_region import detect_blobs
 
@@ -208,7 +208,7 @@ class DMIterator(keras.utils.PyDataset):
 
 
 def _default_workers(workers):
-    return int(os.environ.get("NUM_CPU_CORES", 4)) if workers is None else workers
+    return env_int("NUM_CPU_CORES", 4, minimum=1) if workers is None else workers
 
 
 def batch_weights(classes: np.ndarray) -> np.ndarray:
@@ -253,8 +253,7 @@ class _SampleIterator(DMIterator):
         x = x - x.min()
         again = f"_{occurrence}" if occurrence else ""
         name = f"{self.save_prefix}_{self._epoch}_{index}{again}.{self.save_format}"
-        with atomic_write(Path(self.save_to_dir, name)) as path:
-            cv2.imwrite(str(path), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
+        write_img(Path(self.save_to_dir, name), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
 
 
 class ArrayIterator(_SampleIterator):

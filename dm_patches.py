@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_files import InputError, atomic_write, remove_partial
+from dm_files import InputError, atomic_write, remove_partial, write_img
 from dm_parallel import run_parallel
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
@@ -274,15 +274,12 @@ def check_mask_fits(mask_size, image_size) -> None:
 
 def write_patch(path, padded, patch, patch_size: int) -> None:
     """Save a patch of the padded image as 16-bit greyscale PNG with the same pixel values."""
-    import cv2
     import numpy as np
 
     from dm_region import cut_patch
 
     pixels = np.clip(np.rint(cut_patch(padded, patch.x, patch.y, patch_size)), 0, 65535).astype("uint16")
-    encoded = cv2.imencode(".png", pixels)[1]
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(encoded)
+    write_img(path, pixels)
 
 
 # -------------------------------------------------------------------------------------------------- all images

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError
+from dm_files import InputError, write_img
 
 # Codes of SNOMED (old and new style) in the View Code Sequence.
 VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
@@ -135,7 +135,7 @@ def describe(name, dataset, voi_lut) -> dict:
 
 def convert(item, out):
     """Write the PNG file of one item; see `dm_dataset.prepare`."""
-    from dm_dataset import Prepared, write_png
+    from dm_dataset import Prepared
 
     path = f"images/{item.name}"
     result = Prepared(item.name)
@@ -144,7 +144,7 @@ def convert(item, out):
     except InputError as error:
         result.faults.append(str(error))
         return result
-    write_png(Path(out, path), img)
+    write_img(Path(out, path), img)
     result.outputs.append(path)
     result.facts = describe(path, dataset, item.settings["voi_lut"])
     return result

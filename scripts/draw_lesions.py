@@ -13,13 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import atomic_write
+from dm_files import InputError, write_img
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="mammogram, any format that the trainers read")
-    parser.add_argument("out", help="PNG to write")
+    parser.add_argument("out", help="picture to write, PNG or JPEG by its ending")
     parser.add_argument("masks", nargs="+", help="lesion masks, above zero inside the lesion")
     parser.add_argument("--height", type=dm_args.positive_int, help="height of the picture; default: that of the image")
     return parser
@@ -31,19 +31,23 @@ def run(**options) -> None:
     import cv2
     import numpy as np
 
-    from dm_image import read_img, read_resize_img
+    from dm_image import check_grey, read_img, read_resize_img
     from dm_preprocess import DMImagePreprocessor
 
     img = read_resize_img(args.image, target_height=args.height) if args.height else read_img(args.image)
-    breast, _ = DMImagePreprocessor.segment_breast(img)
+    check_grey(args.image, img)
+    try:
+        breast, _ = DMImagePreprocessor.segment_breast(img)
+    except InputError as error:
+        raise InputError(f"{args.image}: {error}") from error
     grey = np.clip(img * (255 / max(breast.max(), 1)), 0, 255).astype(np.uint8)
     picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
     for mask in args.masks:
-        inside = (read_resize_img(mask, target_size=img.shape) > 0).astype(np.uint8)
+        inside = (check_grey(mask, read_img(mask)) > 0).astype(np.uint8)
+        inside = cv2.resize(inside, img.shape[::-1], interpolation=cv2.INTER_NEAREST)
         contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, contours, -1, (0, 215, 255), max(1, img.shape[0] // 400))
-    with atomic_write(args.out) as temporary:
-        cv2.imwrite(str(temporary), picture)
+    write_img(args.out, picture)
 
 
 def main(argv=None) -> int:

@@ -25,7 +25,7 @@ import cv2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 
 from dm_args import add_parallel_options, complete, fraction, natural_float, natural_int, positive_int, run_main
-from dm_files import InputError, atomic_write
+from dm_files import InputError, atomic_write, write_img
 from dm_parallel import run_parallel
 from dm_phantom import check_output, draw_patients, draw_view
 from dm_phantom_cbis import TREES, make_download
@@ -75,19 +75,14 @@ def make_patient(patient, out, folders, views, seed, height, width, contrast, im
         img, masks = draw_view(patient, view, seed, height, width, contrast)
         name = f"{patient.name}_{patient.side}_{view}"
         full_img = out / "full_img" / f"{name}.png"
-        _write_png(full_img, img)
+        write_img(full_img, img)
         for number, ((kind, _), mask) in enumerate(zip(patient.findings, masks, strict=True), start=1):
-            _write_png(out / "roi_mask" / f"{kind.capitalize()}-Training_{name}_{number}.png", mask)
+            write_img(out / "roi_mask" / f"{kind.capitalize()}-Training_{name}_{number}.png", mask)
         whole = out / folders[patient.name] / ("pos" if patient.malignant else "neg") / f"{name}.png"
         if img_size:
-            _write_png(whole, cv2.resize(img, (img_size[1], img_size[0]), interpolation=cv2.INTER_AREA))
+            write_img(whole, cv2.resize(img, (img_size[1], img_size[0]), interpolation=cv2.INTER_AREA))
         else:
             _link(full_img, whole)
-
-
-def _write_png(path, img):
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", img)[1].tobytes())
 
 
 def _write_text(path, text):

@@ -4,10 +4,12 @@ import argparse
 import os
 import stat
 
+import cv2
+import numpy as np
 import pytest
 
-from dm_args import add_flag, add_optional, complete, env_int, run_main
-from dm_files import InputError, atomic_write, remove_partial
+from dm_args import add_flag, add_optional, complete, run_main
+from dm_files import InputError, atomic_write, env_int, remove_partial, write_img
 
 
 def parser():
@@ -72,6 +74,9 @@ def test_environment_variables_are_whole_numbers(monkeypatch):
         env_int("RANDOM_SEED", 1)
     monkeypatch.delenv("RANDOM_SEED")
     assert env_int("RANDOM_SEED", 1) == 1
+    monkeypatch.setenv("NUM_CPU_CORES", "0")
+    with pytest.raises(InputError, match=r"NUM_CPU_CORES.*at least 1.*0"):
+        env_int("NUM_CPU_CORES", 4, minimum=1)
 
 
 def test_a_written_file_replaces_the_old_one_and_keeps_its_mode(tmp_path):
@@ -96,6 +101,54 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise ZeroDivisionError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("given", [None, "temporary", "other.txt"])
+def test_a_full_disk_names_the_output(tmp_path, given, capsys):
+    def run(source, **options):
+        with atomic_write(source) as temporary:
+            raise OSError(28, "No space left on device", str(temporary) if given == "temporary" else given)
+
+    path = tmp_path / "a.txt"
+    assert run_main(parser(), run, [str(path)]) == 1
+    expected = given if given == "other.txt" else path
+    assert capsys.readouterr().err == f"tool: error: No space left on device: {expected}\n"
+
+
+def test_outputs_that_cannot_be_made_are_named(tmp_path):
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(IsADirectoryError) as caught, atomic_write(tmp_path / "folder.txt"):
+        pass
+    assert caught.value.filename == str(tmp_path / "folder.txt")
+    assert caught.value.filename2 is None
+    with pytest.raises(OSError, match="no number"), atomic_write(tmp_path / "a.txt"):
+        raise OSError("no number, so the text is all there is")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.txt"]
+
+
+def test_pictures_are_read_as_written(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, shape, dtype in (("a.png", (9, 7), "uint8"), ("b.PNG", (9, 7), "uint16"), ("c.png", (9, 7, 3), "uint8")):
+        img = rng.integers(0, np.iinfo(dtype).max, shape, dtype)
+        write_img(tmp_path / name, img)
+        stored = cv2.imread(str(tmp_path / name), cv2.IMREAD_UNCHANGED)
+        assert stored.dtype == dtype
+        np.testing.assert_array_equal(stored, img)
+    smooth = np.add.outer(np.arange(40), np.arange(30)).astype(np.uint8)
+    write_img(tmp_path / "d.jpg", smooth)
+    assert (tmp_path / "d.jpg").read_bytes().startswith(b"\xff\xd8\xff")
+    np.testing.assert_allclose(cv2.imread(str(tmp_path / "d.jpg"), cv2.IMREAD_UNCHANGED), smooth, atol=3)
+
+
+@pytest.mark.parametrize(
+    "name, shape, dtype",
+    [("a", (4, 4), "uint8"), ("a.dcm", (4, 4), "uint8"), ("a.jpg", (4, 4), "uint16"), ("a.png", (4, 4), "float32"),
+     ("a.png", (4, 0), "uint8"), ("a.png", (4, 4, 2), "uint8"), ("a.png", (4,), "uint8")],
+)  # fmt: skip
+def test_what_is_no_picture_is_not_written(tmp_path, name, shape, dtype):
+    with pytest.raises(InputError, match=rf"{name}: Expected"):
+        write_img(tmp_path / name, np.zeros(shape, dtype))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_left_can_be_removed(tmp_path):

@@ -21,9 +21,8 @@ from dm_dataset import (
     split_by_patient,
     split_in_three,
     to_uint16,
-    write_png,
 )
-from dm_files import InputError
+from dm_files import InputError, write_img
 from dm_image import read_img, read_resize_img
 
 # ------------------------------------------------------------------------------------------- splits by patient
@@ -123,7 +122,7 @@ def test_auto_levels_reach_both_ends_and_are_linear():
 
 def test_stretch_is_what_the_trainer_makes_of_the_full_image(tmp_path):
     img = make_breast()
-    write_png(tmp_path / "full.png", img)
+    write_img(tmp_path / "full.png", img)
     assert read_img(tmp_path / "full.png").dtype == np.uint16
     by_trainer = read_resize_img(tmp_path / "full.png", target_size=(24, 20))
     np.testing.assert_array_equal(make_whole(img, (24, 20)), by_trainer)
@@ -304,7 +303,7 @@ def test_folder_of_others_is_refused(run, tmp_path):
 def test_png_keeps_pixels_and_type(tmp_path):
     for dtype in (np.uint8, np.uint16):
         img = np.random.RandomState(0).randint(0, np.iinfo(dtype).max, (9, 7)).astype(dtype)
-        write_png(tmp_path / "image.png", img)
+        write_img(tmp_path / "image.png", img)
         stored = cv2.imread(str(tmp_path / "image.png"), cv2.IMREAD_UNCHANGED)
         assert stored.dtype == dtype
         np.testing.assert_array_equal(stored, img)

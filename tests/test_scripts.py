@@ -1,4 +1,4 @@
-"""The small scripts: DICOM files to PNG, and the pixel mean, by closed forms and on every bad input."""
+"""The small scripts: DICOM files to PNG, the pixel mean, lesions drawn; by closed forms and on every bad input."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from dm_files import InputError
 from dm_image import read_img
-from scripts import dicom_to_png, pixel_mean
+from scripts import dicom_to_png, draw_lesions, pixel_mean
 
 pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
@@ -334,3 +334,49 @@ def test_usage_errors_end_with_status_2(tmp_path):
         with pytest.raises(SystemExit) as caught:
             main([str(tmp_path), *options])
         assert caught.value.code == 2
+
+
+# ----------------------------------------------------------------------------------------------- draw_lesions
+
+
+@pytest.fixture
+def mammogram(tmp_path):
+    """A bright breast on black, 16-bit, and the mask of a square lesion at half the size."""
+    img, mask = np.zeros((80, 60), np.uint16), np.zeros((40, 30), np.uint8)
+    img[8:72, :40] = 30_000
+    mask[10:20, 5:15] = 255
+    return write_png(tmp_path / "img.png", img), write_png(tmp_path / "mask.png", mask)
+
+
+def test_lesions_are_outlined_on_the_grey_picture(mammogram, tmp_path):
+    img, mask = mammogram
+    out = tmp_path / "new folder" / "out.png"
+    assert draw_lesions.main([str(img), str(out), str(mask)]) == 0
+    picture = cv2.imread(str(out))
+    assert picture.shape == (80, 60, 3)
+    drawn = (picture == (0, 215, 255)).all(axis=2)
+    rows, columns = np.nonzero(drawn)
+    np.testing.assert_allclose([rows.min(), rows.max(), columns.min(), columns.max()], [20, 39, 10, 29], atol=2)
+    assert not drawn[25:35, 15:25].any()
+    grey = np.where(read_img(img) > 0, 255, 0)[..., None]
+    np.testing.assert_array_equal(picture[~drawn], np.broadcast_to(grey, picture.shape)[~drawn])
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [("colour image", "bad.png"), ("colour mask", "bad.png"), ("black image", "bad.png"), ("no mask", "none.png"),
+     ("no ending", "out"), ("folder is a file", "mask.png"), ("out is a folder", "folder.png")],
+)  # fmt: skip
+def test_lesions_that_cannot_be_drawn_are_one_line(mammogram, tmp_path, capfd, fault, named):
+    img, mask = mammogram
+    bad = write_png(tmp_path / "bad.png", np.full((80, 60, 3) if "colour" in fault else (80, 60), 0, np.uint8))
+    (tmp_path / "folder.png").mkdir()
+    out = {"no ending": "out", "folder is a file": "mask.png/out.png", "out is a folder": "folder.png"}
+    image = bad if fault.endswith(" image") else img
+    lesion = {"colour mask": bad, "no mask": tmp_path / "none.png"}.get(fault, mask)
+    before = sorted(tmp_path.iterdir())
+    assert draw_lesions.main([str(image), str(tmp_path / out.get(fault, "out.png")), str(lesion)]) == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / named) in error
+    assert sorted(tmp_path.iterdir()) == before
