@@ -21,6 +21,16 @@ def block(language, containing):
     return next(b for b in blocks if containing in b)
 
 
+def test_the_inbreast_recipe_is_the_published_command():
+    def options(text):
+        return re.findall(r"^    (--\S+(?: [^$\"\\\n]*[^$\"\\\s])?)", text, flags=re.MULTILINE)
+
+    recipe = options((ROOT / "inbreast" / "finetune.sh").read_text())
+    published = options(block("shell", "RESUME_FROM"))
+    assert len(published) == 27
+    assert [o for o in recipe if "NOSAVE" not in o] == [o for o in published if o != "--final-model"]
+
+
 @pytest.mark.slow
 def test_finetuning_and_scoring_as_written(golden, real_mammograms, tmp_path):
     """The whole path at full size, on one image a class and set; nothing is claimed about the figures."""
