@@ -606,17 +606,17 @@ class DMImageDataGenerator:
 
     # -- iterators: `keras.utils.PyDataset`s, see dm_iterators
 
-    def flow(self, X, y=None, **kwargs):
+    def flow(self, X, y=None, batch_size=32, **kwargs):
         """Iterate over arrays; see `dm_iterators.ArrayIterator`."""
         from dm_iterators import ArrayIterator
 
-        return ArrayIterator(self, X, y, **kwargs)
+        return ArrayIterator(self, X, y, batch_size, **kwargs)
 
-    def flow_from_directory(self, directory, **kwargs):
+    def flow_from_directory(self, directory, target_size=(256, 256), **kwargs):
         """Iterate over image files in one folder a class; see `dm_iterators.DirectoryIterator`."""
         from dm_iterators import DirectoryIterator
 
-        return DirectoryIterator(self, directory, **kwargs)
+        return DirectoryIterator(self, directory, target_size, **kwargs)
 
     def flow_from_img_list(self, img_list, lab_list=None, **kwargs):
         """Iterate over a list of image files; see `dm_iterators.ImageListIterator`."""

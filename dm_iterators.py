@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import keras
 import numpy as np
-from tqdm import tqdm
 
 import dm_image
 from dm_files import InputError, env_int, write_img
+from dm_parallel import run_parallel
 from dm_preprocess import DMImagePreprocessor
 from dm_region import detect_blobs
 
@@ -211,6 +211,15 @@ def _default_workers(workers):
     return env_int("NUM_CPU_CORES", 4, minimum=1) if workers is None else workers
 
 
+def _check_one_size(names, images):
+    for name, x in zip(names, images, strict=True):
+        if x.shape != images[0].shape:
+            raise InputError(
+                f"{name}: images of a batch differ in size. Expected {images[0].shape}. "
+                f"Received {x.shape}; set target_size."
+            )
+
+
 def batch_weights(classes: np.ndarray) -> np.ndarray:
     """float32 (n,): 1 / (frequency of each sample's class among `classes`) (golden)."""
     _, position, count = np.unique(classes, return_inverse=True, return_counts=True)
@@ -226,15 +235,9 @@ class _SampleIterator(DMIterator):
 
     def _make_batch(self, index, rng):
         images = self._map(self.load, index)
-        shape = images[0].shape
-        for i, x in zip(index, images, strict=True):
-            if x.shape != shape:
-                raise InputError(
-                    f"{self._name(i)}: images of a batch differ in size. Expected {shape}. "
-                    f"Received {x.shape}; set target_size."
-                )
+        _check_one_size([self._name(i) for i in index], images)
         occurrences = [int((index[:k] == i).sum()) for k, i in enumerate(index)]
-        batch = dm_image.empty_aligned((len(index), *shape))
+        batch = dm_image.empty_aligned((len(index), *images[0].shape))
         self._map(self._augment, images, index, occurrences, batch)
         if self.save_to_dir:
             self._map(self._save, batch, index, occurrences)
@@ -263,7 +266,7 @@ class ArrayIterator(_SampleIterator):
     and save_to_dir, save_prefix, save_format.
     """
 
-    def __init__(self, generator, X, y=None, *, auto_batch_balance=True, **kwargs):
+    def __init__(self, generator, X, y=None, batch_size=32, *, auto_batch_balance=True, **kwargs):
         self.x = np.asarray(X)
         if self.x.ndim != 4:
             raise InputError(f"flow: Expected images of shape (N, H, W, C). Received {self.x.shape}.")
@@ -277,6 +280,7 @@ class ArrayIterator(_SampleIterator):
             classes,
             None if y is None else int(classes.max()) + 1,
             class_mode="sparse",
+            batch_size=batch_size,
             auto_batch_balance=auto_batch_balance,
             **kwargs,
         )
@@ -300,6 +304,8 @@ class _FileIterator(_SampleIterator):
             `workers` threads. Batches are the same as from disk.
         on_error: "stop": an unreadable image raises InputError when it is read. "skip": all are read now, and
             those that cannot be are left out and listed, as messages, in `.skipped`.
+        allow_constant: whether an image whose pixels are all equal is readable. A patch may well be so; a whole
+            mammogram is broken.
     """
 
     def __init__(
@@ -319,6 +325,7 @@ class _FileIterator(_SampleIterator):
         dup_3_channels=False,
         load_to_ram=False,
         on_error="stop",
+        allow_constant=True,
         workers=None,
         **kwargs,
     ):
@@ -329,6 +336,7 @@ class _FileIterator(_SampleIterator):
         self._read_args = {"target_size": target_size, "target_height": target_height, "gs_255": gs_255}
         self._scale_args = {"target_scale": target_scale, "rescale_factor": rescale_factor}
         self._input_args = (equalize_hist, generator.data_format, dup_3_channels)
+        self._allow_constant = allow_constant
         self._paths, self.filenames = list(paths), list(names)
         self.skipped, self._ram = [], None
         if load_to_ram or on_error == "skip":
@@ -340,7 +348,10 @@ class _FileIterator(_SampleIterator):
 
     def _read(self, index):
         path = self._paths[index]
-        return dm_image.check_grey(path, dm_image.read_resized(path, **self._read_args))
+        img = dm_image.check_grey(path, dm_image.read_resized(path, **self._read_args))
+        if not self._allow_constant and img.min() == img.max():
+            raise InputError(f"{path}: constant image: all pixels are {img[0, 0]}.")
+        return img
 
     def load(self, index):
         img = self._read(index) if self._ram is None else self._ram[index]
@@ -353,17 +364,16 @@ class _FileIterator(_SampleIterator):
 
     def _read_all(self, load_to_ram, on_error, workers):
         """Read every file with `workers` threads; list the indices of good ones, and keep their images if asked."""
-        n = len(self._paths)
         if load_to_ram:
-            first = next((img for img in map(self._read_or_error, range(n)) if not isinstance(img, InputError)), None)
-            self._ram = None if first is None else np.empty((n, *first.shape), first.dtype)
+            workers = self._make_ram(workers)
 
         def read(index):
-            img = self._read_or_error(index)
-            if isinstance(img, InputError):
+            try:
+                img = self._read(index)
+            except InputError as error:
                 if on_error == "stop":
-                    raise img
-                return img
+                    raise
+                return str(error)
             if self._ram is not None:
                 if img.dtype != self._ram.dtype:
                     raise InputError(
@@ -373,13 +383,8 @@ class _FileIterator(_SampleIterator):
                 self._ram[index] = img  # right here: images waiting for their place would add to the peak
             return None
 
-        pool = ThreadPoolExecutor(workers)
-        try:
-            results = tqdm(pool.map(read, range(n)), total=n, desc="read images", unit="image", leave=False)
-            errors = list(results)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        self.skipped = [str(error) for error in errors if error]
+        errors = list(run_parallel(read, range(len(self._paths)), workers, "threading", "read images"))
+        self.skipped = [error for error in errors if error]
         good = [index for index, error in enumerate(errors) if not error]
         if self._ram is not None and self.skipped:
             for place, index in enumerate(good):
@@ -387,11 +392,19 @@ class _FileIterator(_SampleIterator):
             self._ram = self._ram[: len(good)]
         return good
 
-    def _read_or_error(self, index):
-        try:
-            return self._read(index)
-        except InputError as error:
-            return error
+    def _make_ram(self, workers):
+        """Allocate the array for all images; return how many threads can read them without adding much to it."""
+        for path in self._paths:
+            try:
+                source = dm_image.check_grey(path, dm_image.read_img(path, self._read_args["gs_255"]))
+            except InputError:
+                continue
+            self._ram = np.empty((len(self._paths), *map(int, self._read_args["target_size"])), source.dtype)
+            # A reader holds the file's bytes and the decoded image, then that and the resized one. Files differ in
+            # size, so this is well below the tenth that the peak may be above what is kept.
+            reading = source.nbytes + max(os.path.getsize(path), self._ram[0].nbytes)
+            return min(workers, max(1, self._ram.nbytes // 16 // reading))
+        return workers
 
 
 class ImageListIterator(_FileIterator):
@@ -455,10 +468,21 @@ class DirectoryIterator(_FileIterator):
         follow_links: also descend into linked folders.
         Others: see `_FileIterator`, `_SampleIterator` and `DMIterator`.
 
-    `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers.
+    `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers; `.empty_classes` lists the
+    class folders without images.
     """
 
-    def __init__(self, generator, directory, *, classes=None, allow_empty=False, follow_links=False, **kwargs):
+    def __init__(
+        self,
+        generator,
+        directory,
+        target_size=(256, 256),
+        *,
+        classes=None,
+        allow_empty=False,
+        follow_links=False,
+        **kwargs,
+    ):
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such folder. Expected a folder with one sub-folder a class.")
@@ -466,19 +490,30 @@ class DirectoryIterator(_FileIterator):
             classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
         if not classes:
             raise InputError(f"{directory}: Expected one sub-folder a class. Received none.")
+        if len(set(classes)) < len(classes):
+            raise InputError(f"class folders (classes): Expected each name once. Received {' '.join(classes)}.")
         self.directory = directory
         self.class_indices = {name: number for number, name in enumerate(classes)}
+        self.empty_classes = []
         names, labels = [], []
         for name, number in self.class_indices.items():
             found = _find_images(directory, name, follow_links)
-            if not found and not allow_empty:
-                raise InputError(f"{directory / name}: {_NO_IMAGES}")
+            if not found:
+                self.empty_classes.append(str(directory / name))
+                if not allow_empty:
+                    raise InputError(f"{directory / name}: {_NO_IMAGES}")
             names += found
             labels += [number] * len(found)
         if not names:
             raise InputError(f"{directory}: {_NO_IMAGES}")
         super().__init__(
-            generator, [directory / name for name in names], names, labels, len(self.class_indices), **kwargs
+            generator,
+            [directory / name for name in names],
+            names,
+            labels,
+            len(self.class_indices),
+            target_size=target_size,
+            **kwargs,
         )
 
 
@@ -507,9 +542,9 @@ class ExamIterator(DMIterator):
         all_neg_skip, balance_classes: as in `DMIterator`, an exam counting as positive unless both breasts are known
             to be negative (golden).
 
-    A view without an image is black. Batches are ([cc, mlo], y), float32 (2 * exams, H, W, C) each, or [cc, mlo]
-    with class_mode None. In prediction mode: (subj, exam, cc, mlo[, y]), where cc and mlo hold a list of images a
-    breast.
+    A view without an image is black, of target_size. Batches are ((cc, mlo), y), float32 (2 * exams, H, W, C) each,
+    as a model of two inputs takes them, or [cc, mlo] with class_mode None. In prediction mode: (subj, exam, cc,
+    mlo[, y]), where cc and mlo hold a list of images a breast.
     """
 
     def __init__(
@@ -533,6 +568,8 @@ class ExamIterator(DMIterator):
         **kwargs,
     ):
         self.exams = [_exam_as_dict(exam) for exam in exam_list]
+        if target_size is None:
+            self._check_no_view_is_missing()
         self.prediction_mode, self.validation_mode = prediction_mode, validation_mode
         self._pred_args = {
             "target_size": target_size,
@@ -576,7 +613,11 @@ class ExamIterator(DMIterator):
                     images.append(tensors if self.prediction_mode else tensors[0])
         classes = self.cancer[index].ravel()
         if not self.prediction_mode:
-            return self._with_labels([np.stack(images) for images in views.values()], classes)
+            for view, images in views.items():
+                _check_one_size([f"{self._exam_name(i)}, {side} {view}" for i in index for side in "LR"], images)
+            cc_mlo = [np.stack(images) for images in views.values()]
+            # Keras takes a tuple for the inputs of a model, a list for one tensor; but (cc, mlo) alone for (x, y).
+            return self._with_labels(cc_mlo if self.class_mode is None else tuple(cc_mlo), classes)
         batch = self._with_labels(None, classes)
         y = () if batch is None else batch[1:]
         return ([self.exams[i]["subj"] for i in index], [self.exams[i]["exam"] for i in index], *views.values(), *y)
@@ -587,6 +628,19 @@ class ExamIterator(DMIterator):
         channels = 3 if self._pred_args["dup_3_channels"] else 1
         shape = (*self._pred_args["target_size"], channels)
         return np.zeros(shape if self.generator.data_format == "channels_last" else shape[-1:] + shape[:-1], "f4")
+
+    def _exam_name(self, index):
+        return f"exam {self.exams[index]['exam']} of {self.exams[index]['subj']}"
+
+    def _check_no_view_is_missing(self):
+        for i, exam in enumerate(self.exams):
+            for side in "LR":
+                for view in ("CC", "MLO"):
+                    if not _view_files(exam[side].get(view)):
+                        raise InputError(
+                            f"{self._exam_name(i)}: no image of {side} {view}. Expected a target_size, which the black "
+                            "image in its place would have. Received None."
+                        )
 
 
 def _exam_as_dict(exam):
