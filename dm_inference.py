@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dm_files import InputError, atomic_write
+from dm_parallel import run_parallel
 
 
 class NotFiniteError(InputError):
@@ -30,7 +31,8 @@ def predict(
 
     Args:
         model: a Keras model, or anything with `predict_on_batch` or `predict`.
-        data: a `PyDataset` of batches (x, y) or (x, y, w), or such a tuple of whole arrays.
+        data: a `PyDataset` of batches (x, y) or (x, y, w), or such a tuple of whole arrays. x may itself be a tuple
+            or list, of a model's several inputs.
         batch_size: for arrays only; default 32.
         samples: stop after this many samples; default all.
         flips: also predict the mean of the four flips.
@@ -40,22 +42,24 @@ def predict(
         (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where
         there are no weights or `flips` is off.
     """
+    from keras.tree import map_structure
+
     predict_batch = getattr(model, "predict_on_batch", None) or model.predict
     columns: tuple[list, ...] = ([], [], [], [])
     seen = 0
     for x, y, *w in tqdm(_batches(data, batch_size), total=_nb_batch(data), desc="predict", disable=not progress):
-        room = len(x) if samples is None else samples - seen
+        room = len(y) if samples is None else samples - seen
         if room <= 0:
             break
-        x, y, w = x[:room], y[:room], [v[:room] for v in w]
+        x, y, w = map_structure(lambda v, room=room: v[:room], x), y[:room], [v[:room] for v in w]
         plain = np.asarray(predict_batch(x))
         columns[0].append(y)
         columns[1].append(plain)
         columns[2].extend(w)
         if flips:
-            others = [np.asarray(predict_batch(np.ascontiguousarray(v))) for v in flip_all_img(x)[1:]]
-            columns[3].append(np.mean([plain, *others], axis=0))
-        seen += len(x)
+            flipped = [map_structure(lambda v, k=k: np.ascontiguousarray(flip_all_img(v)[k]), x) for k in (1, 2, 3)]
+            columns[3].append(np.mean([plain, *map(np.asarray, map(predict_batch, flipped))], axis=0))
+        seen += len(y)
     if not seen:
         raise InputError("Expected at least one image to predict. Received an empty set")
     y_true, y_pred, weights, y_flips = (np.concatenate(c) if c else None for c in columns)
@@ -68,16 +72,19 @@ def _nb_batch(data) -> int | None:
 
 def _batches(data, batch_size: int | None):
     if isinstance(data, (tuple, list)):
+        x, y, *w = data
+        # Several inputs, rather than a list of images.
+        several = isinstance(x, (tuple, list)) and len(x) > 0 and np.ndim(x[0]) == 4
+        columns = [y, *(v for v in w if v is not None)]
         size = batch_size or 32
-        for start in range(0, len(data[0]), size):
-            yield tuple(np.asarray(column[start : start + size]) for column in data if column is not None)
+        for start in range(0, len(y), size):
+            part = slice(start, start + size)
+            batch = tuple(np.asarray(view[part]) for view in x) if several else np.asarray(x[part])
+            yield batch, *(np.asarray(column[part]) for column in columns)
         return
-    # Batches are read ahead by threads, in order: decoding and the network overlap.
-    from joblib import Parallel, delayed
-
-    workers = max(1, getattr(data, "workers", 1))
-    read_ahead = Parallel(n_jobs=workers, prefer="threads", return_as="generator", pre_dispatch="n_jobs + 1")
-    yield from read_ahead(delayed(data.__getitem__)(i) for i in range(len(data)))
+    # Threads read the next batches, in order, while the network works on this one.
+    jobs = max(1, getattr(data, "workers", 1))
+    yield from run_parallel(data.__getitem__, range(len(data)), jobs, "threading", ahead=jobs + 1)
 
 
 def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

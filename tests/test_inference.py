@@ -1,6 +1,7 @@
 """Prediction over sets, flip averaging, scores and result files, by closed forms."""
 
 import json
+import time
 
 import keras
 import numpy as np
@@ -50,6 +51,63 @@ def test_every_sample_once_in_order_with_the_mean_of_four_flips(data, samples):
     np.testing.assert_allclose(y_flips[:, 1], np.arange(n) + 0.25)
     np.testing.assert_array_equal(y_true, Numbered.y[:n])
     assert weights is None
+
+
+class Views(keras.utils.PyDataset):
+    """Four samples of two inputs, in batches of three: the second input is ten times the first."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        x, y = Numbered.x[:4][index * 3 : index * 3 + 3], Numbered.y[:4][index * 3 : index * 3 + 3]
+        return (x, 10 * x), y
+
+
+class SumOfViews:
+    def predict_on_batch(self, views):
+        return TopLeft().predict_on_batch(views[0] + views[1])
+
+
+@pytest.mark.parametrize(
+    "data", [Views(), ((Numbered.x[:4], 10 * Numbered.x[:4]), Numbered.y[:4])], ids=["dataset", "arrays"]
+)
+@pytest.mark.parametrize("samples", [None, 2])
+def test_models_of_several_inputs(data, samples):
+    y_true, y_pred, _, y_flips = predict(SumOfViews(), data, batch_size=3, samples=samples, flips=True)
+    n = samples or 4
+    np.testing.assert_array_equal(y_true, Numbered.y[:n])
+    np.testing.assert_allclose(y_pred[:, 1], 11 * (np.arange(n) + 0.1))
+    np.testing.assert_allclose(y_flips[:, 1], 11 * (np.arange(n) + 0.25))
+
+
+class Slow(keras.utils.PyDataset):
+    predicted = loaded = most = 0
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        self.loaded += 1
+        self.most = max(self.most, self.loaded - self.predicted)
+        time.sleep(0.1)
+        return Numbered.x[index : index + 1], Numbered.y[index : index + 1]
+
+
+def test_the_next_batch_is_read_during_prediction():
+    data = Slow()
+
+    class SlowModel(TopLeft):
+        def predict_on_batch(self, x):
+            time.sleep(0.1)
+            data.predicted += 1
+            return super().predict_on_batch(x)
+
+    start = time.perf_counter()
+    _, y_pred, _, _ = predict(SlowModel(), data)
+    assert time.perf_counter() - start < 1.3  # 0.9, and 1.6 one after the other
+    np.testing.assert_allclose(y_pred[:, 1], np.arange(8) + 0.1)
+    assert data.most <= 2  # batches are large: the one in use and the next
 
 
 def test_sample_weights_come_along():
