@@ -5,6 +5,8 @@ Averaging the predictions of the four flips of an image is the paper's inference
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import numpy as np
 from tqdm import tqdm
 
 from dm_files import InputError, atomic_write
-from dm_parallel import run_parallel
 
 
 class NotFiniteError(InputError):
@@ -82,9 +83,11 @@ def _batches(data, batch_size: int | None):
             batch = tuple(np.asarray(view[part]) for view in x) if several else np.asarray(x[part])
             yield batch, *(np.asarray(column[part]) for column in columns)
         return
-    # Threads read the next batches, in order, while the network works on this one.
-    jobs = max(1, getattr(data, "workers", 1))
-    yield from run_parallel(data.__getitem__, range(len(data)), jobs, "threading", ahead=jobs + 1)
+    # The next batch is read while the network works on this one; no more of them, since batches are large.
+    with ThreadPoolExecutor(1) as reader:
+        begun = (reader.submit(data.__getitem__, i) for i in range(len(data)))
+        for batch, _ in pairwise(chain(begun, [None])):
+            yield batch.result()
 
 
 def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
