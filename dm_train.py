@@ -33,11 +33,14 @@ class Training:
     callbacks: list[keras.callbacks.Callback] = field(default_factory=list)
 
 
-def prepare(args: argparse.Namespace, model: keras.Model, top_layer_nb: int | None) -> Training:
+def prepare(
+    args: argparse.Namespace, model: keras.Model, top_layer_nb: int | None, allow_constant: bool = True
+) -> Training:
     """Check the model against the options and make the training, validation and test sets of a trainer.
 
     Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
-    channel shift within 20. Raises InputError for data or a model that do not fit the options.
+    channel shift within 20. Constant images are legal among patches; without `allow_constant` they count as unreadable.
+    Raises InputError for data or a model that do not fit the options.
     """
     seed = dm_args.env_int("RANDOM_SEED", 12345)
     check_options(args, model)
@@ -63,6 +66,7 @@ def prepare(args: argparse.Namespace, model: keras.Model, top_layer_nb: int | No
         "classes": args.class_list,
         "class_mode": "categorical",
         "on_error": args.on_error,
+        "allow_constant": allow_constant,
         "workers": max(1, dm_args.env_int("NUM_CPU_CORES", 4)),
     }
     train_set = augmented.flow_from_directory(
@@ -81,6 +85,8 @@ def prepare(args: argparse.Namespace, model: keras.Model, top_layer_nb: int | No
     for message in check_pixel_stats(train_set):
         print(f"warning: {message}", file=sys.stderr)
 
+    for folder in (*val_set.empty_classes, *test_set.empty_classes):
+        print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
     _report_skipped(training=train_set, validation=val_set, test=test_set)
 
     training = Training(args, model, org_model, top_layer_nb, train_set, val_set, test_set, _out_dir(args))

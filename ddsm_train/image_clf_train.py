@@ -127,7 +127,7 @@ def run(**options) -> None:
     dm_args.start_backend()
     import dm_train
 
-    training = dm_train.prepare(args, *build_model(args))
+    training = dm_train.prepare(args, *build_model(args), allow_constant=False)
 
     from dm_keras_ext import DMAucModelCheckpoint, do_2stage_training
 

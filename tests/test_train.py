@@ -268,6 +268,15 @@ def test_model_faults_are_named_in_one_line(fault, data, patch_model, capfd):
     assert re.search(pattern, error)
 
 
+def test_a_constant_whole_image_is_refused(data, patch_model, capfd):
+    cv2.imwrite(str(data / "train" / "neg" / "2.png"), np.full((SIZE, SIZE), 700, np.uint16))
+    options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    small = ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1", "--nb-epoch", "1"]
+    assert train_images(data, *options, *small, "--all-layer-epochs", "1") == 1
+    assert re.search(r"neg.2\.png.*constant", capfd.readouterr().err.splitlines()[-1])
+    assert train_patches(data, "--nb-epoch", "1") == 0
+
+
 def save_net(path, inputs, outputs):
     dm_checkpoint.save_model(keras.Model(inputs, outputs), path)
     return str(path)
@@ -342,7 +351,9 @@ def test_one_class_validation_says_so_and_the_loss_decides(data, patch_model, ca
     options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
     small = ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1"]
     assert train_images(data, *options, *small, "--nb-epoch", "2", "--all-layer-epochs", "2") == 0
-    assert "AUC is undefined" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert "AUC is undefined" in errors
+    assert re.search(r"warning: \S*val.pos: no images", errors)
     assert (data / "out" / "best.h5").exists()
 
 
