@@ -53,10 +53,11 @@ def load_dat_ram(generator, nb_samples: int | None = None):
         x, y, *_ = generator[i]
         images.append(x)
         labels.append(y)
-        seen += len(x)
+        seen += len(y)
         if nb_samples is not None and seen >= nb_samples:
             break
-    return np.concatenate(images)[:nb_samples], np.concatenate(labels)[:nb_samples]
+    x = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[:nb_samples], *images)
+    return x, np.concatenate(labels)[:nb_samples]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,6 @@ def prepare(
         "class_mode": "categorical",
         "on_error": args.on_error,
         "allow_constant": allow_constant,
-        "workers": max(1, dm_args.env_int("NUM_CPU_CORES", 4)),
     }
     train_set = augmented.flow_from_directory(
         args.train_dir,

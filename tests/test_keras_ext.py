@@ -93,6 +93,17 @@ def test_three_steps_equal_the_published_ones(case, steps):
             np.testing.assert_allclose(keras.ops.convert_to_numpy(variable(model, name)), expected, atol=2e-5, rtol=0)
 
 
+def test_batches_are_collected_in_order():
+    from dm_image import DMImageDataGenerator
+
+    images, labels = np.arange(7.0, dtype="float32")[:, None, None, None], np.arange(7) % 2
+    flow = DMImageDataGenerator().flow(images, labels, batch_size=3, shuffle=False)
+    for samples in (None, 5):
+        x, y = dm_keras_ext.load_dat_ram(flow, samples)
+        assert x.ravel().tolist() == list(range(samples or 7))
+        assert y.tolist() == labels[:samples].tolist()
+
+
 def test_unknown_optimizer_is_named():
     with pytest.raises(InputError, match="sdg"):
         create_optimizer("sdg", 0.1)
