@@ -1,180 +1,126 @@
-"""One function on many items at the same time: in processes, in threads, or on a cluster.
-
-The backends have joblib's names: "loky" are processes of this machine, "threading" its threads, "dask" and "ray"
-the workers of a cluster, all machines of which (the scheduler's too) have this package installed and see the same
-files. Only the backend asked for is imported.
-"""
+"""One function on many items at the same time, over joblib."""
 
 import functools
 import importlib.util
 import os
 import sys
 import traceback
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 from dm_files import InputError
 
-# For worker processes: threads of their own would compete with the other workers.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"}
+_LOCAL = ("joblib", "joblib", "Most often memory is short: use fewer --jobs")
+_ADVICE = "All its machines need this package installed, the same files and enough memory"
+# module, pip requirement, what to do when it fails
+BACKENDS = {
+    "loky": _LOCAL,
+    "threading": _LOCAL,
+    "dask": ("distributed", "'dask[distributed]'", _ADVICE),
+    "ray": ("ray", "ray", _ADVICE),
+}
 
 
 def run_parallel(
-    function: Callable,
-    items: Sequence,
-    jobs: int = 1,
-    backend: str = "loky",
-    desc: str | None = None,
-    unit: str = "image",
-    ahead: int | None = None,
+    function: Callable, items: Sequence, jobs: int = 1, backend: str = "loky", desc: str | None = None, unit="image"
 ) -> Iterator:
     """Iterate over function(item) for all `items`, in their order, computed `jobs` at a time.
 
     function: without side effects on this process, except with "threading". It, the items and the results are
-    pickled; functools.partial binds further arguments. The fewer and smaller they are, the less travels.
-    jobs: processes or threads; of a Dask or Ray cluster that runs already (see `_dask`, `_ray`), all workers are
-    used. One job of "loky" is this process itself.
+    pickled; functools.partial binds further arguments.
+    jobs: processes ("loky") or threads ("threading"). "dask" and "ray" use all workers of the cluster at
+    DASK_SCHEDULER_ADDRESS or RAY_ADDRESS, whose machines all have this package installed and see the same files, or
+    without these a local one of `jobs` processes. A single worker is this process itself.
     desc: title of the progress bar on standard error, which counts in `unit`s; None for no bar.
-    ahead: results that may be computed, or being computed, before the first of them is taken: so much memory they
-    take. More evens out items of unequal length. Default: twice the number of workers.
 
-    What `function` raises is raised here, when its item's turn comes; items not yet begun are then left. Raises
-    InputError at once when the backend is not installed, and later when it fails, such as when a worker dies.
+    What `function` raises is raised here, when its item's turn comes. Raises InputError at once when the backend is
+    not installed, and later when it fails, such as when a worker dies.
     """
     if backend not in BACKENDS:
         raise InputError(f"--backend: Expected {', '.join(BACKENDS)}. Received {backend!r}")
-    package, install = _PACKAGES.get(backend, (None, None))
-    if package and importlib.util.find_spec(package) is None:
-        raise InputError(f"--backend {backend} needs a package that is not installed: pip install {install}")
-    results = _run(function, items, jobs, backend, ahead)
-    return results if desc is None else _with_bar(results, len(items), desc, unit)
+    module, requirement, _ = BACKENDS[backend]
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"--backend {backend} needs a package that is not installed: pip install {requirement}")
+    return _run(function, items, jobs, backend, desc, unit)
 
 
-def _with_bar(results: Iterator, total: int, desc: str, unit: str) -> Iterator:
+def _run(function: Callable, items: Sequence, jobs: int, backend: str, desc: str | None, unit: str) -> Iterator:
+    from joblib import Parallel, delayed, effective_n_jobs, parallel_config
     from tqdm import tqdm
 
-    with closing(results):
-        yield from tqdm(results, total=total, desc=desc, unit=unit, disable=None)  # None: on a terminal only
-
-
-def _run(function: Callable, items: Sequence, jobs: int, backend: str, ahead: int | None) -> Iterator:
-    if jobs == 1 and backend == "loky":
-        yield from map(function, items)
-        return
-    call = functools.partial(_outcome, function)
-    failure = None
+    # What joblib says when the caller stops early.
+    warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were)", UserWarning)
+    hidden = None if desc else True  # None: unless on a terminal
+    form = "list" if backend == "ray" else "generator"  # Ray's backend has no other
+    call, failure = delayed(functools.partial(_call, function, os.getpid())), None
     try:
-        with (
-            BACKENDS[backend](jobs) as (submit, workers),
-            closing(_in_order(submit, call, items, workers, ahead)) as outcomes,
-        ):
-            for result, failure in outcomes:
-                if failure is not None:
-                    raise failure
-                yield result
+        with tqdm(total=len(items), desc=desc, unit=unit, disable=hidden) as bar, _config(backend, jobs) as config:
+            with parallel_config(**config):
+                parallel = Parallel(return_as=form, batch_size=1, pre_dispatch="2*n_jobs")
+                # In lots, since joblib goes on computing, and fills the memory, while nobody takes the results.
+                lot = 16 * effective_n_jobs(config["n_jobs"])
+            with parallel:
+                for start in range(0, len(items), lot):
+                    for result, failure in parallel(call(item) for item in items[start : start + lot]):
+                        if failure is not None:
+                            raise failure
+                        bar.update()
+                        yield result
     except Exception as error:
         if error is failure:
             raise
         # Not of `function`: a worker died, or does not find its modules, or cannot be reached.
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise InputError(
-            f"--backend {backend} failed ({type(error).__name__}: {reason}). {_ADVICE[backend]}"
-        ) from error
+        advice = BACKENDS[backend][-1]
+        raise InputError(f"--backend {backend} failed ({type(error).__name__}: {reason}). {advice}") from error
 
 
-def _outcome(function: Callable, item) -> tuple:
-    """(result, None) or (None, exception): the backends wrap exceptions in different ways, and lose tracebacks."""
+def _call(function: Callable, caller: int, item) -> tuple:
+    """(result, None) or (None, exception): joblib would raise it before its turn. caller: a process id."""
+    elsewhere = os.getpid() != caller
+    if elsewhere:
+        import cv2
+
+        cv2.setNumThreads(1)  # more would compete with the other workers
     try:
         return function(item), None
-    except InputError as error:
-        return None, error
     except Exception as error:
-        error.add_note(traceback.format_exc())
+        if elsewhere and not isinstance(error, InputError):
+            error.add_note(traceback.format_exc())  # a traceback cannot be pickled
         return None, error
 
 
-def _in_order(submit: Callable, call: Callable, items: Sequence, workers: int, ahead: int | None) -> Iterator:
-    pending = deque()
-    try:
-        for item in items:
-            if len(pending) >= (ahead or 2 * workers):
-                yield pending.popleft().result()
-            pending.append(submit(call, item))
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-# ---------------------------------------------------------------------------------------------------- backends
-# Each yields (submit, number of workers); submit(function, item) returns a future.
-
-
 @contextmanager
-def _threading(jobs: int) -> Iterator:
-    with ThreadPoolExecutor(jobs) as pool:
-        yield pool.submit, jobs
+def _config(backend: str, jobs: int) -> Iterator[dict]:
+    """Options of joblib.parallel_config."""
+    if backend == "dask":
+        import dask
+        from distributed import Client
+        from joblib._dask import DaskDistributedBackend
 
+        class Backend(DaskDistributedBackend):
+            def submit(self, func, callback=None):
+                """Report failures of Dask itself, such as a worker's death, for which joblib 1.6 waits forever."""
+                future = super().submit(func, callback)
+                future.add_done_callback(lambda done: done.exception() and callback(done.exception()))
+                return future
 
-@contextmanager
-def _loky(jobs: int) -> Iterator:
-    from joblib.externals.loky import get_reusable_executor
+        address = dask.config.get("scheduler-address", None)
+        local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+        with Client(address) if address else Client(**local) as client:
+            yield {"backend": Backend(client=client), "n_jobs": -1}
+    elif backend == "ray":
+        import ray
+        from ray.util.joblib import register_ray
 
-    pool = get_reusable_executor(max_workers=jobs, env=_ONE_THREAD)
-    try:
-        yield pool.submit, jobs
-    except KeyboardInterrupt:
-        pool.shutdown(wait=True, kill_workers=True)
-        raise
-
-
-@contextmanager
-def _dask(jobs: int) -> Iterator:
-    """The cluster at DASK_SCHEDULER_ADDRESS, else one of `jobs` processes on this machine."""
-    import dask
-    from distributed import Client
-
-    address = dask.config.get("scheduler-address", None)
-    local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
-    with (
-        dask.config.set({"distributed.nanny.pre-spawn-environ": _ONE_THREAD}),
-        Client(address) if address else Client(**local) as client,
-    ):
-        yield functools.partial(client.submit, pure=False), max(jobs, sum(client.ncores().values()))
-
-
-@contextmanager
-def _ray(jobs: int) -> Iterator:
-    """The cluster at RAY_ADDRESS, else one of `jobs` processes on this machine."""
-    import ray
-
-    options = {"log_to_driver": False, "logging_level": "ERROR"}
-    if not os.environ.get("RAY_ADDRESS"):
-        # Its workers do not look for modules where this process does.
-        variables = _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        options |= {"num_cpus": jobs, "include_dashboard": False, "runtime_env": {"env_vars": variables}}
-    ray.init(**options)
-    try:
-        remote = ray.remote(_call)
-        submit = lambda function, item: remote.remote(function, item).future()  # noqa: E731
-        yield submit, max(jobs, int(ray.cluster_resources().get("CPU", 0)))
-    finally:
-        ray.shutdown()
-
-
-def _call(function: Callable, item):
-    return function(item)
-
-
-_CLUSTER_ADVICE = "All its machines need this package installed, the same files and enough memory"
-_ADVICE = {
-    "loky": "Most often memory is short: use fewer --jobs",
-    "threading": "Use fewer --jobs",
-    "dask": _CLUSTER_ADVICE,
-    "ray": _CLUSTER_ADVICE,
-}
-BACKENDS = {"loky": _loky, "threading": _threading, "dask": _dask, "ray": _ray}
-_PACKAGES = {"dask": ("distributed", "'dask[distributed]'"), "ray": ("ray", "ray")}
+        options = {"log_to_driver": False, "logging_level": "ERROR"}
+        if not os.environ.get("RAY_ADDRESS"):
+            # Its workers do not look for modules where this process does.
+            environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+            options |= {"num_cpus": jobs, "include_dashboard": False, "runtime_env": environment}
+        register_ray()
+        with ray.init(**options):
+            yield {"backend": "ray", "n_jobs": -1}
+    else:
+        yield {"backend": backend, "n_jobs": jobs} | ({"inner_max_num_threads": 1} if backend == "loky" else {})
