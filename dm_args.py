@@ -14,9 +14,9 @@ from dm_parallel import BACKENDS
 
 # What the backends' own out-of-memory errors are called, or say: no backend is imported here.
 _OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUSTED")
-_LESS_MEMORY = (
-    "use a smaller --batch-size, --train-bs-multiplier or --img-size, or leave out --load-train-ram and --load-val-ram"
-)
+# Options that decide how much memory a command line takes, where it has them.
+_SMALLER = ("--batch-size", "--train-bs-multiplier", "--img-size", "--target-height", "--patch-size", "--jobs")
+_LEFT_OUT = ("--load-train-ram", "--load-val-ram")
 
 
 def positive_int(text: str) -> int:
@@ -244,12 +244,18 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def complete(parser: argparse.ArgumentParser, given: dict) -> argparse.Namespace:
+def complete(parser: argparse.ArgumentParser, given: dict, positional: Sequence = ()) -> argparse.Namespace:
     """Fill in the defaults of `parser` for a call of a script's `run(...)` from Python.
 
-    Raises TypeError for a name that is no option, or a missing required one, as a function call would.
+    positional: the values of the first positional arguments, in the order of the command line.
+    Raises TypeError, as a function call would, for a name that is no option, a missing required one, one given
+    twice, or too many positional arguments.
     """
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    names = [name for name, action in actions.items() if not action.option_strings]
+    if len(positional) > len(names):
+        raise TypeError(f"too many positional arguments: Expected {', '.join(names)}. Received {len(positional)}")
+    given = dict(**dict(zip(names, positional, strict=False)), **given)
     if unknown := sorted(set(given) - set(actions)):
         raise TypeError(f"unknown options: {', '.join(unknown)}")
     if missing := [name for name, action in actions.items() if action.required and name not in given]:
@@ -306,13 +312,23 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
     except OSError as error:
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except MemoryError as error:
-        message = f"out of memory ({error}); {_LESS_MEMORY}" if str(error) else f"out of memory; {_LESS_MEMORY}"
+        message = "out of memory" + (f" ({error})" if str(error) else "") + _less_memory(parser)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if not any(name in f"{type(error).__name__} {error}" for name in _OUT_OF_MEMORY):
             raise
-        message = f"out of memory; {_LESS_MEMORY}"
+        message = "out of memory" + _less_memory(parser)
     print(f"{parser.prog}: error: " + " ".join(message.split()), file=sys.stderr)
     return 1
+
+
+def _less_memory(parser: argparse.ArgumentParser) -> str:
+    """What to do when memory is short, with the options that `parser` has."""
+    smaller, left_out = (
+        [name for name in names if name in parser._option_string_actions] for names in (_SMALLER, _LEFT_OUT)
+    )
+    advice = [f"use a smaller {' or '.join(smaller)}"] if smaller else []
+    advice += [f"leave out {' and '.join(left_out)}"] if left_out else []
+    return "; " + ", or ".join(advice) if advice else ""

@@ -9,7 +9,6 @@ The rules of sampling are in `dm_region`.
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
@@ -26,21 +25,15 @@ from dm_args import (
 )
 from dm_patches import COLUMNS, sample_dataset
 
-PATHS = (
-    "roi_mask_path_file",
-    "roi_mask_dir",
-    "pat_train_list_file",
-    "full_img_dir",
-    "train_out_dir",
-    "val_out_dir",
-)
-
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of both patch samplers."""
     parser.add_argument("roi_mask_path_file", help=f"CSV table of lesions with the columns {','.join(COLUMNS)}")
     parser.add_argument("roi_mask_dir", help="folder of masks: <Calc|Mass>-Training_<image>_<abn_num>.png")
-    parser.add_argument("pat_train_list_file", help="text file of the patients to use, one id a line")
+    parser.add_argument(
+        "pat_train_list_file",
+        help="text file of the patients to use, one id a line; a header line patient_id may come first",
+    )
     parser.add_argument("full_img_dir", help="folder of whole images: <patient_id>_<side>_<view>.png")
     parser.add_argument("train_out_dir", help="folder for the training patches")
     parser.add_argument("val_out_dir", help="folder for the validation patches")
@@ -90,11 +83,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--verbose", True, "print what was sampled from each image")
 
 
-def name_paths(paths: Sequence) -> dict:
-    """The positional arguments of `run` by name."""
-    return dict(zip(PATHS, paths, strict=False))
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sampling_options(parser)
@@ -110,7 +98,7 @@ def run(*paths, **options):
 
     Raises InputError as `sample_dataset` does.
     """
-    args = complete(make_parser(), name_paths(paths) | options)
+    args = complete(make_parser(), options, paths)
     class_dirs = {
         ("calc", True): args.calc_pos_dir,
         ("calc", False): args.calc_neg_dir,

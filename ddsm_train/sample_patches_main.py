@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from ddsm_train.sample_patches_combined import add_sampling_options, name_paths
+from ddsm_train.sample_patches_combined import add_sampling_options
 from dm_args import complete, run_main
 from dm_patches import sample_dataset
 
@@ -29,7 +29,7 @@ def run(*paths, **options):
 
     Raises InputError as `sample_dataset` does.
     """
-    args = complete(make_parser(), name_paths(paths) | options)
+    args = complete(make_parser(), options, paths)
     lesion_type = args.itype.lower()
     class_dirs = {(lesion_type, True): args.pos_dir, (lesion_type, False): args.neg_dir}
     sample_dataset(args, class_dirs, prefix=f"{args.itype}-Training_")

@@ -199,12 +199,12 @@ class Study:
         self.root = Path(folder)
         make_phantom(self.root, patients, ("CC",), height, width, test_size=0, val_size=0, seed=seed)
         names = ("roi_mask_path.csv", "roi_mask", "pat_train.txt", "full_img", "out/train", "out/val")
-        given = sampler.name_paths([str(self.root / name) for name in names]) | {
+        self.paths = [self.root / name for name in names]
+        self.options = {
             "target_height": height, "nb_abn": self.count, "nb_bkg": self.count, "nb_hns": 0, "val_size": 0.0,
             "verbose": False,
         }  # fmt: skip
-        self.options = given
-        self.args = complete(sampler.make_parser(), given)
+        self.args = complete(sampler.make_parser(), self.options, self.paths)
         # Images of one lesion: the others sample more patches than the rest of the table counts.
         lesions = read_lesions(self.args.roi_mask_path_file)
         views = [lesion[:3] for lesion in lesions]
@@ -284,13 +284,13 @@ def sampling(args):
         print("\nTwo processes against one, all images of the set, started before, five times in turn")
         print(f"{'one s':>7} {'two s':>7} {'ratio':>6}  load of the machine before (1 is one processor)")
         with contextlib.redirect_stdout(io.StringIO()):
-            sampler.run(**study.options, jobs=2)
+            sampler.run(*study.paths, **study.options, jobs=2)
         for _ in range(5):
             load, seconds = os.getloadavg()[0], []
             for jobs in (1, 2):
                 start = time.perf_counter()
                 with contextlib.redirect_stdout(io.StringIO()):
-                    sampler.run(**study.options, jobs=jobs)
+                    sampler.run(*study.paths, **study.options, jobs=jobs)
                 seconds.append(time.perf_counter() - start)
             print(f"{seconds[0]:7.2f} {seconds[1]:7.2f} {seconds[0] / seconds[1]:6.2f}  {load:.1f}")
 

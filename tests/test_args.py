@@ -39,9 +39,10 @@ class ResourceExhaustedError(Exception):
     [
         (InputError("a.png: broken\nbadly"), 1, "tool: error: a.png: broken badly"),
         (OSError(28, "No space left on device", "out.png"), 1, "tool: error: No space left on device: out.png"),
-        (MemoryError(), 1, "--batch-size"),
-        (ResourceExhaustedError("OOM when allocating"), 1, "--batch-size"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 1, "--batch-size"),  # JAX
+        (MemoryError(), 1, "out of memory\n"),
+        (MemoryError("of 8 GB"), 1, "out of memory (of 8 GB)\n"),
+        (ResourceExhaustedError("OOM when allocating"), 1, "out of memory\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 1, "out of memory\n"),  # JAX
         (KeyboardInterrupt(), 130, "tool: interrupted"),
     ],
 )
@@ -54,6 +55,28 @@ def test_failures_are_one_line(error, status, text, capsys):
     assert text in line and line.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--jobs"], "; use a smaller --jobs"),
+        (["--patch-size", "--target-height"], "; use a smaller --target-height or --patch-size"),
+        (
+            ["--batch-size", "--load-train-ram", "--load-val-ram"],
+            "; use a smaller --batch-size, or leave out --load-train-ram and --load-val-ram",
+        ),
+    ],
+)
+def test_advice_on_memory_names_the_options_there_are(options, advice, capsys):
+    def run(**options):
+        raise MemoryError
+
+    tool = parser()
+    for option in options:
+        tool.add_argument(option)
+    assert run_main(tool, run, ["a"]) == 1
+    assert capsys.readouterr().err == f"tool: error: out of memory{advice}\n"
+
+
 def test_our_own_mistakes_are_not_hidden():
     def run(**options):
         raise ZeroDivisionError
@@ -63,7 +86,23 @@ def test_our_own_mistakes_are_not_hidden():
 
 
 def test_calls_from_python_get_the_defaults():
-    assert complete(parser(), {"source": "a", "scale": 3}) == argparse.Namespace(source="a", scale=3, centre=True)
+    expected = argparse.Namespace(source="a", scale=3, centre=True)
+    assert complete(parser(), {"source": "a", "scale": 3}) == expected
+    assert complete(parser(), {"scale": 3}, ["a"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "positional", "message"),
+    [
+        ({}, [], "missing options: source"),
+        ({"colour": 1}, ["a"], "unknown options: colour"),
+        ({}, ["a", "b"], "too many positional arguments: Expected source. Received 2"),
+        ({"source": "b"}, ["a"], "multiple values for keyword argument 'source'"),
+    ],
+)
+def test_calls_from_python_are_checked_as_those_of_functions(given, positional, message):
+    with pytest.raises(TypeError, match=message):
+        complete(parser(), given, positional)
 
 
 def test_environment_variables_are_whole_numbers(monkeypatch):
