@@ -1,11 +1,11 @@
-"""Bad input and whole outputs: the one error type users see, and files that appear only when complete.
+"""Bad input and whole outputs: the one error type users see, files below a folder, files that appear only when whole.
 
 Only the standard library is imported at the start, since every command line imports this.
 """
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,30 @@ def env_int(name: str, default: int, minimum: int | None = None) -> int:
     if minimum is not None and value < minimum:
         raise InputError(f"environment variable {name}: Expected at least {minimum}. Received {text}")
     return value
+
+
+def walk_files(root: str | os.PathLike, skip: Iterable[str | os.PathLike] = ()) -> list[Path]:
+    """All files below the folder `root`, sorted, without those of the folders in `skip`.
+
+    Links to folders are followed. A folder that several lead to, or that links to one above it, is entered once, by
+    its own name where it has one below `root`. Raises OSError for a folder that may not be read.
+    """
+    files, folders, links = [], [Path(root)], []
+    entered = {os.path.realpath(folder) for folder in skip} - {os.path.realpath(root)}
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(folder)
+        if real in entered:
+            continue
+        entered.add(real)
+        for path in sorted(folder.iterdir()):
+            if not path.is_dir():
+                files.append(path)
+            elif path.is_symlink():
+                links.append(path)
+            else:
+                folders.append(path)
+    return sorted(files)
 
 
 @contextmanager

@@ -12,14 +12,13 @@ inverted. An interrupted run goes on where it was.
 import argparse
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, write_img
+from dm_files import InputError, walk_files, write_img
 
 # Codes of SNOMED (old and new style) in the View Code Sequence.
 VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
@@ -68,9 +67,7 @@ def find_dicom(sources) -> dict[str, Path]:
     found = {}
     for source in map(Path, sources):
         if source.is_dir():
-            walk = os.walk(source, followlinks=True)
-            paths = sorted(Path(root, name) for root, _, names in walk for name in names)
-            files = [(path, path.relative_to(source)) for path in paths if is_dicom(path)]
+            files = [(path, path.relative_to(source)) for path in walk_files(source) if is_dicom(path)]
         else:
             files = [(source, Path(source.name))]
         if not files:

@@ -9,14 +9,13 @@ The options that it prints are those of both trainers and of the other scripts: 
 import argparse
 import functools
 import json
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError
+from dm_files import InputError, walk_files
 
 DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
 
@@ -43,11 +42,8 @@ def find_images(sources) -> list[Path]:
 
     images = []
     for source in map(Path, sources):
-        walk = os.walk(source, followlinks=True)
-        files = [Path(root, name) for root, _, names in walk for name in names] if source.is_dir() else [source]
-        found = [
-            path for path in sorted(files) if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        ]
+        files = walk_files(source) if source.is_dir() else [source]
+        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
         if not found:
             raise InputError(f"{source}: no images here. Expected files named {', '.join(IMAGE_SUFFIXES)}")
         images += found
@@ -56,15 +52,14 @@ def find_images(sources) -> list[Path]:
 
 def measure(path, img_size=None):
     """(sum and number of pixels after resizing, type, lowest and highest pixel as stored) of one grey image."""
-    import cv2
     import numpy as np
 
-    from dm_image import check_grey, read_img
+    from dm_image import check_grey, read_img, resize
 
     img = check_grey(path, read_img(path))
     pixel_type, low, high = img.dtype.name, img.min().item(), img.max().item()
     if img_size:
-        img = cv2.resize(img, tuple(img_size)[::-1], interpolation=cv2.INTER_CUBIC)
+        img = resize(img, *img_size)
     total = img.sum(dtype=np.int64 if img.dtype.kind in "iu" else np.float64).item()
     return total, img.size, pixel_type, low, high
 

@@ -22,7 +22,7 @@ from dm_dataset import (
     split_in_three,
     to_uint16,
 )
-from dm_files import InputError, write_img
+from dm_files import InputError, walk_files, write_img
 from dm_image import read_img, read_resize_img
 
 # ------------------------------------------------------------------------------------------- splits by patient
@@ -307,3 +307,21 @@ def test_png_keeps_pixels_and_type(tmp_path):
         stored = cv2.imread(str(tmp_path / "image.png"), cv2.IMREAD_UNCHANGED)
         assert stored.dtype == dtype
         np.testing.assert_array_equal(stored, img)
+
+
+# -------------------------------------------------------------------------------------------------- many files
+
+
+def test_folders_are_entered_once_and_by_their_own_name(tmp_path):
+    (tmp_path / "root/z/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("root/one", "root/z/two", "root/z/deep/three", "elsewhere/four"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "root/z/deep/above").symlink_to(tmp_path / "root")
+    (tmp_path / "root/a").symlink_to(tmp_path / "root/z")
+    (tmp_path / "root/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/itself").symlink_to("itself")
+    found = [path.relative_to(tmp_path / "root").as_posix() for path in walk_files(tmp_path / "root")]
+    assert found == ["b/four", "itself", "one", "z/deep/three", "z/two"]
+    found = walk_files(tmp_path / "root", skip=[tmp_path / "root", tmp_path / "root/z/../z", tmp_path / "elsewhere"])
+    assert found == [tmp_path / "root/itself", tmp_path / "root/one"]
