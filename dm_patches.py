@@ -8,6 +8,7 @@ there when a set is complete; the same run started again after it was killed wri
 import csv
 import functools
 import io
+import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ ALLOWED = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "m
 BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
 # A mask of another size than its image is resized like it; of another shape, it belongs to another image.
 ASPECT_TOLERANCE = 0.02
+# Files that a killed run has left half written start with a dot.
+_PATCH_NAME = re.compile(r"(?!\.)(.+)_(LEFT|RIGHT)_(CC|MLO)_.+_\d{4,}\.png")
 
 
 class Lesion(NamedTuple):
@@ -132,18 +135,7 @@ def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
 
 
 def _is_file_name(text: str) -> bool:
-    return text.isprintable() and text != "" and not any(part in text for part in ("/", "\\", "..", ":"))
-
-
-def read_patients(path) -> list[str]:
-    """Patient ids, one a line without header; InputError when one stands there twice or there are none."""
-    patients = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
-    if not patients:
-        raise InputError(f"{path}: no patients: Expected one patient id a line")
-    patient, count = Counter(patients).most_common(1)[0]
-    if count > 1:
-        raise InputError(f"{path}: patient {patient} stands there {count} times; remove the others")
-    return patients
+    return text.isprintable() and text.strip(" .") != "" and not any(part in text for part in ("/", "\\", "..", ":"))
 
 
 # -------------------------------------------------------------------------------------------------- one image
@@ -193,6 +185,8 @@ def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: s
 
     # To avoid all lesions, all must be known. Background comes with one lesion, hard negatives with each.
     background_due = others_known = not (args.avoid_all_rois and result.faults)
+    # Of the image: the background of two lesions of one number, a mass and a calcification, is in one folder.
+    numbers = Counter()
     for lesion, path, roi in rois:
         try:
             patches, cutoff = sample_patches(
@@ -214,11 +208,10 @@ def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: s
         result.log.append(f"ROI centroid= {roi.centroid}")
         if cutoff < args.pos_cutoff:
             result.log.append(f"Nb of trials reached maximum, decrease overlap cutoff to {cutoff:.2f}")
-        numbers = Counter()
         for patch in patches:
             class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
-            file = f"{class_dir}/{image_id}_{lesion.number}_{numbers[class_dir]:04d}.png"
-            numbers[class_dir] += 1
+            file = f"{class_dir}/{image_id}_{lesion.number}_{numbers[class_dir, lesion.number]:04d}.png"
+            numbers[class_dir, lesion.number] += 1
             write_patch(Path(out_dir, file), padded, patch, args.patch_size)
             article = "an" if patch.kind == "abn" else "a"
             result.log.append(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
@@ -291,6 +284,7 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     Lesions of a type without a class folder are not used. Raises InputError for bad tables or options, and, once
     all other images are sampled, for images at fault unless `args.on_error` is "skip".
     """
+    from dm_dataset import read_patient_list
     from dm_region import split_patients
 
     check_options(args, class_dirs)
@@ -301,7 +295,7 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
     check_names(lesions, class_dirs)
     annotated = {lesion.patient for lesion in lesions}
-    listed = read_patients(args.pat_train_list_file)
+    listed = read_patient_list(args.pat_train_list_file)
     patients = [patient for patient in listed if patient in annotated]
     if not patients:
         raise InputError(f"{args.pat_train_list_file}: no patient in it is in {args.roi_mask_path_file}")
@@ -312,6 +306,8 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
         print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
     malignant = {lesion.patient for lesion in lesions if lesion.malignant}
     train, val = split_patients(patients, [patient in malignant for patient in patients], args.val_size)
+    for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
+        check_folder(name, names, out_dir)
 
     faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
     if val:
@@ -362,6 +358,16 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
     return faults
 
 
+def check_folder(name: str, patients: Sequence[str], out_dir) -> None:
+    """Refuse patches of other patients in `out_dir`: of a run with another split, they could be in both sets."""
+    matches = (_PATCH_NAME.fullmatch(path.name) for path in Path(out_dir).glob("*/*.png"))
+    if others := {match[1] for match in matches if match} - set(patients):
+        raise InputError(
+            f"{out_dir}: has patches of {len(others)} patients, such as {min(others)}, who are not in the {name} set "
+            f"of this run: use new folders, or remove the patches of the earlier run"
+        )
+
+
 def prepare_folders(out_dir, folders: Sequence[Path]) -> None:
     """Make the class folders, and remove what says that `out_dir` is complete, or what a killed run left there."""
     for table in TABLES:
@@ -387,5 +393,9 @@ def check_options(args, class_dirs: Mapping) -> None:
         raise InputError(f"--patch-size: Expected at least 2. Received {args.patch_size}")
     if Path(args.train_out_dir).resolve() == Path(args.val_out_dir).resolve():
         raise InputError(f"training and validation folder are the same: {args.train_out_dir}")
+    for name, value in vars(args).items():
+        if name.endswith("_dir") and name not in FOLDERS and not _is_file_name(value):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: Expected the name of a folder, without a path. Received {value!r}")
     if args.bkg_dir in class_dirs.values():
         raise InputError(f"--bkg-dir: Expected a folder of its own. Received {args.bkg_dir}, that of lesions")
