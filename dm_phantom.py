@@ -290,9 +290,11 @@ def _draw_patient(index, kind, seed):
     return Patient(f"P_{index:05d}", index, side, findings)
 
 
-def check_output(out, height, width):
-    """Raise InputError unless `out` (a Path) is new or empty and images of this size can be drawn."""
+def check_output(out, views, height, width):
+    """Raise InputError unless `out` (a Path) is new or empty and images of these views and size can be drawn."""
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: Expected a new or empty folder. Received one with files in it.")
+    if len(set(views)) < len(views):
+        raise InputError(f"Expected each of --views once. Received {' '.join(views)}.")
     if min(height, width) < 128:
         raise InputError(f"Expected --height and --width of at least 128. Received {height} and {width}.")

@@ -359,16 +359,17 @@ def make_download(
     Raises InputError for a folder with content and for shares that cannot be had.
     """
     out = Path(out)
-    check_output(out, height, width)
+    check_output(out, views, height, width)
     people, odd = draw_patients(patients, prevalence, 1 - prevalence, seed), {}
     if oddities == "all":
         people, odd = add_oddities(people, seed)
     if tree == "jpeg":
         odd = {name: oddity for name, oddity in odd.items() if oddity != "monochrome1"}
     try:
-        _, test = split_patients([p.name for p in people], [p.malignant for p in people], test_size, seed)
+        malignant = [p.malignant for p in people]
+        _, test = split_patients([p.name for p in people], malignant, test_size, seed, "--test-size")
     except InputError as error:
-        raise InputError(f"--patients {patients} are too few for --test-size {test_size:g}: {error}") from None
+        raise InputError(f"{error}, or more --patients than {patients}") from None
     divisions = {p.name: "Test" if p.name in test else "Training" for p in people}
     rows = make_rows(people, views, divisions, odd, seed)
     groups = defaultdict(list)

@@ -251,11 +251,12 @@ def detect_blobs(img, patch_size, *, min_area=3, min_int=0.5, max_int=0.95, th_s
     return np.array([(*blob.pt, blob.size) for blob in blobs]).reshape(-1, 3)
 
 
-def split_patients(patients, malignant, val_size, seed=SEED):
-    """Split patients into training and validation, each with the same share of cancer patients.
+def split_patients(patients, malignant, val_size, seed=SEED, option="--val-size"):
+    """Split patients into training and validation (or any two parts), each with the same share of cancer patients.
 
     patients: list of ids. malignant: for each, whether any of their findings is malignant.
     val_size: fraction of the patients to validate on; 0 gives an empty validation list.
+    option: where the user has `val_size` from, for the error.
 
     Returns (training ids, validation ids). The same ids in the same order give the same split: fed with the
     patient list and the labels of the patch sampler, it splits whole images as the patches were split.
@@ -270,7 +271,7 @@ def split_patients(patients, malignant, val_size, seed=SEED):
         train, val = train_test_split(list(patients), test_size=val_size, stratify=malignant, random_state=seed)
     except ValueError as error:
         raise InputError(
-            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at --val-size {val_size:g} "
-            f"so that both parts have both classes: {error}; give another --val-size, or 0 for no validation set"
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {val_size:g} "
+            f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
         ) from None
     return train, val

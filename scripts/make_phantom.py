@@ -59,11 +59,11 @@ def assign_folders(people, test_size, val_size, seed):
         if not cancer:
             continue
         try:
-            remaining, test = split_patients(list(cancer), cancer.values(), test_size, seed)
+            remaining, test = split_patients(list(cancer), cancer.values(), test_size, seed, "--test-size")
             remaining.sort()
             train, val = split_patients(remaining, [cancer[name] for name in remaining], val_size)
         except InputError as error:
-            raise InputError(f"--patients {len(people)} are too few to divide: {error}") from None
+            raise InputError(f"{error}, or more --patients than {len(people)}") from None
         for folder, names in (("train", train), ("val", val), ("test", test)):
             folders |= dict.fromkeys(names, folder)
     return folders
@@ -121,7 +121,7 @@ def make_phantom(
     list of patients. Raises InputError for a folder with content and for shares that cannot be had.
     """
     out = Path(out)
-    check_output(out, height, width)
+    check_output(out, views, height, width)
     if prevalence + benign_rate > 1:
         raise InputError(
             f"Expected --prevalence and --benign-rate of at most 1 together. Received {prevalence} and {benign_rate}."

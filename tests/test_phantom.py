@@ -207,8 +207,13 @@ def test_whole_images_are_resized_on_demand(tmp_path):
     ("options", "words"),
     [
         ({"prevalence": 0.7, "benign_rate": 0.7}, "--benign-rate"),
-        ({"patients": 4}, "too few"),
+        (
+            {"patients": 4},
+            r"at --test-size 0\.2 .* give another --test-size, or 0 for no split, or more --patients than 4",
+        ),
+        ({"patients": 4, "test_size": 0}, r"at --val-size 0\.1 .* give another --val-size, or 0 .*more --patients"),
         ({"height": 64}, "--height"),
+        ({"views": ("CC", "CC")}, "Expected each of --views once. Received CC CC"),
     ],
 )
 def test_impossible_options(tmp_path, options, words):
@@ -447,7 +452,7 @@ def test_downloads_are_the_same_for_any_number_of_jobs(tmp_path):
     [
         ("--layout cbis-ddsm --img-size 80 64", "--img-size is for --layout prepared"),
         ("--tree jpeg", "--tree is for --layout cbis-ddsm"),
-        ("--layout cbis-ddsm --patients 3", "--patients 3 are too few"),
+        ("--layout cbis-ddsm --patients 3", "give another --test-size, or 0 for no split, or more --patients than 3"),
         ("--layout cbis-ddsm --height 100", "at least 128"),
     ],
 )

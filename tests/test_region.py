@@ -49,7 +49,7 @@ def test_blobs_match_golden(golden):
     for name, expected in np.load(golden / "patches/unit_blob_keypoints.npz").items():
         image = read_resize_img(golden / f"patches/input/full_img/{name}.png", target_height=576)
         breast, _ = DMImagePreprocessor.segment_breast(image)
-        np.testing.assert_allclose(detect_blobs(np.pad(breast, 56), 112), expected, atol=1e-3)
+        np.testing.assert_array_equal(detect_blobs(np.pad(breast, 56), 112), expected)
 
 
 def test_hard_negatives_match_golden(golden):
@@ -68,7 +68,7 @@ def test_hard_negatives_match_golden(golden):
     pixels = np.load(folder / "unit_hard_negatives.npz")
     for number, patch in enumerate(patches):
         expected = pixels[f"{case['image'].removesuffix('.png')}_1_{number:04d}"]
-        np.testing.assert_allclose(cut_patch(padded, patch.x, patch.y, size), expected, atol=1)
+        np.testing.assert_array_equal(cut_patch(padded, patch.x, patch.y, size), expected)
 
 
 def test_split_matches_golden(golden):
@@ -204,3 +204,5 @@ def test_split_keeps_the_share_of_cancer_and_says_when_it_cannot():
     assert split_patients(patients, malignant, 0.0) == (patients, [])
     with pytest.raises(InputError, match=r"cannot split 4 patients \(1 with cancer\) at --val-size 0\.1"):
         split_patients(patients[:4], malignant[:4], 0.1)
+    with pytest.raises(InputError, match=r"at --test-size 0\.1 .* give another --test-size, or 0"):
+        split_patients(patients[:4], malignant[:4], 0.1, option="--test-size")
