@@ -277,6 +277,8 @@ def test_mean_of_resized_images_is_that_of_the_trainers(tmp_path):
     one = pixel_mean.pixel_mean(files, (32, 24))
     assert one["featurewise_mean"] == pytest.approx(expected, rel=1e-6)
     assert one["pixels"] == 5 * 32 * 24
+    # To the last unit: the 2017 program's resizing, which OpenCV's own differs from where it uses Intel's library.
+    assert one["sum"] == sum(int(read_resize_img(path, (32, 24)).sum(dtype=float)) for path in files)
     assert pixel_mean.pixel_mean(files[::-1], (32, 24), jobs=2) == one
     assert pixel_mean.pixel_mean(files, (32, 24), rescale_factor=0.5)["featurewise_mean"] == one["mean"] * 0.5
 
