@@ -7,15 +7,15 @@ content.
 
 import csv
 import io
-import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_files import InputError, write_img
+from dm_files import InputError, walk_files, write_img
 
 # Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
 COLUMNS = {
@@ -38,10 +38,13 @@ ALLOWED = {
 DICOM_INFO_COLUMNS = ("image_path", "PatientID", "SeriesDescription")
 # A folder of one view, or with a number at its end of one lesion; also the PatientID in its DICOM files.
 FOLDER = re.compile(r"(Calc|Mass)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?")
-MASK_DESCRIPTION = "roi mask"
+# What SeriesDescription has, in capitals or not.
+IMAGE_DESCRIPTION, MASK_DESCRIPTION, CROP_DESCRIPTION = "full mammogram", "roi mask", "cropped"
 # A mask that JPEG has blurred: nearly all pixels within this fraction of the range of its darkest or brightest.
 JPEG_TOLERANCE = 0.15
 JPEG_SHARE = 0.05
+# Masks of another size than their image have more than this share of its pixels, and most crops have fewer.
+LEAST_SHARE = 0.25
 # Sizes that differ, though not in the aspect ratio by more than this, are said to be of one shape.
 ASPECT_TOLERANCE = 0.02
 # Counted for each description file.
@@ -50,6 +53,7 @@ TABLE_ODDITIES = ("newline_in_path_cell", "backslash_path", "roi_and_crop_in_dif
 REPAIRS = (
     "mask_found_by_content",
     "mask_resized",
+    "mask_of_another_size_not_taken",
     "masks_united",
     "monochrome1_inverted",
     "8_bit_scaled_to_16_bit",
@@ -105,7 +109,7 @@ def find_tables(folder) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: Expected the one that holds the description files")
-    paths = [path for path in folder.rglob("*case_description*.csv") if not path.name.startswith(".")]
+    paths = [path for path in walk_files(folder) if re.fullmatch(r"[^.].*case_description.*\.csv", path.name)]
     paths.sort(key=lambda path: path.name)
     if not paths:
         raise InputError(
@@ -129,26 +133,38 @@ def read_table(path) -> tuple[list[Finding], Counter]:
     InputError names the line that is wrong. Rows with an unknown value are never left out: the label of the image
     may depend on them.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
+    findings, oddities = [], Counter()
+    division = re.findall("train|test", Path(path).stem.lower())
+    with _open_csv(path) as (header, rows):
         places = _find_columns(path, header)
-        division = re.findall("train|test", Path(path).stem.lower())
-        findings, oddities, line = [], Counter(), reader.line_num + 1
-        for cells in reader:
-            where, line = f"{path}, line {line}", reader.line_num + 1
-            if not any(cells):
-                continue
-            if len(cells) != len(header):
-                raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
+        for where, cells in rows:
             cells = {name: cells[place] for name, place in places.items()}
             findings.append(_read_finding(cells, where, division[-1] if division else None, oddities))
+    return findings, oddities
+
+
+@contextmanager
+def _open_csv(path) -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
+    """The header of a CSV file, and its rows: where each stands and its cells. InputError names the bad line."""
+    reader = csv.reader((), strict=True)
+
+    def read_rows():
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if len(cells) != len(header) and any(cells):
+                raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
+            if any(cells):
+                yield where, cells
+
+    try:
+        reader = csv.reader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        header = next(reader, [])
+        yield header, read_rows()
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
-    return findings, oddities
 
 
 def _find_columns(path, header: Sequence[str]) -> dict[str, int]:
@@ -199,10 +215,10 @@ def _read_finding(cells: Mapping[str, str], where: str, division: str | None, od
 
 
 def _read_path(cell: str, where: str) -> tuple[str, ...]:
-    """Parts of a path cell. Newlines are dropped; what leads out of the download folder is refused."""
+    """Parts of a path cell below whatever drive or folder "/" it gives. Newlines are dropped, ".." is refused."""
     path = re.sub(r"\s*[\r\n]\s*", "", cell).strip().replace("\\", "/")
-    parts = tuple(part for part in path.split("/") if part not in ("", "."))
-    if path.startswith(("/", "~")) or re.match("[A-Za-z]:", path) or ".." in parts:
+    parts = tuple(part for part in re.sub("^[A-Za-z]:", "", path).split("/") if part not in ("", "."))
+    if ".." in parts:
         raise InputError(f"{where}: Expected a path below the download folder. Received {path!r}")
     if not path.isprintable():
         raise InputError(f"{where}: Expected a path. Received {path!r}")
@@ -302,45 +318,52 @@ class Download(NamedTuple):
     def find(self, cell: Sequence[str], folder: str) -> list[str]:
         """Files that the path cell of an image may mean: those of its series in its `folder`, else of either.
 
-        Where some of them have the name that the cell gives, only these.
+        Where some of a series have the name that the cell gives, only these.
         """
-        series, below = self.by_series.get(_series(cell), []), self.by_folder.get(folder, [])
-        files = [path for path in series if path in below] or below or series
-        named = [path for path in files if path.split("/")[-1] == (cell or ("",))[-1]]
-        return named or files
+        series, below = self._find_series([cell], folder), self.by_folder.get(folder, [])
+        named = [path for path in series if path.split("/")[-1] == cell[-1]]
+        return named or series or below
 
-    def find_roi(self, row: Finding, images: Iterable[str]) -> tuple[str, ...]:
-        """Files that may be the mask of a row: all of the series that its cells name, and of its ROI folder."""
-        files = {*self.by_series.get(_series(row.mask), ()), *self.by_series.get(_series(row.crop), ())}
-        files.update(self.by_folder.get(row.roi_folder, ()))
-        return tuple(sorted(files.difference(images)))
+    def find_roi(self, row: Finding, findings: Iterable[Finding]) -> tuple[str, ...]:
+        """Files that may be the mask of a row, which is one of the `findings` of its image.
+
+        Those of the series that its path cells name. Where there are none, those of its ROI folder that are not of
+        the series of another row; where there is no such folder, those of the folder of its view.
+        """
+        folder = row.roi_folder if row.roi_folder in self.by_folder else row.image_folder
+        if own := self._find_series([row.mask, row.crop], folder):
+            return tuple(own)
+        others = {path for other in findings for path in self._find_series([other.mask, other.crop], folder)}
+        return tuple(sorted(path for path in self.by_folder.get(folder, ()) if path not in others))
+
+    def _find_series(self, cells: Iterable[Sequence[str]], folder: str) -> list[str]:
+        """Files of the series that the cells name: in `folder`, or else anywhere."""
+        files = {path for cell in cells for path in self.by_series.get(_series(cell), ()) if _series(cell)}
+        return sorted(files.intersection(self.by_folder.get(folder, ())) or files)
 
 
 def _series(cell: Sequence[str]) -> str:
     return cell[-2] if len(cell) > 1 else ""
 
 
-def scan_download(root) -> Download:
-    """Find all images below `root`, in any of the layouts that are in circulation."""
+def scan_download(root, skip: Iterable = ()) -> Download:
+    """Find all images below `root`, in any of the layouts that are in circulation, but not in the folders `skip`."""
     from dm_image import DICOM_SUFFIXES, IMAGE_SUFFIXES
 
     by_series, by_folder, orphans = defaultdict(list), defaultdict(list), []
     descriptions, patient_ids = {}, {}
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders.sort()
-        relative = Path(folder).relative_to(root)
-        view = next(filter(FOLDER.fullmatch, reversed(relative.parts)), None)
-        for name in sorted(names):
-            path = (relative / name).as_posix()
-            if name == "dicom_info.csv":
-                patient_ids, descriptions = read_dicom_info(Path(root, path))
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
-                continue
-            by_series[relative.name].append(path)
-            if view:
-                by_folder[view].append(path)
-            else:
-                orphans.append(path)
+    for file in walk_files(root, skip):
+        relative = file.relative_to(root)
+        path, series = relative.as_posix(), relative.parent.name
+        if file.name == "dicom_info.csv":
+            patient_ids, descriptions = read_dicom_info(file)
+        if file.name.startswith(".") or not file.name.lower().endswith(IMAGE_SUFFIXES):
+            continue
+        by_series[series].append(path)
+        if view := _find_folder(reversed(relative.parts[:-1])):
+            by_folder[view].append(path)
+        else:
+            orphans.append(path)
     if not by_series:
         raise InputError(f"{root}: no images below it: Expected the download, DICOM or JPEG files")
     told = {}
@@ -359,20 +382,20 @@ def scan_download(root) -> Download:
 
 def read_dicom_info(path) -> tuple[dict[str, str], dict[str, str]]:
     """PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in DICOM_INFO_COLUMNS if name not in (reader.fieldnames or ())]:
+    with _open_csv(path) as (header, rows):
+        if missing := [name for name in DICOM_INFO_COLUMNS if name not in header]:
             raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}")
+        columns = [header.index(name) for name in DICOM_INFO_COLUMNS]
         patients, descriptions = {}, {}
-        for row in reader:
-            place = "/".join((row["image_path"] or "").strip().replace("\\", "/").split("/")[-2:])
-            patients[place] = (row["PatientID"] or "").strip()
-            descriptions[place] = (row["SeriesDescription"] or "").strip()
+        for _, cells in rows:
+            image, patient, description = (cells[column].strip() for column in columns)
+            place = "/".join(image.replace("\\", "/").split("/")[-2:])
+            patients[place], descriptions[place] = patient, description
     return patients, descriptions
 
 
 class Header(NamedTuple):
-    """What is known of an image file without its pixels. description: SeriesDescription, or an empty text."""
+    """What is known of an image file without its pixels. description: SeriesDescription in small letters, or ""."""
 
     path: str
     height: int
@@ -384,6 +407,10 @@ class Header(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
 
 
 def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
@@ -398,14 +425,14 @@ def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
             tags = pydicom.dcmread(file, stop_before_pixels=True, force=True)
             if "Rows" not in tags or "Columns" not in tags:
                 raise InputError("empty, damaged or no picture")
-            described = str(tags.get("SeriesDescription") or "")
+            described = str(tags.get("SeriesDescription") or "").lower()
             inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
             size = int(tags.Rows), int(tags.Columns)
             return Header(path, *size, str(tags.get("PatientID") or ""), described, inverted)
         from PIL import Image
 
         with Image.open(file) as image:
-            return Header(path, image.height, image.width, "", descriptions.get(path, ""), False)
+            return Header(path, image.height, image.width, "", descriptions.get(path, "").lower(), False)
     except Exception as error:  # pydicom raises many kinds on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not a readable image ({reason})") from None
@@ -418,7 +445,7 @@ def read_grey(root, path: str):
     file = Path(root, path)
     try:
         # The re-release has some grey pictures in three channels.
-        return check_grey(file, read_img(file, gs_255=path.lower().endswith((".jpg", ".jpeg"))))
+        return check_grey(file, read_img(file, gs_255=is_lossy(path)))
     except InputError as error:
         raise InputError(str(error).replace(str(file), path)) from None
 
@@ -433,58 +460,94 @@ class Copy(NamedTuple):
     files: tuple[str, ...]  # as `Download.find` gives them
 
 
-class Lesion(NamedTuple):
-    """All rows with one image, type and number, and the files that may be its masks.
+class Candidates(NamedTuple):
+    """Files that may be the masks of rows of one lesion.
 
-    rows: for each row the index of its image's `Copy`, the file that its mask cell names, and the candidates.
+    copy: index of the `Copy` of their image. named: the files that the mask cells of these rows name. lesions: the
+    number of lesions that these files may be of.
     """
+
+    copy: int
+    named: tuple[str, ...]
+    files: tuple[str, ...]
+    lesions: int
+
+
+class Lesion(NamedTuple):
+    """All rows with one image, type and number."""
 
     type: str
     number: int
     pathology: str
-    rows: tuple[tuple[int, str, tuple[str, ...]], ...]
+    masks: tuple[Candidates, ...]
 
 
 class Plan(NamedTuple):
-    """What is to be made of one image. folder: of the whole image, such as train/pos; None for no set."""
+    """What is to be made of one image, in types that JSON can hold.
+
+    folder: of the whole image, such as train/pos; None for no set. whole: options of `make_whole`.
+    """
 
     copies: tuple[Copy, ...]
     lesions: tuple[Lesion, ...]
     folder: str | None
+    whole: dict
     descriptions: dict[str, str]
 
     @property
     def sources(self) -> tuple[str, ...]:
         """All files that the image and its masks may be made from."""
         files = {path for copy in self.copies for path in copy.files}
-        return tuple(sorted(files.union(*(row[-1] for lesion in self.lesions for row in lesion.rows))))
+        return tuple(sorted(files.union(*(masks.files for lesion in self.lesions for masks in lesion.masks))))
 
 
-def plan_image(findings: Sequence[Finding], download: Download, folder: str | None) -> Plan:
-    copies, lesions = {}, defaultdict(list)
+def plan_image(findings: Sequence[Finding], download: Download, folder: str | None, whole: dict) -> Plan:
+    """The plan for the image of these findings. folder, whole: see `Plan`."""
+    copies, lesions, lesions_of = {}, defaultdict(list), Counter()
     for finding in findings:
         name = finding.image_folder
         copies.setdefault(name, Copy(name, tuple(download.find(finding.image, name))))
         lesions[finding.type, finding.number].append(finding)
-    order = list(copies)
+    order, candidates = list(copies), {}
+    for lesion, rows in lesions.items():
+        named = candidates[lesion] = defaultdict(dict)
+        for row in rows:
+            place = order.index(row.image_folder), download.find_roi(row, findings)
+            named[place]["/".join(row.mask)] = True
+        lesions_of.update(named.keys())
     plans = []
     for (kind, number), rows in lesions.items():
         pathologies = sorted((finding.pathology for finding in rows), key="MALIGNANT".__ne__)
-        candidates = tuple(
-            (order.index(row.image_folder), "/".join(row.mask), download.find_roi(row, copies[row.image_folder].files))
-            for row in rows
+        masks = tuple(
+            Candidates(copy, tuple(named), files, lesions_of[copy, files])
+            for (copy, files), named in candidates[kind, number].items()
         )
-        plans.append(Lesion(kind, number, pathologies[0], candidates))
-    plan = Plan(tuple(copies.values()), tuple(plans), folder, {})
+        plans.append(Lesion(kind, number, pathologies[0], masks))
+    plan = Plan(tuple(copies.values()), tuple(plans), folder, whole, {})
     descriptions = {path: download.descriptions[path] for path in plan.sources if path in download.descriptions}
     return plan._replace(descriptions=descriptions)
 
 
-def prepare_image(item, download, out, whole: dict):
-    """Write the full image, the masks and the whole image of one item; see `dm_dataset.prepare`.
+def full_img_path(key: str) -> str:
+    return f"full_img/{key}.png"
 
-    whole: options of `make_whole`.
-    """
+
+def mask_path(key: str, lesion: Lesion) -> str:
+    return f"roi_mask/{lesion.type.capitalize()}-Training_{key}_{lesion.number}.png"
+
+
+def whole_img_path(key: str, folder: str) -> str:
+    return f"{folder}/{key}.png"
+
+
+def list_outputs(key: str, plan: Plan) -> tuple[str, ...]:
+    """Paths of all files that `prepare_image` may write for the image, below the output folder."""
+    whole = (whole_img_path(key, plan.folder),) if plan.folder else ()
+    return full_img_path(key), *whole, *(mask_path(key, lesion) for lesion in plan.lesions)
+
+
+def prepare_image(item, download, out):
+    """Write the full image, the masks and the whole image of one item; see `dm_dataset.prepare`."""
     import numpy as np
 
     from dm_dataset import Prepared, make_whole, to_uint16
@@ -496,13 +559,13 @@ def prepare_image(item, download, out, whole: dict):
         result.outputs.append(path)
 
     try:
-        img, sizes = read_image(plan, download, result)
+        img, headers = read_image(plan, download, result)
         img = to_uint16(img)
         if plan.folder:
-            small = make_whole(img, **whole)
-            write(f"{plan.folder}/{item.name}.png", small)
+            small = make_whole(img, **plan.whole)
+            write(whole_img_path(item.name, plan.folder), small)
             result.facts |= {"folder": plan.folder, "pixel_sum": int(small.sum(dtype=np.int64))}
-        write(f"full_img/{item.name}.png", img)
+        write(full_img_path(item.name), img)
     except InputError as error:
         result.faults.append(f"{item.name}: {error}; left out with its masks")
         return result
@@ -510,26 +573,25 @@ def prepare_image(item, download, out, whole: dict):
     for lesion in plan.lesions:
         name = f"{item.name} {lesion.type} {lesion.number}"
         try:
-            mask = read_mask(name, lesion, sizes, img.shape, plan.descriptions, download, result)
+            mask = read_mask(name, lesion, headers, img.shape, plan.descriptions, download, result)
         except InputError as error:
             result.faults.append(f"{name}: {error}")
             continue
-        write(f"roi_mask/{lesion.type.capitalize()}-Training_{item.name}_{lesion.number}.png", mask)
+        write(mask_path(item.name, lesion), mask)
         result.facts["lesions"].append([lesion.type, lesion.number, lesion.pathology])
     return result
 
 
 def read_image(plan: Plan, download, result):
-    """Pixels of the first copy of an image that is readable, and the size of each copy, None where not known.
+    """Pixels of the first copy of an image that is readable, and the header of each copy, None for one without.
 
     The calc and the mass rows of one view have files of their own, of the same film; one is kept.
     """
-    img, sizes, problems = None, [], []
+    img, headers, problems = None, [], []
     for copy in plan.copies:
-        sizes.append(None)
+        headers.append(None)
         try:
-            header = choose_image(copy, plan.descriptions, download, result)
-            sizes[-1] = header.height, header.width
+            headers[-1] = header = choose_image(copy, plan.descriptions, download, result)
             if img is None:
                 img = check_mammogram(header.path, read_grey(download, header.path))
                 kept = header
@@ -546,11 +608,15 @@ def read_image(plan: Plan, download, result):
         result.repairs.append(("monochrome1_inverted", f"{result.name}: {kept.path}"))
     if img.dtype.name == "uint8":
         result.repairs.append(("8_bit_scaled_to_16_bit", f"{result.name}: {kept.path}"))
-    return img, sizes
+    return img, headers
 
 
 def choose_image(copy: Copy, descriptions, download, result) -> Header:
-    """The header of the full mammogram among the files of `copy`: the largest, if there are several."""
+    """The header of the full mammogram among the files of `copy`.
+
+    Of several, those that are described as one, by their header, table or path; failing that, those that are not
+    described as masks or crops. Of these the largest that has more than two values, which masks have not.
+    """
     headers, problems = [], []
     for path in copy.files:
         try:
@@ -560,83 +626,146 @@ def choose_image(copy: Copy, descriptions, download, result) -> Header:
     if not headers:
         expected = f"no image of {copy.folder}: Expected a folder of this name, or of its series, in the download"
         raise InputError("; ".join(problems) or expected)
-    chosen = max(headers, key=lambda header: header.height * header.width)
-    if len(copy.files) > 1:
-        text = f"{result.name}: {chosen.path} of {len(copy.files)} files of {copy.folder}"
-        result.repairs.append(("several_files_for_one_image", text))
-    return chosen
+    if len(copy.files) == 1:
+        return headers[0]
+    others = MASK_DESCRIPTION, CROP_DESCRIPTION
+    described = [header for header in headers if IMAGE_DESCRIPTION in f"{header.path} {header.description}".lower()]
+    headers = described or [header for header in headers if not any(word in header.description for word in others)]
+    headers.sort(key=lambda header: header.pixels, reverse=True)
+    for header in headers:
+        if header.pixels < LEAST_SHARE * headers[0].pixels:  # a crop, the image itself is missing
+            break
+        if described or as_mask(read_grey(download, header.path), is_lossy(header.path)) is None:
+            text = f"{result.name}: {header.path} of {len(copy.files)} files of {copy.folder}"
+            result.repairs.append(("several_files_for_one_image", text))
+            result.repairs += [("unreadable_file_not_needed", f"{result.name}: {problem}") for problem in problems]
+            return header
+    raise InputError(
+        f"no image of {copy.folder}: Expected a picture of more than two values. "
+        f"Received {len(copy.files)} files such as {copy.files[0]}; {'; '.join(problems) or 'masks and crops'}"
+    )
 
 
 def check_mammogram(path: str, img):
-    """`img` if it is a picture of unsigned pixels, else InputError."""
+    """`img` if it is a picture of unsigned pixels of more than two values, else InputError."""
     if img.dtype.name not in ("uint8", "uint16"):
         raise InputError(f"{path}: Expected 8- or 16-bit unsigned pixels. Received {img.dtype}")
     if img.min() == img.max():
         raise InputError(f"{path}: the image is constant: Expected a mammogram")
+    if as_mask(img, lossy=False) is not None:
+        raise InputError(f"{path}: the image has two values, as masks have: Expected a mammogram")
     return img
 
 
-def read_mask(name: str, lesion: Lesion, sizes, shape, descriptions, download, result):
-    """The mask of one lesion, uint8 0/255 (*shape); InputError when no file is one.
+def read_mask(name: str, lesion: Lesion, headers: Sequence[Header | None], shape, descriptions, download, result):
+    """The mask of one lesion, the union of those of its rows: uint8 0/255 (*shape).
 
-    sizes: of each copy of the image. shape: of the one that is kept.
+    headers: of each copy of the image. shape: of the one that is kept. Raises InputError when a row has no mask.
     """
     import cv2
     import numpy as np
 
-    union, used = np.zeros(shape, bool), {}
-    for copy, named, candidates in lesion.rows:
-        found, problems = find_masks(candidates, sizes[copy] or shape, descriptions, download)
-        if not found:
-            reasons = "; ".join(problems) or "no file in the download"
+    union, used, repairs = np.zeros(shape, bool), set(), {}  # a dict, so that nothing is listed twice
+    images = {header.path for header in headers if header}
+    for copy, named, files, lesions in lesion.masks:
+        size = headers[copy].size if headers[copy] else shape
+        candidates = [path for path in files if path not in images]
+        found, others, problems = find_masks(candidates, size, descriptions, download)
+        if len(found) < len(named):
+            wanted = ", ".join(sorted(named))
+            missing = "no mask" if not found else f"no mask for {len(named) - len(found)} of {len(named)} rows"
+            reasons = "; ".join([*problems, *map("mask {}".format, [*found, *others])]) or "no file in the download"
             raise InputError(
-                f"no mask: Expected a file of two values and {shape[0]} x {shape[1]} pixels for {named}. "
+                f"{missing}: Expected a file of two values and {size[0]} x {size[1]} pixels for {wanted}. "
                 f"Received {reasons}"
+            )
+        if lesions > 1:
+            raise InputError(
+                f"no mask: {', '.join(candidates)} may be of any of {lesions} lesions. Expected a folder for each, "
+                f"such as {named[0]}"
             )
         for path, mask in found.items():
             if path in used:
                 continue
-            used[path] = named
-            if not path.endswith(named):
-                result.repairs.append(("mask_found_by_content", f"{name}: {path}, not {named}"))
+            used.add(path)
+            if not is_where_named(path, named, candidates):
+                repairs["mask_found_by_content", f"{name}: {path}, not {', '.join(named)}"] = True
             if mask.shape != shape:
                 stretch = mask.shape[0] * shape[1] / (mask.shape[1] * shape[0])
                 text = "{}: {} from {} x {} to {} x {}".format(name, path, *mask.shape, *shape)
                 text += "" if abs(stretch - 1) <= ASPECT_TOLERANCE else ", of another aspect ratio"
-                result.repairs.append(("mask_resized", text))
+                repairs["mask_resized", text] = True
                 mask = cv2.resize(mask.astype("uint8"), shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
             union |= mask
-        result.repairs += [("unreadable_file_not_needed", f"{name}: {p}") for p in problems if "not readable" in p]
+        repairs |= {("mask_of_another_size_not_taken", f"{name}: {path}"): True for path in others}
+        repairs |= {("unreadable_file_not_needed", f"{name}: {p}"): True for p in problems if "not readable" in p}
     if len(used) > 1:
-        result.repairs.append(("masks_united", f"{name}: {', '.join(sorted(used))}"))
+        repairs["masks_united", f"{name}: {', '.join(sorted(used))}"] = True
     if not union.any():
         raise InputError("nothing is left of the mask once it is resized")
+    result.repairs += repairs
     return np.where(union, np.uint8(255), np.uint8(0))
 
 
-def find_masks(candidates: Sequence[str], size, descriptions, download):
-    """Masks among the candidates, by path as boolean arrays; and what is wrong with each of the others.
+def is_where_named(path: str, named: Iterable[str], candidates: Sequence[str]) -> bool:
+    """Whether a mask is the file that one of the cells `named` means, in a layout of whatever names.
 
-    All files of two values that have the image's `size` (height, width) are masks. Where there is none, those of
-    another size are that are described as masks or, failing that, the largest.
+    000000.dcm is 1-1.dcm and 1-234.jpg: the first of its folder. Where the folder that a cell gives is not among
+    those of the `candidates`, as in the descriptive layouts, the position alone counts.
     """
-    exact, described, others, problems = {}, {}, {}, []
+    folder, series = path.rpartition("/")[0], {_series(candidate.split("/")) for candidate in candidates}
+    beside = sorted(candidate for candidate in candidates if candidate.rpartition("/")[0] == folder)
+    for cell in named:
+        parts = cell.split("/")
+        position = re.fullmatch(r"0*(\d+)\.\w+|(\d+)-\d+\.\w+", parts[-1])
+        if _series(parts) in series and _series(parts) != _series(path.split("/")):
+            continue
+        if len(beside) == 1 or not position:
+            return True
+        if beside.index(path) == (int(position[1]) if position[1] else int(position[2]) - 1):
+            return True
+    return False
+
+
+def find_masks(candidates: Sequence[str], size, descriptions, download):
+    """Masks among the candidates, by path as boolean arrays; paths of masks not taken; what is wrong with the others.
+
+    Files of two values are masks. Of each folder, those that have the image's `size` (height, width) are taken.
+    Where it has none, those of another size are that are described as masks or, failing that, the largest.
+    """
+    problems, folders = [], defaultdict(lambda: ({}, {}, {}))  # of the image's size, described as masks, others
     for path in candidates:
+        exact, described, others = folders[path.rpartition("/")[0]]
+        lossy = is_lossy(path)
         try:
             pixels = read_grey(download, path)
-            mask = as_mask(pixels, lossy=path.lower().endswith((".jpg", ".jpeg")))
+            mask = as_mask(pixels, lossy)
             if mask is None:
                 problems.append("{} of {} x {} pixels, not of two values".format(path, *pixels.shape))
-            elif mask.shape == tuple(size):
+                continue
+            description = read_header(download, path, descriptions).description
+            if mask.shape == tuple(size):
                 exact[path] = mask
-            elif MASK_DESCRIPTION in read_header(download, path, descriptions).description.lower():
+            elif MASK_DESCRIPTION in description:
                 described[path] = mask
+            elif lossy and (CROP_DESCRIPTION in description or mask.size < LEAST_SHARE * size[0] * size[1]):
+                # A crop at the breast's edge has hardly more than two values either.
+                problems.append("{} of {} x {} pixels, a crop".format(path, *mask.shape))
             else:
                 others[path] = mask
         except InputError as error:
             problems.append(f"not readable: {error}")
-    largest = sorted(others, key=lambda path: others[path].size)[-1:]
-    return exact or described or {path: others[path] for path in largest}, problems
+    taken, left = {}, []
+    for exact, described, others in folders.values():
+        largest = sorted(others, key=lambda path: others[path].size)[-1:]
+        chosen = exact or described or {path: others[path] for path in largest}
+        taken |= chosen
+        left += [path for path in exact | described | others if path not in chosen]
+    return taken, left, problems
+
+
+def is_lossy(path: str) -> bool:
+    return path.lower().endswith((".jpg", ".jpeg"))
 
 
 def as_mask(img, lossy: bool):

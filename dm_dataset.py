@@ -1,12 +1,14 @@
 """From a data set as downloaded to image folders: splits by patient, whole images, and runs that can be resumed.
 
-Nothing here knows one data set from another; the readers of their tables are in `scripts/`. What they hand over is
-the name, patient and label of each image, and a function that writes the files of one image.
+Nothing here knows one data set from another: what one downloads is read by a module of its own, such as
+`dm_cbis_ddsm`. It hands over the label of each patient, the `Item`s, and a function that writes the files of one.
 """
 
 import csv
+import functools
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,7 @@ RESCALE_FACTOR = 0.003891
 MANIFEST = "manifest.jsonl"
 REPORT = "report.json"
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
-RULES = 1
+RULES = 2
 
 
 # ------------------------------------------------------------------------------------------- splits by patient
@@ -173,13 +175,14 @@ def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
 class Item:
     """One image to prepare.
 
-    sources: paths of all files it may be made from, below the download folder. settings: whatever else decides how
-    its outputs look. plan: what `prepare`'s function needs to know.
+    sources: paths of all files it may be made from, below the download folder. outputs: paths of all files it may
+    become, below the output folder. plan: what `prepare`'s function needs to know, in types that JSON can hold;
+    these and the sources decide how the outputs look.
     """
 
     name: str
     sources: tuple[str, ...]
-    settings: dict
+    outputs: tuple[str, ...]
     plan: object
 
 
@@ -208,53 +211,59 @@ def prepare(
     backend: str = "loky",
     on_error: str | None = None,
 ) -> list[Prepared]:
-    """Prepare all items, keeping what an earlier run has made of the same files with the same settings.
+    """Prepare all items, keeping what an earlier run has made of the same files with the same plans.
 
     function: writes the files of one item below `out`; see `run_parallel`. folders: the folders below `out` that it
-    writes to; they are this function's own, and what else lies there at the end is removed, so that no image
-    stays in the set where an earlier split had put it. on_error: "stop" raises InputError at the first fault.
+    writes to. Nobody else's files may be there, since a trainer would take them for the data set's; hidden files may.
+    on_error: "stop" raises InputError at the first fault.
 
-    The manifest in `out` gets a line as each item is done. An item is kept when it had no fault, its sources have
-    the size and time of change they had, and its outputs the size they had. The same items give the same files,
-    whether or not the run was interrupted. `report.json`, which the caller writes in the end, is removed at the
-    start: while it is there, the outputs are whole.
+    The manifest in `out` gets a line with all outputs to come, and one as each item is done. What it lists and the
+    items no longer have is removed, so that no image stays in the set where an earlier split had put it. An item is
+    kept when it had no fault, its sources have the size and time of change they had, and its outputs the checksums.
+    The same items give the same files, whether or not the run was interrupted. `report.json`, which the caller
+    writes in the end, is removed at the start: while it is there, the outputs are whole.
 
     Returns one result an item, in their order. Raises InputError when `folders` hold files of someone else.
     """
     download, out = Path(download), Path(out)
     manifest = out / MANIFEST
+    records, ours = _read_manifest(manifest)
     present = [path for folder in folders for path in Path(out, folder).rglob("*") if path.is_file()]
-    if present and not manifest.exists():
-        raise InputError(
-            f"{present[0]}: not made by this script, which removes what does not belong to the data set from this "
-            f"folder: Expected a new folder, or one that it has made"
-        )
+    for path in sorted(present):
+        if path.relative_to(out).as_posix() not in ours and not path.name.startswith("."):
+            raise InputError(
+                f"{path}: not made by this script, so it is no part of the data set: Expected none but its own files "
+                f"in this folder; move it elsewhere, or name another output folder"
+            )
     (out / REPORT).unlink(missing_ok=True)
-    remove_partial(out)
+    for folder in {out, *(path.parent for path in present)}:
+        remove_partial(folder)
     for folder in folders:
         (out / folder).mkdir(parents=True, exist_ok=True)
-    earlier = _read_manifest(manifest)
     stamps = {item.name: _stamp(download, item) for item in items}
-    results = {
-        item.name: earlier[item.name][1]
-        for item in items
-        if item.name in earlier and earlier[item.name][0] == stamps[item.name]
-    }
-    pending = [item for item in items if item.name not in results]
-    if results:
-        print(f"{len(results)} of {len(items)} images are there from an earlier run")
+    earlier = [records[name] for name, stamp in stamps.items() if name in records and records[name]["stamp"] == stamp]
+    whole = run_parallel(functools.partial(_is_whole, out), earlier, jobs, "threading", "checking")
+    records = {record["name"]: record for record, kept in zip(earlier, whole, strict=True) if kept}
+    pending = [item for item in items if item.name not in records]
+    if records:
+        print(f"{len(records)} of {len(items)} images are there from an earlier run")
     with open(manifest, "a", encoding="utf-8") as file:
-        file.write("\n")  # ends the line that a killed run may have left half written
-        for result in run_parallel(function, pending, jobs, backend, "preparing"):
+        # Starts with the end of the line that a killed run may have left half written.
+        file.write("\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n")
+        file.flush()
+        for item, result in zip(pending, run_parallel(function, pending, jobs, backend, "preparing"), strict=True):
             if result.faults and on_error == "stop":
                 raise InputError(result.faults[0])
-            results[result.name] = result
-            file.write(_manifest_line(out, stamps[result.name], result))
+            checksums = [_checksum(out / path) for path in result.outputs]
+            records[item.name] = {"stamp": stamps[item.name], "checksums": checksums, **asdict(result)}
+            file.write(json.dumps(records[item.name]) + "\n")
             file.flush()
-    ordered = [results[item.name] for item in items]
-    _remove_others(out, folders, {path for result in ordered for path in result.outputs})
-    write_text(manifest, "".join(_manifest_line(out, stamps[result.name], result) for result in ordered))
-    return ordered
+    ordered = [records[item.name] for item in items]
+    ours.update(path for item in items for path in item.outputs)
+    for path in ours.difference(*(record["outputs"] for record in ordered)):
+        Path(out, path).unlink(missing_ok=True)
+    write_text(manifest, "".join(json.dumps(record) + "\n" for record in ordered))
+    return [_to_prepared(record) for record in ordered]
 
 
 def _stamp(download: Path, item: Item) -> str:
@@ -263,40 +272,39 @@ def _stamp(download: Path, item: Item) -> str:
     for source in item.sources:
         status = (download / source).stat()
         sources.append([source, status.st_size, status.st_mtime_ns])
-    text = json.dumps([RULES, sources, item.settings], sort_keys=True)
+    text = json.dumps([RULES, sources, item.plan], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _manifest_line(out: Path, stamp: str, result: Prepared) -> str:
-    sizes = [(out / path).stat().st_size for path in result.outputs]
-    return json.dumps({"stamp": stamp, "sizes": sizes, **asdict(result)}) + "\n"
+def _checksum(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
 
 
-def _read_manifest(path: Path) -> dict[str, tuple[str, Prepared]]:
-    """Stamp and result by name, of the items without faults whose outputs are still there as written."""
-    kept = {}
-    if not path.exists():
-        return kept
-    for line in path.read_text(encoding="utf-8").splitlines():
+def _is_whole(out: Path, record: dict) -> bool:
+    """Whether an earlier result had no fault and its outputs are still there as written."""
+    if record["faults"]:
+        return False
+    try:
+        return [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
+    except FileNotFoundError:
+        return False
+
+
+def _to_prepared(record: dict) -> Prepared:
+    fields = {name: record[name] for name in ("name", "outputs", "repairs", "faults", "facts")}
+    return Prepared(**fields | {"repairs": [tuple(repair) for repair in record["repairs"]]})
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
+    """The last record of each item by its name, and all outputs that were ever announced or made."""
+    records, outputs = {}, set()
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    for line in lines:
         try:
             record = json.loads(line)
-            stamp, sizes = record.pop("stamp"), record.pop("sizes")
-            result = Prepared(**record)
-        except (ValueError, KeyError, TypeError, AttributeError):  # a line cut off when the run was killed
+        except ValueError:  # a line cut off when the run was killed
             continue
-        result.repairs = [tuple(repair) for repair in result.repairs]
-        kept.pop(result.name, None)
-        outputs = [path.parent / output for output in result.outputs]
-        if not result.faults and all(
-            output.is_file() and output.stat().st_size == size for output, size in zip(outputs, sizes, strict=True)
-        ):
-            kept[result.name] = stamp, result
-    return kept
-
-
-def _remove_others(out: Path, folders: Sequence[str], expected: set[str]) -> None:
-    """Remove what earlier runs with other images or splits, or a killed one, have left in `folders`."""
-    for folder in folders:
-        for path in sorted(Path(out, folder).rglob("*")):
-            if path.is_file() and path.relative_to(out).as_posix() not in expected:
-                path.unlink(missing_ok=True)
+        outputs.update(record.get("to_come", ()), record.get("outputs", ()))
+        if "stamp" in record:
+            records[record["name"]] = record
+    return records, outputs

@@ -137,13 +137,13 @@ def convert(item, out):
     path = f"images/{item.name}"
     result = Prepared(item.name)
     try:
-        img, dataset = to_16_bit(item.plan, **item.settings)
+        img, dataset = to_16_bit(item.sources[0], **item.plan)
     except InputError as error:
         result.faults.append(str(error))
         return result
     write_img(Path(out, path), img)
     result.outputs.append(path)
-    result.facts = describe(path, dataset, item.settings["voi_lut"])
+    result.facts = describe(path, dataset, item.plan["voi_lut"])
     return result
 
 
@@ -154,7 +154,9 @@ def run(**options) -> None:
     from dm_dataset import REPORT, Item, prepare, write_csv, write_text
 
     settings = {"voi_lut": args.voi_lut, "auto_levels": args.auto_levels}
-    items = [Item(name, (str(path.resolve()),), settings, path) for name, path in find_dicom(sources).items()]
+    items = [
+        Item(name, (str(path.absolute()),), (f"images/{name}",), settings) for name, path in find_dicom(sources).items()
+    ]
     out = Path(args.out)
     results = prepare(
         items, functools.partial(convert, out=out), "/", out, ["images"], args.jobs, args.backend, args.on_error

@@ -35,6 +35,7 @@ from dm_cbis_ddsm import (
     Tables,
     find_tables,
     is_positive,
+    list_outputs,
     plan_image,
     prepare_image,
     read_tables,
@@ -56,8 +57,8 @@ from dm_dataset import (
     write_text,
 )
 from dm_files import InputError
+from dm_patches import COLUMNS
 
-LESION_COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
 # Options that decide what the outputs are.
 OPTIONS = (
     "split",
@@ -165,8 +166,8 @@ def plan_images(tables: Tables, sets: Mapping[str, Sequence[str]], download: Dow
     for key, findings in tables.images.items():
         name = set_of.get(findings[0].patient)
         folder = f"{name}/{CLASSES[is_positive(findings)]}" if name else None
-        plan = plan_image(findings, download, folder)
-        items.append(Item(key, plan.sources, {"whole": whole, "plan": plan}, plan))
+        plan = plan_image(findings, download, folder, whole)
+        items.append(Item(key, plan.sources, list_outputs(key, plan), plan))
     return items
 
 
@@ -179,7 +180,7 @@ def write_lists(out, tables: Tables, lists: Mapping[str, Sequence[str]], results
         for result in results
         for kind, number, pathology in result.facts.get("lesions", ())
     ]
-    write_csv(Path(out, "roi_mask_path.csv"), LESION_COLUMNS, lesions)
+    write_csv(Path(out, "roi_mask_path.csv"), COLUMNS, lesions)
     breasts = defaultdict(bool)
     for findings in tables.images.values():
         breasts[findings[0].patient, findings[0].side] |= is_positive(findings)
@@ -196,7 +197,8 @@ def pixel_mean(results: Sequence[Prepared], img_size: tuple[int, int]) -> float 
 
 def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> dict:
     """Prepare all images and write the lists; returns the report."""
-    download = scan_download(args.download)
+    folders = ["full_img", "roi_mask", *(f"{name}/{label}" for name in SETS for label in CLASSES)]
+    download = scan_download(args.download, skip=[args.out, *(Path(args.out, folder) for folder in folders)])
     whole = {
         "img_size": args.img_size,
         "resize": args.resize,
@@ -205,10 +207,9 @@ def prepare_dataset(tables: Tables, sets: Mapping[str, Sequence[str]], args) -> 
         "face": args.face,
     }
     items = plan_images(tables, sets, download, whole)
-    folders = ["full_img", "roi_mask", *(f"{name}/{label}" for name in SETS for label in CLASSES)]
     # The workers of a cluster start in folders of their own.
     folders_at = {"download": Path(args.download).resolve(), "out": Path(args.out).resolve()}
-    work = functools.partial(prepare_image, **folders_at, whole=whole)
+    work = functools.partial(prepare_image, **folders_at)
     results = prepare(items, work, args.download, args.out, folders, args.jobs, args.backend, args.on_error)
 
     done = {result.name: tables.images[result.name] for result in results if "lesions" in result.facts}
@@ -274,7 +275,9 @@ def print_report(report: dict, args) -> None:
     for name, numbers in report["sets"].items():
         images, positive = numbers["images"], numbers["positive_images"]
         print(f"  {name:5} {numbers['patients']} patients, {images} images ({positive} positive)")
-        if positive in (0, images):
+        if not images:
+            print(f"Warning: {name} has no images")
+        elif positive in (0, images):
             print(f"Warning: {name} has images of one class only: no AUC can be computed on it")
     for kind, repairs in report["repairs"].items():
         if repairs["count"]:

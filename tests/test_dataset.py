@@ -176,7 +176,7 @@ def work(item, download, out, log):
         if data == b"bad":
             result.faults.append(f"{source}: bad")
             continue
-        path = f"{item.settings['folder']}/{item.name}.txt"
+        path = f"{item.plan['folder']}/{item.name}.txt"
         with dm_dataset.atomic_write(out / path) as temporary:
             temporary.write_bytes(data)
         result.outputs.append(path)
@@ -196,7 +196,7 @@ class Run:
 
     def __call__(self, out, folder="one", only=None, names="abcde", **options):
         self.log.write_text("")
-        items = [Item(name, (name,), {"folder": folder}, None) for name in names]
+        items = [Item(name, (name,), (f"{folder}/{name}.txt",), {"folder": folder}) for name in names]
         function = functools.partial(only or work, download=self.download, out=out, log=self.log)
         results = prepare(items, function, self.download, out, ["one", "two"], **options)
         dm_dataset.write_text(out / dm_dataset.REPORT, json.dumps([result.facts for result in results]))
@@ -230,6 +230,7 @@ def test_second_run_keeps_everything(run, tmp_path):
     [
         lambda download, out: (out / "one/b.txt").unlink(),
         lambda download, out: (out / "one/b.txt").write_text("content"),
+        lambda download, out: (out / "one/b.txt").write_text("content of B"),
         lambda download, out: os.utime(download / "b", ns=(1, 1)),
         lambda download, out: (download / "b").write_text("another size"),
     ],
@@ -291,13 +292,45 @@ def test_faults_are_returned_or_end_the_run(run, tmp_path):
     assert not (out / dm_dataset.REPORT).exists()
 
 
-def test_folder_of_others_is_refused(run, tmp_path):
+@pytest.mark.parametrize("after_a_run", [False, True])
+@pytest.mark.parametrize("name", ["two/mine.txt", "one/a.png", "one/deeper/b.txt"])
+def test_files_of_others_are_refused_and_kept(run, tmp_path, name, after_a_run):
     out = tmp_path / "out"
-    (out / "two").mkdir(parents=True)
-    (out / "two/mine.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"mine\.txt: not made by this script"):
+    if after_a_run:
         run(out)
-    assert read_folder(out) == {"two/mine.txt": b"precious"}
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("precious")
+    content = read_folder(out)
+    with pytest.raises(InputError, match="not made by this script") as error:
+        run(out)
+    assert str(out / name) in str(error.value)
+    assert read_folder(out) == content
+
+
+def test_hidden_files_of_others_are_left_alone(run, tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    (out / "one/.DS_Store").write_text("left by a file system")
+    run(out, folder="two", names="abc")
+    assert sorted(path.name for path in (out / "one").iterdir()) == [".DS_Store"]
+
+
+def test_what_a_killed_run_made_with_other_plans_is_removed(run, tmp_path):
+    """It had not listed its last output as made."""
+    out = tmp_path / "out"
+
+    def until_d(item, **options):
+        result = work(item, **options)
+        if item.name == "d":
+            raise KeyboardInterrupt
+        return result
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, only=until_d)
+    assert (out / "one/d.txt").exists()
+    run(out, folder="two", names="abc")
+    run(tmp_path / "fresh", folder="two", names="abc")
+    assert read_folder(out) == read_folder(tmp_path / "fresh")
 
 
 def test_png_keeps_pixels_and_type(tmp_path):

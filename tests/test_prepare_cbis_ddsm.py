@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 
 from dm_cbis_ddsm import as_mask, find_tables, read_table, read_tables
@@ -231,12 +232,11 @@ def test_every_oddity_is_counted(prepared):
     lossy = odd["tree"] == "jpeg"
     assert repairs["8_bit_scaled_to_16_bit"] == (report["counts"]["images_prepared"] if lossy else 0)
     usable = [row for row in rows if row.key not in odd["oddities"]["truncated"]]
-    swapped = {row.roi_folder for row in usable if "swapped" in row.oddities and "separate_folders" not in row.oddities}
-    if odd["tree"] == "uid":  # the other layouts have no paths that the tables could name
-        named = {item.split(": ")[1].split("/")[1] for item in report["repairs"]["mask_found_by_content"]["items"]}
-        assert named >= swapped
-    else:
-        assert repairs["mask_found_by_content"] == len(usable)
+    swapped = {row.roi_folder for row in usable if "swapped" in row.oddities}
+    if odd["tree"].startswith("descriptive"):  # a mask alone in a folder that no table names is where it should be
+        swapped -= {row.roi_folder for row in usable if "separate_folders" in row.oddities}
+    cells = [item.split(", not ")[1] for item in report["repairs"]["mask_found_by_content"]["items"]]
+    assert {cell.split("/")[0] for cell in cells} == swapped
     tables = report["tables"].values()
     assert sum(table["newline_in_path_cell"] for table in tables) == odd["counts"]["rows"]
     assert sum(table["backslash_path"] for table in tables) == (
@@ -403,6 +403,198 @@ def test_bad_mask_is_named_and_its_image_kept(download, tmp_path, how):
     assert (row.patient.name, row.kind, str(row.number)) not in lesions
 
 
+def mask_of(row, *corner):
+    """The drawn mask, with a rectangle from the corner (height, width) that no lesion has."""
+    mask = draw_view(row.patient, row.view, 5, *SIZE)[1][row.index].copy()
+    mask[: corner[0], : corner[1]] = 255
+    return mask
+
+
+def add_row(folder, row, mask, series="9.3", number=None, **tags):
+    """Add a row of the same image, and a mask (None: there is none) with a crop. number: None for the row's own."""
+    number = number or row.number
+    roi_folder = f"{row.image_folder}_{number}"
+    path = folder / f"{row.kind}_case_description_train_set.csv"
+    lines = list(csv.reader(path.read_bytes().decode().splitlines(keepends=True)))
+    line = next(line for line in lines if line[0] == row.patient.name and int(line[4]) == row.number)
+    cells = [re.sub(r".*/", f"{roi_folder}/{series}/{series}/", cell) for cell in line[-2:]]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([*lines, [*line[:4], number, *line[5:-2], *cells]])
+    inner = folder / "CBIS-DDSM" / roi_folder / series / series
+    crop = np.random.RandomState(0).randint(0, 60000, (20, 20)).astype(np.uint16)
+    write_dicom(inner / f"00000{int(row.kind == 'calc')}.dcm", crop, PatientID=roi_folder)
+    if mask is not None:
+        write_dicom(inner / f"00000{int(row.kind == 'mass')}.dcm", mask, PatientID=roi_folder, **tags)
+    return inner
+
+
+@pytest.fixture
+def second_row(download):
+    """The folder of a download, and one of its rows, the mask of which can get a second part."""
+    return download[0], next(row for row in download[1] if row.division == "Training" and row.kind == "mass")
+
+
+def read_mask_of(out, row):
+    return read_png(out / f"roi_mask/{row.kind.capitalize()}-Training_{row.key}_{row.number}.png")
+
+
+@pytest.mark.parametrize("description", [{}, {"SeriesDescription": "ROI mask images"}])
+@pytest.mark.parametrize("size", [SIZE, (124, 107)])
+@pytest.mark.parametrize("named", [True, False])
+def test_every_row_gives_its_own_mask(second_row, tmp_path, size, description, named):
+    """Also one of another size, and in folders that the table does not name."""
+    folder, row = second_row
+    part = cv2.resize(mask_of(row, 20, 12) * np.uint8(1), size[::-1], interpolation=cv2.INTER_NEAREST)
+    inner = add_row(folder, row, part, **description)
+    if not named:
+        for index, series in enumerate(sorted((folder / "CBIS-DDSM" / row.roi_folder).glob("*/*"))):
+            series.rename(series.with_name(f"1-ROI mask images-{index}"))
+    report = prepare(folder, tmp_path / "out")
+    assert report["skipped"] == []
+    mask = read_mask_of(tmp_path / "out", row)
+    assert (mask[:18, :10] == 255).all() and (mask[mask_of(row, 0, 0) > 0] == 255).all()
+    repairs = {kind: repair["count"] for kind, repair in report["repairs"].items()}
+    assert repairs["masks_united"] == 1 and repairs["mask_resized"] == int(size != SIZE)
+    assert repairs["mask_found_by_content"] == 0
+    assert inner.parent.exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("how", ["missing", "truncated", "folder missing"])
+def test_row_without_its_own_mask_is_named(second_row, tmp_path, how, named):
+    folder, row = second_row
+    inner = add_row(folder, row, None if how == "missing" else mask_of(row, 5, 4))
+    if how == "truncated":
+        path = inner / "000001.dcm"
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "folder missing":
+        shutil.rmtree(inner.parent)
+    if not named:
+        for index, series in enumerate(sorted((folder / "CBIS-DDSM" / row.roi_folder).glob("*/*"))):
+            series.rename(series.with_name(f"1-ROI mask images-{index}"))
+    report = prepare(folder, tmp_path / "out", on_error="skip")
+    (skipped,) = report["skipped"]
+    assert f"{row.key} mass {row.number}: no mask" in skipped["reason"] and "9.3/000001.dcm" in skipped["reason"]
+    assert read_mask_of(tmp_path / "out", row) is None
+    problems = skipped["reason"].split("Received ")[-1].split("; ")
+    assert len(problems) == len(set(problems))
+
+
+def test_smaller_mask_beside_the_mask_is_reported(second_row, tmp_path):
+    folder, row = second_row
+    (series,) = (folder / "CBIS-DDSM" / row.roi_folder).glob("*/*")
+    write_dicom(series / "000002.dcm", mask_of(row, 5, 4)[:100, :100])
+    report = prepare(folder, tmp_path / "out")
+    np.testing.assert_array_equal(read_mask_of(tmp_path / "out", row), mask_of(row, 0, 0))
+    (item,) = report["repairs"]["mask_of_another_size_not_taken"]["items"]
+    assert "000002.dcm" in item
+
+
+def gather_views(folder, rename):
+    """Move all files of a view and its lesions into the folder of the view, by name or as unnamed series."""
+    (folder / "CBIS-DDSM").rename(folder / "old")
+    for index, path in enumerate(sorted((folder / "old").rglob("*.dcm"), reverse=True)):
+        view = re.match(r".*_(CC|MLO)", path.relative_to(folder / "old").parts[0])[0]
+        if rename:
+            target = folder / f"S{index // 7}/{index}.dcm"
+            dataset = pydicom.dcmread(path)
+            dataset.PatientID = view
+            dataset.save_as(path)
+        else:
+            target = folder / "CBIS-DDSM" / view / f"1-ROI mask images-{index}" / "000000.dcm"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_mask_beside_its_image_is_not_taken_for_it(tmp_path, unnamed, described):
+    folder = tmp_path / "download"
+    rows, _ = download_phantom(folder, "uid", patients=6, views=("CC",), oddities="none")
+    prepare(folder, tmp_path / "expected")
+    if not described:
+        for path in folder.rglob("*.dcm"):
+            dataset = pydicom.dcmread(path)
+            del dataset.SeriesDescription
+            dataset.save_as(path)
+    gather_views(folder, unnamed)
+    report = prepare(folder, tmp_path / "out")
+    assert report["repairs"]["several_files_for_one_image"]["count"] == len({row.image_folder for row in rows})
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_masks_of_two_lesions_in_one_folder_are_not_mixed(second_row, tmp_path, unnamed):
+    folder, row = second_row
+    add_row(folder, row, mask_of(row, 5, 4), number=7)
+    gather_views(folder, unnamed)
+    report = prepare(folder, tmp_path / "out", on_error="skip")
+    assert [skipped["image"] for skipped in report["skipped"]] == [row.key] * 2
+    assert all("any of 2 lesions. Expected a folder for each" in skipped["reason"] for skipped in report["skipped"])
+    assert read_mask_of(tmp_path / "out", row) is None
+    assert (tmp_path / f"out/full_img/{row.key}.png").exists()
+
+
+def test_crop_is_no_mammogram(tmp_path):
+    """The mammogram of a folder that holds all is missing; its mask and crop are there."""
+    folder = tmp_path / "download"
+    rows, _ = download_phantom(folder, "uid", patients=6, views=("CC",), oddities="none")
+    shutil.rmtree(folder / "CBIS-DDSM" / rows[0].image_folder)
+    gather_views(folder, rename=False)
+    report = prepare(folder, tmp_path / "out", on_error="skip")
+    assert f"no image of {rows[0].image_folder}" in report["skipped"][0]["reason"]
+    assert not list((tmp_path / "out").rglob(f"*{rows[0].key}*"))
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_jpeg_crop_of_black_and_bright_is_no_mask(tmp_path, described):
+    folder = tmp_path / "download"
+    rows, _ = download_phantom(folder, "jpeg", patients=6, views=("CC",), oddities="none")
+    for path in (folder / "jpeg").rglob("*.jpg"):
+        img = read_png(path)
+        if img.shape != SIZE:  # at the breast's edge
+            img[:] = 220
+            img[:, : img.shape[1] // 2] = 0
+            cv2.imwrite(str(path), img)
+        elif ((img < 20) | (img > 235)).mean() > 0.97:
+            path.unlink()
+    if not described:
+        rewrite(folder, "csv/dicom_info.csv", lambda text: text.replace("cropped images", ""))
+    report = prepare(folder, tmp_path / "out", on_error="skip")
+    assert report["counts"]["masks_prepared"] == 0 and len(report["skipped"]) == len(rows)
+    assert all("pixels, a crop" in skipped["reason"] for skipped in report["skipped"])
+
+
+def test_output_folder_inside_the_download_is_not_searched(download, tmp_path):
+    folder, _ = download
+    for out in (folder / "prepared", folder):
+        first = prepare(folder, out)
+        content = read_folder(out)
+        assert prepare(folder, out) == first
+        assert read_folder(out) == content
+        if out != folder:
+            shutil.rmtree(out)
+
+
+def test_link_to_a_folder_above_is_no_trap(download, tmp_path):
+    folder, rows = download
+    (folder / "CBIS-DDSM/above").symlink_to(folder)
+    report = prepare(folder, tmp_path / "out")
+    assert report["counts"]["files_found"] == len({row.image_folder for row in rows}) + 2 * len(rows)
+    assert report["repairs"]["several_files_for_one_image"]["count"] == 0
+
+
+def test_no_images_in_a_set_is_said(download, tmp_path, capsys):
+    folder, _ = download
+    for path in (folder / "CBIS-DDSM").glob("*_CC/*/*/*.dcm"):
+        path.write_bytes(b"")
+    prepare(folder, tmp_path / "out", on_error="skip")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("Warning")] == [
+        f"Warning: {name} has no images" for name in ("train", "val", "test")
+    ]
+
+
 def test_files_of_no_row_are_counted(download, tmp_path):
     folder, rows = download
     write_dicom(folder / "CBIS-DDSM/Mass-Training_P_77777_LEFT_CC/1/2/000000.dcm", np.eye(9, dtype=np.uint16))
@@ -483,8 +675,10 @@ def rewrite(folder, name, change):
         (lambda t: t.replace("\nP_", "\nQ_", 1), "line 2: unknown patient: Expected an id like P_00001. Received 'Q_"),
         (lambda t: t.replace("CC,1,", "CC,one,", 1), "unknown abnormality id"),
         (lambda t: re.sub(r"Mass-\w+/", "../", t, count=1), r"line 2, image file path: Expected a path below"),
-        (lambda t: t.replace("Mass-", "/Mass-", 1), "line 2, image file path: Expected a path below"),
-        (lambda t: t.replace("Mass-", "C:\\Mass-", 1), "line 2, image file path: Expected a path below"),
+        (
+            lambda t: re.sub(r"Mass-\w+/", "E:\\\\DDSM\\\\..\\\\", t, count=1),
+            r"line 2, image file path: Expected a path below",
+        ),
         (
             lambda t: re.sub(r"P_(\d+)_(LEFT|RIGHT)", "P_99999_RIGHT", t, count=1),
             "line 2: the image path is of another",
@@ -500,6 +694,16 @@ def test_bad_table_is_named_with_its_line(download, tmp_path, capsys, change, me
     error = capsys.readouterr().err
     assert str(path) in error and re.search(message, error) and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", ["E:\\DDSM\\", "/data/ddsm/", "\\\\server\\share\\", "./CBIS-DDSM/"])
+def test_paths_of_another_machine_are_read(download, plain, tmp_path, start):
+    folder, _ = download
+    for path in folder.glob("*train*.csv"):
+        rewrite(folder, path.name, lambda text: re.sub(r"(?=(Calc|Mass)-T)", lambda _: start, text))
+    prepare(folder, tmp_path / "out")
+    prepare(plain[0], tmp_path / "expected")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
 def test_lines_are_counted_with_newlines_in_cells(download):
@@ -536,6 +740,26 @@ def test_jpeg_table_without_its_columns(tmp_path):
     rewrite(folder, "csv/dicom_info.csv", lambda text: text.replace("PatientID", "patient"))
     with pytest.raises(InputError, match=r"dicom_info\.csv, line 1: missing columns PatientID"):
         prepare(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: b"\xff\xfe\x00\x01", "not a text file"),
+        (lambda data: data.replace(b"Mass", b"M\xe4ss", 1), "not a text file"),
+        (lambda data: data + b'"' + b"x" * 200_000, "field larger than field limit"),
+        (lambda data: data[:-130], "cells. Received|unexpected end of data"),
+        (lambda data: b"", "line 1: missing columns image_path"),
+    ],
+)
+def test_damaged_jpeg_table_is_named(tmp_path, change, message):
+    folder = tmp_path / "download"
+    download_phantom(folder, "jpeg", patients=6, views=("CC",), oddities="none")
+    path = folder / "csv/dicom_info.csv"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(InputError, match=message) as error:
+        prepare(folder, tmp_path / "out")
+    assert str(path) in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------ splits and options
