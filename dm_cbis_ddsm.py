@@ -681,8 +681,8 @@ def read_mask(name: str, lesion: Lesion, headers: Sequence[Header | None], shape
             )
         if lesions > 1:
             raise InputError(
-                f"no mask: {', '.join(candidates)} may be of any of {lesions} lesions. Expected a folder for each, "
-                f"such as {named[0]}"
+                f"no mask: {len(found)} masks, such as {min(found)}, may be of any of {lesions} lesions. Expected a "
+                f"folder for each, such as {named[0]}"
             )
         for path, mask in found.items():
             if path in used:
@@ -711,16 +711,17 @@ def is_where_named(path: str, named: Iterable[str], candidates: Sequence[str]) -
     """Whether a mask is the file that one of the cells `named` means, in a layout of whatever names.
 
     000000.dcm is 1-1.dcm and 1-234.jpg: the first of its folder. Where the folder that a cell gives is not among
-    those of the `candidates`, as in the descriptive layouts, the position alone counts.
+    those of the `candidates`, as in the descriptive layouts, the position alone counts; in folders that no layout
+    has, not even that.
     """
-    folder, series = path.rpartition("/")[0], {_series(candidate.split("/")) for candidate in candidates}
-    beside = sorted(candidate for candidate in candidates if candidate.rpartition("/")[0] == folder)
-    for cell in named:
-        parts = cell.split("/")
-        position = re.fullmatch(r"0*(\d+)\.\w+|(\d+)-\d+\.\w+", parts[-1])
-        if _series(parts) in series and _series(parts) != _series(path.split("/")):
+    parts = path.split("/")
+    beside = sorted(candidate for candidate in candidates if candidate.split("/")[:-1] == parts[:-1])
+    present = {_series(candidate.split("/")) for candidate in candidates}
+    for cell in (cell.split("/") for cell in named):
+        position = re.fullmatch(r"(\d+)\.\w+|1-(\d+)\.\w+", cell[-1])
+        if _series(cell) in present and _series(cell) != _series(parts):
             continue
-        if len(beside) == 1 or not position:
+        if len(beside) == 1 or not position or not (_find_folder(parts) or _series(cell) in present):
             return True
         if beside.index(path) == (int(position[1]) if position[1] else int(position[2]) - 1):
             return True

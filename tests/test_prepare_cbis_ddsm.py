@@ -17,7 +17,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from dm_cbis_ddsm import as_mask, find_tables, read_table, read_tables
+from dm_cbis_ddsm import as_mask, find_tables, is_where_named, read_table, read_tables
 from dm_files import InputError
 from dm_phantom import draw_view
 from dm_phantom_cbis import TREES, make_download, write_dicom
@@ -530,7 +530,7 @@ def test_masks_of_two_lesions_in_one_folder_are_not_mixed(second_row, tmp_path, 
     gather_views(folder, unnamed)
     report = prepare(folder, tmp_path / "out", on_error="skip")
     assert [skipped["image"] for skipped in report["skipped"]] == [row.key] * 2
-    assert all("any of 2 lesions. Expected a folder for each" in skipped["reason"] for skipped in report["skipped"])
+    assert all("any of 2 lesions. Expected a folder" in skipped["reason"] for skipped in report["skipped"])
     assert read_mask_of(tmp_path / "out", row) is None
     assert (tmp_path / f"out/full_img/{row.key}.png").exists()
 
@@ -875,3 +875,25 @@ def test_mask_is_told_by_its_values():
     crop = np.random.RandomState(0).normal(120, 20, (60, 50)).clip(0, 255).astype(np.uint8)
     assert as_mask(crop, lossy=True) is None
     assert as_mask(np.full((4, 4), 255, np.uint8), lossy=False) is None
+
+
+@pytest.mark.parametrize(
+    "path, cell, beside, expected",
+    [
+        ("R/1/2/000000.dcm", "R/1/2/000000.dcm", "R/1/2/000001.dcm", True),
+        ("R/1/2/000001.dcm", "R/1/2/000000.dcm", "R/1/2/000000.dcm", False),
+        ("R/1/2/1-1.dcm", "R/1/2/000000.dcm", "R/1/2/1-2.dcm", True),
+        ("R/1/2/1-2.dcm", "R/1/2/000000.dcm", "R/1/2/1-1.dcm", False),
+        ("R/date/ROI mask/1-2.dcm", "R/1/2/000001.dcm", "R/date/ROI mask/1-1.dcm", True),
+        ("R/date/ROI mask/1-1.dcm", "R/1/2/000001.dcm", "R/date/ROI mask/1-2.dcm", False),
+        ("R/date/ROI mask/1-1.dcm", "R/1/2/000001.dcm", "R/date/cropped/1-1.dcm", True),  # alone
+        ("R/1/3/000000.dcm", "R/1/2/000000.dcm", "R/1/2/000000.dcm", False),  # alone in the folder of the crop
+        ("jpeg/2/1-234.jpg", "R/1/2/000000.dcm", "jpeg/2/2-234.jpg", True),
+        ("jpeg/2/2-234.jpg", "R/1/2/000000.dcm", "jpeg/2/1-234.jpg", False),
+        ("S7/33.dcm", "R/1/2/000000.dcm", "S7/20.dcm", True),  # a name that says nothing
+    ],
+)
+def test_where_a_cell_says_that_the_mask_is(path, cell, beside, expected):
+    folder = "Mass-Training_P_00001_LEFT_CC_1"
+    path, cell, beside = (text.replace("R/", f"{folder}/") for text in (path, cell, beside))
+    assert is_where_named(path, [cell], [path, beside]) == expected
