@@ -316,13 +316,13 @@ class Download(NamedTuple):
     descriptions: dict[str, str]
 
     def find(self, cell: Sequence[str], folder: str) -> list[str]:
-        """Files that the path cell of an image may mean: those of its series in its `folder`, else of either.
+        """Files that the path cell of an image may mean: those of its series or, where there are none, of its `folder`.
 
         Where some of a series have the name that the cell gives, only these.
         """
-        series, below = self._find_series([cell], folder), self.by_folder.get(folder, [])
+        series = self._find_series(cell, folder)
         named = [path for path in series if path.split("/")[-1] == cell[-1]]
-        return named or series or below
+        return named or series or self.by_folder.get(folder, [])
 
     def find_roi(self, row: Finding, findings: Iterable[Finding]) -> tuple[str, ...]:
         """Files that may be the mask of a row, which is one of the `findings` of its image.
@@ -330,20 +330,22 @@ class Download(NamedTuple):
         Those of the series that its path cells name. Where there are none, those of its ROI folder that are not of
         the series of another row; where there is no such folder, those of the folder of its view.
         """
+        if own := self._find_own(row):
+            return tuple(sorted(own))
         folder = row.roi_folder if row.roi_folder in self.by_folder else row.image_folder
-        if own := self._find_series([row.mask, row.crop], folder):
-            return tuple(own)
-        others = {path for other in findings for path in self._find_series([other.mask, other.crop], folder)}
-        return tuple(sorted(path for path in self.by_folder.get(folder, ()) if path not in others))
+        return tuple(sorted(set(self.by_folder.get(folder, ())).difference(*map(self._find_own, findings))))
 
-    def _find_series(self, cells: Iterable[Sequence[str]], folder: str) -> list[str]:
-        """Files of the series that the cells name: in `folder`, or else anywhere."""
-        files = {path for cell in cells for path in self.by_series.get(_series(cell), ()) if _series(cell)}
-        return sorted(files.intersection(self.by_folder.get(folder, ())) or files)
+    def _find_own(self, row: Finding) -> set[str]:
+        return {path for cell in (row.mask, row.crop) for path in self._find_series(cell, row.roi_folder)}
+
+    def _find_series(self, cell: Sequence[str], folder: str) -> list[str]:
+        """Files of the series that a cell names: in the folder that it gives, else `folder`, if it is there."""
+        series, below = self.by_series.get(_series(cell), []), self.by_folder.get(_find_folder(cell) or folder)
+        return series if below is None else [path for path in series if path in below]
 
 
-def _series(cell: Sequence[str]) -> str:
-    return cell[-2] if len(cell) > 1 else ""
+def _series(cell: Sequence[str]) -> str | None:
+    return cell[-2] if len(cell) > 1 else None
 
 
 def scan_download(root, skip: Iterable = ()) -> Download:

@@ -12,7 +12,8 @@ description files. Writes below the output folder
     train|val|test/neg|pos/<patient>_<side>_<view>.png      16-bit whole images of --img-size
     report.json            counts, every repair, every image left out and why, and the --featurewise-mean to use
 
-An image is positive when any of its findings is malignant. An interrupted run goes on where it was.
+An image is positive when any of its findings is malignant. An interrupted run goes on where it was. The folders of
+images are this script's own: it refuses to go on where files of others lie among them, and deletes none but its own.
 
     python scripts/prepare_cbis_ddsm.py CBIS-DDSM prepared --split author --jobs 8
     python scripts/prepare_cbis_ddsm.py folder_of_the_description_files --dry-run

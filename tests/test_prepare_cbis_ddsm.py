@@ -340,6 +340,8 @@ def spoil_image(folder, row, how):
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "text":
         path.write_text("no DICOM file, though it is named so")
+    elif how == "two values":
+        write_dicom(path, np.repeat(np.uint16([[0], [65535]]), SIZE[1], 1), PatientID=row.image_folder)
     elif how == "constant":
         write_dicom(path, np.full(SIZE, 9, np.uint16), PatientID=row.image_folder)
     return row.image_folder
@@ -361,7 +363,7 @@ def spoil_mask(folder, row, how):
     return row.roi_folder
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "text", "constant"])
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "text", "constant", "two values"])
 def test_bad_image_is_named_and_all_others_are_done(download, plain, tmp_path, capsys, how):
     folder, rows = download
     name = spoil_image(folder, rows[0], how)
@@ -478,6 +480,40 @@ def test_row_without_its_own_mask_is_named(second_row, tmp_path, how, named):
     assert read_mask_of(tmp_path / "out", row) is None
     problems = skipped["reason"].split("Received ")[-1].split("; ")
     assert len(problems) == len(set(problems))
+
+
+def test_mask_in_the_place_of_a_crop_elsewhere(second_row, plain, tmp_path):
+    """Swapped, and the crop has a folder of its own."""
+    folder, row = second_row
+    (series,) = (folder / "CBIS-DDSM" / row.roi_folder).glob("*/*")
+    place = f"{row.roi_folder}8/8/8/000000.dcm"
+    (folder / "CBIS-DDSM" / place).parent.mkdir(parents=True)
+    (series / "000001.dcm").rename(folder / "CBIS-DDSM" / place)
+    (series / "000000.dcm").rename(series / "000001.dcm")
+    crop = re.escape(f"{row.roi_folder}/{series.parent.name}/{series.name}/000000.dcm")
+    rewrite(folder, "mass*train*.csv", lambda text: re.sub(crop, place, text))
+    report = prepare(folder, tmp_path / "out")
+    prepare(plain[0], tmp_path / "expected")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    (item,) = report["repairs"]["mask_found_by_content"]["items"]
+    assert place in item
+
+
+@pytest.mark.parametrize("tables", ["short", "as they are"])
+def test_series_of_one_name_are_told_by_their_folder(download, plain, tmp_path, tables):
+    folder, rows = download
+    for row in rows:
+        for name in (row.image_folder, row.roi_folder):
+            for series in (folder / "CBIS-DDSM" / name).glob("1.3*/*"):
+                (folder / "CBIS-DDSM" / name / "1").mkdir()
+                series.rename(folder / "CBIS-DDSM" / name / "1/2")
+    if tables == "short":
+        for path in folder.glob("*train*.csv"):
+            rewrite(folder, path.name, lambda text: re.sub(r"/1\.3\.[\d.]+/1\.3\.[\d.]+/", "/1/2/", text))
+    report = prepare(folder, tmp_path / "out")
+    prepare(plain[0], tmp_path / "expected")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert report["repairs"]["several_files_for_one_image"]["count"] == 0
 
 
 def test_smaller_mask_beside_the_mask_is_reported(second_row, tmp_path):
