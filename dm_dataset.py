@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dm_files import InputError, atomic_write, remove_partial
+from dm_files import InputError, atomic_write, remove_partial, write_text
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -154,11 +154,6 @@ def make_whole(
 
 
 # ------------------------------------------------------------------------------------------------- text files
-
-
-def write_text(path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -121,3 +121,9 @@ def _copy_permissions(temporary: Path, path: Path) -> None:
     else:
         mode = 0o666 & ~_UMASK
     os.chmod(temporary, mode)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a whole UTF-8 text file with `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dm_files import InputError, atomic_write
+from dm_files import InputError, atomic_write, write_text
 
 
 class NotFiniteError(InputError):
@@ -144,8 +144,7 @@ def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Se
 
 
 def write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def write_test_results(

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_files import InputError, atomic_write, remove_partial, write_img
+from dm_files import InputError, atomic_write, remove_partial, write_img, write_text
 from dm_parallel import run_parallel
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
@@ -350,8 +350,7 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
             faults += result.faults
             if args.verbose:
                 tqdm.write("\n".join([*result.log, *result.faults]))
-    with atomic_write(patient_list) as temporary:
-        temporary.write_text("".join(f"{patient}\n" for patient in patients), encoding="utf-8")
+    write_text(patient_list, "".join(f"{patient}\n" for patient in patients))
     print(f"{counts.total()} patches: {dict(counts)}")
     if older := sum(1 for folder in folders for _ in folder.glob("*.png")) - counts.total():
         print(f"Warning: {older} patches in {out_dir} are not of this run: they are not in {patch_table.name}")

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, walk_files, write_img
+from dm_files import InputError, walk_files, write_img, write_text
 
 # Codes of SNOMED (old and new style) in the View Code Sequence.
 VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
@@ -151,7 +151,7 @@ def run(**options) -> None:
     """Convert; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
     sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
-    from dm_dataset import REPORT, Item, prepare, write_csv, write_text
+    from dm_dataset import REPORT, Item, prepare, write_csv
 
     settings = {"voi_lut": args.voi_lut, "auto_levels": args.auto_levels}
     items = [

@@ -25,7 +25,7 @@ import cv2
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 
 from dm_args import add_parallel_options, complete, fraction, natural_float, natural_int, positive_int, run_main
-from dm_files import InputError, atomic_write, write_img
+from dm_files import InputError, atomic_write, write_img, write_text
 from dm_parallel import run_parallel
 from dm_phantom import check_output, draw_patients, draw_view
 from dm_phantom_cbis import TREES, make_download
@@ -85,11 +85,6 @@ def make_patient(patient, out, folders, views, seed, height, width, contrast, im
             _link(full_img, whole)
 
 
-def _write_text(path, text):
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
-
-
 def _link(source, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,13 +135,13 @@ def make_phantom(
         for view in views
         for number, (kind, pathology) in enumerate(p.findings, start=1)
     ]
-    _write_text(out / "roi_mask_path.csv", CSV_HEADER + "".join(findings))
+    write_text(out / "roi_mask_path.csv", CSV_HEADER + "".join(findings))
     for name, is_test in (("pat_train.txt", False), ("pat_test.txt", True)):
         names = [p.name for p in people if (folders[p.name] == "test") == is_test]
-        _write_text(out / name, "".join(f"{name}\n" for name in names))
+        write_text(out / name, "".join(f"{name}\n" for name in names))
     cancers = [f"{p.name},{p.side},{int(p.malignant)}\n" for p in people]
-    _write_text(out / "pat_side_cancer.csv", "patient_id,side,cancer\n" + "".join(cancers))
-    _write_text(
+    write_text(out / "pat_side_cancer.csv", "patient_id,side,cancer\n" + "".join(cancers))
+    write_text(
         out / "README.txt",
         README.format(
             options=f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}, "

@@ -55,9 +55,8 @@ from dm_dataset import (
     split_by_patient,
     split_in_three,
     write_csv,
-    write_text,
 )
-from dm_files import InputError
+from dm_files import InputError, write_text
 from dm_patches import COLUMNS
 
 # Options that decide what the outputs are.
