@@ -19,6 +19,15 @@ _SMALLER = ("--batch-size", "--train-bs-multiplier", "--img-size", "--target-hei
 _LEFT_OUT = ("--load-train-ram", "--load-val-ram")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the description, and adds the default to each option that has one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:

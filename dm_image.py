@@ -828,7 +828,7 @@ def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
         asked = float(np.mean(generator.mean))
         if abs(asked - mean) > max(16.0, 0.5 * abs(mean)):
             messages.append(
-                f"the mean that is subtracted is far from the images' own. Expected about {mean:.4g}. "
-                f"Received {asked:.4g} (featurewise mean). {measured}."
+                f"the mean that is subtracted, {asked:.4g} (featurewise mean), is far from the images' own, "
+                f"{mean:.4g} in {len(images)} of them."
             )
     return messages

@@ -48,7 +48,9 @@ def predict(
     predict_batch = getattr(model, "predict_on_batch", None) or model.predict
     columns: tuple[list, ...] = ([], [], [], [])
     seen = 0
-    for x, y, *w in tqdm(_batches(data, batch_size), total=_nb_batch(data), desc="predict", disable=not progress):
+    for x, y, *w in tqdm(
+        _batches(data, batch_size), total=_nb_batch(data), desc="predict", disable=None if progress else True
+    ):
         room = len(y) if samples is None else samples - seen
         if room <= 0:
             break

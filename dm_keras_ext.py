@@ -403,7 +403,8 @@ class DMAucModelCheckpoint(BestModel):
             logs["val_auc"] = np.nan
             return np.nan  # never the best; early stopping ends the stage
         logs["val_auc"] = mean = float(np.mean(auc)) if np.isfinite(auc).all() else np.nan
-        print(f" - Epoch: {epoch + 1}, AUC by class: {auc_line(np.atleast_1d(auc))}", flush=True)
+        names = list(getattr(self.test_data, "class_indices", ()))
+        print(f" - Epoch: {epoch + 1}, AUC by class: {auc_line(np.atleast_1d(auc), names)}", flush=True)
         if np.isfinite(mean):
             return mean
         if not self._warned:
@@ -560,10 +561,23 @@ def train_stages(
                     epochs=stage.end_epoch,
                     class_weight=class_weight,
                     shuffle=False,  # the iterators shuffle by their own seed
-                    callbacks=[early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else [])],
+                    callbacks=[
+                        early,
+                        keras.callbacks.TerminateOnNaN(),
+                        *callbacks,
+                        DMFlush(),
+                        *([plateau] if optim == "sgd" else []),
+                    ],
                     verbose=1 if sys.stdout.isatty() else 2,
                 )
         history += [dict(zip(fit.history, row, strict=True)) for row in zip(*fit.history.values(), strict=True)]
+        if not np.isfinite(history[-1]["loss"]):
+            print(
+                f"training stopped in epoch {len(history)}: the loss is not finite. Lower --init-learningrate, or "
+                "check the rescale factor and the mean",
+                file=sys.stderr,
+            )
+            break
     return history
 
 
@@ -652,6 +666,8 @@ def do_3stage_training(
     if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
         print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
         use_pretrained = False
+    if not use_pretrained and max(top_layer_epochs, all_layer_epochs) > nb_epoch:
+        print(f"Without ImageNet weights there is one stage, of --nb-epoch {nb_epoch} epochs", flush=True)
     first = {"weight_decay": weight_decay, "dropout": hidden_dropout}
     if not use_pretrained:
         stages = [Stage(nb_epoch, init_lr, 0, **first)]

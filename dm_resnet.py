@@ -164,6 +164,13 @@ def _cut_patch_net(model):
     features = next(
         tensor for layer, tensor in before_pooling if not isinstance(layer, layers.Dropout | layers.AveragePooling2D)
     )
+    if any(isinstance(layer, keras.Model) for layer in model.layers) and not isinstance(
+        features._keras_history.operation, keras.Model
+    ):
+        raise InputError(
+            "This is a whole-image classifier already: it has layers on top of a patch net. "
+            "Expected a patch classifier; finetune a whole-image classifier with --resume-from."
+        )
     net = keras.Model(model.inputs[0], features)
     if None not in net.input_shape[1:3]:
         any_size = keras.Input((None, None, net.input_shape[-1]))

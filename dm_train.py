@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import keras
@@ -81,6 +82,7 @@ def prepare(
     scoring = {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True, **pixels}
     val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, **scoring)
     test_set = plain.flow_from_directory(args.test_dir, **scoring)
+    _describe_sets(train=train_set, validation=val_set, test=test_set)
     for message in check_pixel_stats(train_set):
         print(f"warning: {message}", file=sys.stderr)
 
@@ -93,6 +95,22 @@ def prepare(
         write_json(training.out_dir / "args.json", vars(args))
         training.callbacks.append(HistoryFile(training.out_dir / "history.csv"))
     return training
+
+
+def _describe_sets(**sets) -> None:
+    """Print what is in each set, and warn of images that seem to be in two: such a leak makes any score too good."""
+    for name, image_set in sets.items():
+        counts = np.bincount(image_set.classes, minlength=image_set.nb_class)
+        by_class = ", ".join(f"{label} {count}" for label, count in zip(image_set.class_indices, counts, strict=True))
+        print(f"{name} set: {image_set.nb_sample} images ({by_class})")
+    for (name, one), (other, two) in combinations(sets.items(), 2):
+        shared = {Path(file).name for file in one.filenames} & {Path(file).name for file in two.filenames}
+        if shared:
+            print(
+                f"warning: {len(shared)} file names are in both the {name} and the {other} set, such as "
+                f"{min(shared)}: no image or patient should be",
+                file=sys.stderr,
+            )
 
 
 def _report_skipped(**sets) -> None:
@@ -165,8 +183,12 @@ def finish(training: Training, best: BestModel, losses: list, accuracies: list, 
         print(f"Minimum val loss achieved at epoch: {epoch + 1}")
         print(f"Best val loss: {losses[epoch]}")
         print(f"Best val accuracy: {accuracies[epoch]}")
+    if best.best_epoch is not None:
+        kept = "kept in memory" if args.best_model == "NOSAVE" else f"saved in {args.best_model}"
+        print(f"Best model: epoch {best.best_epoch + 1}, {kept}")
     if args.final_model != "NOSAVE":
         dm_checkpoint.save_model(model, args.final_model)
+        print(f"Final model saved in {args.final_model}")
     best.restore(model)
 
     print("\n==== Evaluating the best model on the test set ====", flush=True)

@@ -20,7 +20,7 @@ from dm_files import InputError
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
     dm_args.add_training_options(parser)
     parser.set_defaults(
         img_size=[1152, 896],

@@ -18,7 +18,7 @@ import dm_args
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
     dm_args.add_training_options(parser)
     parser.set_defaults(
         img_size=[256, 256],

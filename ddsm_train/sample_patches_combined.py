@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import (
+    HelpFormatter,
     add_flag,
     add_optional,
     add_parallel_options,
@@ -84,7 +85,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_sampling_options(parser)
     parser.add_argument("--calc-pos-dir", default="calc_mal", help="class folder of malignant calcifications")
     parser.add_argument("--calc-neg-dir", default="calc_ben", help="class folder of benign calcifications")

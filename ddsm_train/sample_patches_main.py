@@ -11,12 +11,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from ddsm_train.sample_patches_combined import add_sampling_options
-from dm_args import complete, run_main
+from dm_args import HelpFormatter, complete, run_main
 from dm_patches import sample_dataset
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_sampling_options(parser)
     parser.add_argument("--itype", choices=["Calc", "Mass"], default="Mass", help="type of lesion")
     parser.add_argument("--pos-dir", default="malignant", help="class folder of malignant lesions")

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddsm_train import sample_patches_combined as sampler
-from dm_args import complete
+from dm_args import HelpFormatter, complete
 from dm_image import DMImageDataGenerator, empty_aligned
 from dm_patches import find_breast, read_lesions, read_resized, sample_image
 from dm_region import Roi, sample_patches
@@ -306,7 +306,7 @@ SECTIONS = {"augmentation": augmentation, "loading": loading, "sampling": sampli
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("section", nargs="*", help=f"which to run: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--cases", type=int, default=40, help="random cases compared pixel by pixel for each row")
     args = parser.parse_args(argv)

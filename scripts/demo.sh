@@ -4,7 +4,12 @@
 # score it with and without flips. Real CBIS-DDSM takes the same path from step 2 on.
 #   scripts/demo.sh [OUTPUT_FOLDER]      default: demo
 set -euo pipefail
-out="$(realpath -m "${1:-demo}")"
+case "${1:-}" in -*)
+    sed -n '2,/^set/s/^# //p' "$0"
+    exit 0
+    ;;
+esac
+out="$(realpath -m -- "${1:-demo}")"
 cd "$(dirname "$0")/.."
 source scripts/activate.sh
 export TF_CPP_MIN_LOG_LEVEL=2 NUM_CPU_CORES="${NUM_CPU_CORES:-2}"

@@ -29,7 +29,7 @@ COLUMNS = [
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="DICOM file, or folder searched for them")
     parser.add_argument("out", metavar="OUT", help="folder to write; new, or that of an earlier run")
     parser.add_argument(

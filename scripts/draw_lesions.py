@@ -17,7 +17,7 @@ from dm_files import InputError, write_img
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
     parser.add_argument("image", help="mammogram, any format that the trainers read")
     parser.add_argument("out", help="picture to write, PNG or JPEG by its ending")
     parser.add_argument("masks", nargs="+", help="lesion masks, above zero inside the lesion")

@@ -24,7 +24,16 @@ import cv2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 
-from dm_args import add_parallel_options, complete, fraction, natural_float, natural_int, positive_int, run_main
+from dm_args import (
+    HelpFormatter,
+    add_parallel_options,
+    complete,
+    fraction,
+    natural_float,
+    natural_int,
+    positive_int,
+    run_main,
+)
 from dm_files import InputError, atomic_write, write_img, write_text
 from dm_parallel import run_parallel
 from dm_phantom import check_output, draw_patients, draw_view
@@ -160,7 +169,7 @@ LAYOUTS = {
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("out", help="folder to write, new or empty")
     add = parser.add_argument
     add("--layout", choices=LAYOUTS, default="prepared", help="how the images are laid out (prepared)")

@@ -21,7 +21,7 @@ DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image, or folder searched for them")
     parser.add_argument(
         "--img-size", nargs=2, type=dm_args.positive_int, metavar=("HEIGHT", "WIDTH"),

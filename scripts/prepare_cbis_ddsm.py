@@ -28,7 +28,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from dm_args import add_flag, add_parallel_options, complete, fraction, natural_int, positive_int, run_main
+from dm_args import (
+    HelpFormatter,
+    add_flag,
+    add_parallel_options,
+    complete,
+    fraction,
+    natural_int,
+    positive_int,
+    run_main,
+)
 from dm_cbis_ddsm import (
     REPAIRS,
     Download,
@@ -294,7 +303,7 @@ def print_report(report: dict, args) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("download", help="folder of the download: the images and, unless --csv-dir names another, description files")
     add("out", nargs="?", help="folder to write; not needed with --dry-run")
