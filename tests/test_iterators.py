@@ -202,6 +202,7 @@ class Recorder(keras.Model):
         return {"loss": 0.0}
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX passes other arguments to train_step")
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_fit_sees_every_image_once_an_epoch_in_the_same_batches(workers):
     x = np.broadcast_to(np.arange(11.0)[:, None, None, None], (11, 2, 2, 1))
@@ -436,6 +437,7 @@ def test_exams_train_and_score_a_model_of_two_views(exams):
     iterator = generator.flow_from_exam_list(
         exams, target_size=(32, 24), target_scale=2, batch_size=2, class_mode="categorical", seed=0
     )
+    keras.utils.set_random_seed(0)
     model = MultiViewResNetBuilder.build_dm_resnet_14((32, 24, 1), 2, nb_init_filter=2)
     model.compile(optimizer=keras.optimizers.SGD(1e-4), loss="categorical_crossentropy")
     fit = model.fit(iterator, epochs=2, shuffle=False, verbose=0)
@@ -451,7 +453,7 @@ def test_exams_train_and_score_a_model_of_two_views(exams):
         for columns in (slice(None), slice(None, None, -1)):
             flipped = [np.ascontiguousarray(view[:, rows, columns]) for view in (cc, mlo)]
             expected += model.predict_on_batch(flipped) / 4
-    assert np.ptp(expected[:, 1]) > 0.01
+    assert len(np.unique(expected[:, 1])) == 6  # no two alike, so that a wrong order would show
     for data in (iterator, ((cc, mlo), y), ([cc, mlo], y)):
         auc, y_true, y_pred = DMAucModelCheckpoint.calc_test_auc(data, model, return_y_res=True, test_augment=True)
         np.testing.assert_array_equal(y_true, np.eye(2)[[0, 1] * 3])
