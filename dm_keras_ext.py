@@ -129,8 +129,8 @@ def get_dl_model(
         nb_class: number of softmax outputs.
         use_pretrained: start from ImageNet weights, where they exist.
         resume_from: model file to open instead of building; its class count must be `nb_class`.
-        top_layer_nb: index of the first layer that stage 2 trains; default: by name, see behaviour of the paper's
-            nets (last residual unit or convolution block), None for nets that train in one stage.
+        top_layer_nb: index of the first layer that stage 2 trains; default: by name, that of the net's last
+            residual unit or convolution block, and None for nets that train in one stage.
         weight_decay: L2 penalty of the last layer's kernel (YaroslavNet has none).
         hidden_dropout: dropout rate before the last layer; 0 leaves the layer out.
         pretrained_weights: local file of the ImageNet weights without top, for machines without internet.
@@ -181,6 +181,7 @@ def check_outputs(model: keras.Model, nb_class: int, source) -> None:
 
 def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight_decay, hidden_dropout):
     build = getattr(keras.applications, _PATCH_NETS[net].application)
+    # Built without weights first, so that what fails below is the download and not, say, the memory.
     base = build(include_top=False, weights=None, input_shape=(None, None, 3))
     if use_pretrained and pretrained_weights is None:
         try:
@@ -656,9 +657,9 @@ def do_3stage_training(
     Epoch arguments are cumulative totals. Without pretrained weights, and for nets that have none (YaroslavNet, those
     of ResNetBuilder), there is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay and
     dropout the model was built with, unless `weight_decay` or `hidden_dropout` is given; later ones take
-    `weight_decay2` and `hidden_dropout2`. The model of
-    best validation accuracy is kept in `best_model_file`, or by the caller's `best_model`. `validation_steps`,
-    `train_batches` and `nb_worker` are accepted for old callers: sets know their own length and workers.
+    `weight_decay2` and `hidden_dropout2`. The model of best validation accuracy is kept in `best_model_file`, or by the
+    caller's `best_model`. `validation_steps`, `train_batches` and `nb_worker` are accepted for old callers: sets know
+    their own length and workers.
 
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.

@@ -26,7 +26,6 @@ class Training:
     args: argparse.Namespace
     model: keras.Model
     org_model: keras.Model  # the same on a single device: the one that is saved
-    top_layer_nb: int | None
     train_set: keras.utils.PyDataset
     val_set: keras.utils.PyDataset
     test_set: keras.utils.PyDataset
@@ -34,9 +33,7 @@ class Training:
     callbacks: list[keras.callbacks.Callback] = field(default_factory=list)
 
 
-def prepare(
-    args: argparse.Namespace, model: keras.Model, top_layer_nb: int | None, allow_constant: bool = True
-) -> Training:
+def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool = True) -> Training:
     """Check the model against the options and make the training, validation and test sets of a trainer.
 
     Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
@@ -90,7 +87,7 @@ def prepare(
         print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
     _report_skipped(training=train_set, validation=val_set, test=test_set)
 
-    training = Training(args, model, org_model, top_layer_nb, train_set, val_set, test_set, _out_dir(args))
+    training = Training(args, model, org_model, train_set, val_set, test_set, _out_dir(args))
     if training.out_dir is not None:
         write_json(training.out_dir / "args.json", vars(args))
         training.callbacks.append(HistoryFile(training.out_dir / "history.csv"))

@@ -127,7 +127,8 @@ def run(**options) -> None:
     dm_args.start_backend()
     import dm_train
 
-    training = dm_train.prepare(args, *build_model(args), allow_constant=False)
+    model, top_layer_nb = build_model(args)
+    training = dm_train.prepare(args, model, allow_constant=False)
 
     from dm_keras_ext import DMAucModelCheckpoint, do_2stage_training
 
@@ -141,7 +142,7 @@ def run(**options) -> None:
         training.org_model,
         training.train_set,
         training.val_set,
-        top_layer_nb=training.top_layer_nb,
+        top_layer_nb=top_layer_nb,
         nb_epoch=args.nb_epoch,
         all_layer_epochs=args.all_layer_epochs,
         optim=args.optim,

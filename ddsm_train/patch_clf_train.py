@@ -91,14 +91,14 @@ def run(**options) -> None:
         nb_init_filter=args.nb_init_filter,
         **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
-    training = dm_train.prepare(args, model, top_layer_nb)
+    training = dm_train.prepare(args, model)
     best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
     _, losses, accuracies = do_3stage_training(
         training.model,
         training.org_model,
         training.train_set,
         training.val_set,
-        top_layer_nb=training.top_layer_nb,
+        top_layer_nb=top_layer_nb,
         net=args.net,
         nb_epoch=args.nb_epoch,
         top_layer_epochs=args.top_layer_epochs,
