@@ -1,0 +1,263 @@
+"""Probability maps of mammograms: computing them, keeping them in files, drawing them.
+
+A map is float32 (rows, columns, classes). Class 0 is the background, or the negative class; the others are *region
+classes*. Positions are (row, column) in pixels of the *scored image*, which is the mammogram as resized for the
+network, before any cutting; 0 is its upper or left edge, so that the middle of its first pixel is at 0.5.
+"""
+
+import dataclasses
+import json
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dm_files import InputError, atomic_write
+
+VIEWS = ("cc", "mlo")
+MODES = ("sweep", "fprop", "gradcam")
+_VERSION = 1
+
+
+# --------------------------------------------------------------------------------------------------- the map file
+
+
+class Grid(NamedTuple):
+    """Where the cells of one map are in the scored image, in its pixels.
+
+    image_size: (rows, columns) of the scored image. first: (row, column) of the centre of the map's first cell.
+    strides: (rows, columns) from one cell's centre to the next.
+    """
+
+    image_size: tuple[int, int]
+    first: tuple[float, float]
+    strides: tuple[float, float]
+
+    def centres(self, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (map rows,) and columns (map columns,) of the centres of the cells of a map of this shape."""
+        rows, columns = (f + s * np.arange(n) for f, s, n in zip(self.first, self.strides, shape[:2], strict=True))
+        return rows, columns
+
+
+@dataclass
+class HeatmapRecord:
+    """The maps of one breast. What is not there is None: a view without an image, or, in a `.pkl` of 2017, grids."""
+
+    patient_id: str
+    side: str  # LEFT or RIGHT
+    cancer: int | None = None  # 1 for cancer
+    cc: np.ndarray | None = None  # float32 (rows, columns, classes)
+    mlo: np.ndarray | None = None
+    cc_file: str | None = None  # the image that was scored
+    mlo_file: str | None = None
+    cc_grid: Grid | None = None
+    mlo_grid: Grid | None = None
+
+    def views(self) -> Iterator[tuple[str, np.ndarray, str | None, Grid | None]]:
+        """("cc" or "mlo", map, file, grid) of each view that has a map."""
+        for view in VIEWS:
+            if (heatmap := getattr(self, view)) is not None:
+                yield view, heatmap, getattr(self, f"{view}_file"), getattr(self, f"{view}_grid")
+
+
+@dataclass
+class Heatmaps:
+    """The content of a map file.
+
+    strides: (rows, columns) in pixels of the scored image between the cells of all maps.
+    mode: how the maps were made: "sweep" (sliding window), "fprop" (the whole image at once) or "gradcam".
+    options: the options that the maps depend on, by name.
+    All but `records` may be empty in a `.pkl` of 2017, which holds none of it.
+    """
+
+    records: list[HeatmapRecord]
+    class_names: list[str] = field(default_factory=list)
+    strides: tuple[float, float] | None = None
+    mode: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def save_heatmaps(
+    path,
+    records: Iterable[HeatmapRecord],
+    *,
+    class_names: Sequence[str],
+    strides: tuple[float, float],
+    mode: str = "sweep",
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Write a map file, whole or not at all; its ending chooses the format.
+
+    `.npz` (compressed arrays and one JSON text) and `.h5` hold the same; `.pkl` is the published program's: a
+    pickled list with a dict a breast, of patient_id, side, cancer, cc and mlo, and here also the rest.
+    options: JSON values. Raises InputError for another ending, and for maps that do not have `class_names`.
+    """
+    check_map_name(path)
+    records = list(records)
+    for record in records:
+        for view, heatmap, *_ in record.views():
+            if heatmap.ndim != 3 or heatmap.shape[2] != len(class_names):
+                raise InputError(
+                    f"{path}: {record.patient_id} {record.side} {view}: Expected a map of {len(class_names)} classes. "
+                    f"Received an array of shape {heatmap.shape}"
+                )
+    header = {
+        "version": _VERSION,
+        "class_names": list(class_names),
+        "strides": [float(stride) for stride in strides],
+        "mode": mode,
+        "options": options or {},
+    }
+    suffix = Path(path).suffix
+    with atomic_write(path) as temporary:
+        if suffix == ".pkl":
+            content = [_to_dict(record) | header for record in records]
+            temporary.write_bytes(pickle.dumps(content, protocol=2))  # which Python 2 reads too
+            return
+        arrays = {
+            f"{i}_{view}": np.asarray(heatmap, np.float32)
+            for i, record in enumerate(records)
+            for view, heatmap, *_ in record.views()
+        }
+        header["records"] = [{k: v for k, v in _to_dict(record).items() if k not in VIEWS} for record in records]
+        text = json.dumps(header)
+        if suffix == ".npz":
+            np.savez_compressed(temporary, header=np.array(text), **arrays)
+        else:
+            import h5py
+
+            with h5py.File(temporary, "w") as h5:
+                h5["header"] = text
+                for name, array in arrays.items():
+                    h5.create_dataset(name, data=array, compression="gzip")
+
+
+def load_heatmaps(path) -> Heatmaps:
+    """Read a map file of any of the formats of `save_heatmaps`, or a `.pkl` of the published program.
+
+    Nothing in a file is executed: a pickle of anything but NumPy arrays, numbers, texts, lists and dicts is refused.
+    Raises InputError for a file that is missing, damaged, cut short or no map file.
+    """
+    check_map_name(path)
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: Expected a map file. Received {'a folder' if path.is_dir() else 'no file'}")
+    try:
+        if path.suffix == ".pkl":
+            return _from_dicts(_read_pickle(path))
+        header, arrays = _read_arrays(path)
+        if header["version"] > _VERSION:
+            raise InputError(f"{path}: Expected a map file of version {_VERSION}. Received {header['version']}")
+        dicts = [
+            record | {view: arrays[name] for view in VIEWS if (name := f"{i}_{view}") in arrays}
+            for i, record in enumerate(header.pop("records"))
+        ]
+        return _from_dicts([record | header for record in dicts] or [header])
+    except InputError:
+        raise
+    # What damaged archives, HDF5 files and pickles, or other content than maps, end in.
+    except (
+        OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError,
+        OverflowError, MemoryError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{path}: not a whole map file: Expected what heatmap_score.py writes. Received {path.stat().st_size} bytes "
+            f"({reason}); copy or compute it again"
+        ) from error
+
+
+def check_map_name(path) -> None:
+    """Raise InputError unless `path` can be a map file, by its ending."""
+    if Path(path).suffix not in (".npz", ".h5", ".pkl"):
+        raise InputError(f"{path}: unknown map format. Expected a name ending in .npz, .h5 or .pkl")
+
+
+def _to_dict(record: HeatmapRecord) -> dict:
+    """The fields of a record; of grids what the strides, which all maps share, leave open."""
+    fields = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
+    for view in VIEWS:
+        grid = fields.pop(f"{view}_grid")
+        fields[f"{view}_image_size"] = grid and [int(n) for n in grid.image_size]
+        fields[f"{view}_first"] = grid and [float(x) for x in grid.first]
+    return fields
+
+
+def _from_dicts(content: list[dict]) -> Heatmaps:
+    """The content of a file from one dict a breast, each with the header's entries, where there are some."""
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise TypeError("Expected a list of dicts, one a breast")
+    header = content[0] if content else {}
+    strides = header.get("strides")
+    heatmaps = Heatmaps(
+        records=[],
+        class_names=list(header.get("class_names", ())),
+        strides=strides and tuple(strides),
+        mode=header.get("mode"),
+        options=header.get("options", {}),
+    )
+    for entry in content:
+        if "patient_id" not in entry:  # the header of a file without records
+            continue
+        cancer = entry.get("cancer")
+        record = HeatmapRecord(str(entry["patient_id"]), str(entry["side"]), None if cancer is None else int(cancer))
+        for view in VIEWS:
+            heatmap = entry.get(view)
+            if heatmap is None:
+                continue
+            heatmap = np.asarray(heatmap, np.float32)
+            if heatmap.ndim != 3:
+                raise TypeError(f"{record.patient_id} {view}: array of shape {heatmap.shape}")
+            setattr(record, view, heatmap)
+            setattr(record, f"{view}_file", entry.get(f"{view}_file"))
+            if entry.get(f"{view}_image_size") and strides:
+                grid = Grid(tuple(entry[f"{view}_image_size"]), tuple(entry[f"{view}_first"]), heatmaps.strides)
+                setattr(record, f"{view}_grid", grid)
+        heatmaps.records.append(record)
+    return heatmaps
+
+
+def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    if path.suffix == ".npz":
+        if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle, and advise to trust it
+            raise zipfile.BadZipFile("not an archive, or its end is missing")
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+        return json.loads(str(arrays.pop("header"))), arrays
+    import h5py
+
+    with h5py.File(path, "r") as h5:
+        arrays = {name: dataset[()] for name, dataset in h5.items()}
+    return json.loads(arrays.pop("header")), arrays
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Opens pickles of plain containers and NumPy arrays, of Python 2 too; calls nothing else."""
+
+    def find_class(self, module, name):
+        if module == "_codecs" and name == "encode":  # how Python 3 writes bytes for Python 2
+            return lambda text, _: text.encode("latin1")
+        if module.startswith(("numpy.core.", "numpy._core.")):
+            kind = module.rsplit(".", 1)[1]
+            if (kind, name) in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")):
+                return super().find_class(f"numpy._core.{kind}" if hasattr(np, "_core") else module, name)
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise InputError(
+            f"holds {module}.{name}. Expected lists, dicts and NumPy arrays alone: opening anything else can run code. "
+            "Where you trust the file, convert it with Python: load it, and pickle a list of dicts of patient_id, "
+            "side, cancer, cc and mlo with NumPy arrays"
+        )
+
+
+def _read_pickle(path: Path):
+    try:
+        with open(path, "rb") as file:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
