@@ -313,8 +313,9 @@ def window_grid(img_shape: tuple[int, int], patch_size: int, stride: int) -> tup
     return starts(img_shape[0]), starts(img_shape[1])
 
 
-def _window(img, top, left, patch_size, target_scale, equalize_hist) -> np.ndarray:
-    window = scale_pixels(img[top : top + patch_size, left : left + patch_size], target_scale)
+def cut_window(img, top, left, patch_size, target_scale=None, equalize_hist=False, rescale_factor=None) -> np.ndarray:
+    """float32 (patch_size, patch_size): one window of a sweep; see `sweep_img_patches`, `scale_pixels`."""
+    window = scale_pixels(img[top : top + patch_size, left : left + patch_size], target_scale, rescale_factor)
     return equalize_histogram(window) if equalize_hist else window
 
 
@@ -330,7 +331,7 @@ def sweep_img_patches(
     Each window is scaled by its own maximum to `target_scale`, then equalised if asked (golden).
     """
     tops, lefts = window_grid(img.shape, patch_size, stride)
-    windows = [_window(img, top, left, patch_size, target_scale, equalize_hist) for top in tops for left in lefts]
+    windows = [cut_window(img, top, left, patch_size, target_scale, equalize_hist) for top in tops for left in lefts]
     return np.stack(windows), len(tops), len(lefts)
 
 
@@ -361,38 +362,24 @@ def get_prob_heatmap(
 
     Returns a list of float32 arrays (grid rows, grid columns, classes), [None] for None.
     """
+    from dm_heatmap import Sweep  # which stands on this module
+
     if img_list is None:
         return [None]
     if isinstance(img_list, (str, os.PathLike)):
         img_list = [img_list]
-    mean = featurewise_mean if featurewise_center else 0.0
-    window_args = {"patch_size": patch_size, "target_scale": target_scale, "equalize_hist": equalize_hist}
-    heatmaps = []
-    for fname in img_list:
-        img = check_grey(fname, read_resize_img(fname, target_height=target_height))
-        try:
-            heatmaps.append(_sweep_heatmap(img, stride, model, batch_size, mean, preprocess, window_args))
-        except InputError as error:
-            raise InputError(f"{fname}: {error}") from error
-    return heatmaps
-
-
-def _sweep_heatmap(img, stride, model, batch_size, mean, preprocess, window_args):
-    from dm_preprocess import DMImagePreprocessor
-
-    breast, _ = DMImagePreprocessor.segment_breast(img)
-    breast = add_img_margins(breast, window_args["patch_size"] // 2)
-    tops, lefts = window_grid(breast.shape, window_args["patch_size"], stride)
-    corners = [(top, left) for top in tops for left in lefts]
-    channels = model.input_shape[-1]
-    predictions = []
-    for start in range(0, len(corners), batch_size):
-        batch = [_window(breast, top, left, **window_args) for top, left in corners[start : start + batch_size]]
-        x = np.repeat(np.stack(batch)[..., None], channels, axis=-1)
-        if preprocess is not None:
-            x = preprocess(x)
-        predictions.append(np.asarray(model.predict_on_batch(x - np.float32(mean))))
-    return np.concatenate(predictions).reshape(len(tops), len(lefts), -1)
+    sweep = Sweep(
+        model,
+        target_height,
+        patch_size,
+        stride,
+        batch_size,
+        target_scale=target_scale,
+        equalize_hist=equalize_hist,
+        mean=featurewise_mean if featurewise_center else 0.0,
+        preprocess=preprocess,
+    )
+    return [sweep.score(sweep.read(fname)) for fname in img_list]
 
 
 # ------------------------------------------------------------------------------------- labels and class balance

@@ -6,7 +6,9 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from dm_files import InputError
@@ -43,6 +45,22 @@ def run_parallel(
     if importlib.util.find_spec(module) is None:
         raise InputError(f"--backend {backend} needs a package that is not installed: pip install {requirement}")
     return _run(function, items, jobs, backend, desc, unit)
+
+
+def read_ahead(function: Callable, items: Iterable, jobs: int = 1) -> Iterator:
+    """Iterate over function(item) for all `items`, in their order, computed by `jobs` threads of this process while
+    the caller works on earlier ones, such as images that are read while a network predicts.
+
+    At most jobs + 1 results wait. What `function` raises is raised here, when its item's turn comes.
+    """
+    waiting = deque()
+    with ThreadPoolExecutor(jobs) as threads:
+        for item in items:
+            waiting.append(threads.submit(function, item))
+            if len(waiting) > jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _run(function: Callable, items: Sequence, jobs: int, backend: str, desc: str | None, unit: str) -> Iterator:

@@ -11,7 +11,7 @@ import io
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -83,32 +83,38 @@ class ImageResult(NamedTuple):
 
 def read_lesions(path) -> list[Lesion]:
     """Rows of the lesion table, in the order of the file; InputError names the row that is wrong."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
     lesions, first_seen = [], {}
-    try:
-        _check_columns(reader.fieldnames or (), path)
-        for cells in reader:
-            row = f"{path}, row {reader.line_num}"
-            lesion = _read_lesion(cells, row)
-            key = lesion[:5]
-            if key in first_seen:
-                raise InputError(
-                    f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
-                    f"remove one of them"
-                )
-            first_seen[key] = reader.line_num
-            lesions.append(lesion)
-    except csv.Error as error:
-        raise InputError(f"{path}, row {reader.line_num}: not a CSV table: {error}") from None
+    for number, cells in read_table(path, COLUMNS):
+        row = f"{path}, row {number}"
+        lesion = _read_lesion(cells, row)
+        key = lesion[:5]
+        if key in first_seen:
+            raise InputError(
+                f"{row}: repeats row {first_seen[key]} ({lesion.image_id}, {lesion.type} {lesion.number}); "
+                f"remove one of them"
+            )
+        first_seen[key] = number
+        lesions.append(lesion)
     return lesions
 
 
-def _check_columns(columns: Sequence[str], path) -> None:
-    if wrong := [name for name in COLUMNS if columns.count(name) != 1]:
-        raise InputError(
-            f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(COLUMNS)}. "
-            f"Received {','.join(columns)[:200]}"
-        )
+def read_table(path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and the cells of these columns, stripped, of each row of a CSV table with a header line.
+
+    Raises InputError for what is no such table.
+    """
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    try:
+        header = reader.fieldnames or ()
+        if wrong := [name for name in columns if header.count(name) != 1]:
+            raise InputError(
+                f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(columns)}. "
+                f"Received {','.join(header)[:200]}"
+            )
+        for cells in reader:
+            yield reader.line_num, {name: (cells[name] or "").strip() for name in columns}
+    except csv.Error as error:
+        raise InputError(f"{path}, row {reader.line_num}: not a CSV table: {error}") from None
 
 
 def _read_text(path) -> str:
@@ -120,7 +126,6 @@ def _read_text(path) -> str:
 
 
 def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
-    cells = {name: (cells[name] or "").strip() for name in COLUMNS}
     for name, allowed in ALLOWED.items():
         if cells[name] not in allowed:
             raise InputError(f"{row}: unknown {name}: Expected {' or '.join(allowed)}. Received {cells[name]!r}")

@@ -1,0 +1,194 @@
+#!/usr/bin/env python
+"""Map where a trained network sees lesions: probability maps of a patch classifier, Grad-CAM of an image classifier.
+
+  python ddsm_train/heatmap_score.py full_img patch.h5 --fprop-mode --pat-csv pat_side_cancer.csv --out maps.npz
+  python ddsm_train/heatmap_score.py full_img image.h5 --pat-csv pat_side_cancer.csv --out cam.npz --overlay pictures
+
+A patch classifier sweeps the breast window by window, or with --fprop-mode sees the whole image at once, 25 times
+faster or more. A whole-image classifier is explained by Grad-CAM. Give the pixel options that it was trained with.
+A killed run, started again with the same options, goes on where it was.
+"""
+
+import argparse
+import sys
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError
+
+# Usual class names, by their number.
+CLASSES = {
+    2: ["neg", "pos"],
+    3: ["background", "malignant", "benign"],
+    5: ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"],
+}
+# The options that the maps of each mode depend on.
+PIXEL_OPTIONS = ("img_scale", "rescale_factor", "equalize_hist", "featurewise_center", "featurewise_mean")
+MODE_OPTIONS = {
+    "sweep": ("img_height", "patch_size", "stride"),
+    "fprop": ("img_size", "avg_pool_size", "hm_strides"),
+    "gradcam": ("img_size", "grad_cam_layer"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    add = parser.add_argument
+    add("img_folder", help="folder of the mammograms: <patient_id>_<side>_<CC|MLO>.png")
+    add("dl_state", help="trained model: a patch classifier or a whole-image classifier")
+    dm_args.add_pixel_options(parser)
+    parser.set_defaults(img_size=[1152, 896], featurewise_center=False, featurewise_mean=71.8)
+    add("--pat-csv", default="./full_img/pat.csv", help="table of breasts with the columns patient_id,side,cancer")
+    dm_args.add_optional(
+        parser, "--pat-list", metavar="FILE",
+        help="map these patients alone: one id a line; a header line patient_id may come first",
+    )  # fmt: skip
+    add(
+        "--out", default="./output/prob_heatmap.pkl",
+        help="map file to write: .npz (a name without ending becomes one), .h5, or .pkl, the published program's",
+    )  # fmt: skip
+    add("--class-list", nargs="+", metavar="CLASS", help="names of the model's classes; default: the usual ones")
+    add(
+        "--on-error", choices=["stop", "skip"], default="stop",
+        help="what an image at fault, or a patient without images, does: end the run, or be left out and listed",
+    )  # fmt: skip
+    add("--jobs", type=dm_args.positive_int, default=2, help="images read at the same time, while the network works")
+    add("--trust-checkpoint", action="store_true", help="open a model file even where it holds Python code")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--overlay", metavar="DIR", help="draw each class on the mammogram: <DIR>/<image>.png")
+    add("--roi-mask-dir", metavar="DIR", help="outline lesions: <Calc|Mass>-Training_<image>_<abn_num>.png")
+
+    group = parser.add_argument_group("patch classifier, sliding windows")
+    dm_args.add_optional(
+        group, "--img-height", "-ih", type=dm_args.positive_int,
+        help="height that images are resized to, their shape kept; default: that of --img-size",
+    )  # fmt: skip
+    add = group.add_argument
+    add("--patch-size", type=dm_args.positive_int, default=256, help="height and width of a window")
+    add("--stride", type=dm_args.positive_int, default=8, help="pixels from window to window")
+    add("--batch-size", type=dm_args.positive_int, default=128, help="windows held in memory and predicted at a time")
+
+    group = parser.add_argument_group("patch classifier, the whole image at once")
+    dm_args.add_flag(group, "--fprop-mode", False, "apply the network to the image, resized to --img-size, at once")
+    add = group.add_argument
+    add("--net", default="vgg19", help="network of the patch classifier; its layers themselves say what it is")
+    add(
+        "--avg-pool-size", nargs=2, type=dm_args.positive_int, default=[7, 7],
+        help="features averaged for a cell; 7 of stride 32 make a 224-pixel patch",
+    )  # fmt: skip
+    add("--hm-strides", nargs=2, type=dm_args.positive_int, default=[1, 1], help="features from cell to cell")
+
+    group = parser.add_argument_group("whole-image classifier")
+    group.add_argument(
+        "--grad-cam", action=argparse.BooleanOptionalAction,
+        help="explain the model by Grad-CAM; default: if it is a whole-image classifier, which has a patch net inside",
+    )  # fmt: skip
+    group.add_argument(
+        "--grad-cam-layer", choices=["last", "patch"], default="last",
+        help="which feature map: the last one, or the finer one of the patch net",
+    )  # fmt: skip
+    return parser
+
+
+def run(*paths, **options) -> None:
+    """Write the maps and pictures; arguments as on the command line, in its order or by keyword."""
+    args = dm_args.complete(make_parser(), options, paths)
+    import functools
+
+    import dm_heatmap
+    from dm_dataset import read_patient_list
+    from dm_parallel import run_parallel
+
+    args.out = args.out if Path(args.out).suffix else f"{args.out}.npz"
+    dm_heatmap.check_map_name(args.out)
+    patients = None if args.pat_list is None else read_patient_list(args.pat_list)
+    breasts, faults = dm_heatmap.read_breasts(args.pat_csv, args.img_folder, patients)
+    if faults and args.on_error == "stop":
+        raise InputError(f"{faults[0]} ({len(faults)} such; --on-error skip leaves them out)")
+    if not breasts:
+        raise InputError(f"{args.pat_csv}: no breast to map: Expected images in {args.img_folder}. Received none")
+    if (one_view := sum(len(breast.files) == 1 for breast in breasts)) > 0:
+        print(f"{one_view} of {len(breasts)} breasts have an image of one view alone")
+
+    dm_args.start_backend()
+    import dm_checkpoint
+
+    model = dm_checkpoint.load_model(args.dl_state, args.trust_checkpoint)
+    scorer = make_scorer(model, args)
+    class_names = args.class_list or CLASSES.get(model.output_shape[-1])
+    class_names = class_names or [f"class_{i}" for i in range(model.output_shape[-1])]
+    if len(class_names) != model.output_shape[-1]:
+        raise InputError(
+            f"--class-list: Expected {model.output_shape[-1]} names, one for each output of {args.dl_state}. "
+            f"Received {len(class_names)}"
+        )
+    kept = {name: getattr(args, name) for name in (*PIXEL_OPTIONS, *MODE_OPTIONS[scorer.mode])}
+    kept |= {"dl_state": args.dl_state, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
+    records, scoring_faults = dm_heatmap.score_breasts(
+        breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error
+    )
+    faults += scoring_faults
+    nb_map = sum(1 for record in records for _ in record.views())
+    print(f"{nb_map} maps of {len(records)} breasts are in {args.out} ({scorer.mode})")
+    if args.overlay is not None:
+        draw = functools.partial(
+            dm_heatmap.draw_overlays,
+            out_dir=args.overlay,
+            class_names=class_names,
+            mode=scorer.mode,
+            roi_mask_dir=args.roi_mask_dir,
+        )
+        for _ in run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"):
+            pass
+        print(f"{nb_map} pictures are in {args.overlay}")
+    if faults:
+        print(f"{len(faults)} left out:", *faults, sep="\n  ")
+
+
+def make_scorer(model, args: argparse.Namespace):
+    """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `dm_heatmap`."""
+    import keras
+
+    from dm_heatmap import ForwardPropagation, GradCam, Sweep
+
+    if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
+        raise InputError(f"{args.dl_state}: Expected a classifier of one image. Received inputs {model.input_shape}")
+    if model.output_shape[-1] < 2:
+        raise InputError(f"{args.dl_state}: Expected at least two classes. Received {model.output_shape[-1]}")
+    pixels = {
+        "target_scale": args.img_scale,
+        "rescale_factor": args.rescale_factor,
+        "equalize_hist": args.equalize_hist,
+        "mean": args.featurewise_mean if args.featurewise_center else 0.0,
+    }
+    whole_image = any(isinstance(layer, keras.Model) for layer in model.layers)
+    if whole_image and args.grad_cam is False:
+        raise InputError(f"{args.dl_state}: a whole-image classifier: Expected a patch classifier with --no-grad-cam")
+    if whole_image and args.fprop_mode:
+        raise InputError(f"{args.dl_state}: a whole-image classifier: Expected a patch classifier with --fprop-mode")
+    try:
+        if args.grad_cam or whole_image:
+            built = model.input_shape[1:3]
+            if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
+                raise InputError(f"Expected --img-size {built[0]} {built[1]}, for which it is built. "
+                                 f"Received {args.img_size[0]} {args.img_size[1]}")  # fmt: skip
+            return GradCam(model, args.img_size, layer=args.grad_cam_layer, **pixels)
+        if args.fprop_mode:
+            geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
+            return ForwardPropagation(model, args.img_size, patch_net=args.net, **geometry, **pixels)
+    except InputError as error:
+        raise InputError(f"{args.dl_state}: {error}") from error
+    args.img_height = args.img_height or args.img_size[0]
+    return Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, **pixels)
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
