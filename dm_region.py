@@ -1,12 +1,13 @@
-"""Regions of a mammogram: where patches are cut around, away from and beside annotated lesions.
+"""Regions: where patches are cut around, away from and beside annotated lesions, and what heatmaps show as lesions.
 
-Coordinates are pixels (x to the right, y down) of one *padded image*: the resized, usually segmented
+For patches, coordinates are pixels (x to the right, y down) of one *padded image*: the resized, usually segmented
 mammogram with `patch_size // 2` zero rows and columns added on each side, so that a patch centred on any pixel
 of the mammogram lies within it. A patch covers `2 * (patch_size // 2)` pixels each way: an odd size is rounded
 down.
 
 The rules and their order of random draws are those of the published program, so that the same seed gives the
-same patches.
+same patches. The features of heatmap regions are those of scikit-image 0.14, which it used; the two that later versions
+define in another way, the orientation and the area of the convex hull, are restated here.
 """
 
 from dataclasses import dataclass
@@ -275,3 +276,142 @@ def split_patients(patients, malignant, val_size, seed=SEED, option="--val-size"
             f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
         ) from None
     return train, val
+
+
+# What stands for a region that a map does not have. The Euler number of nothing is 2 in the published program.
+_NO_REGION = {
+    "area": 0,
+    "area_ratio": 0.0,
+    "area_ratio2": 0.0,
+    "eccentricity": 0.0,
+    "eig1": 0.0,
+    "eig2": 0.0,
+    "equivalent_diameter": 0.0,
+    "euler_number": 2,
+    "extent": 0.0,
+    "major_axis_length": 0.0,
+    "max_intensity": 0.0,
+    "mean_intensity": 0.0,
+    "minor_axis_length": 0.0,
+    "orientation": 0.0,
+    "perimeter": 0.0,
+    "solidity": 0.0,
+}
+
+
+def prob_heatmap_features(phm, cutoff, k, nb_cls=None):
+    """Describe the regions of a heatmap where a class is at least as probable as `cutoff`.
+
+    phm: (rows, columns, classes) probabilities, class 0 being background; None for a view without an image.
+    cutoff: a region is a set of cells of at least this probability that touch at an edge or a corner.
+    k: how many regions to describe, the largest first.
+    nb_cls: classes, background included; default those of `phm`.
+
+    Returns a list of one dict a class, background excepted: "nb_regions", "total_area" and "global_max_intensity" of
+    all its regions, and "top1_area" .. "topK_solidity", the `region_features` of the k largest. Areas are in cells,
+    lengths in cells. A map without (so many) regions has the values of `region_features(None)`, a missing map NaN
+    throughout. Raises InputError for a map of another shape or that is not finite.
+    """
+    from skimage.measure import label, regionprops
+
+    if phm is None:
+        if nb_cls is None:
+            raise InputError("a missing heatmap: Expected the number of its classes, nb_cls. Received None")
+        return [dict.fromkeys(_class_features([], k), np.nan) for _ in range(nb_cls - 1)]
+    phm = np.asarray(phm)
+    if phm.ndim != 3 or phm.shape[2] != (nb_cls or phm.shape[2]):
+        raise InputError(f"Expected a heatmap (rows, columns, {nb_cls or 'classes'}). Received shape {phm.shape}")
+    if not np.isfinite(phm).all():
+        raise InputError("Expected a heatmap of finite probabilities. Received NaN or infinity")
+    maps = np.moveaxis(phm[..., 1:], -1, 0)
+    return [_class_features(regionprops(label(map_ >= cutoff), map_), k) for map_ in maps]
+
+
+def _class_features(regions, k):
+    features = {
+        "nb_regions": len(regions),
+        "total_area": total_area(regions),
+        "global_max_intensity": global_max_intensity(regions),
+    }
+    largest = [regions[i] for i in topK_region_idx(regions, k)]
+    for rank, region in enumerate(largest + [None] * (k - len(largest)), 1):
+        features |= {f"top{rank}_{name}": value for name, value in region_features(region).items()}
+    return features
+
+
+def total_area(regions):
+    """Cells in all of the regions (of `skimage.measure.regionprops`)."""
+    return sum(int(region.area) for region in regions)
+
+
+def global_max_intensity(regions):
+    """Highest value in any of the regions; 0 where there are none."""
+    return max((float(region.intensity_max) for region in regions), default=0.0)
+
+
+def topK_region_idx(regions, k=1):
+    """Indices of the (at most) k regions of largest area, the largest first; of equal ones the later first."""
+    areas = [region.area for region in regions]
+    return [int(index) for index in np.argsort(areas, kind="stable")[::-1][:k]]
+
+
+def region_features(region):
+    """Area, shape and intensity of a region, by name.
+
+    region: one of `skimage.measure.regionprops(labels, intensities)`, or None for none.
+
+    "area_ratio" and "solidity" are both the share of the convex hull that the region covers, "area_ratio2" that of
+    the region with its holes filled. "eig1" and "eig2" are the eigenvalues of the inertia tensor, the larger first.
+    "orientation" is the angle from the rows' direction to the major axis, counter-clockwise as seen, -pi/2 to pi/2
+    (pi/4 for regions of no direction): today's value of scikit-image, which starts from the columns' direction,
+    turned by a right angle.
+    """
+    if region is None:
+        return dict(_NO_REGION)
+    solidity = int(region.area) / _convex_area(region.image)
+    eigenvalues = region.inertia_tensor_eigvals
+    return {
+        "area": int(region.area),
+        "area_ratio": solidity,
+        "area_ratio2": float(region.area / region.area_filled),
+        "eccentricity": float(region.eccentricity),
+        "eig1": float(eigenvalues[0]),
+        "eig2": float(eigenvalues[1]),
+        "equivalent_diameter": float(region.equivalent_diameter_area),
+        "euler_number": int(region.euler_number),
+        "extent": float(region.extent),
+        "major_axis_length": float(region.axis_major_length),
+        "max_intensity": float(region.intensity_max),
+        "mean_intensity": float(region.intensity_mean),
+        "minor_axis_length": float(region.axis_minor_length),
+        "orientation": float(region.orientation + (np.pi / 2 if region.orientation < 0 else -np.pi / 2)),
+        "perimeter": float(region.perimeter),
+        "solidity": solidity,
+    }
+
+
+def _convex_area(image):
+    """Pixels in the convex hull of the 2-D mask of a region that fills its bounding box.
+
+    The hull is that of the middles of all pixel edges. As in scikit-image 0.14 a pixel centre on its outline counts
+    only where the hull lies below or to the right of it (the usual crossing rule); later versions count them all.
+    """
+    from scipy.spatial import ConvexHull
+
+    height, width = image.shape
+    columns = np.arange(width)
+    # The outermost pixels of each column suffice.
+    pixels = np.concatenate(
+        [[image.argmax(axis=0), columns], [height - 1 - image[::-1].argmax(axis=0), columns]], axis=1
+    )
+    middles = np.concatenate([pixels.T + shift for shift in ([-0.5, 0], [0.5, 0], [0, -0.5], [0, 0.5])])
+    ends = middles[ConvexHull(middles).vertices]
+    starts = np.roll(ends, 1, axis=0)
+    slanted = ends[:, 1] != starts[:, 1]
+    (row, column), (start_row, start_column) = ends[slanted].T, starts[slanted].T
+    # Every column crosses the outline twice; the pixels from one crossing up to, not including, the other are inside.
+    column_at = columns[:, None]
+    crossed = (column <= column_at) != (start_column <= column_at)
+    crossing = np.ceil((start_row - row) * (column_at - column) / (start_column - column) + row)
+    first, last = np.where(crossed, crossing, np.inf).min(axis=1), np.where(crossed, crossing, -np.inf).max(axis=1)
+    return int((last - first).sum())
