@@ -382,7 +382,10 @@ class Sweep:
 
 
 class _WholeImage:
-    """What the ways that give the network the image at once share: it is read as the trainers read it."""
+    """What the ways that give the network the image at once share: it is read as the trainers read it.
+
+    segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
+    """
 
     def __init__(
         self,
@@ -393,8 +396,10 @@ class _WholeImage:
         rescale_factor: float | None = None,
         equalize_hist: bool = False,
         mean: float = 0.0,
+        segment_breast: bool = False,
     ):
         self.model = model
+        self.segment_breast = segment_breast
         self.read_options = {
             "target_size": tuple(img_size),
             "target_scale": target_scale,
@@ -409,6 +414,11 @@ class _WholeImage:
         img = read_img_for_pred(fname, **self.read_options)[..., 0]
         if img.min() == img.max():
             raise InputError(f"{fname}: constant image. Expected a mammogram. Received {img.max():g} in all pixels")
+        if self.segment_breast:
+            try:
+                img = DMImagePreprocessor.segment_breast(img, crop=False)[0]
+            except InputError as error:
+                raise InputError(f"{fname}: {error}") from error
         first = tuple(size / 2 for size in self.window)
         return Scan(str(fname), img - self.mean, Grid(img.shape, first, self.strides))
 
@@ -478,12 +488,12 @@ class GradCam(_WholeImage):
     the centre of the part of the image that its feature stands for.
 
     layer: "last" for the last feature map before pooling or flattening, "patch" for that of the nested patch net,
-    which is finer.
+    which is finer; default: the finer one where there is one.
     """
 
     mode = "gradcam"
 
-    def __init__(self, model, img_size, *, layer="last", **pixel_options):
+    def __init__(self, model, img_size, *, layer=None, **pixel_options):
         import keras
 
         super().__init__(model, img_size, **pixel_options)
@@ -510,15 +520,15 @@ class GradCam(_WholeImage):
         return np.stack(maps, axis=-1)
 
 
-def _feature_tensor(model, layer: str):
+def _feature_tensor(model, layer: str | None):
     """The tensor inside `model` that Grad-CAM looks at; see `GradCam`."""
     import keras
 
-    if layer == "patch":
-        nested = [i for i, inner in enumerate(model.layers) if isinstance(inner, keras.Model)]
-        if not nested:
-            raise InputError("--grad-cam-layer patch: Expected a classifier on a nested patch net. Received another")
+    nested = [i for i, inner in enumerate(model.layers) if isinstance(inner, keras.Model)]
+    if nested and layer != "last":
         return model.layers[nested[-1] + 1].input
+    if layer == "patch":
+        raise InputError("--grad-cam-layer patch: Expected a classifier on a nested patch net. Received another")
     ends = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalMaxPooling2D, keras.layers.Flatten)
     tensors = [inner.input for inner in model.layers if isinstance(inner, ends)]
     if not tensors:
@@ -772,7 +782,7 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
     """A matplotlib figure: the mammogram, the sum of the region classes on it where there are several, and each class.
 
     img: (rows, columns) of the scored image, any real dtype. heatmap: (map rows, map columns, classes). masks: bool
-    (rows, columns) each, outlined. probabilities: colours go from 0 to 1, else to the largest value of the map.
+    (rows, columns) each, outlined. probabilities: colours go from 0 to 1, else to each panel's largest value.
     """
     from matplotlib.figure import Figure
 
@@ -789,24 +799,23 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
         white = DMImagePreprocessor.segment_breast(img)[0].max()
     except InputError:
         white = img.max()
-    limit = 1.0 if probabilities else max(float(heatmap.max()), np.finfo(np.float32).tiny)
     shown = None
     for ax, (name, values) in zip(axes.flat, [("mammogram", None), *panels], strict=False):
         extent = (0, img.shape[1], img.shape[0], 0)
         ax.imshow(img, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="antialiased")
         if values is not None:
             name = f"{name} (max {values.max():.2g})"
-            shown = ax.imshow(
-                resample(values, grid), cmap=_colours(), vmin=0, vmax=limit, extent=extent, interpolation="nearest"
-            )
+            shares = resample(values, grid) / (1 if probabilities else max(values.max(), np.finfo(np.float32).tiny))
+            shown = ax.imshow(shares, cmap=_colours(), vmin=0, vmax=1, extent=extent, interpolation="nearest")
         for outline in outlines:
             ax.plot(outline[:, 0], outline[:, 1], color="cyan", linewidth=0.9)
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=6)
-    for ax in axes.flat[len(panels) + 1 :]:
-        ax.set_axis_off()
+    for i, ax in enumerate(axes.flat):
+        ax.xaxis.set_tick_params(labelbottom=i + across > len(panels))  # the lowest of its column
+        ax.set_visible(i <= len(panels))
     bar = figure.colorbar(shown, ax=axes, fraction=0.03, aspect=30, pad=0.01)
-    bar.set_label("probability" if probabilities else "Grad-CAM", fontsize=8)
+    bar.set_label("probability" if probabilities else "Grad-CAM, share of the largest value", fontsize=8)
     bar.ax.set_facecolor("0.35")  # about the tissue below the colours
     bar.ax.tick_params(labelsize=6)
     figure.supxlabel(f"pixels of the image as scored, {img.shape[0]} x {img.shape[1]}", fontsize=8)

@@ -29,8 +29,8 @@ CLASSES = {
 PIXEL_OPTIONS = ("img_scale", "rescale_factor", "equalize_hist", "featurewise_center", "featurewise_mean")
 MODE_OPTIONS = {
     "sweep": ("img_height", "patch_size", "stride"),
-    "fprop": ("img_size", "avg_pool_size", "hm_strides"),
-    "gradcam": ("img_size", "grad_cam_layer"),
+    "fprop": ("img_size", "segment_breast", "avg_pool_size", "hm_strides"),
+    "gradcam": ("img_size", "segment_breast", "grad_cam_layer"),
 }
 
 
@@ -41,6 +41,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("dl_state", help="trained model: a patch classifier or a whole-image classifier")
     dm_args.add_pixel_options(parser)
     parser.set_defaults(img_size=[1152, 896], featurewise_center=False, featurewise_mean=71.8)
+    dm_args.add_flag(
+        parser, "--segment-breast", False,
+        "blank all but the breast where the network sees the whole image; windows are always cut from the breast alone",
+    )  # fmt: skip
     add("--pat-csv", default="./full_img/pat.csv", help="table of breasts with the columns patient_id,side,cancer")
     dm_args.add_optional(
         parser, "--pat-list", metavar="FILE",
@@ -88,8 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="explain the model by Grad-CAM; default: if it is a whole-image classifier, which has a patch net inside",
     )  # fmt: skip
     group.add_argument(
-        "--grad-cam-layer", choices=["last", "patch"], default="last",
-        help="which feature map: the last one, or the finer one of the patch net",
+        "--grad-cam-layer", choices=["last", "patch"],
+        help="which feature map: the last one, or the finer one of the patch net; default: patch if there is one",
     )  # fmt: skip
     return parser
 
@@ -165,6 +169,7 @@ def make_scorer(model, args: argparse.Namespace):
         "equalize_hist": args.equalize_hist,
         "mean": args.featurewise_mean if args.featurewise_center else 0.0,
     }
+    whole = pixels | {"segment_breast": args.segment_breast}
     whole_image = any(isinstance(layer, keras.Model) for layer in model.layers)
     if whole_image and args.grad_cam is False:
         raise InputError(f"{args.dl_state}: a whole-image classifier: Expected a patch classifier with --no-grad-cam")
@@ -176,10 +181,10 @@ def make_scorer(model, args: argparse.Namespace):
             if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
                 raise InputError(f"Expected --img-size {built[0]} {built[1]}, for which it is built. "
                                  f"Received {args.img_size[0]} {args.img_size[1]}")  # fmt: skip
-            return GradCam(model, args.img_size, layer=args.grad_cam_layer, **pixels)
+            return GradCam(model, args.img_size, layer=args.grad_cam_layer, **whole)
         if args.fprop_mode:
             geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
-            return ForwardPropagation(model, args.img_size, patch_net=args.net, **geometry, **pixels)
+            return ForwardPropagation(model, args.img_size, patch_net=args.net, **geometry, **whole)
     except InputError as error:
         raise InputError(f"{args.dl_state}: {error}") from error
     args.img_height = args.img_height or args.img_size[0]

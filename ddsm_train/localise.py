@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Judge how well maps point at the lesions: pointing-game accuracy and free-response ROC, where masks are known.
+
+  python ddsm_train/localise.py --roi-mask-dir roi_mask --out-dir figures fprop.npz gradcam.npz
+
+Reads map files of heatmap_score.py; writes localisation.csv (a row a map file), froc.csv and froc.png. The rules are in
+`dm_localise`. The images must be where they were scored.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    add = parser.add_argument
+    add("maps", nargs="+", help="map files of heatmap_score.py: .npz, .h5 or .pkl")
+    add("--roi-mask-dir", required=True, help="folder of masks: <Calc|Mass>-Training_<image>_<abn_num>.png")
+    add("--out-dir", default="localisation", metavar="DIR", help="folder for the results")
+    add("--classes", nargs="+", metavar="CLASS", help="judge the sum of these classes; default: all but the first")
+    add(
+        "--malignant", metavar="CSV",
+        help="look for malignant lesions alone, by this table of lesions (roi_mask_path.csv); default: all lesions",
+    )  # fmt: skip
+    add(
+        "--smooth", type=dm_args.natural_float,
+        help="smooth maps by a Gaussian of this many pixels; default: a quarter of the window that a cell stands for",
+    )  # fmt: skip
+    dm_args.add_parallel_options(parser)
+    return parser
+
+
+def run(**options) -> None:
+    """Write the results; keyword arguments are the option names of `make_parser`."""
+    args = dm_args.complete(make_parser(), options)
+    import functools
+
+    import dm_localise
+    from dm_heatmap import load_heatmaps
+    from dm_parallel import run_parallel
+    from dm_patches import read_lesions
+
+    if not Path(args.roi_mask_dir).is_dir():
+        raise InputError(f"--roi-mask-dir {args.roi_mask_dir}: no such folder")
+    wanted = None
+    if args.malignant is not None:
+        lesions = [lesion for lesion in read_lesions(args.malignant) if lesion.malignant]
+        wanted = {f"{one.type.capitalize()}-Training_{one.image_id}_{one.number}" for one in lesions}
+    results = {}
+    for path in args.maps:
+        maps = load_heatmaps(path)
+        names = args.classes or maps.class_names[1:]
+        if unknown := [name for name in names if name not in maps.class_names]:
+            raise InputError(f"{path}: no class {unknown[0]}: Expected {', '.join(maps.class_names)}")
+        if not names:
+            raise InputError(f"{path}: holds no class names, as files of 2017; compute the maps again")
+        columns = [maps.class_names.index(name) for name in names]
+        mark = functools.partial(
+            dm_localise.mark_breast,
+            maps=dm_localise.Heatmaps([], options=maps.options),  # all that is needed of it, for other processes
+            columns=columns,
+            roi_mask_dir=args.roi_mask_dir,
+            wanted=wanted,
+            smooth=args.smooth,
+        )
+        marked = run_parallel(mark, maps.records, args.jobs, args.backend, desc=Path(path).name, unit="breast")
+        results[str(path)] = [image for images in marked for image in images]
+        summary = dm_localise.summarise(results[str(path)])
+        print(
+            f"{path}: points at a lesion in {summary['pointing_hits']} of {summary['images_with_lesions']} images "
+            f"({summary['pointing_accuracy']:.3f}; chance {summary['chance']:.3f}); finds "
+            f"{summary['sensitivity_at_1']:.3f} of {summary['lesions']} lesions at 1 false positive an image"
+        )
+    dm_localise.write_results(args.out_dir, results)
+    print(f"localisation.csv, froc.csv and froc.png are in {args.out_dir}")
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
