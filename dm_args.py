@@ -225,6 +225,22 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "or run in inference mode",
     )  # fmt: skip
 
+    group = parser.add_argument_group("memory and speed")
+    add_flag(
+        group, "--mixed-precision", False,
+        "compute in 16 bits, keeping weights and probabilities in 32: about half the memory of activations",
+    )  # fmt: skip
+    add_flag(
+        group, "--remat", False,
+        "compute activations again in the backward pass instead of keeping them: the same steps in less memory, at a "
+        "third more time",
+    )  # fmt: skip
+    group.add_argument(
+        "--accumulate", type=positive_int, default=1, metavar="N",
+        help="take one step for the mean gradient of N training batches, as if the batch were N times as large",
+    )  # fmt: skip
+    add_flag(group, "--jit", False, "compile training steps with XLA: slow to begin, faster on GPUs; JAX always does")
+
     group = parser.add_argument_group("models")
     add_optional(group, "--resume-from", metavar="FILE", help="start from this saved model (.h5 of any age, or .keras)")
     add_optional(
@@ -246,6 +262,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default="NOSAVE",
         help="where the model of the last epoch is saved, or NOSAVE",
     )
+    add_optional(group, "--tensorboard", metavar="DIR", help="also write logs for TensorBoard to this folder")
     group.add_argument(
         "--out-dir", metavar="DIR",
         help="folder for args.json, history.csv, metrics.json and predictions.csv; "

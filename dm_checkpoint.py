@@ -93,7 +93,8 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
 
     `.weights.h5`: weights alone; `.h5`: a full model in the legacy format; `.keras`: a full model in today's
     format. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
-    the file correctly. The file appears only when complete: on any failure an old file of this name stays whole.
+    the file correctly, as a model that computes in float32. The file appears only when complete: on any failure an
+    old file of this name stays whole.
 
     Raises InputError for an unknown ending or a file that cannot be written.
     """
@@ -102,7 +103,7 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
     bare = keras.Model(model.input, model.output, name=model.name, trainable=model.trainable)
     try:
-        with atomic_write(path) as temporary, _flags_of_layers(bare), _without_legacy_notice():
+        with atomic_write(path) as temporary, _flags_of_layers(bare), _in_float32(bare), _without_legacy_notice():
             if path.name.endswith(".weights.h5"):
                 _save_weights(bare, temporary)
             elif path.suffix == ".keras":
@@ -414,6 +415,19 @@ def _flags_of_layers(model: keras.Model) -> Iterator[None]:
     finally:
         for variable, flag in before:
             variable.trainable = flag
+
+
+@contextmanager
+def _in_float32(model: keras.Model) -> Iterator[None]:
+    """Within the block all layers compute in float32: half precision is a matter of the training, not of the file."""
+    before = [(layer, layer.dtype_policy) for layer in leaf_layers(model)]
+    for layer, _ in before:
+        layer.dtype_policy = "float32"
+    try:
+        yield
+    finally:
+        for layer, policy in before:
+            layer.dtype_policy = policy
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Predicting and scoring: flip averaging, AUC by class, and the files and pictures a test run leaves.
+"""Predicting and scoring: flip averaging, AUC by class, intervals, and the files and pictures a test run leaves.
 
 Averaging the predictions of the four flips of an image is the paper's inference-level augmentation.
 """
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,54 @@ def _batches(data, batch_size: int | None):
             yield batch.result()
 
 
+def pred_2view_img_list(
+    cc_img_list: Sequence[np.ndarray] | None,
+    mlo_img_list: Sequence[np.ndarray] | None,
+    model,
+    flips: bool = False,
+    batch_size: int = 4,
+) -> np.ndarray:
+    """Predict one breast by a model of two inputs, [CC, MLO]: the mean over all pairs of a CC and an MLO image.
+
+    Args:
+        cc_img_list, mlo_img_list: the images of each view, (H, W, C) float32 as the model takes them: for one breast
+            what `flow_from_exam_list(..., prediction_mode=True)` gives. A view without images, None or empty, is taken
+            as one black image, as in training, with a warning that says which view.
+        flips: take the mean of the four flips of each pair too.
+        batch_size: pairs predicted at a time.
+
+    Returns:
+        (classes,) probabilities. Raises InputError when neither view has an image, or images differ in size.
+    """
+    views = {"CC": [] if cc_img_list is None else cc_img_list, "MLO": [] if mlo_img_list is None else mlo_img_list}
+    there = [image for images in views.values() for image in images]
+    if not there:
+        raise InputError("Expected images of CC or MLO. Received none of either")
+    if len(shapes := {np.shape(image) for image in there}) > 1:
+        raise InputError(f"Expected images of one shape. Received {', '.join(map(str, sorted(shapes)))}")
+    for view, images in views.items():
+        if len(images) == 0:
+            warnings.warn(f"no {view} image: a black one stands for it", stacklevel=2)
+            views[view] = [np.zeros_like(there[0])]
+    cc, mlo = (np.stack(column) for column in zip(*product(*views.values()), strict=True))
+    _, plain, _, flipped = predict(model, ((cc, mlo), np.zeros(len(cc))), batch_size, flips=flips)
+    return (flipped if flips else plain).mean(axis=0)
+
+
+def make_pred_case(cc_phms: Sequence[np.ndarray] | None, mlo_phms: Sequence[np.ndarray] | None, classifier) -> float:
+    """Probability of cancer in one breast, from the probability maps of its images.
+
+    Args:
+        cc_phms, mlo_phms: (rows, columns, classes) maps of the images of each view; None or empty for a view without.
+        classifier: a `dm_heatmap_clf.HeatmapClassifier`. It takes a view without maps as missing.
+
+    Returns:
+        The mean over all pairs of a CC and an MLO map. Raises InputError when neither view has a map.
+    """
+    views = [list(maps) if maps is not None and len(maps) else [None] for maps in (cc_phms, mlo_phms)]
+    return float(np.mean(classifier.predict_maps(list(product(*views)))))
+
+
 def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Area under the ROC curve of each class against the rest, NaN where the labels hold only one side.
 
@@ -131,18 +180,79 @@ def auc_line(auc: np.ndarray, class_list: Sequence[str] | None = None) -> str:
 
 
 def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, AUC by class and the confusion matrix (rows: truth) of one-hot labels and probabilities (N, C)."""
-    from sklearn.metrics import confusion_matrix
+    """Accuracy, AUC, precision and recall by class, and the confusion matrix, of one-hot labels and probabilities.
+
+    Args:
+        y_true, y_pred: (N, C); the most probable class is the predicted one.
+
+    Returns:
+        `classes` (the names, in the order of the matrix), `confusion_matrix` (rows: truth), `auc`, `precision` and
+        `recall` by class name with None where undefined, `auc_mean` over the defined ones, `accuracy`, `samples`.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     truth, guess = y_true.argmax(axis=1), y_pred.argmax(axis=1)
+    labels = range(len(class_list))
+    precision, recall, *_ = precision_recall_fscore_support(truth, guess, labels=labels, zero_division=np.nan)
     auc = auc_by_class(y_true, y_pred)
+
+    def by_class(values):
+        return {name: None if np.isnan(v) else float(v) for name, v in zip(class_list, values, strict=True)}
+
     return {
         "accuracy": float((truth == guess).mean()),
-        "auc": {name: None if np.isnan(a) else float(a) for name, a in zip(class_list, auc, strict=True)},
+        "auc": by_class(auc),
         "auc_mean": None if np.isnan(auc).all() else float(np.nanmean(auc)),
-        "confusion_matrix": confusion_matrix(truth, guess, labels=range(len(class_list))).tolist(),
+        "precision": by_class(precision),
+        "recall": by_class(recall),
+        "classes": list(class_list),
+        "confusion_matrix": confusion_matrix(truth, guess, labels=labels).tolist(),
         "samples": len(truth),
     }
+
+
+def scores_table(scores: dict[str, Any]) -> str:
+    """The scores of `classification_scores` as text: a row a class, and the confusion matrix beside it."""
+    import pandas as pd
+
+    names = scores["classes"]
+    table = pd.DataFrame({name: scores[name] for name in ("precision", "recall", "auc")}, index=names, dtype=float)
+    matrix = pd.DataFrame(scores["confusion_matrix"], index=names, columns=[f"as {name}" for name in names])
+    return table.join(matrix).to_string(float_format="{:.4f}".format, na_rep="-")
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float],
+    groups: Sequence,
+    rng: np.random.Generator,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic, resampling whole groups (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        statistic: of an array of sample indices, some of them repeated; NaN where undefined.
+        groups: for each sample what it belongs to, such as its patient. The samples of a group are not independent,
+            so they are drawn together.
+        rng: makes `replicates` draws of as many groups as there are, with replacement.
+
+    Returns:
+        (low, high) over the replicates where the statistic is defined; NaN where it is not in half of them.
+    """
+    group_of = np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    order = np.argsort(group_of, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(group_of[order])) + 1)
+    values = np.array(
+        [
+            statistic(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
+            for _ in range(replicates)
+        ]
+    )
+    values = values[~np.isnan(values)]
+    if 2 * len(values) < replicates:
+        return np.nan, np.nan
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -174,25 +284,32 @@ def write_test_results(
         table.to_csv(temporary, index=False)
     scores = {way: classification_scores(y_true, y_pred, class_list) for way, y_pred in predictions.items()}
     write_json(out_dir / "metrics.json", scores)
-    _plot_roc(out_dir / "roc.png", y_true, predictions, class_list)
+    # The positive class, or every class where there are more than two.
+    columns = [1] if len(class_list) == 2 else range(len(class_list))
+    plot_roc(
+        out_dir / "roc.png",
+        {
+            f"{class_list[i]}, {way}": (y_true[:, i], y_pred[:, i])
+            for way, y_pred in predictions.items()
+            for i in columns
+        },
+    )
 
 
-def _plot_roc(path: Path, y_true, predictions: dict[str, np.ndarray], class_list: Sequence[str]) -> None:
-    """ROC curves of the positive class, or of every class where there are more than two."""
+def plot_roc(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw ROC curves. curves: 0/1 labels and scores, (N,) each, by label; undefined ones are left out."""
     from matplotlib.figure import Figure
     from sklearn.metrics import roc_curve
 
-    columns = [1] if len(class_list) == 2 else range(len(class_list))
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
-    for way, y_pred in predictions.items():
-        auc = auc_by_class(y_true, y_pred)
-        for i in columns:
-            if np.isnan(auc[i]):
-                continue
-            false_positive, true_positive, _ = roc_curve(y_true[:, i], y_pred[:, i])
-            axes.plot(false_positive, true_positive, label=f"{class_list[i]}, {way}: AUC {auc[i]:.3f}")
+    for label, (truth, score) in curves.items():
+        auc = auc_by_class(truth, score)[0]
+        if np.isnan(auc):
+            continue
+        false_positive, true_positive, _ = roc_curve(truth, score)
+        axes.plot(false_positive, true_positive, label=f"{label}: AUC {auc:.3f}")
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal", xlim=(0, 1), ylim=(0, 1))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right")

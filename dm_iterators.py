@@ -135,12 +135,20 @@ class DMIterator(keras.utils.PyDataset):
             raise
 
     def _make_numbered_batch(self, number, index):
+        return self._make_batch(*self._balanced(number, index))
+
+    def _balanced(self, number, index):
+        """The samples of batch `number`, and the generator for what else it draws."""
         rng = self._random_state(number)
         if self.classes is not None:
             rng.uniform()  # the draw that decides on skipping
             if self.balance_classes:
                 index = dm_image.index_balancer(index, self.classes[index], self.balance_classes, rng)
-        return self._make_batch(index, rng)
+        return index, rng
+
+    def batch_names(self, i):
+        """What the samples of batch i of this epoch are called: the paths of their files, where they have any."""
+        return [str(self._name(sample)) for sample in self._balanced(*self._batches[i])[0]]
 
     def on_epoch_end(self):
         """Go on to the next epoch; Keras calls this."""
@@ -178,6 +186,9 @@ class DMIterator(keras.utils.PyDataset):
     def _make_batch(self, index, rng):
         """Batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
         raise NotImplementedError
+
+    def _name(self, index):
+        return f"sample {index}"
 
     def _map(self, function, *items):
         """List of function(item), or of several, on this iterator's threads."""
@@ -245,9 +256,6 @@ class _SampleIterator(DMIterator):
 
     def load(self, index):
         raise NotImplementedError
-
-    def _name(self, index):
-        return f"image {index}"
 
     def _save(self, x, index, occurrence):
         """Write what the network sees, stretched to 0..255, as PREFIX_EPOCH_INDEX[_OCCURRENCE].FORMAT."""

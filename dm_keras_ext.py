@@ -1,24 +1,24 @@
 """Networks, optimizers and the staged training of patch and whole-image classifiers.
 
 Patch training has three stages (last layer, top layers, all layers) and whole-image training two (new layers,
-all layers); both are lists of `Stage`s run by `train_stages`. Importing this module imports Keras.
+all layers); both are lists of `Stage`s run by `train_stages`.
 """
 
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import keras
 import numpy as np
 from keras import layers, ops
 
 import dm_checkpoint
+from dm_callbacks import BestModel, DMAucModelCheckpoint, DMFlush, FiniteLoss
 from dm_checkpoint import leaf_layers
-from dm_files import InputError, atomic_write
-from dm_inference import NotFiniteError, auc_by_class, auc_line, flip_all_img, predict
-from dm_multi_gpu import training_scope
+from dm_files import InputError
+from dm_inference import flip_all_img
+from dm_multi_gpu import even_batches, mean_over_devices, training_scope
 from dm_resnet import ResNetBuilder, set_dropout_rate
 
 __all__ = [
@@ -225,18 +225,33 @@ def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, o
 
 
 class WeightedCrossentropy(keras.losses.CategoricalCrossentropy):
-    """Categorical cross-entropy averaged over the samples of non-zero weight, as Keras 2 did.
+    """Categorical cross-entropy averaged over the samples of non-zero weight, as Keras 2 did, of all devices.
 
-    Keras 3 divides by all samples instead, so that a class of weight 0 would shrink the gradient of the others.
+    Keras 3 divides by all samples instead, so that a class of weight 0 would shrink the gradient of the others, and
+    with TensorFlow by those of each device. Samples without a class, which fill up batches for several devices, do
+    not count.
     """
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        loss = super().__call__(y_true, y_pred, sample_weight)
-        if sample_weight is None:
-            return loss
-        weight = ops.reshape(ops.convert_to_tensor(sample_weight), (-1,))
+        weight = _has_class(y_true)
+        if sample_weight is not None:
+            weight = weight * ops.reshape(ops.cast(sample_weight, weight.dtype), (-1,))
+        loss = super().__call__(y_true, y_pred, weight)
+        samples = ops.cast(ops.shape(weight)[0], loss.dtype)
         counted = ops.sum(ops.cast(ops.not_equal(weight, 0), loss.dtype))
-        return loss * ops.cast(ops.shape(weight)[0], loss.dtype) / ops.maximum(counted, 1)
+        return ops.divide_no_nan(loss * samples, mean_over_devices(counted))
+
+
+class Accuracy(keras.metrics.CategoricalAccuracy):
+    """Share of the samples that are predicted right, whatever their weights, without the samples of no class."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_true, y_pred, _has_class(y_true))
+
+
+def _has_class(y_true):
+    """1.0 for each one-hot label, 0.0 for rows of zeros."""
+    return ops.cast(ops.any(ops.not_equal(ops.convert_to_tensor(y_true), 0), axis=-1), "float32")
 
 
 class DMMetrics:
@@ -308,158 +323,31 @@ class _Nadam(keras.optimizers.Nadam):
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * m_hat / (ops.sqrt(v_hat) + self.epsilon))
 
 
-def create_optimizer(optim_name: str, lr: float) -> keras.Optimizer:
+def create_optimizer(optim_name: str, lr: float, accumulate: int = 1) -> keras.Optimizer:
     """Optimizer by its name on the command line, with the arithmetic of Keras 2.0 (epsilon 1e-8).
 
-    `sgd` has Nesterov momentum 0.9. Raises InputError for an unknown name.
+    `sgd` has Nesterov momentum 0.9. With `accumulate` above 1 it takes one step for the mean gradient of that many
+    batches. Raises InputError for an unknown name.
     """
+    common = {"gradient_accumulation_steps": accumulate if accumulate > 1 else None}
     eps = 1e-8
     if optim_name == "sgd":
-        return keras.optimizers.SGD(lr, momentum=0.9, nesterov=True)
+        return keras.optimizers.SGD(lr, momentum=0.9, nesterov=True, **common)
     if optim_name == "rmsprop":
-        return _RMSprop(lr, name="rmsprop", rho=0.9, epsilon=eps)
+        return _RMSprop(lr, name="rmsprop", rho=0.9, epsilon=eps, **common)
     if optim_name == "adagrad":
-        return _Adagrad(lr, name="adagrad", initial_accumulator_value=0.0, epsilon=eps)
+        return _Adagrad(lr, name="adagrad", initial_accumulator_value=0.0, epsilon=eps, **common)
     if optim_name == "adadelta":
-        return keras.optimizers.Adadelta(lr, rho=0.95, epsilon=eps)
+        return keras.optimizers.Adadelta(lr, rho=0.95, epsilon=eps, **common)
     if optim_name == "adam":
-        return keras.optimizers.Adam(lr, epsilon=eps)
+        return keras.optimizers.Adam(lr, epsilon=eps, **common)
     if optim_name == "adamax":
-        return keras.optimizers.Adamax(lr, epsilon=eps)
+        return keras.optimizers.Adamax(lr, epsilon=eps, **common)
     if optim_name == "nadam":
-        return _Nadam(lr, name="nadam", epsilon=eps)
+        return _Nadam(lr, name="nadam", epsilon=eps, **common)
     raise InputError(
         f"--optimizer: Expected sgd, rmsprop, adagrad, adadelta, adam, adamax or nadam. Received {optim_name}"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Keeping the best model
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class BestModel(keras.callbacks.Callback):
-    """Keep the model of the best epoch in `filepath`, or in memory when that is `NOSAVE`.
-
-    One instance serves all stages of a training, so the best is over all of them. `model_to_save` is the
-    single-device twin of a model trained on several.
-    """
-
-    def __init__(self, filepath, monitor: str = "val_accuracy", mode: str = "max", model_to_save=None):
-        super().__init__()
-        self.filepath = filepath
-        self.monitor = monitor
-        self.sign = 1 if mode == "max" else -1
-        self.best = -np.inf
-        self.best_epoch: int | None = None
-        self.model_to_save = model_to_save
-        self._weights: list[np.ndarray] | None = None
-
-    def score(self, epoch: int, logs: dict) -> float:
-        """Higher is better. Subclasses may compute what Keras does not log."""
-        if self.monitor not in logs:
-            raise InputError(f"best model: Expected the metric {self.monitor}. Received {', '.join(logs)}")
-        return self.sign * logs[self.monitor]
-
-    def on_epoch_end(self, epoch, logs=None):
-        score = self.score(epoch, logs if logs is not None else {})
-        if not score > self.best:
-            return
-        self.best, self.best_epoch = score, epoch
-        model = self.model_to_save or self.model
-        if self.filepath == "NOSAVE":
-            self._weights = model.get_weights()
-        else:
-            dm_checkpoint.save_model(model, self.filepath)
-
-    def restore(self, model: keras.Model) -> None:
-        """Give `model` the best weights; without a finished epoch it stays as it is."""
-        if self._weights is not None:
-            model.set_weights(self._weights)
-        elif self.best_epoch is not None:
-            # The file is ours, so any code in it came with the model that was trained.
-            best = dm_checkpoint.load_model(self.filepath, trust_checkpoint=True)
-            model.set_weights(best.get_weights())
-
-
-class DMAucModelCheckpoint(BestModel):
-    """Keep the model of the best mean AUC by class over `test_data`, and print the AUC after each epoch.
-
-    Where the AUC is undefined because the set holds a single class, it says so once and the lowest validation
-    loss decides instead.
-    """
-
-    def __init__(self, filepath, test_data, test_samples=None, batch_size=None, model_to_save=None):
-        super().__init__(filepath, monitor="val_loss", mode="min", model_to_save=model_to_save)
-        self.test_data = test_data
-        self.test_samples = test_samples
-        self.batch_size = batch_size
-        self._warned = False
-
-    def score(self, epoch, logs):
-        try:
-            auc = self.calc_test_auc(self.test_data, self.model, self.batch_size, self.test_samples)
-        except NotFiniteError as error:
-            print(f"epoch {epoch + 1}: {error}; lower --init-learningrate", file=sys.stderr)
-            logs["val_auc"] = np.nan
-            return np.nan  # never the best; early stopping ends the stage
-        logs["val_auc"] = mean = float(np.mean(auc)) if np.isfinite(auc).all() else np.nan
-        names = list(getattr(self.test_data, "class_indices", ()))
-        print(f" - Epoch: {epoch + 1}, AUC by class: {auc_line(np.atleast_1d(auc), names)}", flush=True)
-        if np.isfinite(mean):
-            return mean
-        if not self._warned:
-            self._warned = True
-            print(
-                "validation set: the AUC is undefined because a class has no samples; the model of the lowest "
-                "validation loss is kept",
-                file=sys.stderr,
-            )
-        return super().score(epoch, logs)
-
-    @staticmethod
-    def calc_test_auc(test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False):
-        """AUC of `model` on a set.
-
-        Args:
-            test_set: a `PyDataset`, or arrays (x, y) or (x, y, sample weights); one-hot or 0/1 labels.
-            test_samples: use this many samples; default all, each once.
-            test_augment: score the mean prediction of the four flips.
-
-        Returns:
-            (C,) AUC by class, NaN where undefined, or a float for a single output; with `return_y_res`
-            (auc, y_true, y_pred).
-        """
-        y_true, y_pred, weights, y_flips = predict(model, test_set, batch_size, test_samples, test_augment)
-        if test_augment:
-            y_pred = y_flips
-        auc = auc_by_class(y_true, y_pred, weights)
-        auc = float(auc[0]) if len(auc) == 1 else auc
-        return (auc, y_true, y_pred) if return_y_res else auc
-
-
-class DMFlush(keras.callbacks.Callback):
-    """Flush standard output after each epoch, so that logs of batch systems are current."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        sys.stdout.flush()
-
-
-class HistoryFile(keras.callbacks.Callback):
-    """Write one row an epoch to a CSV, over all stages, whole after every epoch."""
-
-    def __init__(self, filepath):
-        super().__init__()
-        self.filepath = Path(filepath)
-        self.rows: list[dict] = []
-
-    def on_epoch_end(self, epoch, logs=None):
-        import pandas as pd
-
-        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        self.rows.append({"epoch": epoch + 1, "learning_rate": rate, **(logs or {})})
-        with atomic_write(self.filepath) as temporary:
-            pd.DataFrame(self.rows).to_csv(temporary, index=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -527,17 +415,24 @@ def train_stages(
     lr_patience: int = 2,
     class_weight: dict[int, float] | None = None,
     frozen_bn: str = "batch",
+    accumulate: int = 1,
+    jit: bool = False,
+    fitted: keras.Model | None = None,
 ) -> list[dict]:
     """Run the stages one after the other and return the logs of every epoch.
 
     Each stage starts with a fresh optimizer and a fresh memory of early stopping. A stage that early stopping
-    cuts short leaves its epochs to the next, since `end_epoch` is a total.
+    cuts short leaves its epochs to the next, since `end_epoch` is a total. A loss that is not finite ends the training.
 
     Args:
         train_set: `PyDataset` of (x, y) or (x, y, w).
         validation_set: the same, or arrays.
         class_weight: weight of each class index, for sets without sample weights.
+        accumulate: batches to a step of the optimizer.
+        jit: compile the steps with XLA. JAX always does.
+        fitted: a model that shares the layers of `model` and is fitted in its place.
     """
+    fitted = fitted or model
     history: list[dict] = []
     for stage in stages:
         freeze_below(model, stage.first_layer, frozen_bn)
@@ -545,39 +440,28 @@ def train_stages(
             continue
         early = keras.callbacks.EarlyStopping(monitor="val_loss", patience=es_patience)
         plateau = keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=lr_patience)
+        finite = FiniteLoss(train_set)
         with training_scope(model):
             set_regularization(model, stage.weight_decay, stage.dropout)
-            model.compile(
-                optimizer=create_optimizer(optim, stage.lr),
+            fitted.compile(
+                optimizer=create_optimizer(optim, stage.lr, accumulate),
                 loss=WeightedCrossentropy(),
-                metrics=["accuracy"],
-                # XLA pays where it is a GPU's only way to be fast; JAX would otherwise run op by op.
-                jit_compile=keras.backend.backend() == "jax",
+                metrics=[Accuracy(name="accuracy")],
+                jit_compile=jit or keras.backend.backend() == "jax",
             )
-            with unreadable_images_named(train_set, validation_set):
-                fit = model.fit(
-                    train_set,
-                    validation_data=validation_set,
-                    initial_epoch=len(history),
-                    epochs=stage.end_epoch,
-                    class_weight=class_weight,
-                    shuffle=False,  # the iterators shuffle by their own seed
-                    callbacks=[
-                        early,
-                        keras.callbacks.TerminateOnNaN(),
-                        *callbacks,
-                        DMFlush(),
-                        *([plateau] if optim == "sgd" else []),
-                    ],
-                    verbose=1 if sys.stdout.isatty() else 2,
-                )
+        with unreadable_images_named(train_set, validation_set):
+            fit = fitted.fit(
+                even_batches(train_set, model),
+                validation_data=even_batches(validation_set, model),
+                initial_epoch=len(history),
+                epochs=stage.end_epoch,
+                class_weight=class_weight,
+                shuffle=False,  # the iterators shuffle by their own seed
+                callbacks=[finite, early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else [])],
+                verbose=1 if sys.stdout.isatty() else 2,
+            )
         history += [dict(zip(fit.history, row, strict=True)) for row in zip(*fit.history.values(), strict=True)]
-        if not np.isfinite(history[-1]["loss"]):
-            print(
-                f"training stopped in epoch {len(history)}: the loss is not finite. Lower --init-learningrate, or "
-                "check the rescale factor and the mean",
-                file=sys.stderr,
-            )
+        if finite.failed:
             break
     return history
 
@@ -619,6 +503,72 @@ def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -
     )
 
 
+def patch_stages(
+    model: keras.Model,
+    *,
+    net: str,
+    use_pretrained: bool,
+    top_layer_nb: int | None,
+    nb_epoch: int,
+    top_layer_epochs: int,
+    all_layer_epochs: int,
+    init_lr: float,
+    top_layer_multiplier: float,
+    all_layer_multiplier: float,
+    weight_decay: float | None = None,
+    hidden_dropout: float | None = None,
+    weight_decay2: float | None = None,
+    hidden_dropout2: float | None = None,
+) -> list[Stage]:
+    """Stages of patch training: last layer, top layers, all layers (paper, section on patch training).
+
+    Epochs are cumulative totals. Without pretrained weights, and for nets that have none (YaroslavNet, those of
+    ResNetBuilder), there is one stage of `nb_epoch` epochs on all layers.
+    """
+    if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
+        print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
+        use_pretrained = False
+    if not use_pretrained and max(top_layer_epochs, all_layer_epochs) > nb_epoch:
+        print(f"Without ImageNet weights there is one stage, of --nb-epoch {nb_epoch} epochs", flush=True)
+    if not use_pretrained:
+        return [Stage(nb_epoch, init_lr, 0, weight_decay, hidden_dropout)]
+    check_top_layer(model, top_layer_nb)
+    return [
+        Stage(nb_epoch, init_lr, len(model.layers) - 1, weight_decay, hidden_dropout),
+        Stage(top_layer_epochs, init_lr * top_layer_multiplier, top_layer_nb, weight_decay2, hidden_dropout2),
+        Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2),
+    ]
+
+
+def image_stages(
+    model: keras.Model,
+    *,
+    top_layer_nb: int | None,
+    nb_epoch: int,
+    all_layer_epochs: int,
+    init_lr: float,
+    all_layer_multiplier: float,
+    weight_decay: float,
+    hidden_dropout: float,
+    weight_decay2: float,
+    hidden_dropout2: float,
+) -> list[Stage]:
+    """Stages of whole-image training: the new layers, all layers (paper, section on whole-image training).
+
+    Epochs are cumulative totals. `nb_epoch` 0 leaves out the first stage, which is finetuning; otherwise
+    `top_layer_nb`, the index of the first new layer, must be given.
+    """
+    stages = [Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2)]
+    if nb_epoch > 0:
+        check_top_layer(model, top_layer_nb)
+        stages.insert(0, Stage(nb_epoch, init_lr, top_layer_nb, weight_decay, hidden_dropout))
+    return stages
+
+
+# The drivers of the original, for callers in Python. `validation_steps`, `train_batches` and `nb_worker` are accepted
+# and not needed: sets know their own length and workers.
+
+
 def do_3stage_training(
     model,
     org_model,
@@ -646,48 +596,36 @@ def do_3stage_training(
     nb_worker=1,
     weight_decay2=0.01,
     hidden_dropout2=0.0,
-    weight_decay=None,
-    hidden_dropout=None,
     frozen_bn="batch",
-    best_model=None,
-    callbacks=(),
 ):
-    """Train a patch classifier: last layer, then top layers, then all layers (paper, section on patch training).
+    """Train a patch classifier by `patch_stages`, keeping the model of best validation accuracy in `best_model_file`.
 
-    Epoch arguments are cumulative totals. Without pretrained weights, and for nets that have none (YaroslavNet, those
-    of ResNetBuilder), there is one stage of `nb_epoch` epochs on all layers. Stage 1 keeps the weight decay and
-    dropout the model was built with, unless `weight_decay` or `hidden_dropout` is given; later ones take
-    `weight_decay2` and `hidden_dropout2`. The model of best validation accuracy is kept in `best_model_file`, or by the
-    caller's `best_model`. `validation_steps`, `train_batches` and `nb_worker` are accepted for old callers: sets know
-    their own length and workers.
+    Stage 1 keeps the weight decay and dropout that the model was built with.
 
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.
     """
-    if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
-        print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
-        use_pretrained = False
-    if not use_pretrained and max(top_layer_epochs, all_layer_epochs) > nb_epoch:
-        print(f"Without ImageNet weights there is one stage, of --nb-epoch {nb_epoch} epochs", flush=True)
-    first = {"weight_decay": weight_decay, "dropout": hidden_dropout}
-    if not use_pretrained:
-        stages = [Stage(nb_epoch, init_lr, 0, **first)]
-    else:
-        check_top_layer(model, top_layer_nb)
-        later = {"weight_decay": weight_decay2, "dropout": hidden_dropout2}
-        stages = [
-            Stage(nb_epoch, init_lr, len(model.layers) - 1, **first),
-            Stage(top_layer_epochs, init_lr * top_layer_multiplier, top_layer_nb, **later),
-            Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, **later),
-        ]
-    keeper = best_model or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
+    stages = patch_stages(
+        model,
+        net=net,
+        use_pretrained=use_pretrained,
+        top_layer_nb=top_layer_nb,
+        nb_epoch=nb_epoch,
+        top_layer_epochs=top_layer_epochs,
+        all_layer_epochs=all_layer_epochs,
+        init_lr=init_lr,
+        top_layer_multiplier=top_layer_multiplier,
+        all_layer_multiplier=all_layer_multiplier,
+        weight_decay2=weight_decay2,
+        hidden_dropout2=hidden_dropout2,
+    )
     history = train_stages(
         model,
         stages,
         train_generator,
         validation_set,
         optim=optim,
-        callbacks=[keeper, *callbacks],
+        callbacks=[BestModel(best_model_file, "val_accuracy", model_to_save=org_model)],
         es_patience=es_patience,
         lr_patience=lr_patience,
         class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
@@ -722,23 +660,27 @@ def do_2stage_training(
     weight_decay2=0.0001,
     hidden_dropout2=0.0,
     frozen_bn="batch",
-    callbacks=(),
 ):
-    """Train a whole-image classifier: the new layers, then all layers (paper, section on whole-image training).
+    """Train a whole-image classifier by `image_stages`.
 
-    `nb_epoch` 0 skips stage 1, which is finetuning; otherwise `top_layer_nb`, the index of the first new layer,
-    must be given. Epoch arguments are cumulative totals. The model of best mean validation AUC is kept by
-    `auc_checkpointer`; without one, the model of best validation accuracy is kept in `best_model_file`.
-    `validation_steps`, `train_batches` and `nb_worker` are accepted for old callers.
+    The model of best mean validation AUC is kept by `auc_checkpointer`; without one, that of best validation accuracy
+    in `best_model_file`.
 
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.
     """
-    stages = [Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2)]
-    if nb_epoch > 0:
-        check_top_layer(model, top_layer_nb)
-        stages.insert(0, Stage(nb_epoch, init_lr, top_layer_nb, weight_decay, hidden_dropout))
-    keeper = auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
+    stages = image_stages(
+        model,
+        top_layer_nb=top_layer_nb,
+        nb_epoch=nb_epoch,
+        all_layer_epochs=all_layer_epochs,
+        init_lr=init_lr,
+        all_layer_multiplier=all_layer_multiplier,
+        weight_decay=weight_decay,
+        hidden_dropout=hidden_dropout,
+        weight_decay2=weight_decay2,
+        hidden_dropout2=hidden_dropout2,
+    )
     nb_class = model.output_shape[-1]
     history = train_stages(
         model,
@@ -746,7 +688,7 @@ def do_2stage_training(
         train_generator,
         validation_set,
         optim=optim,
-        callbacks=[keeper, *callbacks],
+        callbacks=[auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)],
         es_patience=es_patience,
         lr_patience=lr_patience,
         class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),

@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
@@ -12,10 +13,20 @@ import numpy as np
 
 import dm_args
 import dm_checkpoint
+import dm_memory
+from dm_callbacks import BestModel, HistoryFile, tensorboard
 from dm_files import InputError
 from dm_image import DMImageDataGenerator, check_pixel_stats
-from dm_inference import auc_by_class, auc_line, predict, write_json, write_test_results
-from dm_keras_ext import BestModel, HistoryFile, check_outputs, class_weights
+from dm_inference import (
+    auc_by_class,
+    auc_line,
+    classification_scores,
+    predict,
+    scores_table,
+    write_json,
+    write_test_results,
+)
+from dm_keras_ext import Stage, check_outputs, class_weights, train_stages
 from dm_multi_gpu import make_parallel
 
 
@@ -26,11 +37,11 @@ class Training:
     args: argparse.Namespace
     model: keras.Model
     org_model: keras.Model  # the same on a single device: the one that is saved
+    fitted: keras.Model  # shares the layers of `model`, and may keep fewer activations: the one that is fitted
     train_set: keras.utils.PyDataset
     val_set: keras.utils.PyDataset
     test_set: keras.utils.PyDataset
     out_dir: Path | None  # where results are written, or None
-    callbacks: list[keras.callbacks.Callback] = field(default_factory=list)
 
 
 def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool = True) -> Training:
@@ -43,6 +54,9 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
     seed = dm_args.env_int("RANDOM_SEED", 12345)
     check_options(args, model)
     model, org_model = make_parallel(model, dm_args.env_int("NUM_GPU_DEVICES", 1))
+    if args.mixed_precision:
+        dm_memory.mixed_precision(model)
+    fitted = dm_memory.rematerialize(model, tuple(args.img_size)) if args.remat else model
 
     plain = DMImageDataGenerator(featurewise_center=args.featurewise_center)
     augmented = DMImageDataGenerator(featurewise_center=args.featurewise_center)
@@ -87,11 +101,7 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
         print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
     _report_skipped(training=train_set, validation=val_set, test=test_set)
 
-    training = Training(args, model, org_model, train_set, val_set, test_set, _out_dir(args))
-    if training.out_dir is not None:
-        write_json(training.out_dir / "args.json", vars(args))
-        training.callbacks.append(HistoryFile(training.out_dir / "history.csv"))
-    return training
+    return Training(args, model, org_model, fitted, train_set, val_set, test_set, _out_dir(args))
 
 
 def _describe_sets(**sets) -> None:
@@ -170,16 +180,46 @@ def _out_dir(args: argparse.Namespace) -> Path | None:
     return None if args.best_model == "NOSAVE" else Path(args.best_model).with_suffix("")
 
 
-def finish(training: Training, best: BestModel, losses: list, accuracies: list, flips: bool = False) -> None:
+def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[dict]:
+    """Run the stages; the logs of every epoch. `args.json`, `history.csv` and its picture go to the output folder."""
+    args = training.args
+    callbacks: list[keras.callbacks.Callback] = [best]
+    if training.out_dir is not None:
+        write_json(training.out_dir / "args.json", vars(args))
+        callbacks.append(HistoryFile(training.out_dir / "history.csv"))
+    if args.tensorboard is not None:
+        callbacks.append(tensorboard(args.tensorboard))
+    weights = None
+    if not args.auto_batch_balance:
+        weights = class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
+    return train_stages(
+        training.model,
+        stages,
+        training.train_set,
+        training.val_set,
+        optim=args.optim,
+        callbacks=callbacks,
+        es_patience=args.es_patience,
+        lr_patience=args.lr_patience,
+        class_weight=weights,
+        frozen_bn=args.frozen_bn,
+        accumulate=args.accumulate,
+        jit=args.jit,
+        fitted=training.fitted,
+    )
+
+
+def finish(training: Training, best: BestModel, history: Sequence[dict], flips: bool = False) -> None:
     """Save the final model, print the training summary, and score the test set with the best weights."""
     args, model = training.args, training.org_model
-    if losses:
+    if history:
+        losses = [row["val_loss"] for row in history]
         # A diverged epoch has a NaN loss; it must not win.
         epoch = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
         print("\n==== Training summary ====")
         print(f"Minimum val loss achieved at epoch: {epoch + 1}")
         print(f"Best val loss: {losses[epoch]}")
-        print(f"Best val accuracy: {accuracies[epoch]}")
+        print(f"Best val accuracy: {history[epoch]['val_accuracy']}")
     if best.best_epoch is not None:
         kept = "kept in memory" if args.best_model == "NOSAVE" else f"saved in {args.best_model}"
         print(f"Best model: epoch {best.best_epoch + 1}, {kept}")
@@ -187,11 +227,14 @@ def finish(training: Training, best: BestModel, losses: list, accuracies: list, 
         dm_checkpoint.save_model(model, args.final_model)
         print(f"Final model saved in {args.final_model}")
     best.restore(model)
+    dm_memory.full_precision(model)  # as the saved file predicts
 
     print("\n==== Evaluating the best model on the test set ====", flush=True)
     y_true, y_pred, _, y_flips = predict(model, training.test_set, flips=flips, progress=True)
     predictions = {"single": y_pred} | ({"flips": y_flips} if flips else {})
-    print(f"Test accuracy: {(y_true.argmax(1) == y_pred.argmax(1)).mean():.4f}")
+    scores = classification_scores(y_true, y_pred, args.class_list)
+    print(f"Test accuracy: {scores['accuracy']:.4f}")
+    print(scores_table(scores))
     auc = auc_by_class(y_true, y_pred)
     print(f"AUROC on test set: {auc_line(auc, args.class_list)}")
     if np.isnan(auc).any():

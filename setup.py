@@ -28,5 +28,9 @@ setup(
     py_modules=sorted(path.stem for path in here.glob("dm_*.py")),
     packages=["ddsm_train", "scripts"],
     entry_points={"console_scripts": [f"{name} = {module}:main" for name, module in scripts.items()]},
-    extras_require={"test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"]},
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "tensorboard>=2.18"],
+        "tensorboard": ["tensorboard>=2.18"],
+        "cluster": ["dask[distributed]>=2024.1", "ray>=2.10"],
+    },
 )

@@ -35,6 +35,11 @@ def make_parser() -> argparse.ArgumentParser:
     dm_args.add_optional(
         parser, "--patch-model-state", metavar="FILE", help="patch classifier to build the whole-image classifier on"
     )
+    dm_args.add_flag(
+        parser, "--from-scratch", False,
+        "take the network of --patch-model-state or --resume-from without its weights, which are drawn at random: what "
+        "training on image labels alone gives",
+    )  # fmt: skip
     dm_args.add_flag(parser, "--test-augment", True, "score the test set by the mean of four flips too")
 
     group = parser.add_argument_group("top layers, with --patch-model-state")
@@ -77,14 +82,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 def build_model(args: argparse.Namespace):
     """Return (model, index of its first new layer or None)."""
+    import keras
+
     import dm_keras_ext
     from dm_resnet import add_top_layers
 
+    def opened(path):
+        model = dm_keras_ext.robust_load_model(path, trust_checkpoint=args.trust_checkpoint)
+        # A copy has weights of its own, drawn anew.
+        return keras.models.clone_model(model) if args.from_scratch else model
+
     if args.resume_from is not None:
-        model = dm_keras_ext.robust_load_model(args.resume_from, trust_checkpoint=args.trust_checkpoint)
+        model = opened(args.resume_from)
         top_layer_nb = args.top_layer_nb
     elif args.patch_model_state is not None:
-        patch_model = dm_keras_ext.robust_load_model(args.patch_model_state, trust_checkpoint=args.trust_checkpoint)
+        patch_model = opened(args.patch_model_state)
         if len(patch_model.inputs) != 1 or len(patch_model.inputs[0].shape) != 4:
             raise InputError(f"{args.patch_model_state}: Expected a patch classifier, a model of one image")
         try:
@@ -126,42 +138,26 @@ def run(**options) -> None:
     args = dm_args.complete(make_parser(), options)
     dm_args.start_backend()
     import dm_train
+    from dm_callbacks import DMAucModelCheckpoint
+    from dm_keras_ext import image_stages
 
     model, top_layer_nb = build_model(args)
     training = dm_train.prepare(args, model, allow_constant=False)
-
-    from dm_keras_ext import DMAucModelCheckpoint, do_2stage_training
-
-    best = DMAucModelCheckpoint(
-        args.best_model,
-        training.val_set,
-        model_to_save=training.org_model,
-    )
-    _, losses, accuracies = do_2stage_training(
+    stages = image_stages(
         training.model,
-        training.org_model,
-        training.train_set,
-        training.val_set,
         top_layer_nb=top_layer_nb,
         nb_epoch=args.nb_epoch,
         all_layer_epochs=args.all_layer_epochs,
-        optim=args.optim,
         init_lr=args.init_lr,
         all_layer_multiplier=args.all_layer_multiplier,
-        es_patience=args.es_patience,
-        lr_patience=args.lr_patience,
-        auto_batch_balance=args.auto_batch_balance,
-        pos_cls_weight=args.pos_cls_weight,
-        neg_cls_weight=args.neg_cls_weight,
-        auc_checkpointer=best,
         weight_decay=args.weight_decay,
         hidden_dropout=args.hidden_dropout,
         weight_decay2=args.weight_decay2,
         hidden_dropout2=args.hidden_dropout2,
-        frozen_bn=args.frozen_bn,
-        callbacks=training.callbacks,
     )
-    dm_train.finish(training, best, losses, accuracies, flips=args.test_augment)
+    best = DMAucModelCheckpoint(args.best_model, training.val_set, model_to_save=training.org_model)
+    history = dm_train.train(training, stages, best)
+    dm_train.finish(training, best, history, flips=args.test_augment)
 
 
 def main(argv=None) -> int:

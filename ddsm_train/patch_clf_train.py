@@ -75,7 +75,8 @@ def run(**options) -> None:
     args = dm_args.complete(make_parser(), options)
     dm_args.start_backend()
     import dm_train
-    from dm_keras_ext import BUILDER_OPTIONS, BestModel, do_3stage_training, get_dl_model
+    from dm_callbacks import BestModel
+    from dm_keras_ext import BUILDER_OPTIONS, get_dl_model, patch_stages
 
     model, _, top_layer_nb = get_dl_model(
         args.net,
@@ -92,37 +93,25 @@ def run(**options) -> None:
         **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
     training = dm_train.prepare(args, model)
-    best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
-    _, losses, accuracies = do_3stage_training(
+    stages = patch_stages(
         training.model,
-        training.org_model,
-        training.train_set,
-        training.val_set,
-        top_layer_nb=top_layer_nb,
         net=args.net,
+        use_pretrained=args.use_pretrained,
+        top_layer_nb=top_layer_nb,
         nb_epoch=args.nb_epoch,
         top_layer_epochs=args.top_layer_epochs,
         all_layer_epochs=args.all_layer_epochs,
-        use_pretrained=args.use_pretrained,
-        optim=args.optim,
         init_lr=args.init_lr,
         top_layer_multiplier=args.top_layer_multiplier,
         all_layer_multiplier=args.all_layer_multiplier,
-        es_patience=args.es_patience,
-        lr_patience=args.lr_patience,
-        auto_batch_balance=args.auto_batch_balance,
-        nb_class=len(args.class_list),
-        pos_cls_weight=args.pos_cls_weight,
-        neg_cls_weight=args.neg_cls_weight,
-        weight_decay2=args.weight_decay2,
-        hidden_dropout2=args.hidden_dropout2,
         weight_decay=args.weight_decay,
         hidden_dropout=args.hidden_dropout,
-        frozen_bn=args.frozen_bn,
-        best_model=best,
-        callbacks=training.callbacks,
+        weight_decay2=args.weight_decay2,
+        hidden_dropout2=args.hidden_dropout2,
     )
-    dm_train.finish(training, best, losses, accuracies)
+    best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
+    history = dm_train.train(training, stages, best)
+    dm_train.finish(training, best, history)
 
 
 def main(argv=None) -> int:

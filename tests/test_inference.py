@@ -9,7 +9,15 @@ import pandas as pd
 import pytest
 
 from dm_files import InputError
-from dm_inference import auc_by_class, auc_line, classification_scores, flip_all_img, predict, write_test_results
+from dm_inference import (
+    auc_by_class,
+    auc_line,
+    classification_scores,
+    flip_all_img,
+    predict,
+    scores_table,
+    write_test_results,
+)
 
 
 class TopLeft:
@@ -148,6 +156,18 @@ def test_scores_of_a_small_table():
     assert scores["confusion_matrix"] == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
     assert scores["auc"] == {"a": 0.75, "b": 1.0, "c": 1.0}
     assert scores["auc_mean"] == pytest.approx(2.75 / 3)
+    assert scores["precision"] == {"a": 1.0, "b": 0.5, "c": 1.0}
+    assert scores["recall"] == {"a": 0.5, "b": 1.0, "c": 1.0}
+    rows = [line.split() for line in scores_table(scores).splitlines()]
+    assert rows[0] == ["precision", "recall", "auc", "as", "a", "as", "b", "as", "c"]
+    assert rows[1] == ["a", "1.0000", "0.5000", "0.7500", "1", "1", "0"]
+
+
+def test_scores_of_classes_that_never_occur_are_undefined():
+    scores = classification_scores(np.eye(2)[[1, 1]], np.array([[0.1, 0.9], [0.2, 0.8]]), ["neg", "pos"])
+    assert scores["precision"] == {"neg": None, "pos": 1.0}
+    assert scores["recall"] == {"neg": None, "pos": 1.0}
+    assert scores_table(scores).splitlines()[1].split() == ["neg", "-", "-", "-", "0", "0"]
 
 
 def test_result_files_hold_the_predictions_and_undefined_scores_as_null(tmp_path):

@@ -10,10 +10,10 @@ from keras import layers
 
 import dm_checkpoint
 import dm_keras_ext
+from dm_callbacks import BestModel
 from dm_checkpoint import leaf_layers
 from dm_files import InputError
 from dm_keras_ext import (
-    BestModel,
     DMAucModelCheckpoint,
     DMMetrics,
     Stage,
@@ -339,7 +339,7 @@ def assert_same_stages(events, recorded):
             weights = theirs["class_weight"]
             assert ours["class_weight"] == (weights and {int(k): v for k, v in weights.items()})
             kinds = {c["cls"]: c for c in theirs["callbacks"]}
-            early = ours["callbacks"][0]
+            early = next(c for c in ours["callbacks"] if isinstance(c, keras.callbacks.EarlyStopping))
             assert (early.monitor, early.patience) == ("val_loss", kinds["EarlyStopping"]["patience"])
             plateaus = [c for c in ours["callbacks"] if isinstance(c, keras.callbacks.ReduceLROnPlateau)]
             assert [(c.factor, c.patience) for c in plateaus] == [

@@ -14,6 +14,7 @@ import pytest
 
 import dm_checkpoint
 from ddsm_train import image_clf_train, patch_clf_train
+from dm_callbacks import plot_history
 from dm_image import DMImageDataGenerator
 from dm_keras_ext import DMAucModelCheckpoint, Yaroslav
 
@@ -378,3 +379,112 @@ def test_run_from_python_checks_names(data):
         patch_clf_train.run(train_dir="a", val_dir="b", test_dir="c", batch_sice=3)
     with pytest.raises(TypeError, match="test_dir"):
         patch_clf_train.run(train_dir="a", val_dir="b")
+
+
+def test_from_scratch_keeps_the_network_and_draws_its_weights_anew(data, patch_model):
+    """Nothing of the file's weights is left, and one seed gives one network."""
+    parser = image_clf_train.make_parser()
+    options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    options += ["--top-depths", "4", "--top-repetitions", "1", "--img-size", "128", "128", "--nb-epoch", "0"]
+
+    def built(*more):
+        keras.utils.set_random_seed(3)
+        model, _ = image_clf_train.build_model(parser.parse_args([*options, *more, *folders(data)]))
+        return model
+
+    started, scratch, again = built(), built("--from-scratch"), built("--from-scratch")
+    old = dm_checkpoint.load_model(patch_model)
+    assert [w.shape for w in scratch.weights] == [w.shape for w in started.weights]
+    for ours, theirs in zip(scratch.weights, started.weights, strict=True):
+        if ours.path.endswith("/kernel"):
+            assert not np.array_equal(ours, theirs)
+    for layer in old.layers:
+        if layer.name.endswith("conv1"):
+            np.testing.assert_array_equal(started.layers[1].get_layer(layer.name).kernel, layer.kernel)
+    assert all(np.array_equal(one, two) for one, two in zip(scratch.get_weights(), again.get_weights(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_training_and_names_batch_and_files(data, capfd):
+    """The first step of an absurd rate makes the second batch's loss overflow; no model is saved, none is scored."""
+    assert train_patches(data, "--nb-epoch", "3", "--init-learningrate", "1e38") == 1
+    lines = capfd.readouterr().err.splitlines()
+    stopped = next(line for line in lines if line.startswith("training stopped"))
+    files = re.search(r"epoch 1 at batch 2: the loss is not finite \((.*)\)", stopped).group(1).split(", ")
+    assert len(files) == 4
+    assert all(Path(name).is_relative_to(data / "train") and Path(name).is_file() for name in files)
+    assert not (data / "out" / "best.h5").exists()
+    assert "diverged" in lines[-1]
+
+
+@pytest.mark.slow
+def test_learning_curves_and_tensorboard_logs_cover_all_stages(data, patch_model):
+    options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    small = ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1"]
+    logs = data / "logs"
+    assert (
+        train_images(data, *options, *small, "--nb-epoch", "1", "--all-layer-epochs", "3", "--tensorboard", str(logs))
+        == 0
+    )
+    import tensorflow as tf
+
+    written = {}
+    for file in sorted((logs / "validation").iterdir()):
+        for event in tf.compat.v1.train.summary_iterator(str(file)):
+            for value in event.summary.value:
+                if value.tag == "epoch_loss":
+                    written[event.step] = float(tf.make_ndarray(value.tensor))
+    history = pd.read_csv(data / "out" / "best" / "history.csv")
+    assert written == pytest.approx(dict(enumerate(history.val_loss)), rel=1e-5)
+    picture = cv2.imread(str(data / "out" / "best" / "history.png"))
+    assert picture is not None and picture.std() > 0
+
+
+def test_learning_curves_show_each_column_and_stage(tmp_path, monkeypatch):
+    """What is drawn, read back from the figure: one panel a metric, both sets in it, a line where a stage begins."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch()))
+    columns = {
+        "loss": [3, 2, 1],
+        "val_loss": [3, 3, 2],
+        "accuracy": [0, 1, 1],
+        "val_accuracy": [0, 0, 1],
+        "val_auc": [0.5, 0.6, 0.7],
+    }
+    plot_history(tmp_path / "history.png", pd.DataFrame({"epoch": [1, 2, 3], **columns}), [1])
+    panels = figures[0].axes
+    assert [axes.get_ylabel() for axes in panels] == ["loss", "accuracy", "auc"]
+    curves = [[list(line.get_ydata()) for line in axes.lines] for axes in panels]
+    assert curves[0] == [columns["loss"], columns["val_loss"], [0, 1]]
+    assert curves[2] == [columns["val_auc"], [0, 1]]
+    assert [list(axes.lines[-1].get_xdata()) for axes in panels] == [[1.5, 1.5]] * 3
+
+
+@pytest.mark.slow
+def test_options_that_save_memory_change_neither_the_steps_nor_the_file(data, patch_model):
+    """Recomputed activations give the same history; half precision a close one; files compute in float32 as scored."""
+    options = ["--patch-model-state", str(patch_model), "--patch-net", "yaroslav", "--block-type", "vgg"]
+    options += ["--img-size", "128", "128", "--top-depths", "4", "--top-repetitions", "1", "--nb-epoch", "1"]
+    options += ["--all-layer-epochs", "2", "--hidden-dropout", "0.3", "--init-learningrate", "0.001"]
+    results = data / "out" / "best"
+    histories = {}
+    for name, more in {"plain": [], "remat": ["--remat"], "mixed": ["--mixed-precision"]}.items():
+        assert train_images(data, *options, *more) == 0
+        histories[name] = pd.read_csv(results / "history.csv")
+    plain = histories.pop("plain")
+    pd.testing.assert_frame_equal(histories["remat"], plain, rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(histories["mixed"].loss, plain.loss)
+    np.testing.assert_allclose(histories["mixed"].loss, plain.loss, rtol=0.25)
+
+    model = keras.models.load_model(data / "out" / "best.h5", compile=False)
+    assert {layer.dtype_policy.name for layer in dm_checkpoint.leaf_layers(model)} == {"float32"}
+    test_set = DMImageDataGenerator(featurewise_center=True)
+    test_set.mean = 44.0
+    images = test_set.flow_from_directory(
+        data / "test", target_size=(128, 128), rescale_factor=0.003891, classes=["neg", "pos"], shuffle=False
+    )
+    y_pred = DMAucModelCheckpoint.calc_test_auc(images, model, return_y_res=True)[2]
+    table = pd.read_csv(results / "predictions.csv")
+    np.testing.assert_allclose(y_pred, table[["neg", "pos"]], atol=1e-6)

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""The published figures, and ours beside them.
+
+  python ddsm_train/published.py list                      every published row, its command and its figures
+  python ddsm_train/published.py compare OUT               the rows finished in OUT beside the published ones
+  python ddsm_train/published.py average OUT RUN RUN ...   score the mean of several runs' predictions.csv
+  python ddsm_train/published.py choose OUT DATA N         link a data folder with N patients to train on
+
+`reproduce_table.sh` uses these. `compare` also writes OUT/table.csv.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+import dm_recipes
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="print every published row")
+    action = actions.add_parser("compare", help="print ours beside the published figures")
+    action.add_argument("out", metavar="OUT", help="folder of reproduce_table.sh: one sub-folder a row")
+    action = actions.add_parser("average", help="score the mean of several runs")
+    action.add_argument("out", metavar="OUT", help="folder for predictions.csv, metrics.json and roc.png of the mean")
+    action.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run with predictions.csv")
+    action = actions.add_parser("choose", help="make a data folder with fewer training patients")
+    action.add_argument("out", metavar="OUT", help="folder to make, of links")
+    action.add_argument("data", metavar="DATA", help="folder of train, val and test, each with neg and pos")
+    action.add_argument("patients", metavar="N", type=dm_args.positive_int, help="patients to train on")
+    return parser
+
+
+def run(action: str, **options) -> None:
+    """Do one `action` of the command line; keyword arguments are its arguments."""
+    if action == "list":
+        print(dm_recipes.published_table(dm_recipes.read_published()))
+    elif action == "compare":
+        comparisons = dm_recipes.compare(Path(options["out"]), dm_recipes.read_published())
+        dm_recipes.write_comparison(Path(options["out"], "table.csv"), comparisons)
+        print(dm_recipes.comparison_table(comparisons))
+        print(dm_recipes.SPLIT_NOTE)
+    elif action == "average":
+        dm_recipes.average_predictions(options["runs"], options["out"])
+    else:
+        dm_recipes.choose_patients(options["data"], options["out"], options["patients"])
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

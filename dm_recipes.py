@@ -1,0 +1,265 @@
+"""Published figures, and ours beside them: what the recipes in `ddsm_train/` leave to Python.
+
+`ddsm_train/published.csv` is the one place of the published figures. A row names the network and the recipe that
+makes it (`kind`), and the rows whose results it starts from (`from`); `reproduce_table.sh` walks these.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dm_files import InputError, atomic_write
+
+PUBLISHED = Path(__file__).resolve().parent / "ddsm_train" / "published.csv"
+FIGURES = {"accuracy": "accuracy", "auc": "AUC", "auc_flips": "AUC, four flips"}
+SPLIT_NOTE = (
+    "The published figures are on the author's own split of the patients, which was never published (376 test images "
+    "of DDSM); on another split a difference of some hundredths means nothing. On the official test split of CBIS-DDSM "
+    "users measured the released models at 0.69 to 0.75."
+)
+# INbreast's own file names, and the sampler's; the group is the patient.
+_PATIENT = re.compile(r"[^_]+_(?P<inbreast>[^_]+)_MG_|(?P<ddsm>.+)_(LEFT|RIGHT)_(CC|MLO)\b")
+
+
+class Row(NamedTuple):
+    """A published line: `patch`, `image`, `extend`, `finetune` or `mean` made from the rows `sources`."""
+
+    name: str
+    kind: str
+    sources: list[str]
+    figures: dict[str, float]  # published, by the keys of FIGURES
+    best_epoch: int | None  # epoch of the best validation AUC, as published
+    time: str  # of this row's own training on the 8 GB Quadro M4000: its arithmetic at half of 2.6 TFLOPS, not measured
+
+
+class Comparison(NamedTuple):
+    """One published figure and ours; `None` where there is none."""
+
+    row: str
+    figure: str
+    published: float | None
+    ours: float
+    difference: float | None
+    test_samples: int
+
+
+def read_published(path=PUBLISHED) -> list[Row]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            Row(
+                cells["row"],
+                cells["kind"],
+                cells["from"].split(),
+                {name: float(cells[name]) for name in FIGURES if cells[name]},
+                int(cells["best_epoch"]) if cells["best_epoch"] else None,
+                cells["time"],
+            )
+            for cells in csv.DictReader(file)
+        ]
+
+
+def measured(folder: Path) -> tuple[dict[str, float], int]:
+    """Our figures by the keys of `FIGURES`, and the number of test samples, from the metrics.json of a run.
+
+    The AUC is that of the class `pos`; runs without such a class have an accuracy alone.
+    Raises InputError for a file that is missing, damaged or of another kind.
+    """
+    path = Path(folder, "metrics.json")
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        single, flips = scores["single"], scores.get("flips")
+        figures = {"accuracy": single["accuracy"], "auc": single["auc"].get("pos")}
+        figures["auc_flips"] = flips["auc"].get("pos") if flips else None
+        return {name: value for name, value in figures.items() if value is not None}, single["samples"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Expected a folder that one of the trainers wrote") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: not the metrics of a trainer ({type(error).__name__}: {error})") from None
+
+
+def compare(out: Path, rows: Sequence[Row]) -> list[Comparison]:
+    """Ours beside the published figures, for every row with a finished folder `out/<row>`.
+
+    Of a patch row this is the accuracy, of the others the AUC, single and of four flips.
+    """
+    result = []
+    for row in rows:
+        if not Path(out, row.name, "metrics.json").exists():
+            continue
+        ours, samples = measured(Path(out, row.name))
+        for name in ["accuracy"] if row.kind == "patch" else ["auc", "auc_flips"]:
+            if name in ours:
+                published = row.figures.get(name)
+                difference = None if published is None else ours[name] - published
+                result.append(Comparison(row.name, FIGURES[name], published, ours[name], difference, samples))
+    return result
+
+
+def write_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Comparison._fields)
+        for line in comparisons:
+            difference = None if line.difference is None else round(line.difference, 6)
+            writer.writerow(line._replace(ours=round(line.ours, 6), difference=difference))
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    return text_table(
+        ["row", "figure", "published", "ours", "difference", "test set"],
+        [
+            [
+                c.row,
+                c.figure,
+                "-" if c.published is None else _as_published(c.published),
+                f"{c.ours:.3f}",
+                "-" if c.difference is None else f"{c.difference:+.3f}",
+                str(c.test_samples),
+            ]
+            for c in comparisons
+        ],
+    )
+
+
+def published_table(rows: Sequence[Row]) -> str:
+    """Every row with its command and what was published."""
+    return text_table(
+        ["command", "published", "best epoch", "training on 8 GB (estimate)"],
+        [
+            [
+                f"ddsm_train/reproduce_table.sh {row.name} DATA",
+                "; ".join(f"{FIGURES[name]} {_as_published(value)}" for name, value in row.figures.items()),
+                str(row.best_epoch or "-"),
+                row.time,
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _as_published(value: float) -> str:
+    """Two decimals, or three where there are so many."""
+    return f"{value:.3f}".removesuffix("0")
+
+
+def text_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of the columns' widths, as Markdown."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    rows = [header, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
+
+
+def average_predictions(runs: Sequence[Path], out: Path) -> None:
+    """Average the predictions.csv of several runs on one test set, and write the scores of the mean to `out`.
+
+    Images are paired by their file names below the test folder; `out` gets the files of `write_test_results`.
+    Raises InputError where the runs differ in images, labels, classes or in having flips.
+    """
+    import numpy as np
+
+    from dm_inference import write_test_results
+
+    paths = [Path(run, "predictions.csv") for run in runs]
+    if len(paths) < 2:
+        raise InputError(f"Expected at least two runs to average. Received {len(paths)}")
+    tables = [_read_predictions(path) for path in paths]
+    first = tables[0]
+    for path, table in zip(paths[1:], tables[1:], strict=True):
+        if list(table.columns) != list(first.columns):
+            raise InputError(
+                f"{path}: Expected the columns of {paths[0]}, {', '.join(first.columns)}. "
+                f"Received {', '.join(table.columns)}"
+            )
+        if different := sorted(set(first.index) ^ set(table.index)):
+            one = paths[0] if different[0] in first.index else path
+            raise InputError(
+                f"{path}: Expected the images of {paths[0]}: both must be scored on one test set. "
+                f"Received {len(table)} images instead of {len(first)}; {different[0]} is in {one} only"
+            )
+        labels = table.label.loc[first.index]
+        if (wrong := labels != first.label).any():
+            file = wrong.idxmax()
+            raise InputError(
+                f"{path}: {file}: Expected the label of {paths[0]}, {first.label[file]}. Received {labels[file]}"
+            )
+    columns = [name for name in first.columns if name != "label"]
+    class_list = [name for name in columns if not name.endswith("_flips")]
+    mean = sum(table.loc[first.index, columns] for table in tables) / len(tables)
+    predictions = {"single": mean[class_list].to_numpy()}
+    if len(columns) > len(class_list):
+        predictions["flips"] = mean[[f"{name}_flips" for name in class_list]].to_numpy()
+    y_true = np.eye(len(class_list))[[class_list.index(label) for label in first.label]]
+    write_test_results(Path(out), list(first.index), y_true, predictions, class_list)
+
+
+def _read_predictions(path: Path):
+    """predictions.csv as a data frame, indexed by file: `label`, and the probabilities of each class."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, dtype={"file": str, "label": str})
+        if list(table.columns[:2]) != ["file", "label"] or len(table.columns) < 4:
+            raise InputError(
+                f"{path}: Expected the columns file, label and one a class. Received {list(table.columns)}"
+            )
+        repeated = table.file[table.file.duplicated()]
+        if len(repeated):
+            raise InputError(f"{path}: {repeated.iloc[0]} stands there twice. Expected each image once")
+        if not set(table.label) <= set(table.columns[2:]):
+            raise InputError(
+                f"{path}: a label has no column of its name. Received {', '.join(sorted(set(table.label)))}"
+            )
+        if not all(kind.kind == "f" for kind in table.dtypes.iloc[2:]) or table.isna().any(axis=None):
+            raise InputError(f"{path}: Expected a probability in each cell. Received others, or empty ones")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file. Expected a folder that one of the trainers wrote") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a table of predictions ({error})") from None
+    return table.set_index("file")
+
+
+def choose_patients(source: Path, out: Path, patients: int) -> list[str]:
+    """Make `out` the data folder `source` (train, val, test; neg and pos in each) with fewer patients to train on.
+
+    As many patients with cancer are chosen of the training set, by the seed of all splits, as it has in share.
+    Images are linked, not copied; `patients.txt` lists the patients. Returns them, sorted.
+    Raises InputError for names that tell no patient, and for fewer patients than are asked for.
+    """
+    from dm_files import walk_files, write_text
+    from dm_region import split_patients
+
+    source, out = Path(source).resolve(), Path(out)
+    images: dict[str, list[Path]] = {}
+    cancer = set()
+    for label in ("neg", "pos"):
+        folder = source / "train" / label
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder. Expected train, val and test, each with neg and pos")
+        for path in walk_files(folder):
+            match = _PATIENT.match(path.name)
+            if match is None:
+                raise InputError(
+                    f"{path}: the name tells no patient. Expected <image>_<patient>_MG_<side>_<view>_ANON as in "
+                    f"INbreast, or <patient>_<LEFT|RIGHT>_<CC|MLO>"
+                )
+            patient = match["inbreast"] or match["ddsm"]
+            images.setdefault(patient, []).append(path)
+            if label == "pos":
+                cancer.add(patient)
+    if len(images) < patients:
+        raise InputError(f"{source / 'train'}: Expected at least {patients} patients. Received {len(images)}")
+    names = sorted(images)
+    left_out = len(names) - patients
+    chosen, _ = split_patients(names, [name in cancer for name in names], left_out, option="--patients less")
+    for path in [path for name in chosen for path in images[name]] + [source / "val", source / "test"]:
+        link = out / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
+    write_text(out / "patients.txt", "".join(f"{name}\n" for name in sorted(chosen)))
+    return sorted(chosen)
