@@ -23,11 +23,11 @@ from dm_files import InputError
 def make_parallel(model, gpu_count):
     """Return (model to train, model to save): a copy of `model`, with its weights, that trains on several devices.
 
-    With `gpu_count` below 2 both are `model` itself. Otherwise the model to save shares the layers of the copy and
+    With `gpu_count` below 2 both are `model` itself. Otherwise the model to save has the layers of the copy, and
     predicts and saves as one of a single device does. Compile the copy within `training_scope(copy)`, fit it outside,
     on sets given to `even_batches`. With TensorFlow do not predict batches by the copy, where every device would
-    predict them; with JAX, do not train `model` itself any more. The devices are the GPUs or, where there are none, CPU
-    devices. Raises InputError when there are too few of them, and for a backend without this.
+    predict them all; with JAX do not train `model` itself any more. The devices are the GPUs or, where there are none,
+    CPU devices. Raises InputError when there are too few of them, and for a backend without this.
     """
     if gpu_count < 2:
         return model, model
@@ -37,6 +37,8 @@ def make_parallel(model, gpu_count):
     for old, new in zip(model.weights, parallel.weights, strict=True):
         new.assign(old)
         new.trainable = old.trainable  # a copy keeps the flags of layers, not of variables
+    if keras.backend.backend() == "jax":
+        return parallel, parallel
     return parallel, keras.Model(parallel.input, parallel.output, name=model.name)
 
 
