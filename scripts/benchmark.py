@@ -10,6 +10,9 @@ Every section prints a table and checks that both ways give the same numbers.
 import argparse
 import contextlib
 import functools
+import importlib.util
+import io
+import itertools
 import multiprocessing
 import os
 import sys
@@ -24,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddsm_train import sample_patches_combined as sampler
-from dm_args import HelpFormatter, complete
+from dm_args import HelpFormatter, complete, positive_int, start_backend
 from dm_image import DMImageDataGenerator, empty_aligned
 from dm_patches import find_breast, read_lesions, read_resized, sample_image
 from dm_region import Roi, sample_patches
@@ -86,6 +89,11 @@ def fastest(function, repeats):
         function()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def clock():
+    """(2,) seconds: wall time and this process's processor time."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def augmentation(args):
@@ -302,13 +310,309 @@ def sampling(args):
                 print(f"{one:7.2f} {two:7.2f} {one / two:6.2f}  {load:.1f}")
 
 
-SECTIONS = {"augmentation": augmentation, "loading": loading, "sampling": sampling}
+# The published top layers: two of [512-512-1024]x2, and two of 512x1.
+TOPS = {
+    "resnet50": {"block_type": "resnet", "depths": (512, 512), "repetitions": (2, 2), "bottleneck_enlarge_factor": 2},
+    "vgg16": {"block_type": "vgg", "depths": (512, 512), "repetitions": (1, 1)},
+}
+PATCH, WHOLE = (224, 224), (1152, 896)
+BATCH = {PATCH: 16, WHOLE: 2}
+
+
+def set_environment(variables):
+    os.environ.update(variables)
+
+
+def fresh_process(threads):
+    """An executor of one process, which Keras or PyTorch have to themselves, with so many threads."""
+    environment = {
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_environment, (environment,))
+
+
+def build_network(net, size):
+    """An untrained patch classifier of five classes, or a whole-image classifier of two on top of one."""
+    start_backend()
+    from dm_keras_ext import get_dl_model
+    from dm_resnet import add_top_layers
+
+    model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
+    return model if size == PATCH else add_top_layers(model, size, patch_net=net, **TOPS[net])[0]
+
+
+def hold(batches, count=None):
+    """PyDataset of the first `count` of `batches`; in memory where those are."""
+    import keras
+
+    class Held(keras.utils.PyDataset):
+        def __len__(self):
+            return len(batches) if count is None else count
+
+        def __getitem__(self, i):
+            return batches[i]
+
+    return Held()
+
+
+def fit_first(model, data):
+    """Compile as the trainers do when all layers train, and fit an epoch of `data`; its loss."""
+    from dm_keras_ext import Stage, train_stages
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train_stages(model, [Stage(1, 1e-5, 0)], data, hold([data[0]]), optim="adam")[0]["loss"]
+
+
+class Contestant:
+    """A network in a process of its own, and the batch that it computes on; `instance` is that process's."""
+
+    instance = None
+
+    def __init__(self, size):
+        rng = np.random.default_rng(0)
+        self.x = np.stack([phantom(*size, rng)] * BATCH[size])[..., None].repeat(3, axis=3) - np.float32(52)
+        self.x += rng.normal(0, 20, self.x.shape).astype(np.float32)  # images of a batch differ
+        nb_class = 5 if size == PATCH else 2
+        self.y = np.eye(nb_class, dtype=np.float32)[np.arange(BATCH[size]) % nb_class]
+        self.weights = np.linspace(0.5, 2, BATCH[size], dtype=np.float32)
+
+    @classmethod
+    def start(cls, *args):
+        Contestant.instance = cls(*args)
+        return Contestant.instance.facts()
+
+    @staticmethod
+    def seconds(step):
+        """(wall time, processor time of all threads) of a step"""
+        start = clock()
+        getattr(Contestant.instance, step)()
+        return clock() - start
+
+
+class Ours(Contestant):
+    def __init__(self, net, size):
+        from dm_checkpoint import leaf_layers
+
+        super().__init__(size)
+        self.model = build_network(net, size)
+        # Normalised by this batch's statistics: else the outputs of an untrained network saturate, and agree always.
+        norms = [layer for layer in leaf_layers(self.model) if hasattr(layer, "moving_mean")]
+        for layer in norms:
+            layer.momentum, usual = 0.0, layer.momentum
+        self.model(self.x, training=True)
+        for layer in norms:
+            layer.momentum = usual
+
+    def facts(self):
+        """(layers for `TorchNetwork`, whether on a GPU, predictions, cross-entropy of the first step)"""
+        import keras
+
+        from scripts.torch_network import describe
+
+        if keras.backend.backend() == "torch":
+            import torch
+
+            gpu = torch.cuda.is_available()
+        else:
+            gpu = bool(keras.distribution.list_devices("gpu"))
+        layers, predictions = describe(self.model), self.predict()
+        penalty = sum(map(float, self.model.losses))
+        loss = fit_first(self.model, hold([(self.x, self.y, self.weights)])) - penalty
+        self.train()
+        return layers, gpu, predictions, loss
+
+    def predict(self):
+        return self.model.predict_on_batch(self.x)
+
+    def train(self):
+        return self.model.train_on_batch(self.x, self.y, self.weights)
+
+
+class Torch(Contestant):
+    def __init__(self, size, *args):
+        from scripts.torch_network import TorchNetwork
+
+        super().__init__(size)
+        self.network = TorchNetwork(*args)
+
+    def facts(self):
+        """(predictions, cross-entropy of the first step)"""
+        predictions, loss = self.predict(), self.train()
+        self.train()
+        return predictions, loss
+
+    def predict(self):
+        return self.network.predict(self.x)
+
+    def train(self):
+        return self.network.train(self.x, self.y, self.weights)
+
+
+def networks(args):
+    """Training and prediction, images a second, of our networks and of the same ones in PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        print("skipped: PyTorch is not installed. For this section: pip install torch")
+        return
+    print(
+        f"Images/s with {args.threads} threads each, a process each, in turn, fastest of {args.rounds} rounds. Ratios:"
+    )
+    print(
+        "ours to PyTorch's, of wall time and of processor time (the steadier on a shared machine); above 1 is faster."
+    )
+    print("Differences of predictions and of the first step's loss: the network is the same.")
+    print(
+        f"{'network':>9} {'size':>10} {'batch':>5} {'step':>8} {'ours':>7} {'PyTorch':>8} {'ratio':>6} {'of CPU':>6} "
+        f"{'differences':>14}  load"
+    )
+    for size, net in itertools.product((PATCH, WHOLE), TOPS):
+        with fresh_process(args.threads) as ours, fresh_process(args.threads) as other:
+            layers, gpu, *mine = ours.submit(Ours.start, net, size).result()
+            device = "cuda" if gpu else "cpu"
+            theirs = other.submit(Torch.start, size, layers, args.threads, device).result()
+            differences = " ".join(f"{np.abs(a - b).max():.0e}" for a, b in zip(mine, theirs, strict=True))
+            for step in ("train", "predict"):
+                before = os.getloadavg()[0]
+                rounds = [
+                    [process.submit(Contestant.seconds, step).result() for process in (ours, other)]
+                    for _ in range(args.rounds)
+                ]
+                (wall, cpu), (torch_wall, torch_cpu) = np.min(rounds, axis=0)
+                print(
+                    f"{net:>9} {size[0]:>5}x{size[1]:<4} {BATCH[size]:>5} {step:>8} {BATCH[size] / wall:7.2f} "
+                    f"{BATCH[size] / torch_wall:8.2f} {torch_wall / wall:6.2f} {torch_cpu / cpu:6.2f} "
+                    f"{differences:>14}  {before:.1f}",
+                    flush=True,
+                )
+
+
+def class_folders(folder):
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def training_set(folder, size, model, workers):
+    """What the trainers would train `model` on, with the published augmentation."""
+    import dm_train
+    from ddsm_train import image_clf_train, patch_clf_train
+
+    os.environ["NUM_CPU_CORES"] = str(workers)
+    options = {"batch_size": BATCH[size], "img_size": list(size), "rescale_factor": 0.003891, "best_model": "NOSAVE"}
+    options |= {"featurewise_center": True, "augmentation": True, "auto_batch_balance": True}
+    options["class_list"] = class_folders(folder)
+    parser = (patch_clf_train if size == PATCH else image_clf_train).make_parser()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return dm_train.prepare(complete(parser, options, [str(folder)] * 3), model).train_set
+
+
+def smallest_network(size, folder):
+    """A network that costs next to nothing, so that a pause after each step can stand in for a fast one."""
+    start_backend()
+    import keras
+
+    image = keras.Input((*size, 3))
+    features = keras.layers.GlobalAveragePooling2D()(keras.layers.MaxPooling2D(1, strides=32)(image))
+    return keras.Model(image, keras.layers.Dense(len(class_folders(folder)), "softmax")(features))
+
+
+def load(size, folder, workers, steps):
+    """(wall time, processor time) of loading so many batches, fastest of 3."""
+    train_set = training_set(folder, size, smallest_network(size, folder), workers)
+    times = []
+    for _ in range(3):
+        start = clock()
+        for i in range(steps):
+            train_set[i]
+        times.append(clock() - start)
+    return np.min(times, axis=0)
+
+
+def feed(net, size, folder, workers, steps, rounds, pause=0.0):
+    """(wall time, processor time) of so many steps of `fit`, fastest of the rounds: with real loading; in memory.
+
+    The first batch, for which nothing but the loader can run, counts. `net` None: `smallest_network`, with a pause.
+    """
+    model = build_network(net, size) if net else smallest_network(size, folder)
+    import keras
+
+    train_set = training_set(folder, size, model, workers)
+    held = hold([train_set[i] for i in range(steps)])
+    fit_first(model, hold(held, 1))
+    times = ([], [])
+    for _ in range(rounds):
+        for data, column in zip((hold(train_set, steps), held), times, strict=True):
+            marks = []
+            callback = keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda epoch, logs, marks=marks: marks.append(clock()),
+                on_train_batch_end=lambda batch, logs: time.sleep(pause),
+                on_epoch_end=lambda epoch, logs, marks=marks: marks.append(clock()),
+            )
+            model.fit(data, shuffle=False, verbose=0, callbacks=[callback])
+            column.append(marks[1] - marks[0])
+    return np.min(times, axis=1)
+
+
+def feeding(args):
+    """Training on augmented 16-bit PNG files against training on the same batches in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(folder, 48, *WHOLE)
+        study.options["patch_size"] = PATCH[0]
+        sample_quietly(study, args.threads)
+        folders = {PATCH: study.root / "out" / "train", WHOLE: study.root / "train"}
+        workers = sorted({1, 2, args.threads})
+
+        def alone(function, *arguments):
+            with fresh_process(args.threads) as process:
+                return process.submit(function, *arguments).result()
+
+        print("Loading alone, images/s, and images a second of processor time")
+        print(f"{'size':>10}" + "".join(f"{f'{n} workers':>20}" for n in workers))
+        for size, source in folders.items():
+            speeds = [16 * BATCH[size] / alone(load, size, source, n, 16) for n in workers]
+            print(f"{size[0]:>5}x{size[1]:<4}" + "".join(f"{wall:12.0f}{cpu:8.0f}" for wall, cpu in speeds), flush=True)
+
+        print(f"\nA step of `fit`, s, loader and network on the same {args.threads} processors: target 1.1")
+        print(f"{'network':>9} {'size':>10} {'memory':>8} {'files':>8} {'ratio':>6} {'of processor time':>18}  load")
+        for size, net in ((PATCH, "resnet50"), (WHOLE, "resnet50"), (WHOLE, "vgg16")):
+            before, steps = os.getloadavg()[0], 6 if size == PATCH else 3
+            files, memory = alone(feed, net, size, folders[size], args.threads, steps, args.rounds) / steps
+            print(
+                f"{net:>9} {size[0]:>5}x{size[1]:<4} {memory[0]:8.2f} {files[0]:8.2f} {files[0] / memory[0]:6.2f} "
+                f"{files[1] / memory[1]:18.2f}  {before:.1f}",
+                flush=True,
+            )
+
+        print(
+            "\nThe same with a network elsewhere, of which a pause after each step takes the place: ratio by its speed"
+        )
+        for size, speeds in ((PATCH, (100, 200, 400, 800)), (WHOLE, (5, 10, 20, 40))):
+            print(f"{f'{size[0]}x{size[1]}':>10}" + "".join(f"{speed:>8}/s" for speed in speeds) + "  load")
+            for n in workers:
+                before = os.getloadavg()[0]
+                times = [
+                    alone(feed, None, size, folders[size], n, 16, args.rounds, BATCH[size] / speed) for speed in speeds
+                ]
+                ratios = "".join(f"{files[0] / memory[0]:10.2f}" for files, memory in times)
+                print(f"{n:>2} workers{ratios}  {before:.1f}", flush=True)
+
+
+SECTIONS = {
+    "augmentation": augmentation,
+    "loading": loading,
+    "sampling": sampling,
+    "networks": networks,
+    "feeding": feeding,
+}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("section", nargs="*", help=f"which to run: {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--cases", type=int, default=40, help="random cases compared pixel by pixel for each row")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="of networks and feeding, in turn")
+    threads = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=positive_int, default=threads, help="of each network")
     args = parser.parse_args(argv)
     unknown = set(args.section) - set(SECTIONS)
     if unknown:
