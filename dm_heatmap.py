@@ -358,15 +358,17 @@ class Sweep:
     def score(self, scan: Scan) -> np.ndarray:
         """The map of an image: float32 (grid rows, grid columns, classes). Raises InputError."""
         tops, lefts = window_grid(scan.pixels.shape, self.patch_size, self.strides[0])
-        corners = [(top, left) for top in tops for left in lefts]
+        count = len(tops) * len(lefts)
         batch = np.zeros((self.batch_size, *self.window, self.model.input_shape[-1]), np.float32)
+        quarter = math.ceil(self.batch_size / 4)
         heatmap = None
-        starts = range(0, len(corners), self.batch_size)
+        starts = range(0, count, self.batch_size)
         for start in tqdm(starts, desc="windows", unit="batch", leave=False, delay=10, disable=None):
-            part = corners[start : start + self.batch_size]
-            # Few batch sizes, since a network is compiled anew for each: the last batch has idle windows instead.
-            x = batch[: min(self.batch_size, 1 << (len(part) - 1).bit_length())]
-            for window, (top, left) in zip(x, part, strict=False):
+            part = range(start, min(start + self.batch_size, count))
+            # Four batch sizes, since a network is compiled anew for each: the last batch has idle windows instead.
+            x = batch[: math.ceil(len(part) / quarter) * quarter]
+            for window, i in zip(x, part, strict=False):
+                top, left = tops[i // len(lefts)], lefts[i % len(lefts)]
                 try:
                     cut = cut_window(scan.pixels, top, left, self.patch_size, **self.pixel_options)
                 except InputError as error:
@@ -376,7 +378,7 @@ class Sweep:
                 x = self.preprocess(x)
             probabilities = np.asarray(self.model.predict_on_batch(x - self.mean))[: len(part)]
             if heatmap is None:
-                heatmap = np.empty((len(corners), probabilities.shape[-1]), np.float32)
+                heatmap = np.empty((count, probabilities.shape[-1]), np.float32)
             heatmap[start : start + len(part)] = probabilities
         return heatmap.reshape(len(tops), len(lefts), -1)
 
@@ -463,7 +465,7 @@ class ForwardPropagation(_WholeImage):
         return np.asarray(self.model.predict_on_batch(self._input(scan)))[0]
 
 
-def _stride_and_reach(net) -> tuple[float, float]:
+def _stride_and_reach(net) -> tuple[int, int]:
     """Pixels between the features of a convolutional network, and the size of the smallest image that gives one."""
 
     def features(size):
@@ -471,8 +473,8 @@ def _stride_and_reach(net) -> tuple[float, float]:
 
     large = 2048
     count = features(large)
-    stride = large / (features(2 * large) - count)
-    low, high = large - int(2 * stride), large  # the smallest image of as many features is between
+    stride = round(large / (features(2 * large) - count))
+    low, high = large - 2 * stride, large  # the smallest image of as many features is between
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if features(middle) >= count else (middle, high)
@@ -733,7 +735,10 @@ def read_lesion_masks(roi_mask_dir, image_id: str, image_size: tuple[int, int]) 
     """
     masks = {}
     for path in sorted(Path(roi_mask_dir).glob(f"*-*_{glob.escape(image_id)}_*.png")):
-        check_mask_fits(read_size(path), image_size)
+        try:
+            check_mask_fits(read_size(path), image_size)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
         mask = check_grey(path, read_resized(path, target_size=image_size)) > 0  # as the patch samplers do
         if not mask.any():
             raise InputError(f"{path}: the mask marks no lesion: Expected pixels above 0. Received none")

@@ -165,7 +165,7 @@ def write_results(out_dir, results: dict[str, Sequence[Marked]]) -> None:
 
     figure = Figure(figsize=(5, 4.2), layout="constrained")
     axes = figure.subplots()
-    rows, curves = [], []
+    rows, curves, furthest = [], [], 0.1
     for name, images in results.items():
         summary = summarise(images)
         rows.append({"maps": name} | summary)
@@ -176,8 +176,14 @@ def write_results(out_dir, results: dict[str, Sequence[Marked]]) -> None:
             )
         )
         label = f"{name}: pointing {summary['pointing_accuracy']:.2f} (chance {summary['chance']:.2f})"
+        furthest = max(furthest, false_positives[-1])
         axes.step(false_positives, sensitivity, where="post", label=label)
-    axes.set(xlabel="false positives per image", ylabel="lesions found", ylim=(0, 1.02), xlim=(0, FP_RATES[-1]))
+    axes.set(
+        xlabel="false positives per image",
+        ylabel="lesions found",
+        ylim=(0, 1.02),
+        xlim=(0, min(FP_RATES[-1], 1.05 * furthest)),
+    )
     axes.grid(color="0.9")
     axes.legend(loc="lower right", fontsize=8)
     for name, table in (("localisation.csv", pd.DataFrame(rows)), ("froc.csv", pd.concat(curves))):
