@@ -70,6 +70,9 @@ class DMIterator(keras.utils.PyDataset):
         super().__init__()
         workers = _default_workers(workers)
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        # Loads the next batch while the network works on this one. Only TensorFlow would do so of itself.
+        self._reader = ThreadPoolExecutor(1) if workers > 1 else None
+        self._ahead = None  # (position in the epoch, its future batch)
         if class_mode not in CLASS_MODES:
             raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {class_mode!r}.")
         if n < 1:
@@ -103,7 +106,7 @@ class DMIterator(keras.utils.PyDataset):
 
     def _plan_epoch(self, batches_before):
         """List the batches of the epoch that begins after `batches_before`, as (number, sample indices)."""
-        self._next, self._batches = 0, []
+        self._next, self._batches, self._ahead = 0, [], None
         while not self._batches:  # all of an epoch's batches may be skipped
             self._before = batches_before
             order = np.arange(self.nb_sample)
@@ -128,14 +131,19 @@ class DMIterator(keras.utils.PyDataset):
         return len(self._batches)
 
     def __getitem__(self, i):
+        position = range(len(self))[i]
+        ahead, self._ahead = self._ahead, None
         try:
-            return self._make_numbered_batch(*self._batches[i])
+            batch = ahead[1].result() if ahead and ahead[0] == position else self._make(position)
         except InputError as error:
             self.input_error = error
             raise
+        if self._reader and position + 1 < len(self):
+            self._ahead = (position + 1, self._reader.submit(self._make, position + 1))
+        return batch
 
-    def _make_numbered_batch(self, number, index):
-        return self._make_batch(*self._balanced(number, index))
+    def _make(self, position):
+        return self._make_batch(*self._balanced(*self._batches[position]))
 
     def _balanced(self, number, index):
         """The samples of batch `number`, and the generator for what else it draws."""
@@ -243,6 +251,8 @@ class _SampleIterator(DMIterator):
     def __init__(self, *args, save_to_dir=None, save_prefix="", save_format="png", **kwargs):
         self.save_to_dir, self.save_prefix, self.save_format = save_to_dir, save_prefix, save_format
         super().__init__(*args, **kwargs)
+        if save_to_dir:  # of batches that were asked for
+            self._reader = None
 
     def _make_batch(self, index, rng):
         images = self._map(self.load, index)

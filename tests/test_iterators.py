@@ -1,6 +1,7 @@
 """dm_iterators: order, labels and weights against the published program's runs; every image once; memory and disk."""
 
 import json
+import threading
 import tracemalloc
 
 import cv2
@@ -259,6 +260,24 @@ def test_batches_are_pure_functions_of_their_position(folders):
         np.testing.assert_array_equal(forward[i][0], backward[i][0])
         np.testing.assert_array_equal(forward[i][1], backward[i][1])
     assert sum(len(y) for _, y in forward.values()) == 13
+
+
+def test_the_next_batch_is_loaded_during_the_present_one():
+    """While nobody asks, the images of the next batch are read, and of no later one."""
+    images = DMImageDataGenerator().flow(np.zeros((9, 4, 4, 1)), batch_size=3, shuffle=False, workers=2)
+    loaded, load, last = [], images.load, threading.Event()
+
+    def noted(index):
+        loaded.append(int(index))
+        if index == 5:
+            last.set()
+        return load(index)
+
+    images.load = noted
+    images[0]
+    assert last.wait(timeout=60)
+    assert sorted(loaded) == list(range(6))
+    assert images.batch_names(1) == ["sample 3", "sample 4", "sample 5"]
 
 
 def test_augmentation_differs_between_epochs_images_and_repeats():
