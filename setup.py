@@ -11,6 +11,8 @@ scripts = {
     "dm-sample-patches-of-one-type": "ddsm_train.sample_patches_main",
     "dm-train-patch": "ddsm_train.patch_clf_train",
     "dm-train-image": "ddsm_train.image_clf_train",
+    "dm-score-heatmaps": "ddsm_train.heatmap_score",
+    "dm-localise": "ddsm_train.localise",
     "dm-draw-lesions": "scripts.draw_lesions",
     "dm-make-phantom": "scripts.make_phantom",
 }

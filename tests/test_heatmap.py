@@ -293,6 +293,8 @@ def test_last_batch_adds_few_sizes():
 
 def test_grad_cam_of_average_pooling_is_the_class_activation_map():
     net = small_net("same")
+    kernel, bias = net.get_layer("classes").get_weights()
+    net.get_layer("classes").set_weights([kernel + [0.5, 0, -0.5], bias])  # of one class at least, some is positive
     pixels = rng.random((32, 24)).astype(np.float32)
     cam = GradCam(net, (32, 24))
     heatmap = cam.score(Scan("", pixels, None))
@@ -304,8 +306,11 @@ def test_grad_cam_of_average_pooling_is_the_class_activation_map():
 
 @pytest.mark.parametrize("add_conv", [True, False])
 def test_grad_cam_of_whole_image_classifiers(add_conv):
+    net = small_net("same")
+    kernel, bias = net.get_layer("classes").get_weights()
+    net.get_layer("classes").set_weights([np.abs(kernel), bias + 0.1])  # the heatmap's ReLU lets all through
     model, _ = add_top_layers(
-        small_net("same"), (64, 48), "vgg16", "vgg", depths=[5], repetitions=[1], add_heatmap=not add_conv,
+        net, (64, 48), "vgg16", "vgg", depths=[5], repetitions=[1], add_heatmap=not add_conv,
         avg_pool_size=(2, 2), hm_pool_size=(3, 3), add_conv=add_conv, fc_init_units=8, add_shortcut=True,
     )  # fmt: skip
     pixels = rng.random((64, 48)).astype(np.float32) * 50
