@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -283,6 +283,8 @@ def _stored_weights(group: h5py.Group) -> dict[str, dict[str, h5py.Dataset]]:
 def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset]], path: Path, strict: bool) -> None:
     layers = {layer.name: layer for layer in model.layers if layer.weights}
     if strict and layers.keys() != stored.keys():
+        stored = _renumber(stored, layers.keys())
+    if strict and layers.keys() != stored.keys():
         raise InputError(
             f"{path}: layers with weights differ. Only in the model: {_listing(layers.keys() - stored.keys())}. "
             f"Only in the file: {_listing(stored.keys() - layers.keys())}"
@@ -295,6 +297,28 @@ def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset
         raise InputError(f"{path}: no layer of the file has the name of a layer of the model")
     for variable, data in pairs:
         variable.assign(data[()])
+
+
+def _renumber(stored: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
+    """Name stored layers as the model does where Keras chose the names, such as `conv2d_7`, by counting.
+
+    The count depends on what else was built before, so that Inception's `conv2d_1` of the ImageNet file is `conv2d` or
+    `conv2d_94` here. Within a kind, layers are matched in the order of their numbers, which is that of their making.
+    """
+
+    def by_kind(names):
+        kinds = {}
+        for name in names:
+            kind, _, number = re.fullmatch(r"(.*?)(_(\d+))?", name).groups(default="0")
+            kinds.setdefault(kind, []).append((int(number), name))
+        return {kind: [name for _, name in sorted(numbered)] for kind, numbered in kinds.items()}
+
+    ours, theirs = by_kind(names), by_kind(stored)
+    new_names = {}
+    for kind, old in theirs.items():
+        new = ours.get(kind, [])
+        new_names |= dict(zip(old, new if len(new) == len(old) else old, strict=True))
+    return {new_names[name]: weights for name, weights in stored.items()}
 
 
 def _listing(names: set[str]) -> str:
