@@ -12,6 +12,7 @@ scripts = {
     "dm-train-patch": "ddsm_train.patch_clf_train",
     "dm-train-image": "ddsm_train.image_clf_train",
     "dm-score-heatmaps": "ddsm_train.heatmap_score",
+    "dm-train-heatmaps": "ddsm_train.heatmap_clf_train",
     "dm-localise": "ddsm_train.localise",
     "dm-draw-lesions": "scripts.draw_lesions",
     "dm-make-phantom": "scripts.make_phantom",

@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Train trees that classify breasts by the regions of their heatmaps, cross-validated by patient; or score by them.
+
+  python ddsm_train/heatmap_clf_train.py maps.npz --test test_maps.npz --out-dir heatmap_clf
+  python ddsm_train/heatmap_clf_train.py other_maps.npz --model heatmap_clf/heatmap_clf.skops --out-dir scored
+
+The map files are those of heatmap_score.py. The features are shape, size and probability of the largest regions of
+each class at several probability cut-offs, in both views; a missing view has none, which the trees learn to take.
+Each breast is predicted by trees that were fitted without its patient. Environment: RANDOM_SEED (12345).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError, env_int
+
+IMPORTANCE = {"rf": "mean decrease in impurity", "gbt": "fall of the held-out AUC when permuted"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    add = parser.add_argument
+    add("maps", nargs="+", metavar="MAPS", help="map files of the breasts to train on, or with --model to score")
+    add("--test", nargs="+", metavar="MAPS", help="map files of other patients, scored by trees fitted on all of MAPS")
+    add("--model", metavar="FILE", help="train nothing: score MAPS by this classifier (.skops; .joblib runs its code)")
+    add(
+        "--class-list", nargs="+", metavar="CLASS",
+        help="names of the maps' classes, background first, for files that hold none (.pkl of the published program)",
+    )  # fmt: skip
+
+    add = parser.add_argument_group("features").add_argument
+    add(
+        "--cutoffs", nargs="+", type=dm_args.fraction, default=[0.3, 0.5, 0.7, 0.9], metavar="P",
+        help="probabilities from which on cells of a map are a region",
+    )  # fmt: skip
+    add("--top-k", type=dm_args.positive_int, default=2, help="regions described, the largest first")
+
+    add = parser.add_argument_group("classifier").add_argument
+    add("--clf", choices=["rf", "gbt"], default="rf", help="random forest or gradient-boosted trees")
+    add("--trees", type=dm_args.positive_int, default=500, help="number of trees")
+    add("--folds", type=dm_args.positive_int, default=5, help="parts of the cross-validation, at least 2")
+    add("--bootstrap", type=dm_args.positive_int, default=2000, help="draws of patients for the interval of the AUC")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out-dir", default="./heatmap_clf", metavar="DIR", help="folder for tables, scores and pictures")
+    add(
+        "--save-model", metavar="FILE",
+        help="where the trees fitted on all of MAPS are saved: .skops, which holds no code, or .joblib; "
+        "default: <DIR>/heatmap_clf.skops",
+    )  # fmt: skip
+    add("--jobs", type=dm_args.positive_int, default=1, help="breasts described, and trees fitted, at the same time")
+    return parser
+
+
+def run(**options) -> None:
+    """Train or score; keyword arguments are the option names of `make_parser`, `maps` among them."""
+    args = dm_args.complete(make_parser(), options)
+    if args.model is not None and (args.test is not None or args.save_model is not None):
+        raise InputError("--model scores MAPS: Expected neither --test nor --save-model with it")
+    if args.folds < 2:
+        raise InputError(f"--folds: Expected at least 2. Received {args.folds}")
+    if len(set(args.cutoffs)) < len(args.cutoffs):
+        raise InputError(f"--cutoffs: Expected different ones. Received {args.cutoffs}")
+    import sklearn.ensemble  # noqa: F401 (only libraries that are loaded are limited)
+    from threadpoolctl import threadpool_limits
+
+    # Boosting would take all cores, and wait long for those that are busy.
+    with threadpool_limits(args.jobs):
+        (train if args.model is None else score)(args, Path(args.out_dir), env_int("RANDOM_SEED", 12345, 0))
+
+
+def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
+    """Cross-validate, fit to all breasts, score those of `--test`, and write everything."""
+    import numpy as np
+
+    import dm_heatmap_clf as clf
+    from dm_dataset import check_disjoint
+    from dm_inference import write_json
+
+    save_as = args.save_model or out_dir / "heatmap_clf.skops"
+    clf.check_model_name(save_as)
+    heatmaps = clf.load_breasts(args.maps, args.class_list)
+    if unknown := [f"{record.patient_id} {record.side}" for record in heatmaps.records if record.cancer is None]:
+        raise InputError(f"{unknown[0]}: Expected cancer 0 or 1. Received none ({len(unknown)} such breasts)")
+    patients = [record.patient_id for record in heatmaps.records]
+    test = None
+    if args.test is not None:
+        test = clf.load_breasts(args.test, args.class_list)
+        clf.check_comparable(test, heatmaps, args.test[0], args.maps[0])
+        check_disjoint({"MAPS": patients, "--test": [record.patient_id for record in test.records]})
+    cancer = np.array([record.cancer for record in heatmaps.records])
+    fold = clf.patient_folds(cancer, patients, args.folds, seed)
+
+    features = clf.feature_table(heatmaps, args.cutoffs, args.top_k, args.jobs)
+    model = clf.make_model(args.clf, args.trees, seed, args.jobs)
+    probability, importances = clf.cross_validate(model, features, cancer, fold, seed)
+    results = {"cross_validation": (heatmaps, probability)}
+    classifier = clf.HeatmapClassifier.fit(model, heatmaps, features, cancer, args.cutoffs, args.top_k)
+    if test is not None:
+        results["test"] = (test, classifier.predict(test, args.jobs))
+
+    clf.save_classifier(save_as, classifier)
+    write_json(out_dir / "args.json", vars(args) | {"random_seed": seed})
+    names = clf.feature_names(heatmaps.class_names, args.cutoffs, args.top_k)
+    clf.write_importances(out_dir, names, importances, IMPORTANCE[args.clf])
+    clf.write_results(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
+    print(f"The trees are saved in {save_as}")
+
+
+def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
+    """Predict the breasts of `maps` by the classifier `--model`; scores where their cancers are known."""
+    import dm_heatmap_clf as clf
+
+    classifier = clf.load_classifier(args.model)
+    heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
+    clf.check_comparable(heatmaps, classifier, args.maps[0], args.model)
+    clf.write_results(out_dir, {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}, args.bootstrap, seed)
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
