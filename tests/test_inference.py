@@ -1,19 +1,25 @@
 """Prediction over sets, flip averaging, scores and result files, by closed forms."""
 
+import itertools
 import json
 import time
 
+import cv2
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 
 from dm_files import InputError
+from dm_image import DMImageDataGenerator
 from dm_inference import (
     auc_by_class,
     auc_line,
+    bootstrap_interval,
     classification_scores,
     flip_all_img,
+    make_pred_case,
+    pred_2view_img_list,
     predict,
     scores_table,
     write_test_results,
@@ -183,3 +189,110 @@ def test_result_files_hold_the_predictions_and_undefined_scores_as_null(tmp_path
     assert metrics["single"]["auc"] == {"neg": None, "pos": None}
     assert metrics["flips"]["samples"] == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "predictions.csv", "roc.png"]
+
+
+# ----------------------------------------------------------------------------------------------------- two views
+
+
+class Product:
+    """Stand-in for a model of two views: their top left pixels multiplied."""
+
+    def predict_on_batch(self, views):
+        score = views[0][:, 0, 0, 0] * views[1][:, 0, 0, 0]
+        return np.stack([1 - score, score], axis=1)
+
+
+def images(*values):
+    """An image of 2 x 2 for each value: value, and 1, 2, 3 more towards the other corners."""
+    return [np.float32(value) + np.arange(4, dtype="float32").reshape(2, 2, 1) for value in values]
+
+
+def test_a_breast_is_the_mean_over_all_pairs_of_views():
+    cc, mlo = images(1, 2, 5), images(3, 4)
+    found = pred_2view_img_list(cc, mlo, Product(), batch_size=4)
+    pairs = np.multiply.outer([1, 2, 5], [3, 4])
+    np.testing.assert_allclose(found, [1 - pairs.mean(), pairs.mean()])
+    flipped = np.mean([np.multiply.outer([1, 2, 5] + np.array(k), [3, 4] + np.array(k)).mean() for k in range(4)])
+    np.testing.assert_allclose(pred_2view_img_list(cc, mlo, Product(), flips=True)[1], flipped)
+
+
+@pytest.mark.parametrize("missing", [None, []])
+def test_a_missing_view_is_black_and_named(missing):
+    class Difference:
+        def predict_on_batch(self, views):
+            return views[0][:, 0, 0] - views[1][:, 0, 0]
+
+    with pytest.warns(UserWarning, match="no MLO image"):
+        assert pred_2view_img_list(images(1, 3), missing, Difference()) == [2]
+    with pytest.warns(UserWarning, match="no CC image"):
+        assert pred_2view_img_list(missing, images(4), Difference()) == [-4]
+    with pytest.raises(InputError, match="none of either"):
+        pred_2view_img_list(missing, None, Difference())
+    with pytest.raises(InputError, match=r"one shape.*\(2, 2, 1\), \(3, 2, 1\)"):
+        pred_2view_img_list(images(1), [np.zeros((3, 2, 1))], Difference())
+
+
+def test_breasts_of_an_exam_list(tmp_path):
+    for i in range(4):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((4, 4), 10 * (i + 1), "uint8"))
+    file = [str(tmp_path / f"{i}.png") for i in range(4)]
+    exam = {
+        "subj": "s", "exam": 1,
+        "L": {"CC": file[:2], "MLO": file[2:3], "cancer": 0},
+        "R": {"CC": file[3:], "MLO": None, "cancer": 1},
+    }  # fmt: skip
+    exams = DMImageDataGenerator().flow_from_exam_list(
+        [exam], target_size=(4, 4), target_scale=None, prediction_mode=True, class_mode=None
+    )
+    ((_, _, cc, mlo),) = exams
+    scores = [pred_2view_img_list(*views, Product())[1] for views in zip(cc, mlo, strict=True)]
+    np.testing.assert_allclose(scores, [(10 * 30 + 20 * 30) / 2, 0])
+
+
+def test_a_case_is_the_mean_over_all_pairs_of_maps():
+    class Classifier:
+        def predict_maps(self, breasts):
+            return np.array(
+                [(0 if cc is None else cc.max()) + (0 if mlo is None else mlo.max()) for cc, mlo in breasts]
+            )
+
+    maps = [np.full((2, 2, 3), value) for value in (0.1, 0.2, 0.6)]
+    assert make_pred_case(maps[:2], maps[1:], Classifier()) == pytest.approx(0.15 + 0.4)
+    assert make_pred_case(maps[:2], None, Classifier()) == pytest.approx(0.15)
+    assert make_pred_case([], maps[2:], Classifier()) == pytest.approx(0.6)
+
+
+# ----------------------------------------------------------------------------------------------------- intervals
+
+
+def test_the_bootstrap_interval_of_a_mean_has_its_closed_form():
+    values = np.random.default_rng(0).normal(3, 2, 500)
+    low, high = bootstrap_interval(lambda i: values[i].mean(), range(500), np.random.default_rng(1), replicates=4000)
+    half = 1.96 * values.std() / np.sqrt(500)
+    assert low == pytest.approx(values.mean() - half, abs=0.06 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.06 * half)
+
+
+def test_samples_of_a_group_are_drawn_together():
+    # Copies of a sample add nothing: the interval is that of the groups alone.
+    values = np.random.default_rng(0).normal(size=60)
+    groups = [f"P_{i}" for i in range(60)]
+    alone = bootstrap_interval(lambda i: values[i].mean(), groups, np.random.default_rng(1), 300)
+    copies = np.tile(values, 5)
+    together = bootstrap_interval(lambda i: copies[i].mean(), groups * 5, np.random.default_rng(1), 300)
+    np.testing.assert_allclose(together, alone)
+
+
+def test_the_interval_over_three_groups_is_that_of_all_their_draws():
+    truth, score = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.7, 0.3, 0.5, 0.9])
+    groups, members = ["a", "a", "b", "b", "c"], ([0, 1], [2, 3], [4])
+
+    def auc_of(rows):
+        wins = np.subtract.outer(score[rows][truth[rows] == 1], score[rows][truth[rows] == 0])
+        return np.mean(wins > 0) if wins.size else np.nan
+
+    exact = [auc_of(np.concatenate([members[i] for i in draw])) for draw in itertools.product(range(3), repeat=3)]
+    assert np.isnan(exact).sum() == 1  # c three times
+    found = bootstrap_interval(auc_of, groups, np.random.default_rng(0), replicates=3000, confidence=0.6)
+    np.testing.assert_allclose(found, np.nanquantile(exact, [0.2, 0.8], method="inverted_cdf"), atol=1e-9)
+    assert np.isnan(bootstrap_interval(lambda rows: np.nan, groups, np.random.default_rng(0), 10)).all()
