@@ -8,7 +8,7 @@
 # OUT   the folder for all rows, default DATA/table: a sub-folder a row, and table.csv
 # Options go to all trainings, such as --mixed-precision; those after --sample, --patch, --image or --inbreast to the
 # sampler, the patch classifiers', the whole-image classifiers' or INbreast's trainings alone:
-#   ddsm_train/reproduce_table.sh ddsm-vgg16-512x1 prepared --patch --pretrained-weights vgg16.h5 --image --batch-size 8
+#   ddsm_train/reproduce_table.sh ddsm-vgg16-512x1 prepared --patch --pretrained-weights '{net}.h5' --image --batch-size 8
 # Rows of INbreast also need the environment variable INBREAST, a folder of train, val and test, each with neg and pos.
 # Given again, the same command does what is not finished; rows share patches, patch classifiers and DDSM models. A step
 # is finished when its last output is there. One that is, with other options, is refused: remove its folder, or name

@@ -1,0 +1,633 @@
+"""The shell recipes: what they compose, that every published row runs, resumes, and stands beside the published figure.
+
+Recipes call `python` from PATH. Most tests put a stand-in there that records the command, or writes what a trainer
+would; the slow ones run the real trainers on phantoms.
+"""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dm_recipes
+from dm_files import InputError
+from dm_recipes import FIGURES, read_published
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in ROOT.glob("*/*.sh") if '/recipe.sh"' in path.read_text())
+ROWS = read_published()
+NAMES = [row.name for row in ROWS]
+CELLS = {cells["row"]: cells for cells in csv.DictReader(dm_recipes.PUBLISHED.read_text().splitlines())}
+
+# Records each command, and does in no time what each script would leave behind.
+STAND_IN = """#!{python}
+import json, os, sys
+from pathlib import Path
+script, *argv = sys.argv[1:]
+name = Path(script).name
+if name == "published.py":
+    os.execv({python!r}, [{python!r}, script, *argv])
+with open(os.environ["COMMANDS"], "a") as file:
+    file.write(json.dumps([name, *argv]) + "\\n")
+if os.environ.get("FAIL") == name:
+    sys.exit(3)
+if name == "sample_patches_combined.py":
+    Path(argv[4]).mkdir(parents=True, exist_ok=True)
+    Path(argv[4], "pat_lst.txt").write_text("P_00001\\n")
+elif "--out-dir" in argv:
+    out = Path(argv[argv.index("--out-dir") + 1])
+    Path(argv[argv.index("--best-model") + 1]).write_text("model")
+    scores = {{"accuracy": 0.75, "auc": {{"neg": 0.8, "pos": 0.8}}, "samples": 4}}
+    (out / "predictions.csv").write_text(
+        "file,label,neg,pos,neg_flips,pos_flips\\n" + "".join(
+            f"{{label}}/{{i}}.png,{{label}},{{1 - p}},{{p}},{{1 - p}},{{p}}\\n"
+            for i, (label, p) in enumerate([("neg", 0.1), ("neg", 0.6), ("pos", 0.5), ("pos", 0.9)])
+        )
+    )
+    (out / "metrics.json").write_text(json.dumps({{"single": scores, "flips": scores}}, indent=1) + "\\n")
+"""
+
+# The real scripts, without the minutes that TensorFlow takes to turn each training step into a graph.
+EAGER = """#!{python}
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+if sys.argv[0].endswith("_clf_train.py") and os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+    import tensorflow
+    tensorflow.config.run_functions_eagerly(True)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def put_python(folder, script):
+    """An environment whose `python` is `script`."""
+    path = folder / "bin" / "python"
+    path.parent.mkdir(parents=True)
+    path.write_text(script.format(python=sys.executable))
+    path.chmod(0o755)
+    return {**os.environ, "PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}", "NUM_CPU_CORES": "1"}
+
+
+class Shell:
+    """Runs recipes in a folder and keeps the commands that they gave."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.log = folder / "commands.jsonl"
+        self.env = {
+            name: value
+            for name, value in put_python(folder, STAND_IN).items()
+            if name not in ("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL")
+        }
+
+    def __call__(self, recipe, *args, status=0, **env):
+        """Run a recipe with further environment variables; return (commands, standard output, standard error)."""
+        self.log.write_text("")
+        done = subprocess.run(
+            [ROOT / recipe, *map(str, args)],
+            cwd=self.folder, env={**self.env, "COMMANDS": str(self.log), **env}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        return [json.loads(line) for line in self.log.read_text().splitlines()], done.stdout, done.stderr
+
+    def options(self, recipe, *args, **env):
+        """The options of the one command that a recipe gives, as that script's own parser reads them."""
+        [(script, *argv)], *_ = self(recipe, *args, **env)
+        return parse(script, argv)
+
+
+def parse(script, argv):
+    from ddsm_train import image_clf_train, patch_clf_train, sample_patches_combined
+
+    modules = {f"{module.__name__.split('.')[1]}.py": module for module in (
+        image_clf_train, patch_clf_train, sample_patches_combined,
+    )}  # fmt: skip
+    return modules[script].make_parser().parse_args(argv)
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """What looks like the folder of prepare_cbis_ddsm.py, without images; and an INbreast folder."""
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "roi_mask_path.csv").touch()
+    for i in range(70):
+        label = "pos" if i % 3 == 0 else "neg"
+        for view in ("CC", "ML"):
+            path = tmp_path / "INbreast" / "train" / label / f"{i:08d}{view}_{i:016x}_MG_L_{view}_ANON.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    for part in ("val", "test"):
+        (tmp_path / "INbreast" / part).mkdir()
+    return tmp_path / "prepared"
+
+
+# ------------------------------------------------------------------------------------------- published figures
+
+
+def test_figures_are_those_of_the_results_page(spec):
+    """Line by line of the page, in its order; two lines of it are two rows each, the hybrid and its extension."""
+    text = (spec / "results.md").read_text()
+    tables = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+        for table in re.findall(r"((?:^\|.*\n)+)", text, flags=re.MULTILINE)
+    ]
+    figures = {row.name: row.figures for row in ROWS}
+    for net, *values in tables[0]:
+        for patch_set, value in zip(("s10", "s30"), values, strict=True):
+            name = f"patch-{net.lower().removesuffix('net')}-{patch_set}"
+            assert (figures[name] == {"accuracy": float(value)}) if value != "-" else name not in figures
+
+    expected = []
+    for *_, auc, flips, epoch in tables[1]:
+        flips, epoch = ({} if flips == "-" else {"auc_flips": float(flips)}), (None if epoch == "-" else int(epoch))
+        if "extended" in auc:
+            first, extended = re.findall(r"0\.\d+", auc)
+            expected += [({"auc": float(first)}, epoch), ({"auc": float(extended), **flips}, None)]
+        else:
+            expected.append((({} if auc == "-" else {"auc": float(auc)}) | flips, epoch))
+    ours = [(row.figures, row.best_epoch) for row in ROWS if row.kind != "patch" and not CELLS[row.name]["patients"]]
+    assert ours == expected
+
+    few = re.search(r"20/79: .*", text)[0]
+    for patients, *values in re.findall(r"(\d+)/\d+: (\.\d+) (\.\d+) (\.\d+)", few):
+        for net, value in zip(("resnet50", "vgg16", "hybrid"), values, strict=True):
+            assert figures[f"inbreast-{net}-{patients}-patients"] == {"auc": float(value)}
+    assert sum(bool(cells["patients"]) for cells in CELLS.values()) == 15
+
+
+def test_rows_stand_after_the_rows_they_start_from():
+    assert len(set(NAMES)) == len(NAMES)
+    for i, row in enumerate(ROWS):
+        assert set(row.sources) <= set(NAMES[:i])
+        assert row.figures
+
+
+# ---------------------------------------------------------------------------------------- what recipes compose
+
+
+@pytest.mark.parametrize(("patch_set", "number"), [("s", 1), ("s10", 10), ("s30", 30)])
+def test_sampling_is_the_published_one(shell, prepared, patch_set, number):
+    commands, *_ = shell("ddsm_train/sample_patches.sh", patch_set, prepared, "--seed-free-option-s-own", status=0)
+    assert [command[-1] for command in commands] == ["--seed-free-option-s-own"] * 3
+    for (script, *argv), part in zip(commands, ("train", "val", "test"), strict=True):
+        args = parse(script, argv[:-1])
+        assert (args.nb_abn, args.nb_bkg, args.nb_hns, args.pos_cutoff) == (number, number, 0, 0.9)
+        assert (args.target_height, args.patch_size, args.val_size) == (1152, 224, 0)
+        assert args.pat_train_list_file == str(prepared / f"pat_{part}.txt")
+        assert args.train_out_dir == str(prepared / f"patches_{patch_set}" / part)
+
+
+@pytest.mark.parametrize("net", ["resnet50", "vgg16", "vgg19", "yaroslav", "xception", "inception"])
+@pytest.mark.parametrize("patch_set", ["s", "s10", "s30"])
+def test_patch_training_is_the_published_one(shell, net, patch_set):
+    args = shell.options("ddsm_train/train_patch_clf.sh", net, patch_set, "--pretrained-weights", "w/{net}.h5")
+    assert (args.train_dir, args.test_dir) == (
+        f"prepared/patches_{patch_set}/train",
+        f"prepared/patches_{patch_set}/test",
+    )
+    assert (args.net, args.img_size, args.optim) == (net, [224, 224], "adam")
+    assert args.pretrained_weights == f"w/{net}.h5"
+    assert args.class_list == ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"]
+    rates = np.multiply(args.init_lr, [1, args.top_layer_multiplier, args.all_layer_multiplier])
+    np.testing.assert_allclose(rates, [1e-3, 1e-4, 1e-5])
+    assert (args.weight_decay, args.weight_decay2) == (1e-4, 1e-4)
+    if net == "yaroslav":
+        assert not args.use_pretrained
+    else:
+        total = 200 if patch_set == "s" else 50
+        assert (args.nb_epoch, args.top_layer_epochs, args.all_layer_epochs) == (3, 13, total)
+    check_pixels(args)
+
+
+def check_pixels(args, mean=52.18):
+    assert (args.rescale_factor, args.featurewise_center, args.featurewise_mean) == (0.003891, True, mean)
+    assert (args.equalize_hist, args.augmentation, args.auto_batch_balance, args.img_scale) == (False, True, True, None)
+
+
+TOPS = sorted({(cells["net"], cells["top"]) for cells in CELLS.values() if cells["kind"] == "image"})
+
+
+@pytest.mark.parametrize(("net", "top"), TOPS)
+def test_image_training_is_the_published_one(shell, net, top):
+    (shell.folder / "patch.h5").touch()
+    args = shell.options("ddsm_train/train_image_clf.sh", net, top, PATCH_MODEL="patch.h5", DATA="data")
+    assert (args.train_dir, args.val_dir, args.test_dir) == ("data/train", "data/val", "data/test")
+    assert (args.patch_model_state, args.patch_net, args.resume_from) == ("patch.h5", net, None)
+    assert (args.img_size, args.class_list) == ([1152, 896], ["neg", "pos"])
+    assert args.batch_size * args.train_bs_multiplier == 2
+    assert (args.nb_epoch, args.all_layer_epochs, args.weight_decay) == (30, 50, 1e-3)
+    np.testing.assert_allclose([args.init_lr, args.init_lr * args.all_layer_multiplier], [1e-4, 1e-5])
+    check_pixels(args)
+
+    assert args.add_heatmap == top.startswith("heatmap")
+    if dense := re.search(r"fc(\d+)-(\d+)", top):
+        assert not args.add_conv
+        assert args.add_shortcut
+        assert (args.fc_init_units, args.fc_layers) == (int(dense[1]), 2)
+        assert int(dense[2]) * 2 == args.fc_init_units
+        assert args.hm_pool_size == ([3, 3] if net == "yaroslav" else [5, 5])
+        return
+    # The name says the blocks: 1x1, 3x3 and 1x1 widths and repetitions of each, or one width; one block counts twice.
+    assert args.add_conv
+    if residual := re.findall(r"(\d+)-(\d+)-(\d+)x(\d)", top):
+        blocks = [[*map(int, block)] for block in residual]
+        assert all(first == middle for first, middle, *_ in blocks)
+        enlarged = [depth * args.bottleneck_enlarge_factor for depth in args.top_depths]
+        assert enlarged == [last for *_, last, _ in blocks] * (3 - len(blocks))
+    else:
+        blocks = [[*map(int, block)] for block in re.findall(r"(\d+)x(\d)", top)]
+    assert args.block_type == ("resnet" if residual else "vgg")
+    assert args.top_depths == [block[0] for block in blocks] * (3 - len(blocks))
+    assert args.top_repetitions == [block[-1] for block in blocks] * (3 - len(blocks))
+
+
+def test_extended_training_takes_all_layers_on(shell):
+    args = shell.options("ddsm_train/train_image_clf.sh", "vgg16", "512-512-1024x2", RESUME_FROM="image.h5")
+    assert (args.resume_from, args.patch_model_state, args.nb_epoch, args.all_layer_epochs) == ("image.h5", None, 0, 50)
+
+
+def test_original_names(shell):
+    (shell.folder / "prepared" / "models").mkdir(parents=True)
+    (shell.folder / "prepared" / "models" / "patch_resnet50_s10.h5").touch()
+    args = shell.options("ddsm_train/train_patch_clf_im4096_256_3Cls.sh", "--batch-size", "32", FINAL_MODEL="last.h5")
+    assert (args.img_size, args.class_list) == ([256, 256], ["background", "malignant", "benign"])
+    assert (args.train_dir, args.net, args.batch_size) == ("prepared/patches_im4096/train", "resnet50", 32)
+    assert args.final_model == "last.h5"
+    args = shell.options(
+        "ddsm_train/train_image_clf_im1152.sh", TRAIN_DIR="a", VAL_DIR="b", TEST_DIR="c", BEST_MODEL="d.h5"
+    )
+    assert (args.train_dir, args.val_dir, args.test_dir, args.best_model) == ("a", "b", "c", "d.h5")
+    assert (args.img_size, args.patch_model_state) == ([1152, 896], "prepared/models/patch_resnet50_s10.h5")
+    assert (args.top_depths, args.top_repetitions, args.bottleneck_enlarge_factor) == ([512, 512], [2, 2], 2)
+
+
+@pytest.mark.parametrize("recipe", ["ddsm_train/train_image_clf_inbreast.sh", "inbreast/finetune.sh"])
+def test_inbreast_validates_on_val_and_tests_on_test(shell, recipe):
+    args = ["model.h5", "INbreast", "best.h5"] if "finetune" in recipe else []
+    # Left over from another recipe: the arguments of finetune.sh win.
+    left = (
+        {} if not args else {"TRAIN_DIR": "x", "VAL_DIR": "x", "TEST_DIR": "x", "RESUME_FROM": "x", "BEST_MODEL": "x"}
+    )
+    args = shell.options(recipe, *args, "--class-list", "neg", "pos", **left)
+    assert (args.train_dir, args.val_dir, args.test_dir) == ("INbreast/train", "INbreast/val", "INbreast/test")
+    assert (args.nb_epoch, args.all_layer_epochs, args.weight_decay2) == (0, 50, 1e-2)
+    assert args.init_lr * args.all_layer_multiplier == pytest.approx(1e-6)
+    assert args.resume_from == ("model.h5" if left else "ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5")
+    check_pixels(args, mean=44.33)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_help_and_wrong_arguments(shell, recipe):
+    _, text, error = shell(recipe, "-h")
+    assert f"{recipe.parent.name}/{recipe.name}" in text
+    assert not error
+    assert "#" not in text
+    wrong = [[]] if re.search(rf"{recipe.name} [A-Z]", text) else []
+    if recipe.name in ("sample_patches.sh", "train_patch_clf.sh", "train_image_clf.sh"):
+        wrong += [["resnet50"], ["nonsense", "nonsense"]]
+    for args in wrong:
+        _, out, error = shell(recipe, *args, status=2)
+        assert (out, error) == ("", text)
+
+
+def test_there_is_something_to_start_from(shell, prepared):
+    *_, error = shell("ddsm_train/train_image_clf.sh", "vgg16", "512x1", status=1)
+    assert "prepared/models/patch_vgg16_s10.h5: no such patch classifier" in error
+    assert "train_patch_clf.sh vgg16 s10" in error
+    *_, error = shell("ddsm_train/sample_patches.sh", "s10", "nowhere", status=1)
+    assert error == "sample_patches.sh: error: nowhere: Expected the folder that scripts/prepare_cbis_ddsm.py wrote\n"
+
+
+# ------------------------------------------------------------------------------------------- reproduce_table.sh
+
+REPRODUCE = "ddsm_train/reproduce_table.sh"
+
+
+def table(out):
+    return pd.read_csv(out / "table.csv").set_index(["row", "figure"])
+
+
+def made(commands):
+    """Rows trained, and sets sampled, by their folders."""
+    return [
+        Path(argv[argv.index("--out-dir") + 1]).name if "--out-dir" in argv else "/".join(Path(argv[4]).parts[-2:])
+        for _, *argv in commands
+    ]
+
+
+def test_every_row_is_reproduced_from_shared_parts(shell, prepared):
+    """Each training is done once for all rows, with options that the trainers know, and after what it starts from."""
+    done = []
+    for row in ROWS:
+        commands, text, _ = shell(REPRODUCE, row.name, "prepared", "out", INBREAST="INbreast")
+        for script, *argv in commands:
+            args = parse(script, argv)
+            if script == "image_clf_train.py" and row.kind in ("image", "extend", "finetune"):
+                model = args.patch_model_state or args.resume_from
+                assert model == str(shell.folder / "out" / row.sources[0] / "model.h5")
+        done += made(commands)
+        assert (shell.folder / "out" / row.name / "metrics.json").exists()
+        assert row.name in text
+    trained = [row.name for row in ROWS if row.kind != "mean"]
+    assert [name for name in done if "/" not in name] == trained
+    assert len(done) == len(set(done)) == len(trained) + 2 * 3
+    out = table(shell.folder / "out")
+    assert set(out.index.get_level_values("row")) == set(NAMES)
+    # The figures of the stand-in, beside the published ones; the mean is that of its predictions: 3 pairs of 4 right.
+    assert out.loc[("ddsm-vgg16-512x1", "AUC"), ["published", "ours", "difference"]].tolist() == [0.83, 0.8, -0.03]
+    assert out.loc[("patch-vgg19-s30", "accuracy"), ["published", "ours", "difference"]].tolist() == [0.89, 0.75, -0.14]
+    assert out.loc[("ddsm-mean-of-three", "AUC, four flips"), "difference"] == pytest.approx(0.75 - 0.91)
+    assert out.loc[("inbreast-mean-of-two", "AUC"), ["published", "difference"]].isna().all()
+    assert (out.test_samples == 4).all()
+
+
+def test_few_patients_are_chosen_alike(shell, prepared):
+    shell(REPRODUCE, "inbreast-vgg16-30-patients", "prepared", "out", INBREAST="INbreast")
+    folder = shell.folder / "out" / "inbreast_30_patients"
+    patients = (folder / "patients.txt").read_text().split()
+    assert len(set(patients)) == 30
+    images = {label: sorted((folder / "train" / label).iterdir()) for label in ("neg", "pos")}
+    assert {path.name.split("_")[1] for paths in images.values() for path in paths} == set(patients)
+    assert (len(images["neg"]), len(images["pos"])) == (40, 20)  # 24 of 70 have cancer, so 10 of 30; two images each
+    assert (folder / "test").resolve() == (shell.folder / "INbreast" / "test").resolve()
+    assert dm_recipes.choose_patients(shell.folder / "INbreast", shell.folder / "again", 30) == patients
+    with pytest.raises(InputError, match="Expected at least 80 patients"):
+        dm_recipes.choose_patients(shell.folder / "INbreast", shell.folder / "again", 80)
+    (shell.folder / "INbreast" / "train" / "neg" / "a.png").touch()
+    with pytest.raises(InputError, match=r"a\.png: the name tells no patient"):
+        dm_recipes.choose_patients(shell.folder / "INbreast", shell.folder / "again", 30)
+
+
+def test_options_reach_their_trainings(shell, prepared):
+    commands, *_ = shell(
+        REPRODUCE, "inbreast-vgg16-512x1", "prepared", "--trust-checkpoint", "--patch",
+        "--pretrained-weights", "w {net}.h5", "--image", "--batch-size", "8", "--inbreast", "--on-error", "skip",
+        "--sample", "--no-segment-breast",
+        INBREAST="INbreast",
+    )  # fmt: skip
+    *samplings, patch, image, inbreast = [parse(script, argv) for script, *argv in commands]
+    assert [args.segment_breast for args in samplings] == [False] * 3
+    assert (patch.trust_checkpoint, patch.pretrained_weights, patch.batch_size) == (True, "w vgg16.h5", 64)
+    assert (image.trust_checkpoint, image.batch_size, image.on_error) == (True, 8, "stop")
+    assert (inbreast.trust_checkpoint, inbreast.batch_size, inbreast.on_error) == (True, 4, "skip")
+    assert Path(patch.out_dir) == prepared / "table" / "patch-vgg16-s10"
+
+
+def test_resuming(shell, prepared):
+    row, out = "ddsm-vgg16-512x1", shell.folder / "out"
+
+    def again(*options, **how):
+        commands, text, error = shell(REPRODUCE, row, "prepared", "out", *options, **how)
+        return made(commands), text, error
+
+    assert again(status=3, FAIL="image_clf_train.py")[0][-1] == row
+    assert not (out / row / "metrics.json").exists()
+    assert again()[0] == [row]
+    first = (out / "table.csv").read_bytes()
+    names, text, _ = again()
+    assert names == []
+    assert text.count("finished before") == 3
+    assert (out / "table.csv").read_bytes() == first
+
+    (out / row / "metrics.json").unlink()
+    assert again()[0] == [row]
+    metrics = out / "patch-vgg16-s10" / "metrics.json"
+    metrics.write_text(metrics.read_text()[:-20])
+    assert again()[0] == ["patch-vgg16-s10"]
+    (out / "patches_s10" / "test" / "pat_lst.txt").unlink()
+    assert again()[0] == [f"patches_s10/{part}" for part in ("train", "val", "test")]
+
+    # With other options: refused when finished, though only a part of it is; begun anew when not.
+    before = (out / row / "metrics.json").stat().st_mtime_ns
+    names, _, error = again("--image", "--batch-size", "8", status=1)
+    assert (names, error.count("\n")) == ([], 1)
+    assert f"{out / row}: finished with other options" in error
+    assert "--batch-size 8" in error
+    names, _, error = again("--patch", "--trust-checkpoint", status=1)
+    assert (names, f"{out}/patch-vgg16-s10: finished with other options" in error) == ([], True)
+    assert (out / row / "metrics.json").stat().st_mtime_ns == before
+    (out / row / "metrics.json").unlink()
+    assert again("--image", "--batch-size", "8")[0] == [row]
+    # A patch classifier trained anew with other options makes what stands on it out of date.
+    (out / "patch-vgg16-s10" / "metrics.json").unlink()
+    names, _, error = again("--patch", "--trust-checkpoint", "--image", "--batch-size", "8", status=1)
+    assert (names, f"{out / row}: finished with other options" in error) == (["patch-vgg16-s10"], True)
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(shell, prepared):
+    commands, _, error = shell(REPRODUCE, "ddsm-vgg16", "prepared", status=2)
+    assert (commands, error) == ([], "reproduce_table.sh: error: ddsm-vgg16: no such row. Expected one of "
+                                     "reproduce_table.sh --list\n")  # fmt: skip
+    assert shell(REPRODUCE, "row", "prepared", status=2)[0] == []
+    commands, _, error = shell(REPRODUCE, NAMES[0], "nowhere", status=1)
+    assert (commands, error.count("\n")) == ([], 1)
+    assert f"{shell.folder / 'nowhere'}: no such folder" in error
+    for inbreast in ("", "nowhere"):
+        commands, _, error = shell(REPRODUCE, "inbreast-mean-of-two", "prepared", status=1, INBREAST=inbreast)
+        assert (commands, error.count("\n")) == ([], 1)
+        assert "inbreast-vgg16-512x1: Expected the environment variable INBREAST" in error
+        assert f"Received '{inbreast}'" in error
+
+
+def test_the_list_has_every_row(shell):
+    _, text, _ = shell(REPRODUCE, "--list")
+    lines = text.splitlines()[2:]
+    assert [line.split()[2] for line in lines] == NAMES
+    assert "0.885" in lines[NAMES.index("ddsm-mean-of-three")]
+
+
+# ------------------------------------------------------------------------------------------- ours and the mean
+
+
+def write_run(folder, files, labels, pos, flips=None):
+    folder.mkdir(parents=True)
+    frame = pd.DataFrame({"file": files, "label": labels, "neg": 1 - np.array(pos), "pos": pos})
+    if flips is not None:
+        frame["neg_flips"], frame["pos_flips"] = 1 - np.array(flips), flips
+    frame.to_csv(folder / "predictions.csv", index=False)
+    return folder
+
+
+def test_the_mean_pairs_images_by_name(tmp_path):
+    """Each alone ranks one of four pairs wrong; the mean, once images are paired by name, none."""
+    one = write_run(tmp_path / "one", ["a", "b", "c", "d"], ["neg", "neg", "pos", "pos"], [0.1, 0.5, 0.4, 0.9],
+                    [0.1, 0.2, 0.3, 0.4])  # fmt: skip
+    two = write_run(tmp_path / "two", ["d", "c", "b", "a"], ["pos", "pos", "neg", "neg"], [0.5, 0.9, 0.1, 0.6],
+                    [0.8, 0.1, 0.6, 0.3])  # fmt: skip
+    dm_recipes.average_predictions([one, two], tmp_path / "mean")
+    frame = pd.read_csv(tmp_path / "mean" / "predictions.csv")
+    assert frame.file.tolist() == ["a", "b", "c", "d"]
+    np.testing.assert_allclose(frame.pos, [0.35, 0.3, 0.65, 0.7])
+    np.testing.assert_allclose(frame.neg, 1 - frame.pos)
+    np.testing.assert_allclose(frame.pos_flips, [0.2, 0.4, 0.2, 0.6])
+    figures, samples = dm_recipes.measured(tmp_path / "mean")
+    # Of four pairs the flips have (a, c) tied and (b, c) wrong: 2.5 of 4.
+    assert (figures, samples) == ({"accuracy": 1.0, "auc": 1.0, "auc_flips": 0.625}, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.iloc[:-1], "Received 3 images instead of 4; d is in"),
+        (lambda t: t.replace("d", "e"), "both must be scored on one test set"),
+        (lambda t: t.assign(label=["neg", "pos", "pos", "pos"]), "b: Expected the label of .*, neg. Received pos"),
+        (lambda t: t.assign(more=0.5), "Expected the columns of .*, label, neg, pos. Received"),
+        (lambda t: t.replace("d", "c"), "c stands there twice"),
+        (lambda t: t.assign(pos=[0.1, 0.2, 0.3, None]), "Expected a probability in each cell"),
+        (lambda t: t.assign(label="none"), "a label has no column of its name"),
+        (lambda t: t.drop(columns="file"), "Expected the columns file, label and one a class"),
+    ],
+)
+def test_runs_that_do_not_fit_are_named(tmp_path, change, words):
+    args = (["a", "b", "c", "d"], ["neg", "neg", "pos", "pos"], [0.1, 0.5, 0.4, 0.9])
+    one, two = write_run(tmp_path / "one", *args), write_run(tmp_path / "two", *args)
+    change(pd.read_csv(two / "predictions.csv")).to_csv(two / "predictions.csv", index=False)
+    with pytest.raises(InputError, match=words) as caught:
+        dm_recipes.average_predictions([one, two], tmp_path / "mean")
+    assert str(two) in str(caught.value)
+    assert not (tmp_path / "mean").exists()
+
+
+def test_runs_that_cannot_be_read_are_named(tmp_path):
+    from ddsm_train import published
+
+    one = write_run(tmp_path / "one", ["a", "b"], ["neg", "pos"], [0.1, 0.5])
+    with pytest.raises(InputError, match="at least two runs"):
+        dm_recipes.average_predictions([one], tmp_path / "mean")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "predictions.csv").touch()
+    for run in ("none", "empty"):
+        assert published.main(["average", str(tmp_path / "mean"), str(one), str(tmp_path / run)]) == 1
+    row = tmp_path / NAMES[0]
+    for text in ("", "[]", '{"single": {}}', '{"single": 1'):
+        row.mkdir(exist_ok=True)
+        (row / "metrics.json").write_text(text)
+        with pytest.raises(InputError, match="not the metrics of a trainer"):
+            dm_recipes.compare(tmp_path, ROWS)
+
+
+def test_ours_beside_the_published(tmp_path, capsys):
+    from ddsm_train import published
+
+    def scores(accuracy, pos):
+        return {"accuracy": accuracy, "auc": {"pos": pos} if pos else {"calc_mal": 0.9}, "samples": 376}
+
+    runs = {
+        "patch-resnet50-s10": {"single": scores(0.9, None)},
+        "ddsm-vgg16-512x1": {"single": scores(0.5, 0.8123456), "flips": scores(0.5, 0.85)},
+        "ddsm-vgg16-512x3": {"single": scores(0.5, None)},  # no positive image in the test set
+    }
+    for name, metrics in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    assert published.main(["compare", str(tmp_path)]) == 0
+    assert (tmp_path / "table.csv").read_text().splitlines() == [
+        "row,figure,published,ours,difference,test_samples",
+        "patch-resnet50-s10,accuracy,0.89,0.9,0.01,376",
+        "ddsm-vgg16-512x1,AUC,0.83,0.812346,-0.017654,376",
+        'ddsm-vgg16-512x1,"AUC, four flips",0.86,0.85,-0.01,376',
+    ]
+    text = capsys.readouterr().out
+    assert "| ddsm-vgg16-512x1   | AUC             | 0.83      | 0.812 | -0.018     | 376      |" in text
+    assert "never published" in text
+
+
+# ------------------------------------------------------------------------------------------- the real trainers
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """A folder with `prepared`, tiny phantoms with all classes of patches to train on, `weights`, and `INbreast`."""
+    import cv2
+
+    from dm_phantom import draw_patients
+    from scripts.make_phantom import assign_folders, make_phantom
+
+    root = tmp_path_factory.mktemp("phantoms")
+    people = make_phantom(
+        root / "prepared", patients=10, views=("CC",), height=192, width=160, prevalence=0.5, benign_rate=0.5,
+        test_size=0.3, val_size=0.3, seed=1,
+    )  # fmt: skip
+    assert people == draw_patients(10, 0.5, 0.5, 1)
+    for part, names in invert(assign_folders(people, 0.3, 0.3, 1)).items():
+        (root / "prepared" / f"pat_{part}.txt").write_text("".join(f"{name}\n" for name in names))
+
+    rng = np.random.default_rng(0)
+    for name, patients in (("INbreast", 4), ("INbreast20", 22)):
+        for part, number in (("train", patients), ("val", 2), ("test", 4)):
+            for i in range(number):
+                folder = root / name / part / ("pos" if i % 2 else "neg")
+                folder.mkdir(parents=True, exist_ok=True)
+                image = rng.integers(0, 2**16, (32, 32)).astype("uint16")
+                cv2.imwrite(str(folder / f"{i:08d}{part}_{i:016x}_MG_L_CC_ANON.png"), image)
+    return root
+
+
+def invert(folders):
+    return {part: sorted(name for name in folders if folders[name] == part) for part in ("train", "val", "test")}
+
+
+# The least images that a top admits, since the feature map is a 32nd of them, of YaroslavNet a 64th. Others are of 64
+# pixels for residual and 128 for VGG blocks.
+SIZES = {"heatmap-fc64-32": 352, "heatmap-512-512-1024x2": 224, "heatmap-fc16-8": 576}
+# Rows with more patients are the same training on another folder, which the stand-in has seen.
+DRY = [row.name for row in ROWS if not CELLS[row.name]["patients"] or row.name == "inbreast-resnet50-20-patients"]
+OTHERS = [name for name in DRY if "resnet50" not in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [[name for name in DRY if "resnet50" in name], OTHERS], ids=["resnet50", "others"])
+def test_every_row_runs(phantoms, tmp_path, rows):
+    """One training step in each stage of each row, by the real scripts, at the published rates."""
+    import keras
+
+    for net, build in {"resnet50": "ResNet50", "vgg16": "VGG16", "vgg19": "VGG19"}.items():
+        getattr(keras.applications, build)(weights=None, include_top=False).save_weights(tmp_path / f"{net}.weights.h5")
+    env = put_python(tmp_path, EAGER)
+    for row in rows:
+        size = str(SIZES.get(CELLS[row]["top"], 64 if CELLS[row]["net"] == "resnet50" else 128))
+        command = [
+            ROOT / REPRODUCE, row, phantoms / "prepared", tmp_path / "out", "--batch-size", "256",
+            "--sample", "--target-height", "192", "--patch-size", "64", "--nb-abn", "1", "--nb-bkg", "1",
+            "--patch", "--img-size", "64", "64", "--nb-epoch", "1", "--top-layer-epochs", "2",
+            "--all-layer-epochs", "3", "--pretrained-weights", tmp_path / "{net}.weights.h5",
+            "--image", "--img-size", size, size, "--nb-epoch", "1",
+            "--all-layer-epochs", "2", "--inbreast", "--img-size", size, size, "--all-layer-epochs", "1",
+        ]  # fmt: skip
+        inbreast = phantoms / ("INbreast20" if CELLS[row]["patients"] else "INbreast")
+        done = subprocess.run(
+            list(map(str, command)), env={**env, "INBREAST": str(inbreast)}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (row, done.stdout[-500:], done.stderr[-3000:])
+
+    out = table(tmp_path / "out")
+    rates = {"patch": [1e-3, 1e-4, 1e-5], "image": [1e-4, 1e-5], "extend": [1e-5, 1e-5], "finetune": [1e-6]}
+    for row in rows:
+        kind, figure = CELLS[row]["kind"], "accuracy" if CELLS[row]["kind"] == "patch" else "AUC"
+        folder = tmp_path / "out" / row
+        predictions = pd.read_csv(folder / "predictions.csv")
+        if kind == "patch":
+            ours = (predictions.set_index(["file", "label"]).idxmax(axis=1) == predictions.label.to_numpy()).mean()
+        else:
+            pairs = np.subtract.outer(
+                predictions.pos[predictions.label == "pos"].to_numpy(),
+                predictions.pos[predictions.label == "neg"].to_numpy(),
+            )
+            ours = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+        assert out.loc[(row, figure), "ours"] == pytest.approx(ours, abs=1e-6)
+        if kind != "mean":
+            expected = [1e-3] if row == "patch-yaroslav-s10" else rates[kind]
+            np.testing.assert_allclose(pd.read_csv(folder / "history.csv").learning_rate, expected, rtol=1e-5)
+    assert set(FIGURES.values()) == set(out.index.get_level_values("figure"))
