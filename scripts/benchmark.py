@@ -597,12 +597,56 @@ def feeding(args):
                 print(f"{n:>2} workers{ratios}  {before:.1f}", flush=True)
 
 
+def heatmap(args):
+    """Maps of a patch classifier over one image: the forward propagation against the sliding windows of one grid."""
+    start_backend()
+    from dm_heatmap import ForwardPropagation, Scan, Sweep
+    from dm_keras_ext import get_dl_model
+
+    patch, stride = PATCH[0], 32
+    grid = [(size - patch) // stride + 1 for size in WHOLE]
+    batch_size = grid[0] * grid[1] // 10  # of equal batches, so that nothing idle is computed
+    print(f"All {grid[0]} x {grid[1]} windows of {patch} pixels, {stride} apart, of one image {WHOLE[0]} x {WHOLE[1]},")
+    print("seconds; fastest of 3 forward propagations. Arithmetic: pixels of all windows to those of the image.")
+    print("Difference: of the map of an image of one window, from that window's probabilities.")
+    names = ("windows", "once", "ratio", "of CPU", "arithmetic", "difference", "load")
+    print(f"{'network':>9}", *(f"{name:>10}" for name in names))
+    rng = np.random.default_rng(0)
+    image = np.maximum(phantom(*WHOLE, rng), 1)
+    arithmetic = grid[0] * grid[1] * patch**2 / (WHOLE[0] * WHOLE[1])
+    for net in ("resnet50", "vgg16"):
+        model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
+        sweep = Sweep(model, WHOLE[0], patch, stride, batch_size)
+        forward = ForwardPropagation(model, WHOLE, patch_net=net)
+        window = image[:patch, :patch]
+        alone = ForwardPropagation(model, PATCH, patch_net=net).score(Scan("window", window, None))
+        difference = np.abs(alone - sweep.score(Scan("window", window, None))).max()
+        sweep.score(Scan("warm-up", image[: patch + stride * 10, : patch + stride * 5], None))  # 66 windows
+        maps = forward.score(Scan("warm-up", image, None))
+        load = os.getloadavg()[0]
+        times = []
+        for scorer, repeats in ((sweep, 1), (forward, 3)):
+            rounds = []
+            for _ in range(repeats):
+                start = clock()
+                assert scorer.score(Scan("image", image, None)).shape == maps.shape == (*grid, 5)
+                rounds.append(clock() - start)
+            times.append(np.min(rounds, axis=0))
+        (windows, windows_cpu), (once, once_cpu) = times
+        print(
+            f"{net:>9} {windows:10.1f} {once:10.2f} {windows / once:10.1f} {windows_cpu / once_cpu:10.1f} "
+            f"{arithmetic:10.1f} {difference:10.0e} {load:10.1f}",
+            flush=True,
+        )
+
+
 SECTIONS = {
     "augmentation": augmentation,
     "loading": loading,
     "sampling": sampling,
     "networks": networks,
     "feeding": feeding,
+    "heatmap": heatmap,
 }
 
 
