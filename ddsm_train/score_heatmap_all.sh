@@ -2,12 +2,12 @@
 # Map where a patch classifier sees lesions, in the mammograms of the training, validation and test patients: a window
 # of 224 pixels swept over the breast, or with ddsm_train/fprop_heatmap_all.sh the whole image at once, far faster.
 #   ddsm_train/score_heatmap_all.sh MODEL [more options of heatmap_score.py, which win over those given here]
-# MODEL  a patch classifier, or a whole-image classifier, which is explained by Grad-CAM.
+# MODEL  file of a patch classifier, or of a whole-image classifier, which is explained by Grad-CAM.
 # Writes OUT/train.npz, val.npz and test.npz. A killed run goes on when started again.
 # Environment: DATA (prepared), SETS ("train val test"), OUT (DATA/heatmaps/sweep), FORMAT (npz; h5 or pkl).
 set -euo pipefail
 source "$(dirname "$0")/recipe.sh"
-[ $# -ge 1 ] || usage 2
+[ -f "${1:-}" ] || usage 2
 model="$1"
 shift
 data="${DATA:-prepared}"

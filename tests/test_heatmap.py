@@ -641,3 +641,35 @@ def test_help_imports_nothing_heavy():
             "assert not {'keras', 'tensorflow', 'numpy', 'cv2', 'pandas'} & set(sys.modules), sys.modules"
         )
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_recipes_map_all_sets_of_patients(tmp_path, models):
+    """Each set's map file, with the options of the recipe, then with others given after it."""
+    folder = write_breasts(tmp_path / "full_img", BREASTS)
+    shutil.copy(folder / "pat.csv", tmp_path / "pat_side_cancer.csv")
+    (tmp_path / "pat_train.txt").write_text("P_1\n")
+    (tmp_path / "pat_test.txt").write_text("P_2\nP_3\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "DATA": str(tmp_path),
+        "SETS": "train test",
+    }
+    recipe = [ROOT / "ddsm_train" / "fprop_heatmap_all.sh", models / "patch.h5", "vgg16"]
+    subprocess.run([*recipe, "--img-size", "128", "96"], env=environment, check=True, capture_output=True)
+    train, test = (load_heatmaps(tmp_path / "heatmaps" / "fprop" / f"{name}.npz") for name in ("train", "test"))
+    assert [record.patient_id for record in train.records + test.records] == ["P_1", "P_1", "P_2", "P_3"]
+    assert (train.mode, train.options["avg_pool_size"], train.options["img_size"]) == ("fprop", [7, 7], [128, 96])
+    assert train.options["featurewise_mean"] == 52.18 and train.options["featurewise_center"]
+    environment["FORMAT"] = "h5"
+    recipe = [ROOT / "ddsm_train" / "score_heatmap_all.sh", models / "patch.h5"]
+    options = ["--img-height", "48", "--patch-size", "16"]
+    subprocess.run([*recipe, *options], env=environment | {"SETS": "test"}, check=True, capture_output=True)
+    maps = load_heatmaps(tmp_path / "heatmaps" / "sweep" / "test.h5")
+    assert (maps.mode, maps.strides, maps.options["patch_size"]) == ("sweep", (32, 32), 16)
+    failed = subprocess.run(recipe, env=environment | {"SETS": "val"}, capture_output=True, text=True)
+    assert failed.returncode == 1 and failed.stderr.count("\n") == 1 and "pat_val.txt" in failed.stderr
