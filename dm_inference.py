@@ -6,8 +6,7 @@ Averaging the predictions of the four flips of an image is the paper's inference
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dm_files import InputError, atomic_write, write_text
+from dm_parallel import read_ahead
 
 
 class NotFiniteError(InputError):
@@ -87,10 +87,7 @@ def _batches(data, batch_size: int | None):
             yield batch, *(np.asarray(column[part]) for column in columns)
         return
     # The next batch is read while the network works on this one; no more of them, since batches are large.
-    with ThreadPoolExecutor(1) as reader:
-        begun = (reader.submit(data.__getitem__, i) for i in range(len(data)))
-        for batch, _ in pairwise(chain(begun, [None])):
-            yield batch.result()
+    yield from read_ahead(data.__getitem__, range(len(data)))
 
 
 def pred_2view_img_list(

@@ -8,7 +8,7 @@ import pytest
 
 import dm_parallel
 from dm_files import InputError
-from dm_parallel import run_parallel
+from dm_parallel import read_ahead, run_parallel
 
 LOCAL = ["loky", "threading"]
 
@@ -103,3 +103,20 @@ def test_missing_backends_say_what_to_install(monkeypatch, backend, install):
 def test_unknown_backends_are_refused():
     with pytest.raises(InputError, match=r"Expected loky, threading, dask, ray\. Received 'spark'"):
         run_parallel(work, range(3), 2, "spark")
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_reading_ahead_keeps_order_and_few_results(jobs):
+    begun = []
+
+    def read(item):
+        begun.append(item)
+        return work(item, bad=6)[0]
+
+    results = read_ahead(read, range(9), jobs)
+    for item in range(6):
+        assert next(results) == item * item
+        time.sleep(0.01)
+        assert len(begun) <= item + 1 + jobs + 1
+    with pytest.raises(InputError, match="item 6"):
+        next(results)
