@@ -208,6 +208,7 @@ def add_top_layers(
     patch_net: the name of the patch net; the place to cut it is found from its layers.
     block_type: for each i, "resnet" adds `repetitions[i]` units `block_fn` of `depths[i]` filters, the first
         with stride 2, and "vgg" `repetitions[i]` convolutions of `depths[i]` filters and a 2x2 max pooling.
+        Pre-activation units end in their addition, as published: no batch norm follows the last.
     dropout, weight_decay: rate and L2 of all layers added.
     add_heatmap: between net and top comes average pooling `avg_pool_size` with strides `hm_strides`, the patch
         classifier's own dense layer at every position, with ReLU, and max pooling `hm_pool_size`.
@@ -218,12 +219,15 @@ def add_top_layers(
     its first new layer: before it are the input, the patch net and the heatmap, frozen in the first stage.
     With `return_heatmap`, returns the heatmap model alone, (batch, rows, columns, channels) ->
     (batch, map rows, map columns, patch classes): the softmax over the patch classes at every position.
-    Raises InputError for unknown names, lists of unequal length, no patch classifier, images too small.
+    Raises InputError for unknown names, lists of unequal length, fewer than two classes, no patch classifier, images
+    too small.
     """
     if patch_net not in PATCH_NETS:
         raise InputError(f"Unknown patch net. Expected one of {', '.join(PATCH_NETS)}. Received: {patch_net!r}.")
     if block_type not in BLOCK_TYPES:
         raise InputError(f"Unknown block type. Expected one of {', '.join(BLOCK_TYPES)}. Received: {block_type!r}.")
+    if nb_class < 2:
+        raise InputError(f"Expected at least 2 classes, of which the softmax chooses. Received: {nb_class}.")
     if add_conv and len(depths) != len(repetitions):
         raise InputError(
             "Expected one number of repetitions for each depth of the top layers. "

@@ -293,6 +293,7 @@ def test_whole_image_net_saves_and_opens(tmp_path, images, suffix, size):
         ({"patch_net": "resnet18"}, "resnet50, vgg16.*Received: 'resnet18'"),
         ({"block_type": "dense"}, "resnet, vgg. Received: 'dense'"),
         ({"depths": [8, 8], "repetitions": [1]}, r"depths \[8, 8\] and repetitions \[1\]"),
+        ({"nb_class": 1}, "at least 2 classes.*Received: 1"),
         ({"image_size": (2, 2)}, "Images of 2x2 are too small for the patch net vgg16"),
         ({"add_heatmap": True}, "at least 7x7 to pool. Received: 6x5"),
         ({"add_heatmap": True, "avg_pool_size": (3, 3)}, "at least 5x5 to pool. Received: 4x3"),
