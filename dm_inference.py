@@ -4,6 +4,7 @@ Averaging the predictions of the four flips of an image is the paper's inference
 """
 
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -253,7 +254,7 @@ def bootstrap_interval(
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(content, indent=1, sort_keys=True, default=os.fspath) + "\n")
 
 
 def write_test_results(

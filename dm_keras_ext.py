@@ -142,8 +142,10 @@ def get_dl_model(
         callers that do not subtract the training mean themselves; None where there is none.
 
     Raises:
-        InputError: unknown net, weights that cannot be had, or a file for another class count.
+        InputError: unknown net, fewer than two classes, weights that cannot be had, or a file for another class count.
     """
+    if nb_class < 2:
+        raise InputError(f"--class-list: Expected at least two classes. Received {nb_class}")
     if resume_from is not None:
         model = robust_load_model(resume_from, trust_checkpoint=trust_checkpoint)
         check_outputs(model, nb_class, resume_from)
@@ -300,6 +302,12 @@ class _Adagrad(keras.optimizers.Adagrad):
 
 class _Nadam(keras.optimizers.Nadam):
     """Nadam with the momentum schedule of its paper: decay 0.96 to the power of 0.004 t, where Keras 3 has t."""
+
+    def build(self, variables):
+        super().build(variables)
+        # Built by a LossScaleOptimizer, Keras does not track it, and a step of JAX forgets what is not tracked.
+        if not any(variable is self._u_product for variable in self.variables):
+            self._track_variable(self._u_product)
 
     def _momentum(self, step, dtype):
         return self.beta_1 * (1 - 0.5 * ops.power(ops.cast(0.96**0.004, dtype), ops.cast(step, dtype)))

@@ -22,6 +22,7 @@ from dm_inference import (
     pred_2view_img_list,
     predict,
     scores_table,
+    write_json,
     write_test_results,
 )
 
@@ -174,6 +175,11 @@ def test_scores_of_classes_that_never_occur_are_undefined():
     assert scores["precision"] == {"neg": None, "pos": 1.0}
     assert scores["recall"] == {"neg": None, "pos": 1.0}
     assert scores_table(scores).splitlines()[1].split() == ["neg", "-", "-", "-", "0", "0"]
+
+
+def test_options_given_as_paths_are_written_as_text(tmp_path):
+    write_json(tmp_path / "args.json", {"out_dir": tmp_path, "size": [1, 2]})
+    assert json.loads((tmp_path / "args.json").read_text()) == {"out_dir": str(tmp_path), "size": [1, 2]}
 
 
 def test_result_files_hold_the_predictions_and_undefined_scores_as_null(tmp_path):

@@ -223,6 +223,11 @@ def test_options_of_other_networks_are_not_swallowed():
         get_dl_model("vgg16", use_pretrained=False, hidden_droput=0.5)
 
 
+def test_one_class_is_no_classification():
+    with pytest.raises(InputError, match=r"--class-list: Expected at least two classes\. Received 1"):
+        get_dl_model("yaroslav", nb_class=1)
+
+
 def test_unknown_net_is_named():
     with pytest.raises(InputError, match=r"resnet50.*dm_resnet_14.*resnet51"):
         get_dl_model("resnet51")
@@ -352,6 +357,7 @@ THREE_STAGES = {
     "resnet50_dropout0.5": {},
     "vgg16_dropout0.0": {},
     "vgg16_dropout0.5": {},
+    "vgg19_dropout0.0": {},
     "vgg19_dropout0.5": {},
     "vgg16_early_stop": {
         "optim": "sgd",
