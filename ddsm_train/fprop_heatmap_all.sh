@@ -10,5 +10,7 @@ source "$(dirname "$0")/recipe.sh"
 { [ $# -ge 2 ] && [ -f "$1" ]; } || usage 2
 model="$1" net="$2"
 shift 2
+features=7 # of a 224-pixel patch
+[ "$net" != yaroslav ] || features=3
 export OUT="${OUT:-${DATA:-prepared}/heatmaps/fprop}"
-exec "$here/score_heatmap_all.sh" "$model" --fprop-mode --net "$net" --avg-pool-size 7 7 --hm-strides 1 1 "$@"
+exec "$here/score_heatmap_all.sh" "$model" --fprop-mode --net "$net" --avg-pool-size "$features" "$features" --hm-strides 1 1 "$@"

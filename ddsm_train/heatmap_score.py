@@ -82,7 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--net", default="vgg19", help="network of the patch classifier; its layers themselves say what it is")
     add(
         "--avg-pool-size", nargs=2, type=dm_args.positive_int, default=[7, 7],
-        help="features averaged for a cell; 7 of stride 32 make a 224-pixel patch",
+        help="features averaged for a cell: as many as a patch of the training gave, 7 of stride 32 for 224 pixels, "
+        "3 of YaroslavNet's stride 64",
     )  # fmt: skip
     add("--hm-strides", nargs=2, type=dm_args.positive_int, default=[1, 1], help="features from cell to cell")
 
@@ -137,7 +138,9 @@ def run(*paths, **options) -> None:
     )
     faults += scoring_faults
     nb_map = sum(1 for record in records for _ in record.views())
+    window, strides = (" x ".join(f"{size:g}" for size in sizes) for sizes in (scorer.window, scorer.strides))
     print(f"{nb_map} maps of {len(records)} breasts are in {args.out} ({scorer.mode})")
+    print(f"Their cells stand for {window} pixels of the scored image and are {strides} pixels apart")
     if args.overlay is not None:
         draw = functools.partial(
             dm_heatmap.draw_overlays,
