@@ -87,9 +87,10 @@ class Recomputed(keras.Layer):
             return self.segment(x, training=training)
         segment = self.segment
         state = segment.non_trainable_variables
-        values = [variable.value for variable in state]
+        # Copies: TensorFlow would read the variables anew when it computes again, and draw another dropout.
+        values = [keras.ops.copy(variable) for variable in state]
 
-        # Without side effects: when computed again, it draws the same dropout and updates nothing a second time.
+        # Without side effects: when computed again, it updates nothing a second time.
         def forward(x, *weights):
             return segment.stateless_call(list(weights), values, x, training=True)
 
@@ -124,21 +125,23 @@ def rematerialize(model: keras.Model, image_size: tuple[int, int] | None = None)
             x = Recomputed(keras.Model(start, graph.steps[end].output))(x)
             start = graph.steps[end].output
         # The backward pass begins in the last part: recomputing it would save nothing.
-        return keras.Model(image, keras.Model(start, graph.steps[-1].output)(x))
+        recomputing = keras.Model(image, keras.Model(start, graph.steps[-1].output)(x))
+    recomputing.dtype_policy = model.dtype_policy  # `compile` scales the loss by it
+    return recomputing
 
 
 def _best_ends(graph):
     """The calls at whose outputs to cut the graph, for the lowest peak of memory."""
     kept = np.cumsum(_kept_bytes(graph))
     cuts = _cuts(graph)
-    best = []
-    for limit in np.geomspace(1, kept[-1], 100):
+    best = []  # no part recomputed
+    for limit in np.geomspace(1, max(kept[-1], 2), 100):
         ends, start = [], 0
         for cut, following in itertools.pairwise(cuts):
             if kept[following] - start > limit:
                 ends.append(cut)
                 start = kept[cut]
-        if not best or _peak(graph, ends)[0] < _peak(graph, best)[0]:
+        if _peak(graph, ends)[0] < _peak(graph, best)[0]:
             best = ends
     return best
 
@@ -282,7 +285,7 @@ def _kept_bytes(graph) -> list[int]:
     """For each call, the bytes of one image that the backward pass needs of its output, and of its own besides."""
     kept = [0] * len(graph.steps)
     producer = {id(step.output): index for index, step in enumerate(graph.steps)}
-    with_gradient, counted = set(), set()
+    with_gradient, counted = set(), {(id(graph.image), graph.image.dtype)}  # the batch itself is there anyway
 
     def keep(index, tensor, dtype):
         """Tensors are kept once for all that need them, and again in another dtype."""
@@ -343,15 +346,17 @@ def _peak(graph, ends) -> tuple[int, int, int]:
     kept = _kept_bytes(graph)
     out = [_bytes(step.output) for step in graph.steps]
     best = (0, 0, 0)
-    boundaries, start = _bytes(graph.image), 0
+    boundaries = given = _bytes(graph.image)
+    start = 0
     for end in [*ends, len(graph.steps) - 1]:
-        inside = 0
+        inside = given if end in ends else 0  # TensorFlow computes a part again from a copy of its input
         for index in range(start, end + 1):
             inside += kept[index]
             step = graph.steps[index]
             dtype = _working_type(step.layer)
             transient = _bytes(step.output, dtype) + sum(_bytes(tensor, dtype) for tensor in step.inputs)
             best = max(best, (boundaries + inside + transient, boundaries + inside, transient))
-        boundaries += out[end]
+        given = out[end]
+        boundaries += given
         start = end + 1
     return best

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+import dm_memory
 from dm_checkpoint import leaf_layers, load_model, save_model
-from dm_keras_ext import freeze_below
-from dm_memory import Recomputed, full_precision, mixed_precision, rematerialize
+from dm_files import InputError
+from dm_keras_ext import create_optimizer, freeze_below
+from dm_memory import Recomputed, full_precision, mixed_precision, rematerialize, training_memory
 from dm_resnet import add_top_layers
 
 
@@ -24,7 +26,7 @@ def make_image_model(dropout=0.3, **options):
     options = {"depths": (4,), "repetitions": (2,), **options}
     model, top = add_top_layers(patch, (32, 24), patch_net="yaroslav", dropout=dropout, weight_decay=0.01, **options)
     for layer in leaf_layers(model):
-        if isinstance(layer, layers.Dropout):
+        if isinstance(layer, layers.Dropout) and dropout > 0:
             layer.seed_generator.state.assign([5, 0])
     return model, top
 
@@ -48,14 +50,16 @@ def step(model, trained, optimizer=None):
 
 
 def assert_close(ours, expected, tolerance):
-    """Every array within `tolerance` times the largest value expected in it."""
+    """Every array within `tolerance` times its largest value, or 1e-5: biases before batch norms hold but rounding."""
     for one, two in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(one, two, rtol=0, atol=tolerance * max(np.abs(two).max(), 1e-7))
+        np.testing.assert_allclose(one, two, rtol=0, atol=tolerance * max(np.abs(two).max(), 1e-5))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first_layer", [0, 2])
-def test_a_recomputing_model_takes_the_step_of_the_plain_one(first_layer):
+def test_a_recomputing_model_takes_the_step_of_the_plain_one(first_layer, monkeypatch):
+    # Many parts, so that every kind of layer is in one: dropout, batch norm, residual units, nested and new layers.
+    monkeypatch.setattr(dm_memory, "_best_ends", lambda graph: dm_memory._cuts(graph)[3:-1:4])
     plain, _ = make_image_model()
     freeze_below(plain, first_layer)
     loss, changes = step(plain, plain)
@@ -63,7 +67,7 @@ def test_a_recomputing_model_takes_the_step_of_the_plain_one(first_layer):
     model, _ = make_image_model()
     recomputing = rematerialize(model)
     freeze_below(model, first_layer)
-    assert sum(isinstance(layer, Recomputed) for layer in recomputing.layers) > 2
+    assert sum(isinstance(layer, Recomputed) for layer in recomputing.layers) > 3
     assert {id(variable) for variable in recomputing.variables} == {id(variable) for variable in model.variables}
     ours, our_changes = step(model, recomputing)
     assert ours == pytest.approx(loss, rel=1e-6)
@@ -76,8 +80,8 @@ def test_a_recomputing_model_takes_the_step_of_the_plain_one(first_layer):
 
 def test_half_precision_computes_in_16_bits_and_answers_in_32():
     model, _ = make_image_model()
-    x, _ = make_data(model)
-    expected = model.predict(x, verbose=0)
+    x = make_data(model)[0] / 50  # or the probabilities are 0 and 1 in any precision
+    expected = ops.convert_to_numpy(model(x))
     mixed_precision(model, "bfloat16")
     features = model.layers[1]  # the patch net
     assert {variable.dtype for variable in model.weights} == {"float32"}
@@ -87,7 +91,7 @@ def test_half_precision_computes_in_16_bits_and_answers_in_32():
     difference = np.abs(ops.convert_to_numpy(ours) - expected).max()
     assert 0 < difference < 0.02
     full_precision(model)
-    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+    np.testing.assert_array_equal(ops.convert_to_numpy(model(x)), expected)
 
 
 @pytest.mark.parametrize("suffix", ["h5", "keras"])
@@ -104,3 +108,104 @@ def test_a_file_of_a_half_precision_model_is_an_ordinary_one(tmp_path, suffix):
     ):
         assert {layer.compute_dtype for layer in leaf_layers(opened)} == {"float32"}
         np.testing.assert_allclose(opened.predict(x, verbose=0), expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_recomputing_model_in_half_precision_takes_the_same_step(monkeypatch):
+    monkeypatch.setattr(dm_memory, "_best_ends", lambda graph: dm_memory._cuts(graph)[3:-1:4])
+    plain, _ = make_image_model()
+    mixed_precision(plain, "bfloat16")
+    loss, changes = step(plain, plain)
+    model, _ = make_image_model()
+    mixed_precision(model, "bfloat16")
+    recomputing = rematerialize(model)
+    maps = [layer.output for layer in recomputing.layers if isinstance(layer, Recomputed) and layer.output.ndim == 4]
+    assert {features.dtype for features in maps} == {"bfloat16"}
+    ours, our_changes = step(model, recomputing)
+    assert ours == pytest.approx(loss, rel=1e-2)  # a compiler may round elsewhere
+    assert_close(our_changes, changes, 0.1)
+
+
+def test_batch_norm_in_half_precision_takes_its_statistics_in_32_bits():
+    image = keras.Input((8, 8, 2))
+    norm = layers.BatchNormalization(momentum=0.0)
+    model = keras.Model(image, norm(layers.Activation("linear")(image)))
+    x = (np.random.default_rng(0).integers(0, 8, (64, 8, 8, 2)) + 500).astype(np.float32)  # its square exceeds float16
+    model(x, training=True)
+    expected = values(norm.non_trainable_variables)
+    np.testing.assert_allclose(expected, [x.mean((0, 1, 2)), x.var((0, 1, 2))], rtol=0.02)
+    mixed_precision(model, "float16")
+    model(x, training=True)
+    np.testing.assert_allclose(values(norm.non_trainable_variables), expected, rtol=1e-6)
+
+
+def test_float16_scales_the_loss_of_plain_and_recomputing_models():
+    model, _ = make_image_model()
+    mixed_precision(model, "float16")
+    for trained in (model, rematerialize(model)):
+        trained.compile(create_optimizer("sgd", 0.1), "categorical_crossentropy")
+        assert isinstance(trained.optimizer, keras.optimizers.LossScaleOptimizer)
+    full_precision(model)
+    model.compile(create_optimizer("sgd", 0.1), "categorical_crossentropy")
+    assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+
+
+def train_small(optimizer, batch_size):
+    """Weights after six epochs of 16 samples, at half the rate after three of them; no batch norm."""
+    keras.utils.set_random_seed(3)
+    image = keras.Input((6, 6, 1))
+    x = layers.Conv2D(3, 3, activation="relu", kernel_regularizer=keras.regularizers.L2(0.01))(image)
+    model = keras.Model(image, layers.Dense(2, activation="softmax")(layers.GlobalAveragePooling2D()(x)))
+    model.compile(optimizer, "categorical_crossentropy")
+    x, y = make_data(model, 16)
+    for rate in (0.01, 0.005):
+        optimizer.learning_rate = rate
+        model.fit(x, y, batch_size=batch_size, epochs=3, shuffle=False, verbose=0)
+    return values(model.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "adagrad", "adadelta", "adam", "adamax", "nadam"])
+def test_small_batches_accumulate_to_the_step_of_a_large_one(name):
+    expected = train_small(create_optimizer(name, 0.01), 8)
+    accumulating = create_optimizer(name, 0.01)
+    accumulating = type(accumulating).from_config(accumulating.get_config() | {"gradient_accumulation_steps": 2})
+    # In float16 models the optimizer is wrapped so.
+    ours = train_small(keras.optimizers.LossScaleOptimizer(accumulating, initial_scale=8.0), 4)
+    for one, two in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+
+
+def test_the_estimate_is_the_sum_of_what_backpropagation_keeps():
+    image = keras.Input((8, 8, 1))
+    x = layers.Conv2D(4, 3, padding="same", activation="relu", name="first")(image)
+    x = layers.Conv2D(2, 3, padding="same", name="second")(layers.BatchNormalization()(x))
+    model = keras.Model(image, layers.Dense(2, activation="softmax")(layers.GlobalAveragePooling2D()(x)))
+    weights = 9 * 4 + 4 + 4 * 4 + 9 * 4 * 2 + 2 + 2 * 2 + 2
+    # The image, the output of `first` (for its ReLU and the batch norm), that of the batch norm (for `second`), the
+    # pooled vector and the probabilities; the peak is at the convolution `second`, where the vector is gone.
+    one = training_memory(model, 1, optimizer_slots=2)
+    assert (one.weights, one.gradients, one.optimizer) == (4 * weights, 4 * (weights - 8), 8 * (weights - 8))
+    assert (one.activations, one.transient) == (4 * 64 * (1 + 4 + 4), 4 * 64 * (4 + 4))
+    assert training_memory(model, 3, optimizer_slots=2).activations == 3 * one.activations
+    model.get_layer("first").trainable = False
+    freeze = training_memory(model, 1)
+    assert (freeze.activations, freeze.gradients) == (one.activations, one.gradients - 4 * 40)
+    mixed_precision(model, "float16")
+    half = training_memory(model, 1)
+    assert half.total < freeze.total and half.gradients == freeze.gradients
+
+
+def test_recomputing_and_half_precision_take_less():
+    model, _ = make_image_model(repetitions=(4,))
+    totals = [training_memory(model, 8).activations, training_memory(rematerialize(model), 8).activations]
+    mixed_precision(model)
+    totals += [training_memory(model, 8).activations, training_memory(rematerialize(model), 8).activations]
+    plain, recomputing, half, both = totals
+    assert both < recomputing < plain and both < half < plain
+
+
+def test_models_of_two_images_are_refused():
+    first, second = keras.Input((8, 8, 1)), keras.Input((8, 8, 1))
+    with pytest.raises(InputError, match="Received: 2 inputs and 1 outputs"):
+        rematerialize(keras.Model([first, second], layers.Add()([first, second])))
