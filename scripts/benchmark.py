@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ddsm_train import sample_patches_combined as sampler
 from dm_args import HelpFormatter, complete, positive_int, start_backend
+from dm_files import atomic_write
 from dm_image import DMImageDataGenerator, empty_aligned
 from dm_patches import find_breast, read_lesions, read_resized, sample_image
 from dm_region import Roi, sample_patches
@@ -640,6 +641,105 @@ def heatmap(args):
         )
 
 
+# Networks of the memory table: name -> (patch net, image size, options of add_top_layers; None: the patch net alone).
+MEMORY_NETS = {
+    "ResNet50 patches": ("resnet50", PATCH, None),
+    "VGG16 patches": ("vgg16", PATCH, None),
+    "ResNet50 [512-512-1024]x2": ("resnet50", WHOLE, {"depths": (512, 512, 1024), "repetitions": (2, 2, 2)}),
+    "VGG16 512x1": ("vgg16", WHOLE, {"block_type": "vgg", "depths": (512,), "repetitions": (1,)}),
+    "VGG16 hybrid": ("vgg16", WHOLE, {"depths": (512, 512, 1024), "repetitions": (2, 2, 2)}),
+    "Yaroslav heatmap FC16-8": ("yaroslav", WHOLE, {"add_heatmap": True, "add_conv": False, "fc_init_units": 16}),
+}
+MEMORY_BATCHES = {PATCH: (32, 64, 128, 256), WHOLE: (1, 2, 4, 8, 16)}
+GIB = 2**30
+
+
+def memory_models(name):
+    """Yield (way, model) for a network of `MEMORY_NETS`, as the trainers train it with the options of that way."""
+    from dm_keras_ext import get_dl_model
+    from dm_memory import mixed_precision, rematerialize
+    from dm_resnet import add_top_layers
+
+    net, size, top = MEMORY_NETS[name]
+    model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
+    if top is not None:
+        model = add_top_layers(model, size, patch_net=net, **top)[0]
+    yield "plain", model
+    yield "remat", rematerialize(model, size)
+    mixed_precision(model)
+    yield "mixed", model
+    yield "mixed+remat", rematerialize(model, size)
+
+
+def device_peak():
+    """Peak bytes that this process has held on its GPU, or None without one."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    import tensorflow as tf
+
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"] if tf.config.list_physical_devices("GPU") else None
+
+
+def measured_peak(name, way, batch):
+    """Peak bytes of two training steps on this process's GPU; NaN when they do not fit."""
+    start_backend()
+    from dm_keras_ext import WeightedCrossentropy, create_optimizer
+
+    model = next(model for this, model in memory_models(name) if this == way)
+    model.compile(create_optimizer("adam", 1e-5), WeightedCrossentropy())
+    x = np.zeros((batch, *MEMORY_NETS[name][1], model.input_shape[-1]), np.float32)
+    y = np.eye(model.output_shape[-1], dtype=np.float32)[np.zeros(batch, int)]
+    try:
+        for _ in range(2):
+            model.train_on_batch(x, y)
+    except Exception as error:  # each backend has its own for this
+        if any(word in str(error).lower() for word in ("out of memory", "oom", "resource_exhausted")):
+            return np.nan
+        raise
+    return device_peak()
+
+
+def memory(args):
+    """Peak memory of a training step, all layers and Adam, by network, batch and the options that reduce it."""
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the measuring processes need the GPU
+    start_backend()
+    import pandas as pd
+
+    from dm_memory import half_type, training_memory
+
+    measures = half_type() == "float16"
+    print("Peak of a training step of all layers with Adam, GiB: estimated from the graph" + measures * " (measured)")
+    print(f"fits: the largest batch estimated at {args.gib - 1} GiB: {args.gib}, less 1 for what is not counted")
+    rows = []
+    for name, (_, size, _) in MEMORY_NETS.items():
+        for way, model in memory_models(name):
+            one = training_memory(model, 1, size, optimizer_slots=2)
+            image = one.activations + one.transient
+            fixed = one.total - image
+            fits = int(((args.gib - 1) * GIB - fixed) // image)
+            cells = []
+            for batch in MEMORY_BATCHES[size]:
+                estimated, measured = fixed + batch * image, None
+                if measures:
+                    with fresh_process(args.threads) as alone:  # the peak is that of a process
+                        measured = alone.submit(measured_peak, name, way, batch).result()
+                rows.append((name, *size, way, batch, estimated, measured, fits))
+                cells.append(f"{batch}: {estimated / GIB:5.2f}" + (f" ({measured / GIB:.2f})" if measures else ""))
+            print(f"{name:>25} {way:>11}  fits {fits:3d}   {'  '.join(cells)}", flush=True)
+    if args.out:
+        names = ["network", "rows", "columns", "way", "batch", "estimated_bytes", "measured_bytes", "largest_batch"]
+        with atomic_write(Path(args.out)) as temporary:
+            pd.DataFrame(rows, columns=names).to_csv(temporary, index=False)
+
+
 SECTIONS = {
     "augmentation": augmentation,
     "loading": loading,
@@ -647,6 +747,7 @@ SECTIONS = {
     "networks": networks,
     "feeding": feeding,
     "heatmap": heatmap,
+    "memory": memory,
 }
 
 
@@ -657,6 +758,8 @@ def main(argv=None):
     parser.add_argument("--rounds", type=positive_int, default=3, help="of networks and feeding, in turn")
     threads = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=positive_int, default=threads, help="of each network")
+    parser.add_argument("--gib", type=positive_int, default=8, help="memory of the device of the memory section")
+    parser.add_argument("--out", metavar="CSV", help="file for the table of the memory section")
     args = parser.parse_args(argv)
     unknown = set(args.section) - set(SECTIONS)
     if unknown:
