@@ -455,22 +455,6 @@ def _in_float32(model: keras.Model) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_precision(model: keras.Model) -> Iterator[None]:
-    """Within the block every layer computes in the dtype of its variables, as in a model never set to half precision.
-
-    Half precision is how a model was trained, and nothing that those who open its file should inherit.
-    """
-    before = [(layer, layer.dtype_policy) for layer in leaf_layers(model)]
-    for layer, policy in before:
-        layer.dtype_policy = policy.variable_dtype
-    try:
-        yield
-    finally:
-        for layer, policy in before:
-            layer.dtype_policy = policy
-
-
-@contextmanager
 def _without_legacy_notice() -> Iterator[None]:
     """Keras logs a notice each time a legacy file is written; here that format is chosen knowingly."""
     logger = logging.getLogger("absl")

@@ -153,6 +153,13 @@ def check_options(args: argparse.Namespace, model: keras.Model) -> None:
         raise InputError(f"--img-size {size[0]} {size[1]}: too small for this network; use larger images") from error
     if not args.auto_batch_balance:
         class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
+    backend, devices = keras.backend.backend(), dm_args.env_int("NUM_GPU_DEVICES", 1)
+    if args.accumulate > 1 and devices > 1 and backend == "tensorflow":
+        raise InputError("--accumulate: Keras cannot with TensorFlow on several devices; set NUM_GPU_DEVICES to 1")
+    if args.jit and backend == "torch":
+        raise InputError(
+            "--jit: Expected the backend tensorflow or jax. Received torch, which would compile every step"
+        )
     if args.best_model == args.final_model != "NOSAVE":
         raise InputError(
             f"--final-model: Expected another name than --best-model. Received {args.final_model} for both"

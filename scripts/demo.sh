@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on made mammograms, in under ten minutes on two cores without a GPU: make a download of phantoms,
 # prepare it, sample patches, train a patch classifier, convert it, train the whole-image classifier in two stages,
-# score it with and without flips. Real CBIS-DDSM takes the same path from step 2 on.
+# score it with and without flips, map where both see lesions. Real CBIS-DDSM takes the same path from step 2 on.
 #   scripts/demo.sh [OUTPUT_FOLDER]      default: demo
 set -euo pipefail
 case "${1:-}" in -*)
@@ -40,13 +40,20 @@ train_patch "$out/patch_model.h5" "$out/patch"
 step "5/7 Converting it and training the whole-image classifier in two stages"
 train_image "$out/patch_model.h5" "$out/image_model.h5" "$out/image"
 
-step "6/7 Drawing a mammogram with its lesion"
-image="$(awk -F, '$5 == "MALIGNANT" && $6 == "mass" {print $1 "_" $2 "_" $3; exit}' "$data/roi_mask_path.csv")"
-python scripts/draw_lesions.py "$data/full_img/$image.png" "$out/lesion.png" "$data"/roi_mask/*-Training_"$image"_*.png
+step "6/7 Mapping where the patch classifier sees lesions, and how well the maps point at them"
+sweep "$out/patch_model.h5" "$out/maps.npz" --pat-list "$data/pat_test.txt"
+python ddsm_train/localise.py "$out/maps.npz" --roi-mask-dir "$data/roi_mask" --out-dir "$out/localisation"
 
-step "7/7 Done"
+step "7/7 Drawing such maps, and what the whole-image classifier looks at: a patient of each kind of lesion"
+awk -F, 'NR == FNR {test[$1]; next} ($1 in test) && !seen[substr($5, 1, 3) $6]++ {print $1}' \
+    "$data/pat_test.txt" "$data/roi_mask_path.csv" | sort -u > "$out/drawn.txt"
+sweep "$out/patch_model.h5" "$out/drawn.npz" --pat-list "$out/drawn.txt" --overlay "$out/overlays"
+map_lesions "$out/image_model.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt" --overlay "$out/gradcam"
+
+step "Done"
 cp "$out/image/predictions.csv" "$out/image/metrics.json" "$out/image/roc.png" "$out/"
 python - "$out" <<'PYTHON'
+import csv
 import json
 import sys
 from pathlib import Path
@@ -57,5 +64,8 @@ image = json.loads((out / "metrics.json").read_text())
 print(f"patch classifier, test accuracy     {patch['accuracy']:.3f} on {patch['samples']} patches")
 print(f"whole-image classifier, test AUC    {image['single']['auc']['pos']:.3f} on {image['single']['samples']} images")
 print(f"the same, mean of four flips        {image['flips']['auc']['pos']:.3f}")
-print(f"models, predictions.csv, metrics.json, roc.png and lesion.png are in {out}")
+maps = next(csv.DictReader(open(out / "localisation" / "localisation.csv")))
+pointing, chance = float(maps["pointing_accuracy"]), float(maps["chance"])
+print(f"maps that point at a lesion         {pointing:.3f} of {maps['images_with_lesions']} images, by chance {chance:.3f}")
+print(f"models, predictions.csv, metrics.json, roc.png, maps and pictures (overlays, gradcam, localisation) are in {out}")
 PYTHON

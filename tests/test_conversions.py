@@ -15,7 +15,7 @@ import dm_resnet
 from ddsm_train import patch_clf_train
 from dm_files import InputError
 from dm_keras_ext import Yaroslav, do_2stage_training, freeze_below, get_dl_model
-from dm_resnet import add_top_layers
+from dm_resnet import PATCH_NETS, add_top_layers
 
 slow = pytest.mark.slow
 SIZES = {"xception": 71, "inception": 75}  # the smallest that these take
@@ -60,7 +60,7 @@ def assert_one_cell_is_the_patch_prediction(patch_net, net, size, pool):
     np.testing.assert_allclose(cells[:, 0, 0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("net", ["yaroslav"])
+@pytest.mark.parametrize("net", ["yaroslav", *(pytest.param(n, marks=slow) for n in PATCH_NETS if n != "yaroslav")])
 def test_heatmap_cell_of_a_patch_is_the_prediction_of_todays_net(net):
     patch_net, _, _ = make_net(net, hidden_dropout=0.3)
     size = SIZES.get(net, 64)
@@ -71,8 +71,11 @@ def test_heatmap_cell_of_a_patch_is_the_prediction_of_todays_net(net):
 @pytest.mark.parametrize(
     ("name", "pool"),
     [
+        pytest.param("patch_vgg16", 7, marks=slow),
         ("patch_yaroslav", 3),
         ("patch_yaroslav_partfrozen", 3),
+        pytest.param("patch_resnet50", 7, marks=slow),
+        pytest.param("patch_resnet50_nodrop", 7, marks=slow),
     ],
 )
 def test_heatmap_cell_of_a_patch_is_the_prediction_of_the_published_file(golden, tmp_path, name, pool):
@@ -84,7 +87,7 @@ def test_heatmap_cell_of_a_patch_is_the_prediction_of_the_published_file(golden,
 
 
 @pytest.mark.parametrize("top", TOPS)
-@pytest.mark.parametrize("net", ["yaroslav", pytest.param("vgg16", marks=slow)])
+@pytest.mark.parametrize("net", ["yaroslav", pytest.param("vgg16", marks=slow), pytest.param("resnet50", marks=slow)])
 def test_a_net_of_2017_and_one_of_today_convert_alike(golden, tmp_path, net, top):
     """The same layers above the net, and the same outputs of them for the same features."""
     files = {"old": load_patch_net(golden / "checkpoints", f"patch_{net}", tmp_path)}
@@ -278,6 +281,40 @@ def train(folder, classes, size, **options):
     return pd.read_csv(folder / "out" / "history.csv"), dm_checkpoint.load_model(folder / "final.h5")
 
 
+@slow
+@pytest.mark.parametrize("net", ["xception", "inception"])
+def test_three_stages_from_a_weights_file(net, tmp_path):
+    """Each stage trains what it should: the rates are the stages', and at a rate near zero the weights stay."""
+    size = SIZES[net]
+    patch_net, _, _ = make_net(net, nb_class=2)
+    base = dm_resnet._cut_patch_net(patch_net)[0]
+    dm_checkpoint.save_model(base, tmp_path / "imagenet.h5")
+    history, final = train(
+        tmp_path,
+        ["neg", "pos"],
+        size,
+        net=net,
+        pretrained_weights=str(tmp_path / "imagenet.h5"),
+        init_lr=1e-3,
+        top_layer_multiplier=0.1,
+        all_layer_multiplier=1e-9,
+        nb_epoch=1,
+        top_layer_epochs=2,
+        all_layer_epochs=3,
+        hidden_dropout2=0.2,
+    )
+    assert list(history.learning_rate) == pytest.approx([1e-3, 1e-4, 1e-12], rel=1e-5)
+    _, _, top_layer_nb = make_net(net, nb_class=2, hidden_dropout=0.2)
+    for i, layer in enumerate(base.layers):
+        kept = final.layers[i]
+        assert type(kept) is type(layer)
+        for old, new in zip(layer.weights, kept.weights, strict=True):
+            if "moving" not in old.path:
+                # batch norm's gamma and beta near the end may hardly move
+                same = np.allclose(np.asarray(old), np.asarray(new), atol=1e-7)
+                assert same if i < top_layer_nb else not (same and old.name == "kernel"), (layer.name, old.path)
+
+
 @pytest.mark.parametrize(
     ("count", "weights"),
     [(2, {"pos_cls_weight": 2.0}), (3, {"neg_cls_weight": 0.0}), (4, {}), (5, {"auto_batch_balance": True})],
@@ -291,3 +328,16 @@ def test_class_lists_of_two_to_five(count, weights, tmp_path):
     assert np.shape(metrics["confusion_matrix"]) == (count, count)
     assert set(metrics["auc"]) == set(metrics["precision"]) == set(metrics["recall"]) == set(classes)
     assert final.output_shape == (None, count)
+
+
+@slow
+@pytest.mark.parametrize("name", ["patch_yaroslav", "patch_vgg16"])
+def test_training_resumes_from_published_files(name, golden, tmp_path):
+    net = name.split("_")[1]
+    old = load_patch_net(golden / "checkpoints", name, tmp_path)
+    classes = ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"]
+    stages = {"nb_epoch": 1, "top_layer_epochs": 2, "all_layer_epochs": 3}
+    history, final = train(tmp_path, classes, 64, net=net, resume_from=str(tmp_path / f"{name}.h5"), **stages)
+    assert len(history) == (1 if net == "yaroslav" else 3)
+    assert [layer.name for layer in final.layers] == [layer.name for layer in old.layers]
+    assert any((one != two).any() for one, two in zip(old.get_weights(), final.get_weights(), strict=True))

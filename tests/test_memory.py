@@ -1,5 +1,7 @@
 """Half precision, recomputation and accumulation: the steps of the plain model, in less memory."""
 
+import gzip
+
 import keras
 import numpy as np
 import pytest
@@ -209,3 +211,20 @@ def test_models_of_two_images_are_refused():
     first, second = keras.Input((8, 8, 1)), keras.Input((8, 8, 1))
     with pytest.raises(InputError, match="Received: 2 inputs and 1 outputs"):
         rematerialize(keras.Model([first, second], layers.Add()([first, second])))
+
+
+@pytest.mark.parametrize("name", ["patch_yaroslav", "image_d_yaroslav_heatmap_fc16_8_shortcut"])
+def test_published_files_predict_nearly_the_same_in_half_precision(name, golden, tmp_path):
+    """And exactly the same again in full precision; the heatmap's dense layer with ReLU at every position included."""
+    folder = golden / "checkpoints"
+    (tmp_path / "model.h5").write_bytes(gzip.decompress((folder / f"{name}.h5.gz").read_bytes()))
+    with np.load(folder / f"{name}.npz") as arrays:
+        x, expected = arrays["x"], arrays["predict"]
+    model = load_model(tmp_path / "model.h5")
+    mixed_precision(model)
+    half = model.predict_on_batch(x)
+    assert half.dtype == np.float32
+    difference = np.abs(half - expected).max()
+    assert 1e-6 < difference < 0.05
+    full_precision(model)
+    np.testing.assert_allclose(model.predict_on_batch(x), expected, atol=1e-4)

@@ -368,6 +368,13 @@ def test_wrong_options_end_with_status_2(options, data, capsys):
     assert options[0] in capsys.readouterr().err
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX accumulates on several devices")
+def test_accumulation_on_several_devices_is_refused(data, monkeypatch, capfd):
+    monkeypatch.setenv("NUM_GPU_DEVICES", "2")
+    assert train_patches(data, "--accumulate", "2") == 1
+    assert re.search(r"--accumulate.*NUM_GPU_DEVICES", capfd.readouterr().err.splitlines()[-1])
+
+
 def test_a_wrong_environment_variable_is_named(data, monkeypatch, capfd):
     monkeypatch.setenv("RANDOM_SEED", "many")
     assert train_patches(data) == 1
