@@ -362,7 +362,7 @@ def get_prob_heatmap(
 
     Returns a list of float32 arrays (grid rows, grid columns, classes), [None] for None.
     """
-    from dm_heatmap import Sweep  # which stands on this module
+    from dm_heatmap_score import Sweep  # which stands on this module
 
     if img_list is None:
         return [None]

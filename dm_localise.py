@@ -22,8 +22,9 @@ import numpy as np
 from scipy import ndimage
 
 from dm_files import InputError, atomic_write
-from dm_heatmap import Grid, Heatmaps, read_lesion_masks
+from dm_heatmap import Grid, Heatmaps
 from dm_image import check_grey, read_resized
+from dm_patches import read_lesion_masks
 from dm_preprocess import DMImagePreprocessor
 
 # False positives an image at which the sensitivity is reported (CAMELYON16).

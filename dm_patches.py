@@ -7,6 +7,7 @@ there when a set is complete; the same run started again after it was killed wri
 
 import csv
 import functools
+import glob
 import io
 import re
 from argparse import Namespace
@@ -268,6 +269,27 @@ def check_mask_fits(mask_size, image_size) -> None:
                 *image_size, *mask_size
             )
         )
+
+
+def read_lesion_masks(roi_mask_dir, image_id: str, image_size: tuple[int, int]) -> dict:
+    """Masks of the lesions of one image by file name without ending: bool (rows, columns) of `image_size`.
+
+    Files are `<Calc|Mass>-<set>_<image_id>_<number>.png`, where `image_id` is `<patient>_<side>_<CC|MLO>`. Raises
+    InputError for a mask that is unreadable, has not the shape of its image, or is empty.
+    """
+    from dm_image import check_grey, read_resize_img
+
+    masks = {}
+    for path in sorted(Path(roi_mask_dir).glob(f"*-*_{glob.escape(image_id)}_*.png")):
+        try:
+            check_mask_fits(read_size(path), image_size)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        mask = check_grey(path, read_resize_img(path, target_size=image_size)) > 0  # as the patch samplers do
+        if not mask.any():
+            raise InputError(f"{path}: the mask marks no lesion: Expected pixels above 0. Received none")
+        masks[path.stem] = mask
+    return masks
 
 
 def write_patch(path, padded, patch, patch_size: int) -> None:

@@ -104,14 +104,16 @@ def run(*paths, **options) -> None:
     args = dm_args.complete(make_parser(), options, paths)
     import functools
 
-    import dm_heatmap
+    import dm_heatmap_draw
+    import dm_heatmap_score
     from dm_dataset import read_patient_list
+    from dm_heatmap import check_map_name
     from dm_parallel import run_parallel
 
     args.out = args.out if Path(args.out).suffix else f"{args.out}.npz"
-    dm_heatmap.check_map_name(args.out)
+    check_map_name(args.out)
     patients = None if args.pat_list is None else read_patient_list(args.pat_list)
-    breasts, faults = dm_heatmap.read_breasts(args.pat_csv, args.img_folder, patients)
+    breasts, faults = dm_heatmap_score.read_breasts(args.pat_csv, args.img_folder, patients)
     if faults and args.on_error == "stop":
         raise InputError(f"{faults[0]} ({len(faults)} such; --on-error skip leaves them out)")
     if not breasts:
@@ -133,7 +135,7 @@ def run(*paths, **options) -> None:
         )
     kept = {name: getattr(args, name) for name in (*PIXEL_OPTIONS, *MODE_OPTIONS[scorer.mode])}
     kept |= {"dl_state": args.dl_state, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
-    records, scoring_faults = dm_heatmap.score_breasts(
+    records, scoring_faults = dm_heatmap_score.score_breasts(
         breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error
     )
     faults += scoring_faults
@@ -143,7 +145,7 @@ def run(*paths, **options) -> None:
     print(f"Their cells stand for {window} pixels of the scored image and are {strides} pixels apart")
     if args.overlay is not None:
         draw = functools.partial(
-            dm_heatmap.draw_overlays,
+            dm_heatmap_draw.draw_overlays,
             out_dir=args.overlay,
             class_names=class_names,
             mode=scorer.mode,
@@ -157,10 +159,10 @@ def run(*paths, **options) -> None:
 
 
 def make_scorer(model, args: argparse.Namespace):
-    """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `dm_heatmap`."""
+    """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `dm_heatmap_score`."""
     import keras
 
-    from dm_heatmap import ForwardPropagation, GradCam, Sweep
+    from dm_heatmap_score import ForwardPropagation, GradCam, Sweep
 
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
         raise InputError(f"{args.dl_state}: Expected a classifier of one image. Received inputs {model.input_shape}")

@@ -601,7 +601,7 @@ def feeding(args):
 def heatmap(args):
     """Maps of a patch classifier over one image: the forward propagation against the sliding windows of one grid."""
     start_backend()
-    from dm_heatmap import ForwardPropagation, Scan, Sweep
+    from dm_heatmap_score import ForwardPropagation, Scan, Sweep
     from dm_keras_ext import get_dl_model
 
     patch, stride = PATCH[0], 32
@@ -645,10 +645,14 @@ def heatmap(args):
 MEMORY_NETS = {
     "ResNet50 patches": ("resnet50", PATCH, None),
     "VGG16 patches": ("vgg16", PATCH, None),
-    "ResNet50 [512-512-1024]x2": ("resnet50", WHOLE, {"depths": (512, 512, 1024), "repetitions": (2, 2, 2)}),
-    "VGG16 512x1": ("vgg16", WHOLE, {"block_type": "vgg", "depths": (512,), "repetitions": (1,)}),
-    "VGG16 hybrid": ("vgg16", WHOLE, {"depths": (512, 512, 1024), "repetitions": (2, 2, 2)}),
-    "Yaroslav heatmap FC16-8": ("yaroslav", WHOLE, {"add_heatmap": True, "add_conv": False, "fc_init_units": 16}),
+    "ResNet50 [512-512-1024]x2": ("resnet50", WHOLE, TOPS["resnet50"]),
+    "VGG16 512x1": ("vgg16", WHOLE, TOPS["vgg16"]),
+    "VGG16 [512-512-1024]x2": ("vgg16", WHOLE, TOPS["resnet50"]),
+    "Yaroslav heatmap FC16-8": (
+        "yaroslav",
+        WHOLE,
+        {"add_heatmap": True, "hm_pool_size": (3, 3), "add_conv": False, "fc_init_units": 16, "add_shortcut": True},
+    ),
 }
 MEMORY_BATCHES = {PATCH: (32, 64, 128, 256), WHOLE: (1, 2, 4, 8, 16)}
 GIB = 2**30

@@ -19,10 +19,13 @@ import pytest
 from keras import layers
 
 import dm_heatmap
+import dm_heatmap_draw
+import dm_heatmap_score
 from ddsm_train import heatmap_score
 from dm_checkpoint import save_model
 from dm_files import InputError
-from dm_heatmap import ForwardPropagation, GradCam, Grid, HeatmapRecord, Scan, Sweep, load_heatmaps, save_heatmaps
+from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+from dm_heatmap_score import ForwardPropagation, GradCam, Scan, Sweep
 from dm_resnet import add_top_layers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,9 +92,9 @@ class Means:
 
 
 def score(folder, scorer, out, **kwargs):
-    breasts, _ = dm_heatmap.read_breasts(folder / "pat.csv", folder)
+    breasts, _ = dm_heatmap_score.read_breasts(folder / "pat.csv", folder)
     options = {"class_names": ["background", "lesion"], "options": {"mean": 1.0}} | kwargs
-    return dm_heatmap.score_breasts(breasts, scorer, out, **options)
+    return dm_heatmap_score.score_breasts(breasts, scorer, out, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- golden
@@ -322,7 +325,9 @@ def test_grad_cam_of_whole_image_classifiers(add_conv):
     features = cam.trunk.predict(x, verbose=0)
     scores = cam.head.predict(features, verbose=0)
     np.testing.assert_allclose(keras.ops.softmax(scores), model.predict(x, verbose=0), atol=1e-5)
-    gradient = keras.ops.convert_to_numpy(dm_heatmap._gradient(cam.head, keras.ops.convert_to_tensor(features), 1))
+    gradient = keras.ops.convert_to_numpy(
+        dm_heatmap_score._gradient(cam.head, keras.ops.convert_to_tensor(features), 1)
+    )
     step = 1e-2 * gradient / np.abs(gradient).max()
     ahead, behind = (cam.head.predict(features + sign * step, verbose=0)[0, 1] for sign in (1, -1))
     assert ahead - behind == pytest.approx(2 * (gradient * step).sum(), rel=0.02)
@@ -448,8 +453,10 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import cv2, numpy as np
-import dm_heatmap
-from dm_heatmap import Grid, Scan
+import dm_heatmap_score
+from dm_files import InputError
+from dm_heatmap import Grid
+from dm_heatmap_score import Scan
 
 {inspect.getsource(Means)}
 
@@ -487,12 +494,12 @@ score(Path({str(folder)!r}), Killed(), {str(tmp_path / "maps.npz")!r})
 
 def test_breasts_of_a_table(tmp_path):
     folder = write_breasts(tmp_path / "img", [*BREASTS, ("P_4", "LEFT", 0, "")])
-    breasts, faults = dm_heatmap.read_breasts(folder / "pat.csv", folder, ["P_2", "P_1", "P_9"])
+    breasts, faults = dm_heatmap_score.read_breasts(folder / "pat.csv", folder, ["P_2", "P_1", "P_9"])
     assert [(b.name, b.cancer, sorted(b.files)) for b in breasts] == [
         ("P_1_LEFT", 1, ["cc", "mlo"]), ("P_1_RIGHT", 0, ["cc"]), ("P_2_LEFT", 0, ["mlo"])
     ]  # fmt: skip
     assert faults == [f"{folder / 'pat.csv'}: no row of patient P_9"]
-    [fault] = dm_heatmap.read_breasts(folder / "pat.csv", folder)[1]
+    [fault] = dm_heatmap_score.read_breasts(folder / "pat.csv", folder)[1]
     assert "row 6: no image of P_4 LEFT" in fault
 
 
@@ -508,7 +515,7 @@ def test_breasts_of_a_table(tmp_path):
 def test_wrong_tables_name_the_row(tmp_path, row, message):
     (tmp_path / "pat.csv").write_text(f"patient_id,side,cancer\nP_0,LEFT,0\n{row}\n")
     with pytest.raises(InputError, match=message):
-        dm_heatmap.read_breasts(tmp_path / "pat.csv", tmp_path)
+        dm_heatmap_score.read_breasts(tmp_path / "pat.csv", tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- the command line
@@ -572,7 +579,7 @@ def test_a_picture_lays_map_and_outline_on_the_pixels():
     grid = Grid((40, 30), (2.0, 2.0), (4.0, 4.0))
     heatmap = np.zeros((10, 8, 3), np.float32)
     heatmap[2, 5, 1:] = 0.3, 0.4  # rows 8..12, columns 20..24
-    figure = dm_heatmap.overlay_figure(img, heatmap, grid, ["none", "a", "b"], masks=[mask])
+    figure = dm_heatmap_draw.overlay_figure(img, heatmap, grid, ["none", "a", "b"], masks=[mask])
     titles = [axes.get_title() for axes in figure.axes[:5]]
     assert titles == ["mammogram", "lesion classes, sum (max 0.7)", "none (max 0)", "a (max 0.3)", "b (max 0.4)"]
     mammogram, total = figure.axes[0].images[0], figure.axes[1].images[1]
