@@ -122,6 +122,7 @@ class _WholeImage:
     """What the ways that give the network the image at once share: it is read as the trainers read it.
 
     segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
+    Each way has `first`, `strides` (see `Grid`) and `window`, the pixels that a cell stands for.
     """
 
     def __init__(
@@ -156,8 +157,7 @@ class _WholeImage:
                 img = DMImagePreprocessor.segment_breast(img, crop=False)[0]
             except InputError as error:
                 raise InputError(f"{fname}: {error}") from error
-        first = tuple(size / 2 for size in self.window)
-        return Scan(str(fname), img - self.mean, Grid(img.shape, first, self.strides))
+        return Scan(str(fname), img - self.mean, Grid(img.shape, self.first, self.strides))
 
     def _input(self, scan: Scan) -> np.ndarray:
         """(1, rows, columns, channels)."""
@@ -194,6 +194,7 @@ class ForwardPropagation(_WholeImage):
         stride, reach = _stride_and_reach(heatmap_model.layers[1])
         self.strides = tuple(float(stride * n) for n in hm_strides)
         self.window = tuple(stride * (n - 1) + max(stride, reach) for n in avg_pool_size)
+        self.first = tuple(size / 2 for size in self.window)
 
     def score(self, scan: Scan) -> np.ndarray:
         """The map of an image: float32 (map rows, map columns, classes)."""
@@ -222,7 +223,7 @@ class GradCam(_WholeImage):
     The map of a class is ReLU(sum_k a_k A_k) of the feature maps A_k, with a_k the mean over the map of the gradient
     of the class's score before the softmax; for a network that ends in global average pooling and a dense layer, the
     class activation map of Zhou et al. 2016 up to its scale. Values are 0 or more, without upper limit; a cell is
-    the centre of the part of the image that its feature stands for.
+    the centre of its feature's receptive field.
 
     layer: "last" for the last feature map before pooling or flattening, "patch" for that of the nested patch net,
     which is finer; default: the finer one where there is one.
@@ -237,12 +238,16 @@ class GradCam(_WholeImage):
         features = _feature_tensor(model, layer)
         self.trunk = keras.Model(model.inputs[0], features)
         self.head = keras.Model(features, _scores_before_softmax(model))
-        self.window = self.strides = tuple(
-            size / n for size, n in zip(img_size, self._shape_of_map(img_size), strict=True)
-        )
-
-    def _shape_of_map(self, img_size):
-        return self.trunk.compute_output_shape((1, *img_size, self.model.input_shape[-1]))[1:3]
+        image = _Cells(np.full(2, 0.5), np.ones(2), np.array(img_size))
+        cells = _cells(features, {id(model.inputs[0]): image})
+        expected = self.trunk.compute_output_shape((1, *img_size, self.model.input_shape[-1]))[1:3]
+        if tuple(cells.count) != tuple(expected):
+            raise InputError(
+                f"Grad-CAM: cannot tell where the features are: Expected convolutions and poolings that give "
+                f"{cells.count[0]} x {cells.count[1]} of them. Received {expected[0]} x {expected[1]}"
+            )
+        self.first, self.strides = tuple(map(float, cells.first)), tuple(map(float, cells.strides))
+        self.window = self.strides
 
     def score(self, scan: Scan) -> np.ndarray:
         """The maps of an image: float32 (map rows, map columns, classes)."""
@@ -255,6 +260,51 @@ class GradCam(_WholeImage):
             weights = gradient.mean(axis=(0, 1, 2))
             maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
         return np.stack(maps, axis=-1)
+
+
+class _Cells(NamedTuple):
+    """Where the cells of a feature map are in the image: arrays (2,), for rows and columns.
+
+    first: centre of the first cell's receptive field. strides: pixels from cell to cell. count: number of cells.
+    """
+
+    first: np.ndarray
+    strides: np.ndarray
+    count: np.ndarray
+
+
+def _cells(tensor, known: dict[int, _Cells]) -> _Cells:
+    """The cells of a tensor inside a network, by the sizes, strides and paddings of the layers before it.
+
+    known: cells by id of tensor, with those of the network's input; others are added. Of branches whose cells differ,
+    the middle is taken.
+    """
+    import keras
+
+    if id(tensor) in known:
+        return known[id(tensor)]
+    layer, node, _ = tensor._keras_history
+    branches = [_cells(before, known) for before in layer._inbound_nodes[node].input_tensors]
+    first = np.mean([branch.first for branch in branches], axis=0)
+    _, strides, count = branches[0]
+    if isinstance(layer, keras.Model):
+        first, strides, count = _cells(layer.outputs[0], {id(layer.inputs[0]): branches[0]})
+    elif isinstance(layer, keras.layers.ZeroPadding2D):
+        first = first - strides * [before for before, _ in layer.padding]
+        count = count + np.sum(layer.padding, axis=1)
+    elif isinstance(layer, keras.layers.Cropping2D):
+        first = first + strides * [before for before, _ in layer.cropping]
+        count = count - np.sum(layer.cropping, axis=1)
+    elif (kernel := getattr(layer, "kernel_size", getattr(layer, "pool_size", None))) is not None:
+        kernel = 1 + (np.array(kernel) - 1) * getattr(layer, "dilation_rate", 1)
+        steps = np.array(layer.strides)
+        valid = layer.padding == "valid"
+        cells = (count - kernel) // steps + 1 if valid else -(-count // steps)
+        zeros = 0 if valid else np.maximum((cells - 1) * steps + kernel - count, 0) // 2  # before the first pixel
+        first = first + strides * ((kernel - 1) / 2 - zeros)
+        strides, count = strides * steps, cells
+    known[id(tensor)] = _Cells(first, strides, count)
+    return known[id(tensor)]
 
 
 def _feature_tensor(model, layer: str | None):

@@ -43,6 +43,15 @@ def small_net(padding, channels=1, nb_class=3, seed=7):
     return keras.Model(image, output)
 
 
+def pooling_net(stride, nb_class=2):
+    """A patch classifier of max pooling alone: a feature sees `stride` x `stride` pixels."""
+    image = keras.Input((None, None, 1))
+    x = layers.GlobalAveragePooling2D()(layers.MaxPooling2D(stride)(image))
+    net = keras.Model(image, layers.Dense(nb_class, activation="softmax")(x))
+    net.layers[-1].set_weights([np.eye(1, nb_class, 1, dtype=np.float32), np.zeros(nb_class, np.float32)])
+    return net
+
+
 def write_breasts(folder, breasts, shape=(64, 48)):
     """16-bit phantoms `<patient>_<side>_<view>.png` and their pat.csv; breasts: (patient, side, cancer, views)."""
     folder.mkdir(exist_ok=True)
@@ -195,20 +204,95 @@ def test_a_bright_spot_is_where_the_sweep_says(tmp_path, enlarged, row, column):
 
 @pytest.mark.parametrize("pooling", [(1, 1), (3, 3), (3, 2)])
 def test_a_bright_spot_is_where_the_forward_propagation_says(pooling):
-    x = image = keras.Input((None, None, 1))
-    x = layers.MaxPooling2D(4)(x)
-    output = layers.Dense(2, activation="softmax")(layers.GlobalAveragePooling2D()(x))
-    net = keras.Model(image, output)
-    net.layers[-1].set_weights([np.array([[0.0, 1e-3]], np.float32), np.zeros(2, np.float32)])
+    net = pooling_net(4)
+    kernel, bias = net.layers[-1].get_weights()
+    net.layers[-1].set_weights([kernel / 1000, bias])  # so small that the softmax is linear
     forward = ForwardPropagation(net, (80, 64), patch_net="vgg16", avg_pool_size=pooling)
     assert forward.strides == (4, 4) and forward.window == (4 * pooling[0], 4 * pooling[1])
+    assert forward.first == (2 * pooling[0], 2 * pooling[1])
     pixels = np.zeros((80, 64), np.float32)
     pixels[40:44, 20:24] = 1
-    grid = Grid((80, 64), tuple(size / 2 for size in forward.window), forward.strides)
+    grid = Grid((80, 64), forward.first, forward.strides)
     heatmap = forward.score(Scan("", pixels, grid))[..., 1] - 0.5
     rows, columns = grid.centres(heatmap.shape)
     centroid = (heatmap.sum(1) @ rows / heatmap.sum(), heatmap.sum(0) @ columns / heatmap.sum())
     assert centroid == pytest.approx((42, 22), abs=0.02)
+
+
+def test_a_bright_spot_is_where_grad_cam_says():
+    # Images need not be a multiple of the stride: what is left over below and on the right gives no feature.
+    cam = GradCam(pooling_net(8), (63, 50))
+    pixels = np.zeros((63, 50), np.float32)
+    pixels[48:56, 16:24] = 1
+    heatmap = cam.score(Scan("", pixels, None))[..., 1]
+    rows, columns = Grid((63, 50), cam.first, cam.strides).centres(heatmap.shape)
+    i, j = np.unravel_index(heatmap.argmax(), heatmap.shape)
+    assert heatmap.shape == (7, 6) and (rows[i], columns[j]) == (52, 20)
+
+
+def test_a_bright_spot_is_where_grad_cam_of_the_last_layer_says():
+    # The published top: 7 x 7 features averaged, then the maximum of 5 x 5, without padding, then dense layers.
+    size = (1152, 896)
+    model, _ = add_top_layers(
+        pooling_net(32), size, "vgg16", add_heatmap=True, avg_pool_size=(7, 7), hm_pool_size=(5, 5), add_conv=False,
+    )  # fmt: skip
+    cam = GradCam(model, size, layer="last")
+    centres = Grid(size, cam.first, cam.strides).centres(cam.trunk.output_shape[1:3])
+    assert [list(axis) for axis in centres] == [[176, 336, 496, 656, 816, 976], [176, 336, 496, 656]]
+    # The first cell sees the first 7 + 4 features, the second begins 5 features on.
+    for row, cells in ((16, [0]), (5 * 32 - 16, [0]), (5 * 32 + 16, [0, 1]), (11 * 32 - 16, [0, 1, 2]), (400, [1, 2])):
+        pixels = np.zeros(size, np.float32)
+        pixels[row, 16] = 1
+        features = cam.trunk.predict(pixels[None, ..., None], verbose=0)[0, :, 0, 1]
+        assert [i for i, value in enumerate(features) if value > 0] == cells
+        assert all(abs(centres[0][i] - row) < 11 * 32 / 2 for i in cells)
+
+
+def averaging(model):
+    """The network with convolutions and poolings that take the mean of what they see: then all of it counts alike."""
+
+    def clone(layer):
+        if isinstance(layer, layers.MaxPooling2D):
+            return layers.AveragePooling2D(layer.pool_size, layer.strides, layer.padding)
+        return layer.__class__.from_config(layer.get_config())
+
+    model = keras.models.clone_model(model, clone_function=clone)
+    for layer in model.layers:
+        if not isinstance(layer, layers.BatchNormalization):
+            # The last axis but one is summed too, except in depthwise kernels, whose last has one entry.
+            seen = [w.shape[: 2 if w.shape[-1] == 1 else -1] for w in layer.get_weights()]
+            layer.set_weights([np.full(w.shape, w.ndim > 1) / np.prod(s) for w, s in zip(layer.get_weights(), seen)])
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("net", "size"),
+    [("yaroslav", (480, 384)), ("resnet50", (480, 500)), ("xception", (500, 480)), ("inception", (480, 501))],
+)
+def test_cells_of_grad_cam_are_the_middles_of_what_features_see(net, size):
+    """Second implementation: the centre of gravity of a feature's derivatives by the pixels."""
+    from dm_keras_ext import get_dl_model
+
+    model = averaging(get_dl_model(net, nb_class=3, use_pretrained=False)[0])
+    cam = GradCam(model, size)
+    *_, channels = model.input_shape
+    x = keras.ops.convert_to_tensor(100 + rng.random((1, *size, channels)).astype(np.float32))
+    shape = cam.trunk(x).shape[1:3]
+    rows, columns = Grid(size, cam.first, cam.strides).centres(shape)
+    i, j = shape[0] // 2, shape[1] // 2
+    feature = keras.Model(cam.trunk.inputs, cam.trunk.outputs[0][:, i, j, :])
+    sees = np.abs(keras.ops.convert_to_numpy(dm_heatmap_score._gradient(feature, x, 0)))[0].sum(axis=-1)
+    middle = (sees.sum(1) @ (np.arange(size[0]) + 0.5), sees.sum(0) @ (np.arange(size[1]) + 0.5)) / sees.sum()
+    # Exact but for the branches of Inception, of which some reach the image's border.
+    assert (rows[i], columns[j]) == pytest.approx(tuple(middle), abs=1)
+
+
+def test_grad_cam_refuses_layers_whose_features_it_cannot_place():
+    image = keras.Input((32, 32, 1))
+    x = layers.GlobalAveragePooling2D()(layers.UpSampling2D(2)(layers.Conv2D(2, 3)(image)))
+    with pytest.raises(InputError, match=r"Expected convolutions and poolings that give 30 x 30 .* Received 60 x 60"):
+        GradCam(keras.Model(image, layers.Dense(2, activation="softmax")(x)), (32, 32))
 
 
 def test_networks_whose_features_lie_otherwise():
