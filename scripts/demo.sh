@@ -52,20 +52,5 @@ map_lesions "$out/image_model.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt"
 
 step "Done"
 cp "$out/image/predictions.csv" "$out/image/metrics.json" "$out/image/roc.png" "$out/"
-python - "$out" <<'PYTHON'
-import csv
-import json
-import sys
-from pathlib import Path
-
-out = Path(sys.argv[1])
-patch = json.loads((out / "patch" / "metrics.json").read_text())["single"]
-image = json.loads((out / "metrics.json").read_text())
-print(f"patch classifier, test accuracy     {patch['accuracy']:.3f} on {patch['samples']} patches")
-print(f"whole-image classifier, test AUC    {image['single']['auc']['pos']:.3f} on {image['single']['samples']} images")
-print(f"the same, mean of four flips        {image['flips']['auc']['pos']:.3f}")
-maps = next(csv.DictReader(open(out / "localisation" / "localisation.csv")))
-pointing, chance = float(maps["pointing_accuracy"]), float(maps["chance"])
-print(f"maps that point at a lesion         {pointing:.3f} of {maps['images_with_lesions']} images, by chance {chance:.3f}")
-print(f"models, predictions.csv, metrics.json, roc.png, maps and pictures (overlays, gradcam, localisation) are in {out}")
-PYTHON
+python scripts/phantom_summary.py demo "$out"
+echo "models, predictions.csv, metrics.json, roc.png, maps and pictures (overlays, gradcam, localisation) are in $out"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The claim of the paper on made mammograms: a whole-image classifier that starts from a patch classifier against the
 # same network trained from random weights on the image labels alone, for three seeds. From scratch it gets the same
-# number of epochs, and in a second run twice that, which is as long as patch and image training together.
+# number of epochs, and in a second run twice that.
 #   scripts/patch_or_scratch.sh [OUTPUT_FOLDER]      default: patch_or_scratch; about half an hour on two cores
-# Leaves results.csv (a row a run), results.png and every run's own files. Runs that are done are not done again.
+# Leaves results.csv (a row a run), results.png and every run's own files. Given again, the same command goes on where
+# it was: runs that are done are not done again.
 set -euo pipefail
 case "${1:-}" in -*)
     sed -n '2,/^set/s/^# //p' "$0"
@@ -19,7 +20,11 @@ data="$out/prepared"
 patches="$out/patches"
 
 if [ ! -f "$out/sampled" ]; then
-    make_data "$out/download"
+    if [ ! -e "$out/download" ]; then
+        rm -rf "$out/download.partial" # of a run that was killed
+        make_data "$out/download.partial"
+        mv "$out/download.partial" "$out/download"
+    fi
     prepare_data "$out/download"
     sample
     touch "$out/sampled"
@@ -39,35 +44,4 @@ for seed in 1 2 3; do
         train_image "$patch" "$runs/scratch_long.h5" "$runs/scratch_long" "${scratch[@]}" --all-layer-epochs 18
 done
 
-python - "$out" <<'PYTHON'
-import json
-import sys
-from pathlib import Path
-
-import pandas as pd
-from matplotlib.figure import Figure
-
-out = Path(sys.argv[1])
-ways = {
-    "from_patch": "from the patch classifier",
-    "scratch": "from scratch, as many epochs",
-    "scratch_long": "from scratch, twice the epochs",
-}
-rows, figure = [], Figure(figsize=(6, 4), layout="constrained")
-axes = figure.subplots()
-for number, (name, text) in enumerate(ways.items()):
-    for run in sorted(out.glob(f"seed_*/{name}")):
-        metrics = json.loads((run / "metrics.json").read_text())
-        auc = {way: metrics[way]["auc"]["pos"] for way in ("single", "flips")}
-        rows.append({"start": name, "seed": int(run.parent.name.removeprefix("seed_")), **auc})
-        history = pd.read_csv(run / "history.csv")
-        label = text if rows[-1]["seed"] == 1 else None
-        axes.plot(history.epoch, history.val_auc, color=f"C{number}", marker=".", label=label)
-axes.set(xlabel="epoch of whole-image training", ylabel="validation AUC")
-axes.legend()
-figure.savefig(out / "results.png", dpi=120)
-table = pd.DataFrame(rows)
-table.to_csv(out / "results.csv", index=False)
-print("Test AUC over the seeds, single prediction and mean of four flips")
-print(table.groupby("start", sort=False)[["single", "flips"]].agg(["mean", "std"]).round(3).to_string())
-PYTHON
+python scripts/phantom_summary.py starts "$out"

@@ -1,0 +1,118 @@
+#!/usr/bin/env python
+"""The figures of a run on made mammograms: what `demo.sh` and `patch_or_scratch.sh` print at their end.
+
+  python scripts/phantom_summary.py demo OUT       those of the demo, in OUT
+  python scripts/phantom_summary.py starts OUT     whole-image classifiers from a patch classifier and from scratch
+
+`starts` also writes OUT/results.csv, a row a run, and OUT/results.png, their validation AUC by epoch.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError, atomic_write
+from dm_recipes import measured
+
+# Folders of the runs of `patch_or_scratch.sh` in the folder of a seed, and what they are.
+STARTS = {
+    "from_patch": "from the patch classifier",
+    "scratch": "from scratch, as many epochs",
+    "scratch_long": "from scratch, twice the epochs",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    parser.add_argument("what", choices=("demo", "starts"), help="the script that made OUT")
+    parser.add_argument("out", metavar="OUT", help="its output folder")
+    return parser
+
+
+def demo_figures(out) -> str:
+    """The lines of figures that end `demo.sh`, from its output folder. InputError for figures that are not there."""
+    out = Path(out)
+    patch, patches = measured(out / "patch")
+    image, images = measured(out / "image")
+    table = out / "localisation" / "localisation.csv"
+    try:
+        with open(table, newline="", encoding="utf-8") as file:
+            maps = next(csv.DictReader(file))
+        pointing, chance = float(maps["pointing_accuracy"]), float(maps["chance"])
+    except FileNotFoundError:
+        raise InputError(f"{table}: no such file. Expected the output folder of scripts/demo.sh") from None
+    return "\n".join([
+        f"patch classifier, test accuracy     {patch['accuracy']:.3f} on {patches} patches",
+        f"whole-image classifier, test AUC    {image['auc']:.3f} on {images} images",
+        f"the same, mean of four flips        {image['auc_flips']:.3f}",
+        f"maps that point at a lesion         {pointing:.3f} of {maps['images_with_lesions']} images, "
+        f"by chance {chance:.3f}",
+    ])  # fmt: skip
+
+
+def find_runs(out) -> list[tuple[str, int, Path]]:
+    """(start, seed, folder) of the runs of `patch_or_scratch.sh` in `out`: in the order of STARTS, then of seeds."""
+    runs = [
+        (start, int(folder.parent.name.removeprefix("seed_")), folder)
+        for start in STARTS
+        for folder in Path(out).glob(f"seed_*/{start}")
+    ]
+    if not runs:
+        raise InputError(f"{out}: no runs there. Expected the output folder of scripts/patch_or_scratch.sh")
+    return sorted(runs, key=lambda run: (list(STARTS).index(run[0]), run[1]))
+
+
+def start_figures(out):
+    """The table of `results.csv`, a data frame: start, seed, and test AUC of the single prediction and of the flips."""
+    import pandas as pd
+
+    rows = []
+    for start, seed, folder in find_runs(out):
+        figures, _ = measured(folder)
+        rows.append({"start": start, "seed": seed, "single": figures["auc"], "flips": figures["auc_flips"]})
+    return pd.DataFrame(rows)
+
+
+def plot_starts(out, path) -> None:
+    """Draw the validation AUC of the runs in `out` by epoch, a colour a way of starting."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    labels = dict(STARTS)
+    for start, _, folder in find_runs(out):
+        history = pd.read_csv(folder / "history.csv")
+        color = f"C{list(STARTS).index(start)}"
+        axes.plot(history.epoch, history.val_auc, color=color, marker=".", label=labels.pop(start, None))
+    axes.set(xlabel="epoch of whole-image training", ylabel="validation AUC")
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def run(**options) -> None:
+    """Print the figures; keyword arguments are the option names of `make_parser`."""
+    args = dm_args.complete(make_parser(), options)
+    out = Path(args.out)
+    if args.what == "demo":
+        print(demo_figures(out))
+        return
+    table = start_figures(out)
+    with atomic_write(out / "results.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    plot_starts(out, out / "results.png")
+    print("Test AUC over the seeds, single prediction and mean of four flips")
+    print(table.groupby("start", sort=False)[["single", "flips"]].agg(["mean", "std"]).round(3).to_string())
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
