@@ -350,7 +350,7 @@ def _series(cell: Sequence[str]) -> str | None:
 
 def scan_download(root, skip: Iterable = ()) -> Download:
     """Find all images below `root`, in any of the layouts that are in circulation, but not in the folders `skip`."""
-    from dm_image import DICOM_SUFFIXES, IMAGE_SUFFIXES
+    from dm_image import DICOM_SUFFIXES, is_image
 
     by_series, by_folder, orphans = defaultdict(list), defaultdict(list), []
     descriptions, patient_ids = {}, {}
@@ -359,7 +359,7 @@ def scan_download(root, skip: Iterable = ()) -> Download:
         path, series = relative.as_posix(), relative.parent.name
         if file.name == "dicom_info.csv":
             patient_ids, descriptions = read_dicom_info(file)
-        if file.name.startswith(".") or not file.name.lower().endswith(IMAGE_SUFFIXES):
+        if not is_image(file):
             continue
         by_series[series].append(path)
         if view := _find_folder(reversed(relative.parts[:-1])):

@@ -30,6 +30,12 @@ _END_MARKS = {b"\x89PNG\r\n\x1a\n": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+def is_image(fname: str | os.PathLike) -> bool:
+    """Is a file in a folder of images one of them, by its name? Hidden files are not."""
+    name = os.path.basename(fname)
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = False) -> np.ndarray:
     """Pixels of a PNG, JPEG, BMP, TIFF or DICOM file in the type they are stored in.
 

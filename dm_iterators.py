@@ -543,7 +543,7 @@ def _find_images(directory, class_name, follow_links):
         Path(root, name).relative_to(directory).as_posix()
         for root, _, files in os.walk(folder, followlinks=follow_links)
         for name in files
-        if name.lower().endswith(dm_image.IMAGE_SUFFIXES) and not name.startswith(".")
+        if dm_image.is_image(name)
     )
 
 

@@ -6,6 +6,7 @@ makes it (`kind`), and the rows whose results it starts from (`from`); `reproduc
 
 import csv
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,19 +229,24 @@ def choose_patients(source: Path, out: Path, patients: int) -> list[str]:
 
     As many patients with cancer are chosen of the training set, by the seed of all splits, as it has in share.
     Images are linked, not copied; `patients.txt` lists the patients. Returns them, sorted.
-    Raises InputError for names that tell no patient, and for fewer patients than are asked for.
+    Raises InputError for names that tell no patient, for fewer patients than are asked for, and where `out` already
+    has a set: images of other patients would stay in it.
     """
     from dm_files import walk_files, write_text
+    from dm_image import is_image
     from dm_region import split_patients
 
     source, out = Path(source).resolve(), Path(out)
+    for part in ("train", "val", "test"):
+        if os.path.lexists(out / part):
+            raise InputError(f"{out / part}: exists already. Expected a new folder, or that you remove this one")
     images: dict[str, list[Path]] = {}
     cancer = set()
     for label in ("neg", "pos"):
         folder = source / "train" / label
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Expected train, val and test, each with neg and pos")
-        for path in walk_files(folder):
+        for path in filter(is_image, walk_files(folder)):
             match = _PATIENT.match(path.name)
             if match is None:
                 raise InputError(
@@ -259,7 +265,6 @@ def choose_patients(source: Path, out: Path, patients: int) -> list[str]:
     for path in [path for name in chosen for path in images[name]] + [source / "val", source / "test"]:
         link = out / path.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
         link.symlink_to(path)
     write_text(out / "patients.txt", "".join(f"{name}\n" for name in sorted(chosen)))
     return sorted(chosen)

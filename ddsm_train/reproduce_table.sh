@@ -11,10 +11,11 @@
 #   ddsm_train/reproduce_table.sh ddsm-vgg16-512x1 prepared --patch --pretrained-weights '{net}.h5' --image --batch-size 8
 # Rows of INbreast also need the environment variable INBREAST, a folder of train, val and test, each with neg and pos.
 # Given again, the same command does what is not finished; rows share patches, patch classifiers and DDSM models. A step
-# is finished when its last output is there. One that is, with other options, is refused: remove its folder, or name
-# another OUT. One that is not, with other options, is begun anew.
+# whose command ended well leaves a file `done`. One that is done, but with other options, another RANDOM_SEED, other
+# patients in DATA's sets or other images in INBREAST, is refused: remove its folder, or name another OUT. One that is
+# not done is begun anew.
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ "${1:-}" != --list ] || exec python "$here/published.py" list
 [ $# -ge 2 ] || usage 2
 wanted="$1" data="$(realpath -m -- "$2")"
@@ -32,47 +33,40 @@ for word in "$@"; do
         *) section+=("$word") ;;
     esac
 done
-[ -d "$data" ] || fail "$data: no such folder. Expected the one that scripts/prepare_cbis_ddsm.py wrote"
+# On patches of one split and images of another, patients to test on could be trained on.
+ddsm_patients="$(cat "$data"/pat_{train,val,test}.txt 2> /dev/null | cksum)" ||
+    fail "$data: no such folder, or no patient lists. Expected the one that scripts/prepare_cbis_ddsm.py wrote"
 unset RESUME_FROM FINAL_MODEL
+seed="RANDOM_SEED=${RANDOM_SEED:-12345}"
 
-# Does a step's last output exist, whole?
-finished() {
-    case "$1" in
-        *.json) [ "$(tail -n 1 "$1" 2> /dev/null)" = "}" ] ;;
-        *) [ -s "$1" ] ;;
-    esac
-}
-
-# step FOLDER LAST SOURCES COMMAND... : unless finished, run the command, which ends by writing OUT/FOLDER/LAST from the
-# folders SOURCES. OUT/FOLDER/command.txt says by which commands, the sources' own included, it was made.
+# step FOLDER INPUTS SOURCES COMMAND... : unless done, make OUT/FOLDER by the command from the folders SOURCES and from
+# data of which INPUTS is a checksum. OUT/FOLDER/command.txt says by which commands and inputs, the sources' own
+# included, it was made.
 step() {
-    local name="$1" folder="$out/$1" last="$out/$1/$2" sources="$3" source record=""
+    local name="$1" folder="$out/$1" inputs="$2" sources="$3" source record=""
     shift 3
     for source in $sources; do record+="$(cat "$out/$source/command.txt")"$'\n'; done
-    record+="$(printf '%q ' "${@//"$out/"/OUT/}")"
+    record+="${inputs:+[$inputs] }$(printf '%q ' "${@//"$out/"/OUT/}")"
     record="${record//"$here/"/}"
-    if finished "$last"; then
-        if [ "$record" = "$(cat "$folder/command.txt" 2> /dev/null)" ]; then
+    if [ -e "$folder/done" ]; then
+        if [ "$record" = "$(cat "$folder/command.txt")" ]; then
             echo "=== $name: finished before"
             return
         fi
-        fail "$folder: finished with other options (see command.txt there). Expected the same options, another OUT, or" \
+        fail "$folder: finished with other options or data (see command.txt there). Expected the same, another OUT, or" \
             "that you remove the folder. Received: ${record##*$'\n'}"
     fi
-    if [ -e "$folder/command.txt" ] && [ "$record" != "$(cat "$folder/command.txt")" ]; then
-        rm -r "$folder"
-    fi
+    [ ! -e "$folder/command.txt" ] || rm -r "$folder"
     mkdir -p "$folder"
-    rm -f "$last"
     echo "$record" > "$folder/command.txt"
     echo "=== $name: ${record##*$'\n'}"
     "$@"
-    finished "$last" || fail "$last: was not written"
+    touch "$folder/done"
 }
 
 # reproduce ROW: its sources first, then the row itself.
 reproduce() {
-    local row="$1" kind sources net patch_set top patients source inbreast_data=""
+    local row="$1" kind sources net patch_set top patients source inbreast_data inbreast_images
     IFS=, read -r _ kind sources net patch_set top patients _ \
         < <(awk -F, -v row="$row" 'NR > 1 && $1 == row' "$here/published.csv") ||
         status=2 fail "$row: no such row. Expected one of $(basename "$0") --list"
@@ -80,6 +74,7 @@ reproduce() {
         [ -n "${INBREAST:-}" ] && [ -d "$INBREAST/train" ] || fail "$row: Expected the environment variable INBREAST" \
             "to be a folder of train, val and test, each with neg and pos. Received '${INBREAST:-}'"
         inbreast_data="$(realpath -- "$INBREAST")"
+        inbreast_images="$(cd "$INBREAST" && find -L . -type f ! -name '.*' | LC_ALL=C sort | cksum)"
     fi
     for source in $sources; do reproduce "$source"; done
 
@@ -87,38 +82,44 @@ reproduce() {
     export BEST_MODEL="$out/$row/model.h5"
     case "$kind" in
         patch)
-            step "patches_$patch_set" test/pat_lst.txt "" \
+            step "patches_$patch_set" "$ddsm_patients" "" \
                 "$here/sample_patches.sh" "$patch_set" "$data" "$out/patches_$patch_set" "${sample[@]}"
             export TRAIN_DIR="$out/patches_$patch_set/train"
             export VAL_DIR="$out/patches_$patch_set/val" TEST_DIR="$out/patches_$patch_set/test"
-            step "$row" metrics.json "patches_$patch_set" \
+            step "$row" "" "patches_$patch_set" env "$seed" \
                 "$here/train_patch_clf.sh" "$net" "$patch_set" "${options[@]}" "${patch[@]}"
             ;;
         image | extend)
             export TRAIN_DIR="$data/train" VAL_DIR="$data/val" TEST_DIR="$data/test"
             local start=PATCH_MODEL stages=()
             [ "$kind" = image ] || start=RESUME_FROM stages=(--nb-epoch 0)
-            step "$row" metrics.json "$sources" env "$start=$out/$sources/model.h5" \
+            step "$row" "" "$sources" env "$seed" "$start=$out/$sources/model.h5" \
                 "$here/train_image_clf.sh" "$net" "$top" "${options[@]}" "${image[@]}" "${stages[@]}"
             ;;
         finetune)
             if [ -n "$patients" ]; then
                 source="inbreast_${patients}_patients"
-                step "$source" patients.txt "" \
+                step "$source" "$inbreast_images" "" \
                     python "$here/published.py" choose "$out/$source" "$inbreast_data" "$patients"
                 inbreast_data="$out/$source"
             fi
-            step "$row" metrics.json "$sources${patients:+ $source}" \
+            step "$row" "$inbreast_images" "$sources${patients:+ $source}" env "$seed" \
                 "$here/../inbreast/finetune.sh" "$out/$sources/model.h5" "$inbreast_data" "$BEST_MODEL" \
                 "${options[@]}" "${inbreast[@]}"
             ;;
         mean)
             local runs=()
             for source in $sources; do runs+=("$out/$source"); done
-            step "$row" metrics.json "$sources" python "$here/published.py" average "$out/$row" "${runs[@]}"
+            step "$row" "" "$sources" python "$here/published.py" average "$out/$row" "${runs[@]}"
             ;;
     esac
 }
 
+# Two rows at once could make the same folder.
+if command -v flock > /dev/null; then
+    mkdir -p "$out"
+    exec {lock}> "$out/lock"
+    flock -n "$lock" || fail "$out: another row is being made there: wait until it is done, or name another OUT"
+fi
 reproduce "$wanted"
 python "$here/published.py" compare "$out"

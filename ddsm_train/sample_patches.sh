@@ -8,7 +8,7 @@
 # OUT   the folder to write, with train, val and test; default: DATA/patches_SET
 # Environment: NUM_CPU_CORES, images worked on at the same time (4).
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ $# -ge 2 ] || usage 2
 patch_set="$1" data="$2"
 shift 2

@@ -12,7 +12,7 @@
 #       (DATA/models/patch_PATCHNET_s10.h5), BEST_MODEL (DATA/models/image_PATCHNET_TOP.h5), FINAL_MODEL (NOSAVE),
 #       NUM_CPU_CORES (4). RESUME_FROM, a whole-image model: train all its layers 50 epochs more.
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ $# -ge 2 ] || usage 2
 net="$1" top="$2"
 shift 2
@@ -20,7 +20,8 @@ case "$net" in
     resnet50 | vgg16 | vgg19 | yaroslav | xception | inception) ;;
     *) usage 2 ;;
 esac
-# The heatmap is the patch classifier at each position: its 7x7 cells are one patch of 224x224.
+# The heatmap is the patch classifier on the mean of 7x7 features at each position, for all networks, as in the
+# original: the features of a patch of 224x224, except in YaroslavNet, where such a patch has 3x3, one each 64 pixels.
 heatmap=(--add-heatmap --avg-pool-size 7 7 --hm-strides 1 1)
 case "$top" in
     512-512-2048x1)

@@ -4,5 +4,5 @@
 #   ddsm_train/train_image_clf_im1152.sh [more options of image_clf_train.py]
 # Environment: that of train_image_clf.sh, by which it is done.
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 exec "$here/train_image_clf.sh" resnet50 512-512-1024x2 "$@"

@@ -6,7 +6,7 @@
 #       (ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5), BEST_MODEL (INbreast/transferred_inbreast_best_model.h5),
 #       FINAL_MODEL (NOSAVE), NUM_CPU_CORES (4).
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 exec python "$here/image_clf_train.py" "${TRAIN_DIR:-INbreast/train}" "${VAL_DIR:-INbreast/val}" \
     "${TEST_DIR:-INbreast/test}" \
     --no-patch-model-state \

@@ -10,7 +10,7 @@
 # Environment: DATA (prepared), TRAIN_DIR, VAL_DIR, TEST_DIR (DATA/patches_SET/train, val, test), RESUME_FROM,
 #       BEST_MODEL (DATA/models/patch_NET_SET.h5), FINAL_MODEL (NOSAVE), NUM_CPU_CORES (4).
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ $# -ge 2 ] || usage 2
 net="$1" patch_set="$2"
 shift 2

@@ -9,7 +9,7 @@
 # Environment: DATA (prepared), TRAIN_DIR, VAL_DIR, TEST_DIR (DATA/patches_im4096/train, val, test), RESUME_FROM,
 #       BEST_MODEL (DATA/models/patch_resnet50_im4096_3cls.h5), FINAL_MODEL (NOSAVE), NUM_CPU_CORES (4).
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 data="${DATA:-prepared}"
 patches="$data/patches_im4096"
 export TRAIN_DIR="${TRAIN_DIR:-$patches/train}" VAL_DIR="${VAL_DIR:-$patches/val}" TEST_DIR="${TEST_DIR:-$patches/test}"

@@ -4,7 +4,7 @@
 #   inbreast/finetune.sh MODEL.h5 DATA_FOLDER BEST_MODEL.h5 [more options of image_clf_train.py]
 # DATA_FOLDER holds train, val and test, each with neg and pos.
 set -euo pipefail
-source "$(dirname "$0")/../ddsm_train/recipe.sh"
+source "$(dirname "$(realpath "$0")")/../ddsm_train/recipe.sh"
 [ $# -ge 3 ] || usage 2
 export RESUME_FROM="$1" TRAIN_DIR="$2/train" VAL_DIR="$2/val" TEST_DIR="$2/test" BEST_MODEL="$3"
 shift 3

@@ -38,12 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def find_images(sources) -> list[Path]:
     """The images named, and those in the folders named; InputError for a source without any."""
-    from dm_image import IMAGE_SUFFIXES
+    from dm_image import IMAGE_SUFFIXES, is_image
 
     images = []
     for source in map(Path, sources):
         files = walk_files(source) if source.is_dir() else [source]
-        found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+        found = [path for path in files if is_image(path)]
         if not found:
             raise InputError(f"{source}: no images here. Expected files named {', '.join(IMAGE_SUFFIXES)}")
         images += found

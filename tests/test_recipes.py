@@ -5,9 +5,11 @@ would; the slow ones run the real trainers on phantoms.
 """
 
 import csv
+import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,17 +34,21 @@ import json, os, sys
 from pathlib import Path
 script, *argv = sys.argv[1:]
 name = Path(script).name
-if name == "published.py":
+if name in ("published.py", "phantom_summary.py"):
     os.execv({python!r}, [{python!r}, script, *argv])
+if name == "-c":  # scripts/activate.sh asks where to install
+    print(Path(sys.argv[0]).parent)
+    sys.exit()
 with open(os.environ["COMMANDS"], "a") as file:
     file.write(json.dumps([name, *argv]) + "\\n")
-if os.environ.get("FAIL") == name:
-    sys.exit(3)
+if name == "make_phantom.py":
+    Path(argv[0]).mkdir(parents=True)  # or fail, as the script does
 if name == "sample_patches_combined.py":
     Path(argv[4]).mkdir(parents=True, exist_ok=True)
     Path(argv[4], "pat_lst.txt").write_text("P_00001\\n")
 elif "--out-dir" in argv:
     out = Path(argv[argv.index("--out-dir") + 1])
+    out.mkdir(parents=True, exist_ok=True)
     Path(argv[argv.index("--best-model") + 1]).write_text("model")
     scores = {{"accuracy": 0.75, "auc": {{"neg": 0.8, "pos": 0.8}}, "samples": 4}}
     (out / "predictions.csv").write_text(
@@ -51,7 +57,10 @@ elif "--out-dir" in argv:
             for i, (label, p) in enumerate([("neg", 0.1), ("neg", 0.6), ("pos", 0.5), ("pos", 0.9)])
         )
     )
-    (out / "metrics.json").write_text(json.dumps({{"single": scores, "flips": scores}}, indent=1) + "\\n")
+    (out / "history.csv").write_text("epoch,val_auc\\n1,0.5\\n2,0.7\\n")
+    (out / "metrics.json").write_text(json.dumps({{"single": scores, "flips": scores}}))
+if os.environ.get("FAIL", "no command") in " ".join([name, *argv]):
+    sys.exit(3)
 """
 
 # The real scripts, without the minutes that TensorFlow takes to turn each training step into a graph.
@@ -83,8 +92,9 @@ class Shell:
         self.env = {
             name: value
             for name, value in put_python(folder, STAND_IN).items()
-            if name not in ("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL")
-        }
+            if name not in ("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL",
+                            "RANDOM_SEED")
+        }  # fmt: skip
 
     def __call__(self, recipe, *args, status=0, **env):
         """Run a recipe with further environment variables; return (commands, standard output, standard error)."""
@@ -122,6 +132,8 @@ def prepared(tmp_path):
     """What looks like the folder of prepare_cbis_ddsm.py, without images; and an INbreast folder."""
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "roi_mask_path.csv").touch()
+    for part in ("train", "val", "test"):
+        (tmp_path / "prepared" / f"pat_{part}.txt").write_text(f"P_{part}\n")
     for i in range(70):
         label = "pos" if i % 3 == 0 else "neg"
         for view in ("CC", "ML"):
@@ -294,6 +306,10 @@ def test_help_and_wrong_arguments(shell, recipe):
     assert f"{recipe.parent.name}/{recipe.name}" in text
     assert not error
     assert "#" not in text
+    if not recipe.name.endswith("heatmap_all.sh"):
+        link = shell.folder / recipe.name
+        link.symlink_to(recipe)
+        assert shell(link, "-h")[1] == text
     wrong = [[]] if re.search(rf"{recipe.name} [A-Z]", text) else []
     if recipe.name in ("sample_patches.sh", "train_patch_clf.sh", "train_image_clf.sh"):
         wrong += [["resnet50"], ["nonsense", "nonsense"]]
@@ -362,12 +378,19 @@ def test_few_patients_are_chosen_alike(shell, prepared):
     assert {path.name.split("_")[1] for paths in images.values() for path in paths} == set(patients)
     assert (len(images["neg"]), len(images["pos"])) == (40, 20)  # 24 of 70 have cancer, so 10 of 30; two images each
     assert (folder / "test").resolve() == (shell.folder / "INbreast" / "test").resolve()
-    assert dm_recipes.choose_patients(shell.folder / "INbreast", shell.folder / "again", 30) == patients
+
+    # What is no image counts as little as in the training.
+    train = shell.folder / "INbreast" / "train"
+    for name in (".DS_Store", "Thumbs.db", "._a.png"):
+        (train / "neg" / name).touch()
+    assert dm_recipes.choose_patients(train.parent, shell.folder / "again", 30) == patients
+    with pytest.raises(InputError, match="again/train: exists already"):  # its links would stay
+        dm_recipes.choose_patients(train.parent, shell.folder / "again", 20)
     with pytest.raises(InputError, match="Expected at least 80 patients"):
-        dm_recipes.choose_patients(shell.folder / "INbreast", shell.folder / "again", 80)
-    (shell.folder / "INbreast" / "train" / "neg" / "a.png").touch()
+        dm_recipes.choose_patients(train.parent, shell.folder / "more", 80)
+    (train / "neg" / "a.png").touch()
     with pytest.raises(InputError, match=r"a\.png: the name tells no patient"):
-        dm_recipes.choose_patients(shell.folder / "INbreast", shell.folder / "again", 30)
+        dm_recipes.choose_patients(train.parent, shell.folder / "more", 30)
 
 
 def test_options_reach_their_trainings(shell, prepared):
@@ -392,22 +415,24 @@ def test_resuming(shell, prepared):
         commands, text, error = shell(REPRODUCE, row, "prepared", "out", *options, **how)
         return made(commands), text, error
 
-    assert again(status=3, FAIL="image_clf_train.py")[0][-1] == row
-    assert not (out / row / "metrics.json").exists()
+    # A command that failed counts for nothing, though its last output is there.
+    sampled, patch = [f"patches_s10/{part}" for part in ("train", "val", "test")], "patch-vgg16-s10"
+    assert again(status=3, FAIL="patches_s10/test")[0] == sampled
+    assert (out / "patches_s10" / "test" / "pat_lst.txt").exists()
+    assert again(status=3, FAIL="image_clf_train.py")[0] == [*sampled, patch, row]
+    assert (out / row / "metrics.json").exists()
+    (out / row / "left over").touch()
     assert again()[0] == [row]
+    assert not (out / row / "left over").exists()
     first = (out / "table.csv").read_bytes()
     names, text, _ = again()
     assert names == []
     assert text.count("finished before") == 3
     assert (out / "table.csv").read_bytes() == first
 
-    (out / row / "metrics.json").unlink()
-    assert again()[0] == [row]
-    metrics = out / "patch-vgg16-s10" / "metrics.json"
-    metrics.write_text(metrics.read_text()[:-20])
-    assert again()[0] == ["patch-vgg16-s10"]
-    (out / "patches_s10" / "test" / "pat_lst.txt").unlink()
-    assert again()[0] == [f"patches_s10/{part}" for part in ("train", "val", "test")]
+    for name, expected in {row: [row], patch: [patch], "patches_s10": sampled}.items():
+        (out / name / "done").unlink()
+        assert again()[0] == expected
 
     # With other options: refused when finished, though only a part of it is; begun anew when not.
     before = (out / row / "metrics.json").stat().st_mtime_ns
@@ -418,12 +443,53 @@ def test_resuming(shell, prepared):
     names, _, error = again("--patch", "--trust-checkpoint", status=1)
     assert (names, f"{out}/patch-vgg16-s10: finished with other options" in error) == ([], True)
     assert (out / row / "metrics.json").stat().st_mtime_ns == before
-    (out / row / "metrics.json").unlink()
+    (out / row / "done").unlink()
     assert again("--image", "--batch-size", "8")[0] == [row]
     # A patch classifier trained anew with other options makes what stands on it out of date.
-    (out / "patch-vgg16-s10" / "metrics.json").unlink()
+    (out / patch / "done").unlink()
     names, _, error = again("--patch", "--trust-checkpoint", "--image", "--batch-size", "8", status=1)
     assert (names, f"{out / row}: finished with other options" in error) == (["patch-vgg16-s10"], True)
+
+
+def test_other_patients_and_seeds_are_refused(shell, prepared):
+    row = "inbreast-vgg16-20-patients"
+
+    def again(status=0, **env):
+        commands, _, error = shell(REPRODUCE, row, "prepared", "out", status=status, INBREAST="INbreast", **env)
+        return made(commands), error
+
+    def refused(folder, **env):
+        names, error = again(1, **env)
+        assert (names, error.count("\n")) == ([], 1)
+        assert f"{shell.folder / 'out' / folder}: finished with other options or data" in error
+
+    again()
+    assert again(RANDOM_SEED="12345") == ([], "")
+    refused("patch-vgg16-s10", RANDOM_SEED="1")
+    assert [*again(RANDOM_SEED="1", status=1)[0]] == []
+    neg = shell.folder / "INbreast" / "train" / "neg"
+    (neg / ".DS_Store").touch()
+    assert again() == ([], "")
+    moved = next(neg.glob("*.png"))
+    moved.rename(shell.folder / "INbreast" / "test" / moved.name)
+    refused("inbreast_20_patients")
+    # Prepared again, on another split: its images and the patches of the first would share patients.
+    (prepared / "pat_test.txt").write_text("P_train\n")
+    refused("patches_s10")
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock of util-linux")
+def test_one_row_at_a_time(shell, prepared):
+    (shell.folder / "out").mkdir()
+    with open(shell.folder / "out" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        commands, _, error = shell(REPRODUCE, NAMES[0], "prepared", "out", status=1)
+        assert commands == []
+        assert error == (
+            f"reproduce_table.sh: error: {shell.folder / 'out'}: another row is being made there: wait until it is "
+            "done, or name another OUT\n"
+        )
+    shell(REPRODUCE, NAMES[0], "prepared", "out")
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(shell, prepared):
@@ -446,6 +512,28 @@ def test_the_list_has_every_row(shell):
     lines = text.splitlines()[2:]
     assert [line.split()[2] for line in lines] == NAMES
     assert "0.885" in lines[NAMES.index("ddsm-mean-of-three")]
+
+
+# ------------------------------------------------------------------------------------------- made mammograms
+
+
+def test_patch_or_scratch_goes_on_where_it_was(shell):
+    def again(status=0, **env):
+        commands, text, error = shell("scripts/patch_or_scratch.sh", shell.folder / "out", status=status, **env)
+        return [name for name, *_ in commands if name.endswith(".py")], text, error
+
+    env, made = {"VIRTUAL_ENV": str(shell.folder)}, "make_phantom.py"
+    prepared, sampling = "prepare_cbis_ddsm.py", ["sample_patches_combined.py"] * 3
+    assert again(status=3, FAIL=made, **env)[0] == [made]
+    assert again(status=3, FAIL=prepared, **env)[0] == [made, prepared]
+    assert again(status=3, FAIL="patches/test", **env)[0] == [prepared, *sampling]
+    trainings = ["patch_clf_train.py", *["image_clf_train.py"] * 3] * 3
+    names, text, _ = again(**env)
+    assert names == [prepared, *sampling, *trainings]
+    assert "Test AUC" in text
+    assert len(pd.read_csv(shell.folder / "out" / "results.csv")) == 9
+    shutil.rmtree(shell.folder / "out" / "seed_2" / "scratch")
+    assert again(**env)[0] == ["image_clf_train.py"]
 
 
 # ------------------------------------------------------------------------------------------- ours and the mean
