@@ -310,7 +310,7 @@ def prob_heatmap_features(phm, cutoff, k, nb_cls=None):
     Returns a list of one dict a class, background excepted: "nb_regions", "total_area" and "global_max_intensity" of
     all its regions, and "top1_area" .. "topK_solidity", the `region_features` of the k largest. Areas are in cells,
     lengths in cells. A map without (so many) regions has the values of `region_features(None)`, a missing map NaN
-    throughout. Raises InputError for a map of another shape or that is not finite.
+    throughout. Raises InputError for a map that is empty, of another shape, or not finite.
     """
     from skimage.measure import label, regionprops
 
@@ -319,7 +319,7 @@ def prob_heatmap_features(phm, cutoff, k, nb_cls=None):
             raise InputError("a missing heatmap: Expected the number of its classes, nb_cls. Received None")
         return [dict.fromkeys(_class_features([], k), np.nan) for _ in range(nb_cls - 1)]
     phm = np.asarray(phm)
-    if phm.ndim != 3 or phm.shape[2] != (nb_cls or phm.shape[2]):
+    if phm.ndim != 3 or phm.size == 0 or phm.shape[2] != (nb_cls or phm.shape[2]):
         raise InputError(f"Expected a heatmap (rows, columns, {nb_cls or 'classes'}). Received shape {phm.shape}")
     if not np.isfinite(phm).all():
         raise InputError("Expected a heatmap of finite probabilities. Received NaN or infinity")

@@ -206,6 +206,7 @@ def test_classes_of_any_number_and_missing_maps():
     ("phm", "nb_cls", "text"),
     [
         (None, None, "nb_cls"),
+        (np.zeros((0, 4, 5)), None, r"Received shape \(0, 4, 5\)"),
         (np.zeros((4, 4)), None, r"Expected a heatmap \(rows, columns, classes\).*\(4, 4\)"),
         (np.zeros((4, 4, 3)), 5, r"columns, 5\).*\(4, 4, 3\)"),
         (np.full((4, 4, 3), np.nan), None, "finite"),
