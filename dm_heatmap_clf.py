@@ -1,7 +1,8 @@
-"""Classifying breasts by the regions of their heatmaps: trees on the features of both views (the paper's baseline).
+"""Classifying breasts by the regions of their heatmaps: trees on the features of both views.
 
-The features of a map are `dm_region.prob_heatmap_features` at several probability cut-offs. A view that is missing has
-NaN in all its features; the trees learn on which side of each split such breasts go.
+The paper compares its networks with such trees, "at four probability cut-offs"; which, and how many trees, it leaves
+open. The features of a map are `dm_region.prob_heatmap_features` at several cut-offs. A view that is missing has NaN
+in all its features; the trees learn on which side of each split such breasts go.
 """
 
 import functools
@@ -23,11 +24,15 @@ from dm_region import prob_heatmap_features
 
 CLASSIFIERS = ("rf", "gbt")
 _FORMAT = 1
-# Compiled trees, which skops does not trust by itself: arrays of thresholds and children, no code.
+# Trees, which skops does not trust by itself: they hold no code, but indices that scikit-learn follows unseen, so that
+# `_check_trees` looks at them.
 _TRUSTED = {
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 }
+# What maps must share, beside class names, strides and mode, for one classifier to take them: the patch classifier and
+# the geometry, since areas are in cells. The scaling of pixels may differ, as it does between scanners.
+_SHARED_OPTIONS = ("dl_state_crc32", "window", "img_size", "img_height")
 
 
 # ----------------------------------------------------------------------------------------------------- the maps
@@ -37,7 +42,8 @@ def load_breasts(paths: Sequence[str | os.PathLike], class_names: Sequence[str] 
     """The breasts of several map files as one; those without a map are left out, and their number printed.
 
     class_names: of the maps' classes, background first, for files that hold none (the published program's).
-    Raises InputError for a damaged file, files whose maps cannot be compared, and a breast that stands there twice.
+    Raises InputError for a damaged file, for Grad-CAM maps, which are no probabilities, for files whose maps cannot be
+    compared, and for a breast that stands there twice.
     """
     files = []
     for path in paths:
@@ -45,6 +51,11 @@ def load_breasts(paths: Sequence[str | os.PathLike], class_names: Sequence[str] 
         nb_class = {heatmap.shape[2] for record in heatmaps.records for _, heatmap, *_ in record.views()}
         if not nb_class:
             raise InputError(f"{path}: Expected maps. Received none")
+        if heatmaps.mode == "gradcam":
+            raise InputError(
+                f"{path}: Expected probabilities, maps of a patch classifier. Received Grad-CAM of a whole-image one, "
+                "whose values have no scale for cut-offs"
+            )
         if not heatmaps.class_names:
             heatmaps.class_names = list(class_names or [f"class_{i}" for i in range(max(nb_class))])
         if nb_class != {len(heatmaps.class_names)}:
@@ -53,7 +64,7 @@ def load_breasts(paths: Sequence[str | os.PathLike], class_names: Sequence[str] 
                 f"Received {', '.join(map(str, sorted(nb_class)))} classes"
             )
         if files:
-            check_comparable(heatmaps, files[0], path, str(paths[0]))
+            check_comparable(kind_of(heatmaps), kind_of(files[0]), path, paths[0])
         files.append(heatmaps)
     records = [record for heatmaps in files for record in heatmaps.records]
     counts = Counter((record.patient_id, record.side) for record in records)
@@ -67,13 +78,20 @@ def load_breasts(paths: Sequence[str | os.PathLike], class_names: Sequence[str] 
     return Heatmaps(mapped, first.class_names, first.strides, first.mode, first.options)
 
 
-def check_comparable(heatmaps: "Heatmaps | HeatmapClassifier", others, name, others_name: str) -> None:
-    """InputError when maps of two origins differ in class names, strides or mode: areas are in cells."""
-    for what in ("class_names", "strides", "mode"):
-        ours, theirs = getattr(heatmaps, what), getattr(others, what)
-        if ours != theirs and ours is not None and theirs is not None:
+def kind_of(heatmaps: Heatmaps) -> dict[str, Any]:
+    """What one classifier's maps have in common, by name; None for what a file does not say."""
+    kind = {"class_names": heatmaps.class_names, "mode": heatmaps.mode, "strides": heatmaps.strides}
+    return kind | {name: heatmaps.options.get(name) for name in _SHARED_OPTIONS}
+
+
+def check_comparable(kind: dict[str, Any], other: dict[str, Any], name, other_name) -> None:
+    """Raise InputError when two kinds of `kind_of` differ in what both say; name, other_name: files, for the error."""
+    for what, value in kind.items():
+        if value != other[what] and value is not None and other[what] is not None:
+            what_is = "patch classifier (CRC-32)" if what == "dl_state_crc32" else what.replace("_", " ")
             raise InputError(
-                f"{name}: {what.replace('_', ' ')} other than of {others_name}: Expected {theirs}. Received {ours}"
+                f"{name}: maps of another kind than those of {other_name}: {what_is}: Expected {other[what]}. "
+                f"Received {value}"
             )
 
 
@@ -128,27 +146,25 @@ def _describe(record: HeatmapRecord, cutoffs, k, nb_cls) -> np.ndarray:
 class HeatmapClassifier:
     """A fitted classifier of breasts, and the features that it takes.
 
-    model: of scikit-learn. cutoffs, k: see `prob_heatmap_features`. class_names, strides, mode: of the maps that it
-    was trained on; other maps are refused. sklearn: the version of scikit-learn that fitted it.
+    model: of scikit-learn. cutoffs, k: see `prob_heatmap_features`. kind: `kind_of` the maps that it was trained on.
     """
 
     model: Any
     cutoffs: list[float]
     k: int
-    class_names: list[str]
-    strides: tuple[float, float] | None
-    mode: str | None
-    sklearn: str
+    kind: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the maps' classes, background first."""
+        return self.kind["class_names"]
 
     @classmethod
     def fit(
         cls, model, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
     ) -> "HeatmapClassifier":
         """Fit a model of `make_model` to the `feature_table` of heatmaps and cancer (n,) 0 or 1."""
-        import sklearn
-
-        maps = heatmaps.class_names, heatmaps.strides, heatmaps.mode
-        return cls(model.fit(features, cancer), list(cutoffs), k, *maps, sklearn.__version__)
+        return cls(model.fit(features, cancer), list(cutoffs), k, kind_of(heatmaps))
 
     def predict_maps(self, breasts: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> np.ndarray:
         """Probability of cancer (n,) of n breasts, each the maps (cc, mlo), of which one may be None.
@@ -219,6 +235,7 @@ def cross_validate(
     the splits, of boosting the fall of the held-out AUC when the feature is permuted (NaN where it is undefined).
     """
     from sklearn.base import clone
+    from sklearn.inspection import permutation_importance
     from tqdm import tqdm
 
     probability = np.empty(len(cancer))
@@ -232,35 +249,13 @@ def cross_validate(
         if hasattr(fitted, "feature_importances_"):
             importances.append(fitted.feature_importances_)
         elif len(set(cancer[held_out])) == 2:
-            rng = np.random.default_rng(seed)
-            importances.append(permutation_importance(fitted, features[held_out], cancer[held_out], rng))
+            fall = permutation_importance(
+                fitted, features[held_out], cancer[held_out], scoring="roc_auc", n_repeats=1, random_state=seed
+            )
+            importances.append(fall.importances_mean)
         else:
             importances.append(np.full(features.shape[1], np.nan))
     return probability, np.array(importances)
-
-
-def permutation_importance(
-    fitted, features: np.ndarray, cancer: np.ndarray, rng: np.random.Generator, at_a_time: int = 64
-) -> np.ndarray:
-    """Fall of the AUC (features,) when one feature is permuted among the breasts, each once.
-
-    As scikit-learn's function of that name, which calls the model for each feature and takes a hundred times longer.
-    """
-    from scipy.stats import rankdata
-
-    def auc_of(scores):  # by the sum of ranks, along the last axis
-        ranks = rankdata(scores, axis=-1)[..., cancer == 1].sum(axis=-1)
-        positive = (cancer == 1).sum()
-        return (ranks - positive * (positive + 1) / 2) / (positive * (len(cancer) - positive))
-
-    permuted = []
-    for columns in np.array_split(np.arange(features.shape[1]), range(at_a_time, features.shape[1], at_a_time)):
-        copies = np.repeat(features[np.newaxis], len(columns), axis=0)
-        for copy, column in zip(copies, columns, strict=True):
-            copy[:, column] = rng.permutation(copy[:, column])
-        probability = fitted.predict_proba(copies.reshape(-1, features.shape[1]))[:, 1]
-        permuted.append(auc_of(probability.reshape(len(columns), -1)))
-    return auc_of(fitted.predict_proba(features)[:, 1]) - np.concatenate(permuted)
 
 
 # ------------------------------------------------------------------------------------------------ on the disk
@@ -290,8 +285,9 @@ def save_classifier(path, classifier: HeatmapClassifier) -> None:
 def load_classifier(path) -> HeatmapClassifier:
     """Read a classifier. A `.skops` file runs no code: one that asks for any type but scikit-learn's trees is refused.
 
-    Of a `.joblib` file it is warned that loading it ran whatever code it holds. Raises InputError for a file that is
-    missing, damaged, refused, or holds something else.
+    Of a `.joblib` file it is warned that loading it ran whatever code it holds, and by scikit-learn of trees that
+    another version of it fitted. Raises InputError for a file that is missing, damaged, refused, or holds something
+    else.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
@@ -307,6 +303,8 @@ def load_classifier(path) -> HeatmapClassifier:
         classifier = HeatmapClassifier(**content)
         known = isinstance(classifier.model, (RandomForestClassifier, HistGradientBoostingClassifier))
         nb_feature = classifier.model.n_features_in_ if known else 0
+        if known:
+            _check_trees(classifier.model)
         expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
     except InputError:
         raise
@@ -319,6 +317,32 @@ def load_classifier(path) -> HeatmapClassifier:
     if nb_feature != expected:
         raise InputError(f"{path}: Expected a forest or boosted trees on {expected} features. Received {nb_feature}")
     return classifier
+
+
+def _check_trees(model) -> None:
+    """Raise ValueError unless all splits lead to later nodes of their tree by features that there are.
+
+    scikit-learn follows these indices as they are: it would read beyond its memory, or go round for ever.
+    """
+    from sklearn.tree import DecisionTreeClassifier
+
+    if hasattr(model, "estimators_"):
+        trees = [estimator.tree_ for estimator in model.estimators_ if isinstance(estimator, DecisionTreeClassifier)]
+        if len(trees) < len(model.estimators_) or any(tree.node_count != tree.capacity for tree in trees):
+            raise ValueError("a forest of something else than whole trees")
+        nodes = [(tree.children_left == -1, tree.children_left, tree.children_right, tree.feature) for tree in trees]
+    else:
+        arrays = [predictor.nodes for predictors in model._predictors for predictor in predictors]
+        if any(array["is_categorical"].any() for array in arrays):
+            raise ValueError("trees of categories")
+        nodes = [(array["is_leaf"] != 0, array["left"], array["right"], array["feature_idx"]) for array in arrays]
+    for is_leaf, left, right, feature in nodes:
+        split = np.flatnonzero(~is_leaf)
+        children = np.stack([left, right]).astype(np.int64)[:, split]
+        inside = (children > split) & (children < len(is_leaf))
+        inside &= (feature[split] >= 0) & (feature[split] < model.n_features_in_)
+        if len(is_leaf) == 0 or not inside.all():
+            raise ValueError("trees whose splits lead out of them")
 
 
 def _read_skops(path) -> dict:
@@ -381,7 +405,8 @@ def write_results(
     write_json(out_dir / "metrics.json", scores)
     for name, score in scores.items():
         auc, low, high = (score[key] for key in ("auc", "auc_low", "auc_high"))
-        found = "not defined" if auc is None else f"{auc:.4f}, 95% interval {low:.4f} to {high:.4f}"
+        found = "not defined" if auc is None else f"{auc:.4f}"
+        found += "" if low is None else f", 95% interval {low:.4f} to {high:.4f}"
         print(f"{name}: AUC {found}, on {score['breasts']} breasts ({score['cancers']} with cancer) "
               f"of {score['patients']} patients")  # fmt: skip
     if any(score["auc"] is not None for score in scores.values()):

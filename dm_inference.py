@@ -235,7 +235,8 @@ def bootstrap_interval(
         rng: makes `replicates` draws of as many groups as there are, with replacement.
 
     Returns:
-        (low, high) over the replicates where the statistic is defined; NaN where it is not in half of them.
+        (low, high) over the replicates where the statistic is defined; NaN where it is not in half of them. Of an AUC
+        of 1 it has no width, since there is no error to draw: that says little where samples are few.
     """
     group_of = np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
     order = np.argsort(group_of, kind="stable")

@@ -6,7 +6,9 @@
 
 The map files are those of heatmap_score.py. The features are shape, size and probability of the largest regions of
 each class at several probability cut-offs, in both views; a missing view has none, which the trees learn to take.
-Each breast is predicted by trees that were fitted without its patient. Environment: RANDOM_SEED (12345).
+Each breast is predicted by trees that were fitted without its patient. Where the patch classifier has learnt from the
+patients of MAPS, their maps are too good, and only --test says what the trees are worth.
+Environment: RANDOM_SEED (12345).
 """
 
 import argparse
@@ -35,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("features").add_argument
     add(
         "--cutoffs", nargs="+", type=dm_args.fraction, default=[0.3, 0.5, 0.7, 0.9], metavar="P",
-        help="probabilities from which on cells of a map are a region",
+        help="probabilities from which on cells of a map are a region; the paper had four and does not say which",
     )  # fmt: skip
     add("--top-k", type=dm_args.positive_int, default=2, help="regions described, the largest first")
 
@@ -68,9 +70,13 @@ def run(**options) -> None:
     import sklearn.ensemble  # noqa: F401 (only libraries that are loaded are limited)
     from threadpoolctl import threadpool_limits
 
+    from dm_inference import write_json
+
     # Boosting would take all cores, and wait long for those that are busy.
+    out_dir, seed = Path(args.out_dir), env_int("RANDOM_SEED", 12345, 0)
     with threadpool_limits(args.jobs):
-        (train if args.model is None else score)(args, Path(args.out_dir), env_int("RANDOM_SEED", 12345, 0))
+        (train if args.model is None else score)(args, out_dir, seed)
+    write_json(out_dir / "args.json", vars(args) | {"random_seed": seed})
 
 
 def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
@@ -79,7 +85,6 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
 
     import dm_heatmap_clf as clf
     from dm_dataset import check_disjoint
-    from dm_inference import write_json
 
     save_as = args.save_model or out_dir / "heatmap_clf.skops"
     clf.check_model_name(save_as)
@@ -90,7 +95,7 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     test = None
     if args.test is not None:
         test = clf.load_breasts(args.test, args.class_list)
-        clf.check_comparable(test, heatmaps, args.test[0], args.maps[0])
+        clf.check_comparable(clf.kind_of(test), clf.kind_of(heatmaps), args.test[0], args.maps[0])
         check_disjoint({"MAPS": patients, "--test": [record.patient_id for record in test.records]})
     cancer = np.array([record.cancer for record in heatmaps.records])
     fold = clf.patient_folds(cancer, patients, args.folds, seed)
@@ -104,7 +109,6 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
         results["test"] = (test, classifier.predict(test, args.jobs))
 
     clf.save_classifier(save_as, classifier)
-    write_json(out_dir / "args.json", vars(args) | {"random_seed": seed})
     names = clf.feature_names(heatmaps.class_names, args.cutoffs, args.top_k)
     clf.write_importances(out_dir, names, importances, IMPORTANCE[args.clf])
     clf.write_results(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
@@ -117,7 +121,7 @@ def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
 
     classifier = clf.load_classifier(args.model)
     heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
-    clf.check_comparable(heatmaps, classifier, args.maps[0], args.model)
+    clf.check_comparable(clf.kind_of(heatmaps), classifier.kind, args.maps[0], args.model)
     clf.write_results(out_dir, {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}, args.bootstrap, seed)
 
 
