@@ -7,11 +7,14 @@ network, before any cutting; 0 is its upper or left edge, so that the middle of 
 
 import dataclasses
 import json
+import math
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +25,8 @@ from dm_files import InputError, atomic_write
 VIEWS = ("cc", "mlo")
 MODES = ("sweep", "fprop", "gradcam")
 _VERSION = 1
+# Images with more rows or columns are none of mammograms.
+_MAX_SIDE = 65535
 
 
 class Grid(NamedTuple):
@@ -77,11 +82,6 @@ class Heatmaps:
     strides: tuple[float, float] | None = None
     mode: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-
-
-def lesion_map(heatmap: np.ndarray) -> np.ndarray:
-    """Sum of the region classes of a map: float32 (rows, columns)."""
-    return heatmap[..., 1:].sum(axis=-1)
 
 
 def resample(heatmap: np.ndarray, grid: Grid) -> np.ndarray:
@@ -163,8 +163,9 @@ def save_heatmaps(
 def load_heatmaps(path) -> Heatmaps:
     """Read a map file of any of the formats of `save_heatmaps`, or a `.pkl` of the published program.
 
-    Nothing in a file is executed: a pickle of anything but NumPy arrays, numbers, texts, lists and dicts is refused.
-    Raises InputError for a file that is missing, damaged, cut short or no map file.
+    Nothing in a file is executed: a pickle of anything but NumPy arrays, numbers, texts, lists and dicts is refused,
+    and its arrays are made from their bytes here. Raises InputError for a file that is missing, damaged, cut short or
+    no map file, which includes maps with NaN or without cells.
     """
     check_map_name(path)
     path = Path(path)
@@ -214,37 +215,69 @@ def _to_dict(record: HeatmapRecord) -> dict:
 
 
 def _from_dicts(content: list[dict]) -> Heatmaps:
-    """The content of a file from one dict a breast, each with the header's entries, where there are some."""
+    """The content of a file from one dict a breast, each with the header's entries, where there are some.
+
+    Raises ValueError or TypeError, or what NumPy raises, for anything else.
+    """
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise TypeError("Expected a list of dicts, one a breast")
     header = content[0] if content else {}
-    strides = header.get("strides")
+    strides, class_names = header.get("strides"), header.get("class_names", [])
+    _check(isinstance(class_names, list) and all(isinstance(name, str) for name in class_names), "class names")
+    _check(header.get("mode") in (None, *MODES), "mode")
     heatmaps = Heatmaps(
         records=[],
-        class_names=list(header.get("class_names", ())),
-        strides=strides and tuple(strides),
+        class_names=class_names,
+        strides=None if strides is None else _pair("strides", strides, 0),
         mode=header.get("mode"),
         options=header.get("options", {}),
     )
+    _check(isinstance(heatmaps.options, dict), "options")
+    if "window" in heatmaps.options:
+        _pair("window", heatmaps.options["window"], 0)
     for entry in content:
-        if "patient_id" not in entry:  # the header of a file without records
-            continue
-        cancer = entry.get("cancer")
-        record = HeatmapRecord(str(entry["patient_id"]), str(entry["side"]), None if cancer is None else int(cancer))
-        for view in VIEWS:
-            heatmap = entry.get(view)
-            if heatmap is None:
-                continue
-            heatmap = np.asarray(heatmap, np.float32)
-            if heatmap.ndim != 3:
-                raise TypeError(f"{record.patient_id} {view}: array of shape {heatmap.shape}")
-            setattr(record, view, heatmap)
-            setattr(record, f"{view}_file", entry.get(f"{view}_file"))
-            if entry.get(f"{view}_image_size") and strides:
-                grid = Grid(tuple(entry[f"{view}_image_size"]), tuple(entry[f"{view}_first"]), heatmaps.strides)
-                setattr(record, f"{view}_grid", grid)
-        heatmaps.records.append(record)
+        if "patient_id" in entry:  # else the header of a file without records
+            heatmaps.records.append(_record(entry, heatmaps))
     return heatmaps
+
+
+def _record(entry: dict, heatmaps: Heatmaps) -> HeatmapRecord:
+    cancer = entry.get("cancer")
+    _check(cancer in (None, 0, 1), "cancer")
+    _check(isinstance(entry["side"], str), "side")
+    record = HeatmapRecord(str(entry["patient_id"]), str(entry["side"]), None if cancer is None else int(cancer))
+    for view in VIEWS:
+        if entry.get(view) is None:
+            continue
+        heatmap = np.asarray(entry[view], np.float32)
+        fits = heatmap.ndim == 3 and heatmap.size > 0
+        if not fits or len(heatmaps.class_names or heatmap[0, 0]) != heatmap.shape[2]:
+            raise ValueError(
+                f"{record.patient_id} {view}: map of shape {heatmap.shape}, {len(heatmaps.class_names)} class names"
+            )
+        _check(np.isfinite(heatmap).all(), f"{record.patient_id} {view}: NaN or infinity")
+        file, size = entry.get(f"{view}_file"), entry.get(f"{view}_image_size")
+        _check(file is None or isinstance(file, str), f"{view}_file")
+        setattr(record, view, heatmap)
+        setattr(record, f"{view}_file", file)
+        if size is not None and heatmaps.strides is not None:
+            rows, columns = _pair("image size", size, 0, _MAX_SIDE + 1)
+            _check(rows == int(rows) and columns == int(columns), "image size")
+            grid = Grid((int(rows), int(columns)), _pair("first cell", entry[f"{view}_first"]), heatmaps.strides)
+            setattr(record, f"{view}_grid", grid)
+    return record
+
+
+def _check(holds, what: str) -> None:
+    if not holds:
+        raise ValueError(f"wrong {what}")
+
+
+def _pair(what: str, values, above: float = -math.inf, below: float = math.inf) -> tuple[Real, Real]:
+    """Two numbers between limits. Raises ValueError for anything else."""
+    _check(isinstance(values, Sequence) and len(values) == 2 and all(isinstance(x, Real) for x in values), what)
+    _check(all(above < x < below for x in values), what)
+    return tuple(values)
 
 
 def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -261,23 +294,63 @@ def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return json.loads(arrays.pop("header")), arrays
 
 
+_EXPECTED = (
+    "Expected lists, dicts and NumPy arrays of numbers alone: opening anything else can run code. Where you trust the "
+    "file, convert it with Python: load it, and pickle a list of dicts of patient_id, side, cancer, cc and mlo"
+)
+
+
+class _Dtype:
+    """Stands for numpy.dtype in a pickle: numbers and texts alone, since other types hold pointers."""
+
+    def __init__(self, code, *_):
+        if not re.fullmatch(r"[<>|=]?[fiubSU]\d{1,4}", code):
+            raise InputError(f"holds an array of {code}. {_EXPECTED}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        if state[1] in ("<", ">"):  # of the state the byte order alone
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+    def values(self, data, shape, order="C") -> np.ndarray:
+        """The array of this type, shape and order with these bytes (of Python 2: a text)."""
+        data = data.encode("latin1") if isinstance(data, str) else data
+        return np.frombuffer(data, self.dtype).reshape(shape, order=order)
+
+
+class _Array:
+    """Stands for numpy.ndarray in a pickle: an array made from the bytes there, never a pickled object of NumPy's."""
+
+    def __init__(self, *_):
+        self.values = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        self.values = dtype.values(data, shape, "F" if fortran else "C")
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+# What pickles of arrays call, by module without "numpy.core." or "numpy._core.", which is so by NumPy's version.
+_STAND_INS = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("multiarray", "_reconstruct"): _Array,
+    ("multiarray", "scalar"): lambda dtype, data: dtype.values(data, ())[()],
+    ("numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.values(data, shape, order),
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Opens pickles of plain containers and NumPy arrays, of Python 2 too; calls nothing else."""
+    """Opens pickles of plain containers and NumPy arrays, of Python 2 too; calls nothing but `_STAND_INS`."""
 
     def find_class(self, module, name):
-        if module == "_codecs" and name == "encode":  # how Python 3 writes bytes for Python 2
-            return lambda text, _: text.encode("latin1")
-        if module.startswith(("numpy.core.", "numpy._core.")):
-            kind = module.rsplit(".", 1)[1]
-            if (kind, name) in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")):
-                return super().find_class(f"numpy._core.{kind}" if hasattr(np, "_core") else module, name)
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise InputError(
-            f"holds {module}.{name}. Expected lists, dicts and NumPy arrays alone: opening anything else can run code. "
-            "Where you trust the file, convert it with Python: load it, and pickle a list of dicts of patient_id, "
-            "side, cancer, cc and mlo with NumPy arrays"
-        )
+        key = module.removeprefix("numpy.core.").removeprefix("numpy._core."), name
+        if key not in _STAND_INS:
+            raise InputError(f"holds {module}.{name}. {_EXPECTED}")
+        return _STAND_INS[key]
 
 
 def _read_pickle(path: Path):

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from dm_files import InputError, atomic_write
-from dm_heatmap import Grid, HeatmapRecord, lesion_map, resample
+from dm_heatmap import Grid, HeatmapRecord, resample
 from dm_image import check_grey, read_resized
 from dm_patches import read_lesion_masks
 from dm_preprocess import DMImagePreprocessor
@@ -34,15 +34,17 @@ def draw_overlays(record: HeatmapRecord, out_dir, *, class_names: Sequence[str],
 
 
 def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), probabilities=True):
-    """A matplotlib figure: the mammogram, the sum of the region classes on it where there are several, and each class.
+    """A matplotlib figure: the mammogram, the sum of the region classes on it where there are several, and each class,
+    the background last.
 
     img: (rows, columns) of the scored image, any real dtype. heatmap: (map rows, map columns, classes). masks: bool
     (rows, columns) each, outlined. probabilities: colours go from 0 to 1, else to each panel's largest value.
     """
     from matplotlib.figure import Figure
 
-    panels = [("lesion classes, sum", lesion_map(heatmap))] if heatmap.shape[-1] > 2 else []
-    panels += [(name, heatmap[..., i]) for i, name in enumerate(class_names)]
+    panels = [("lesion classes, sum", heatmap[..., 1:].sum(axis=-1))] if heatmap.shape[-1] > 2 else []
+    by_class = [(name, heatmap[..., i]) for i, name in enumerate(class_names)]
+    panels += by_class[1:] + by_class[:1]
     across = len(panels) + 1 if len(panels) < 4 else math.ceil((len(panels) + 1) / 2)
     down = math.ceil((len(panels) + 1) / across)
     width, height = 2.1, 2.1 * img.shape[0] / img.shape[1]
@@ -60,8 +62,10 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
         ax.imshow(img, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="antialiased")
         if values is not None:
             name = f"{name} (max {values.max():.2g})"
-            shares = resample(values, grid) / (1 if probabilities else max(values.max(), np.finfo(np.float32).tiny))
-            shown = ax.imshow(shares, cmap=_colours(), vmin=0, vmax=1, extent=extent, interpolation="nearest")
+            shown_values = resample(values, grid) / (
+                1 if probabilities else max(values.max(), np.finfo(np.float32).tiny)
+            )
+            shown = ax.imshow(shown_values, cmap=_colours(), vmin=0, vmax=1, extent=extent, interpolation="nearest")
         for outline in outlines:
             ax.plot(outline[:, 0], outline[:, 1], color="cyan", linewidth=0.9)
         ax.set_title(name, fontsize=8)

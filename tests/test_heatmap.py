@@ -260,8 +260,9 @@ def averaging(model):
     for layer in model.layers:
         if not isinstance(layer, layers.BatchNormalization):
             # The last axis but one is summed too, except in depthwise kernels, whose last has one entry.
-            seen = [w.shape[: 2 if w.shape[-1] == 1 else -1] for w in layer.get_weights()]
-            layer.set_weights([np.full(w.shape, w.ndim > 1) / np.prod(s) for w, s in zip(layer.get_weights(), seen)])
+            weights = layer.get_weights()
+            seen = [np.prod(w.shape[: 2 if w.shape[-1] == 1 else -1]) for w in weights]
+            layer.set_weights([np.full(w.shape, w.ndim > 1) / n for w, n in zip(weights, seen, strict=True)])
     return model
 
 
@@ -468,6 +469,46 @@ def test_cut_or_damaged_map_files_are_refused_in_one_line(tmp_path, ending):
         load_heatmaps(tmp_path / f"none.{ending}")
 
 
+def change(path, **changes):
+    """Change a .npz map file: array by name, entry of the header, or of the first record."""
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    header = json.loads(str(arrays["header"]))
+    for name, value in changes.items():
+        if f"0_{name}" in arrays:
+            arrays[f"0_{name}"] = value
+        else:
+            (header["records"][0] if name in header["records"][0] else header)[name] = value
+    np.savez(path, **arrays | {"header": np.array(json.dumps(header))})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("class_names", [["neg"], ["neg", "pos", "more"], 5, "np", [1, 2]]),
+        ("options", [[1], None, {"window": "ab"}, {"window": [0, 0]}, {"window": [8]}]),
+        ("strides", [[0, 0], "ab", [8], [8, -1], [8, float("inf")]]),
+        ("mode", ["guess", 1]),
+        ("version", ["1", 99]),
+        ("records", [[3], {"a": 1}]),
+        ("cc_image_size", ["ab", [480.5, 384.2], [-3, 4], [10**7, 10**7], [4]]),
+        ("cc_first", [None, "ab", [float("nan")] * 2, [1]]),
+        ("cc_file", [5]),
+        ("side", [None, 3]),
+        ("cancer", [7, -1, "yes", 0.5]),
+        ("cc", [np.full((4, 3, 2), np.nan), np.zeros((0, 3, 2)), np.zeros((4, 3, 0)), np.zeros((4, 3)), np.array("a")]),
+    ],
+)
+def test_what_is_no_map_is_refused_in_one_line(tmp_path, name, values):
+    path = tmp_path / "maps.npz"
+    for value in values:
+        save_heatmaps(path, some_records(), class_names=["neg", "pos"], strides=(8, 4))
+        change(path, **{name: value})
+        with pytest.raises(InputError) as caught:
+            load_heatmaps(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value), value
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("touch /tmp/dm_heatmap_was_here",)
@@ -479,7 +520,9 @@ def test_pickles_cannot_run_code(tmp_path):
     path = tmp_path / "maps.pkl"
     for content in ([{"patient_id": Code()}], [{"cc": np.array([Code()], object)}], pd.DataFrame({"a": [1]})):
         path.write_bytes(pickle.dumps(content))
-        with pytest.raises(InputError, match=r"holds (posix\.system|nt\.system|pandas.*)\. Expected lists"):
+        with pytest.raises(
+            InputError, match=r"holds (posix\.system|nt\.system|an array of O8|pandas.*)\. Expected lists"
+        ):
             load_heatmaps(path)
     assert not Path("/tmp/dm_heatmap_was_here").exists()
     path.write_bytes(b"cbuiltins\neval\n(S'1'\ntR.")
@@ -487,10 +530,42 @@ def test_pickles_cannot_run_code(tmp_path):
         load_heatmaps(path)
 
 
+class ObjectDtype:
+    """dtype('O8') whose flags are taken back, after which NumPy takes given bytes for pointers to objects."""
+
+    def __reduce__(self):
+        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class ForgedArray:
+    def __init__(self, dtype, data):
+        self.state = 1, (1,), dtype, False, data
+
+    def __reduce__(self):
+        return np.array([1]).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "data"), [(ObjectDtype(), b"A" * 8), (np.dtype("f8"), b"A" * 7), (None, b"A" * 8), (np.dtype("f8"), None)]
+)
+def test_pickles_cannot_reach_memory(tmp_path, dtype, data):
+    # In a process of its own, which a forged pointer would crash.
+    path = tmp_path / "maps.pkl"
+    breast = {"patient_id": "a", "side": "LEFT", "cancer": 1, "cc": ForgedArray(dtype, data), "mlo": None}
+    path.write_bytes(pickle.dumps([breast], 2))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dm_heatmap as h\nprint(h.load_heatmaps({str(path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and f"InputError: {path}: " in done.stderr
+
+
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 def test_pickles_of_the_published_program_open(tmp_path, protocol):
     array = rng.random((3, 2, 5))
-    breast = {"patient_id": "P_1", "side": "LEFT", "cancer": np.int64(1), "cc": array, "mlo": None}
+    if protocol % 2:  # rows and bytes in another order
+        array = np.asfortranarray(array).astype(">f8")
+    breast = {"patient_id": np.str_("P_1"), "side": "LEFT", "cancer": np.int64(1), "cc": array, "mlo": None}
     content = pickle.dumps([breast], protocol)
     if protocol == 2:  # the modules' names of the time
         content = content.replace(b"numpy._core", b"numpy.core")
@@ -665,7 +740,7 @@ def test_a_picture_lays_map_and_outline_on_the_pixels():
     heatmap[2, 5, 1:] = 0.3, 0.4  # rows 8..12, columns 20..24
     figure = dm_heatmap_draw.overlay_figure(img, heatmap, grid, ["none", "a", "b"], masks=[mask])
     titles = [axes.get_title() for axes in figure.axes[:5]]
-    assert titles == ["mammogram", "lesion classes, sum (max 0.7)", "none (max 0)", "a (max 0.3)", "b (max 0.4)"]
+    assert titles == ["mammogram", "lesion classes, sum (max 0.7)", "a (max 0.3)", "b (max 0.4)", "none (max 0)"]
     mammogram, total = figure.axes[0].images[0], figure.axes[1].images[1]
     assert mammogram.get_extent() == total.get_extent() == [0, 30, 40, 0]
     shown = total.get_array()
