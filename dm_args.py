@@ -17,6 +17,7 @@ _OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUS
 # Options that decide how much memory a command line takes, where it has them.
 _SMALLER = ("--batch-size", "--train-bs-multiplier", "--img-size", "--target-height", "--patch-size", "--jobs")
 _LEFT_OUT = ("--load-train-ram", "--load-val-ram")
+_ADDED = ("--mixed-precision", "--remat")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -228,16 +229,17 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("memory and speed")
     add_flag(
         group, "--mixed-precision", False,
-        "compute in 16 bits, keeping weights and probabilities in 32: about half the memory of activations",
+        "compute in 16 bits, keeping weights and probabilities in 32: activations take less memory, down to half",
     )  # fmt: skip
     add_flag(
         group, "--remat", False,
-        "compute activations again in the backward pass instead of keeping them: the same steps in less memory, at a "
-        "third more time",
+        "compute activations again in the backward pass instead of keeping them: the same steps in less memory and "
+        "more time; for networks with many layers, such as resnet50",
     )  # fmt: skip
     group.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N",
-        help="take one step for the mean gradient of N training batches, as if the batch were N times as large",
+        help="take one step for the mean gradient of N training batches; batch normalization and --auto-batch-balance "
+        "still see one batch at a time",
     )  # fmt: skip
     add_flag(group, "--jit", False, "compile training steps with XLA: slow to begin, faster on GPUs; JAX always does")
 
@@ -352,9 +354,10 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
 
 def _less_memory(parser: argparse.ArgumentParser) -> str:
     """What to do when memory is short, with the options that `parser` has."""
-    smaller, left_out = (
-        [name for name in names if name in parser._option_string_actions] for names in (_SMALLER, _LEFT_OUT)
+    smaller, left_out, added = (
+        [name for name in names if name in parser._option_string_actions] for names in (_SMALLER, _LEFT_OUT, _ADDED)
     )
     advice = [f"use a smaller {' or '.join(smaller)}"] if smaller else []
     advice += [f"leave out {' and '.join(left_out)}"] if left_out else []
+    advice += [f"add {' and '.join(added)}"] if added else []
     return "; " + ", or ".join(advice) if advice else ""

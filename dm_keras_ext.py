@@ -436,11 +436,16 @@ def train_stages(
         train_set: `PyDataset` of (x, y) or (x, y, w).
         validation_set: the same, or arrays.
         class_weight: weight of each class index, for sets without sample weights.
-        accumulate: batches to a step of the optimizer.
+        accumulate: batches to a step of the optimizer; those left over when a stage ends are not used.
         jit: compile the steps with XLA. JAX always does.
-        fitted: a model that shares the layers of `model` and is fitted in its place.
+        fitted: a model that shares the layers of `model` and is fitted in its place; callbacks see it as theirs, so a
+            `BestModel` needs `model_to_save`.
     """
     fitted = fitted or model
+    if accumulate > 1 and accumulate > len(train_set):
+        raise InputError(
+            f"--accumulate: Expected at most {len(train_set)}, the training batches of an epoch. Received {accumulate}"
+        )
     history: list[dict] = []
     for stage in stages:
         freeze_below(model, stage.first_layer, frozen_bn)

@@ -154,8 +154,9 @@ def check_options(args: argparse.Namespace, model: keras.Model) -> None:
     if not args.auto_batch_balance:
         class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
     backend, devices = keras.backend.backend(), dm_args.env_int("NUM_GPU_DEVICES", 1)
-    if args.accumulate > 1 and devices > 1 and backend == "tensorflow":
-        raise InputError("--accumulate: Keras cannot with TensorFlow on several devices; set NUM_GPU_DEVICES to 1")
+    for option, given in (("--accumulate", args.accumulate > 1), ("--jit", args.jit)):
+        if given and devices > 1 and backend == "tensorflow":
+            raise InputError(f"{option}: not with TensorFlow on several devices; set NUM_GPU_DEVICES to 1")
     if args.jit and backend == "torch":
         raise InputError(
             "--jit: Expected the backend tensorflow or jax. Received torch, which would compile every step"
@@ -230,7 +231,9 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
     if best.best_epoch is not None:
         kept = "kept in memory" if args.best_model == "NOSAVE" else f"saved in {args.best_model}"
         print(f"Best model: epoch {best.best_epoch + 1}, {kept}")
-    if args.final_model != "NOSAVE":
+    if args.final_model != "NOSAVE" and history and not np.isfinite(history[-1]["loss"]):
+        print("the final model is not saved: its loss is not finite", file=sys.stderr)
+    elif args.final_model != "NOSAVE":
         dm_checkpoint.save_model(model, args.final_model)
         print(f"Final model saved in {args.final_model}")
     best.restore(model)

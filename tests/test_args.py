@@ -64,6 +64,7 @@ def test_failures_are_one_line(error, status, text, capsys):
             ["--batch-size", "--load-train-ram", "--load-val-ram"],
             "; use a smaller --batch-size, or leave out --load-train-ram and --load-val-ram",
         ),
+        (["--batch-size", "--remat"], "; use a smaller --batch-size, or add --remat"),
     ],
 )
 def test_advice_on_memory_names_the_options_there_are(options, advice, capsys):

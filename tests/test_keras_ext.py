@@ -522,6 +522,39 @@ def test_stages_learn_and_stop_early():
     assert history[2]["val_accuracy"] < 0.9 <= history[-1]["val_accuracy"]
 
 
+def test_a_stage_accumulates_batches_and_compiles():
+    """Four batches two by two give the steps of two batches twice as large; more than an epoch has are refused."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(48, 10, 10, 2)).astype("float32"), np.eye(3, dtype="float32")[rng.integers(0, 3, 48)]
+
+    class Batches(keras.utils.PyDataset):
+        def __init__(self, size):
+            super().__init__()
+            self.size = size
+
+        def __len__(self):
+            return 48 // self.size
+
+        def __getitem__(self, index):
+            part = slice(index * self.size, (index + 1) * self.size)
+            return x[part], y[part]
+
+    def trained(size, accumulate, **options):
+        keras.utils.set_random_seed(2)
+        inputs = layers.Input((10, 10, 2))
+        features = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, activation="relu")(inputs))
+        model = keras.Model(inputs, layers.Dense(3, activation="softmax")(features))
+        train_stages(model, [Stage(2, 0.1, 0)], Batches(size), (x, y), optim="sgd", accumulate=accumulate, **options)
+        return model.get_weights()
+
+    expected = trained(24, 1)
+    for weights in (trained(12, 2), *([] if keras.backend.backend() == "torch" else [trained(24, 1, jit=True)])):
+        for one, two in zip(weights, expected, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-6)
+    with pytest.raises(InputError, match=r"--accumulate: Expected at most 4, .* Received 5"):
+        trained(12, 5)
+
+
 def test_class_weights_follow_the_class_count():
     assert dm_keras_ext.class_weights(2, 2.0, 0.5) == {0: 0.5, 1: 2.0}
     assert dm_keras_ext.class_weights(3, 2.0, 0.5) == {0: 1.0, 1: 2.0, 2: 0.5}

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 import dm_checkpoint
+import dm_train
 from ddsm_train import image_clf_train, patch_clf_train
 from dm_callbacks import plot_history
 from dm_image import DMImageDataGenerator
@@ -371,8 +372,28 @@ def test_wrong_options_end_with_status_2(options, data, capsys):
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX accumulates on several devices")
 def test_accumulation_on_several_devices_is_refused(data, monkeypatch, capfd):
     monkeypatch.setenv("NUM_GPU_DEVICES", "2")
-    assert train_patches(data, "--accumulate", "2") == 1
-    assert re.search(r"--accumulate.*NUM_GPU_DEVICES", capfd.readouterr().err.splitlines()[-1])
+    for options in (["--accumulate", "2"], ["--jit"]):
+        assert train_patches(data, *options) == 1
+        assert re.search(f"{options[0]}.*NUM_GPU_DEVICES", capfd.readouterr().err.splitlines()[-1])
+
+
+def test_options_of_a_step_reach_it(data, monkeypatch):
+    """All options that say how stages train, with values of their own."""
+    seen = {}
+
+    def stages_seen(model, stages, *sets, **options):
+        seen.update(options, stages=stages)
+        return []
+
+    monkeypatch.setattr(dm_train, "train_stages", stages_seen)
+    options = ["--accumulate", "3", "--optimizer", "nadam", "--es-patience", "7", "--lr-patience", "4"]
+    options += ["--frozen-bn", "inference", "--pos-cls-weight", "2", "--no-auto-batch-balance"]
+    jit = keras.backend.backend() != "torch"
+    assert train_patches(data, *options, *(["--jit"] if jit else [])) == 0
+    expected = {"accumulate": 3, "optim": "nadam", "es_patience": 7, "lr_patience": 4, "frozen_bn": "inference"}
+    expected |= {"class_weight": {0: 1.0, 1: 2.0}, "jit": jit}
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["stages"][0].lr == 0.01
 
 
 def test_a_wrong_environment_variable_is_named(data, monkeypatch, capfd):
