@@ -25,10 +25,11 @@ def draw_overlays(record: HeatmapRecord, out_dir, *, class_names: Sequence[str],
         if file is None or grid is None:
             raise InputError(f"{image_id}: the map file does not say which image was scored; compute the map again")
         img = check_grey(file, read_resized(file, target_size=grid.image_size))
-        masks = {} if roi_mask_dir is None else read_lesion_masks(roi_mask_dir, image_id, grid.image_size)
+        masks = [] if roi_mask_dir is None else read_lesion_masks(roi_mask_dir, image_id, file, grid.image_size)
         label = "" if record.cancer is None else ", cancer" if record.cancer else ", no cancer"
         title = f"{record.patient_id} {record.side} {view.upper()}{label}"
-        figure = overlay_figure(img, heatmap, grid, class_names, title, masks.values(), probabilities=mode != "gradcam")
+        outlined = [mask.pixels for mask in masks]
+        figure = overlay_figure(img, heatmap, grid, class_names, title, outlined, probabilities=mode != "gradcam")
         with atomic_write(Path(out_dir, f"{image_id}.png")) as temporary:
             figure.savefig(temporary)
 

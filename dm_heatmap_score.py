@@ -15,7 +15,7 @@ from dm_files import InputError, remove_partial
 from dm_heatmap import VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_image import add_img_margins, check_grey, cut_window, read_img_for_pred, read_resize_img, window_grid
 from dm_parallel import read_ahead
-from dm_patches import read_table
+from dm_patches import is_file_name, read_lesion_masks, read_table
 from dm_preprocess import DMImagePreprocessor
 
 # ------------------------------------------------------------------------------------------------- one image
@@ -391,6 +391,8 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     for number, cells in read_table(table, ("patient_id", "side", "cancer")):
         row = f"{table}, row {number}"
         patient, side, cancer = cells["patient_id"], cells["side"], cells["cancer"]
+        if not is_file_name(patient):
+            raise InputError(f"{row}: patient_id is part of file names. Received {patient!r}")
         if side not in ("LEFT", "RIGHT"):
             raise InputError(f"{row}: unknown side: Expected LEFT or RIGHT. Received {side!r}")
         if cancer not in ("0", "1"):
@@ -411,6 +413,12 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     return breasts, faults
 
 
+def check_masks(breast: Breast, roi_mask_dir) -> None:
+    """Raise InputError for a lesion mask of a breast's images that cannot be used."""
+    for view, path in breast.files.items():
+        read_lesion_masks(roi_mask_dir, f"{breast.name}_{view.upper()}", path)
+
+
 def score_breasts(
     breasts: Sequence[Breast],
     scorer,
@@ -427,8 +435,9 @@ def score_breasts(
     jobs: threads that read images while the network works; the maps are the same for any number.
     on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
 
-    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there.
-    Raises InputError when that folder is of a run with other options.
+    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there. Those
+    that `out` has from a run with the same options are done, too; of other options, it is written anew. Images that
+    are newer than their maps are scored again. Raises InputError when the folder is of a run with other options.
 
     Returns the records, in the order of `breasts`, and the faults met.
     """
@@ -441,13 +450,12 @@ def score_breasts(
         "mode": scorer.mode,
         "options": json.loads(json.dumps(options | {"window": [float(size) for size in scorer.window]})),
     }
-    done = {}
+    done = _finished(Path(out), breasts, header)
     for breast in breasts:
-        if (record := _finished_part(parts / f"{breast.name}.npz", breast, header)) is not None:
-            done[breast.name] = record
+        done |= _finished(parts / f"{breast.name}.npz", [breast], header, same_options=True)
     todo = [breast for breast in breasts if breast.name not in done]
     if done:
-        print(f"{len(done)} of {len(breasts)} breasts are done already, in {parts}")
+        print(f"{len(done)} of {len(breasts)} breasts are done already")
 
     def read(breast):
         try:
@@ -484,21 +492,39 @@ def score_breasts(
     return records, faults
 
 
-def _finished_part(path: Path, breast: Breast, header: dict) -> HeatmapRecord | None:
-    """What an earlier run kept of this breast; None where it kept nothing, or of images that have changed since."""
+def _finished(path: Path, breasts: Sequence[Breast], header: dict, same_options=False) -> dict[str, HeatmapRecord]:
+    """The records of `breasts`, by name, that an earlier run kept in the map file `path`, with today's labels.
+
+    Those of images that have changed since are left out. same_options: raise InputError for a file of other options,
+    or a damaged one, which else has nothing of use.
+    """
     if not path.exists():
-        return None
-    kept = load_heatmaps(path)
+        return {}
+    try:
+        kept = load_heatmaps(path)
+    except InputError:
+        if same_options:
+            raise
+        return {}
     theirs = {"class_names": kept.class_names, "mode": kept.mode} | kept.options
     ours = {"class_names": header["class_names"], "mode": header["mode"]} | header["options"]
-    if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different and same_options:
         changes = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in different)
         raise InputError(
             f"{path.parent}: has finished maps of a run with other options ({changes}): Expected the same, to go on. "
             "Give these, or another --out, or remove the folder"
         )
-    [record] = kept.records
-    files = {view: file for view, _, file, _ in record.views()}
-    if files != {view: str(file) for view, file in breast.files.items()}:
-        return None
-    return None if any(os.path.getmtime(file) > path.stat().st_mtime for file in files.values()) else record
+    if different:
+        return {}
+    written, records = path.stat().st_mtime, {f"{record.patient_id}_{record.side}": record for record in kept.records}
+    finished = {}
+    for breast in breasts:
+        record = records.get(breast.name)
+        files = {view: str(file) for view, file in breast.files.items()}
+        if record is None or files != {view: file for view, _, file, _ in record.views()}:
+            continue
+        if all(os.path.getmtime(file) <= written for file in files.values()):
+            record.cancer = breast.cancer
+            finished[breast.name] = record
+    return finished

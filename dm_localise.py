@@ -22,7 +22,7 @@ import numpy as np
 from scipy import ndimage
 
 from dm_files import InputError, atomic_write
-from dm_heatmap import Grid, Heatmaps
+from dm_heatmap import Grid
 from dm_image import check_grey, read_resized
 from dm_patches import read_lesion_masks
 from dm_preprocess import DMImagePreprocessor
@@ -140,22 +140,35 @@ def summarise(images: Sequence[Marked]) -> dict[str, float]:
     }
 
 
-def mark_breast(record, maps: Heatmaps, columns: Sequence[int], roi_mask_dir, wanted: Collection[str] | None, smooth):
-    """`Marked` of each view of a record; columns: the classes whose sum is judged; wanted: names of masks, or None."""
+def mark_breast(
+    record,
+    columns: Sequence[int],
+    window: Sequence[float] | None,
+    roi_mask_dir,
+    wanted: Collection[tuple[str, str, str]] | None = None,
+    smooth: float | None = None,
+) -> list[Marked]:
+    """`Marked` of each view of a record.
+
+    columns: the classes whose sum is judged. window, smooth: see `mark_image`; window defaults to the strides.
+    wanted: (type, image id, number) of the lesions to look for; default: all that have a mask.
+    """
     marked = []
     for view, heatmap, file, grid in record.views():
         image_id = f"{record.patient_id}_{record.side}_{view.upper()}"
         if file is None or grid is None:
             raise InputError(f"{image_id}: the map file does not say which image was scored; compute the map again")
-        masks = read_lesion_masks(roi_mask_dir, image_id, grid.image_size)
-        masks = [mask for name, mask in masks.items() if wanted is None or name in wanted]
+        masks = read_lesion_masks(roi_mask_dir, image_id, file, grid.image_size)
+        if wanted is not None:
+            masks = [mask for mask in masks if (mask.type, image_id, mask.number) in wanted]
+        pixels = [mask.pixels for mask in masks]
         img = check_grey(file, read_resized(file, target_size=grid.image_size))
         try:
             breast = DMImagePreprocessor.segment_breast(img, crop=False)[0] > 0
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
-        window = maps.options.get("window", grid.strides)
-        marked.append(mark_image(image_id, heatmap[..., columns].sum(-1), grid, masks, breast, window, smooth))
+        values = heatmap[..., columns].sum(axis=-1)
+        marked.append(mark_image(image_id, values, grid, pixels, breast, window or grid.strides, smooth))
     return marked
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dm_files import InputError, atomic_write, remove_partial, write_img, write_text
 from dm_parallel import run_parallel
@@ -135,12 +135,13 @@ def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
     if not malignant and pathology not in BENIGN:
         raise InputError(f"{row}: unknown pathology: Expected MALIGNANT, {' or '.join(BENIGN)}. Received {pathology!r}")
     for name in ("patient_id", "abn_num"):
-        if not _is_file_name(cells[name]):
+        if not is_file_name(cells[name]):
             raise InputError(f"{row}: {name} is part of file names. Received {cells[name]!r}")
     return Lesion(cells["patient_id"], cells["side"], cells["view"], cells["abn_num"], cells["type"], malignant)
 
 
-def _is_file_name(text: str) -> bool:
+def is_file_name(text: str) -> bool:
+    """Whether a text can be part of a file's name, and leads to no other folder."""
     return text.isprintable() and text.strip(" .") != "" and not any(part in text for part in ("/", "\\", "..", ":"))
 
 
@@ -271,24 +272,37 @@ def check_mask_fits(mask_size, image_size) -> None:
         )
 
 
-def read_lesion_masks(roi_mask_dir, image_id: str, image_size: tuple[int, int]) -> dict:
-    """Masks of the lesions of one image by file name without ending: bool (rows, columns) of `image_size`.
+class LesionMask(NamedTuple):
+    type: str  # calc or mass, as in the lesion table
+    number: str
+    pixels: Any  # NumPy array of bool (rows, columns)
 
-    Files are `<Calc|Mass>-<set>_<image_id>_<number>.png`, where `image_id` is `<patient>_<side>_<CC|MLO>`. Raises
-    InputError for a mask that is unreadable, has not the shape of its image, or is empty.
+
+def read_lesion_masks(
+    roi_mask_dir, image_id: str, image, image_size: tuple[int, int] | None = None
+) -> list[LesionMask]:
+    """Masks of the lesions of one image, resized to `image_size` (default: the image's own), by the order of names.
+
+    Files are `<Calc|Mass>-<set>_<image_id>_<number>.png` of any set, where `image_id` is `<patient>_<side>_<CC|MLO>`.
+    image: the image's file. Raises InputError for a mask that is unreadable, has not the shape of the image, or is
+    empty.
     """
     from dm_image import check_grey, read_resize_img
 
-    masks = {}
-    for path in sorted(Path(roi_mask_dir).glob(f"*-*_{glob.escape(image_id)}_*.png")):
+    name = re.compile(rf"(calc|mass)-[^_]+_{re.escape(image_id)}_(.+)\.png", re.IGNORECASE)
+    masks = []
+    for path in sorted(Path(roi_mask_dir).glob(f"*_{glob.escape(image_id)}_*.png")):
+        if (match := name.fullmatch(path.name)) is None:  # of an image whose name ends in this one's
+            continue
+        source_size = read_size(image)
         try:
-            check_mask_fits(read_size(path), image_size)
+            check_mask_fits(read_size(path), source_size)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        mask = check_grey(path, read_resize_img(path, target_size=image_size)) > 0  # as the patch samplers do
-        if not mask.any():
+        pixels = check_grey(path, read_resize_img(path, target_size=image_size or source_size)) > 0  # as when sampling
+        if not pixels.any():
             raise InputError(f"{path}: the mask marks no lesion: Expected pixels above 0. Received none")
-        masks[path.stem] = mask
+        masks.append(LesionMask(match[1].lower(), match[2], pixels))
     return masks
 
 
@@ -420,7 +434,7 @@ def check_options(args, class_dirs: Mapping) -> None:
     if Path(args.train_out_dir).resolve() == Path(args.val_out_dir).resolve():
         raise InputError(f"training and validation folder are the same: {args.train_out_dir}")
     for name, value in vars(args).items():
-        if name.endswith("_dir") and name not in FOLDERS and not _is_file_name(value):
+        if name.endswith("_dir") and name not in FOLDERS and not is_file_name(value):
             option = name.replace("_", "-")
             raise InputError(f"--{option}: Expected the name of a folder, without a path. Received {value!r}")
     if args.bkg_dir in class_dirs.values():

@@ -6,7 +6,7 @@
 
 A patch classifier sweeps the breast window by window, or with --fprop-mode sees the whole image at once, 25 times
 faster or more. A whole-image classifier is explained by Grad-CAM. Give the pixel options that it was trained with.
-A killed run, started again with the same options, goes on where it was.
+A killed run, started again with the same options, goes on where it was; a finished one draws its pictures.
 """
 
 import argparse
@@ -64,7 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("pictures").add_argument
     add("--overlay", metavar="DIR", help="draw each class on the mammogram: <DIR>/<image>.png")
-    add("--roi-mask-dir", metavar="DIR", help="outline lesions: <Calc|Mass>-Training_<image>_<abn_num>.png")
+    add(
+        "--roi-mask-dir", metavar="DIR", help="with --overlay, outline lesions: <Calc|Mass>-<set>_<image>_<abn_num>.png"
+    )
 
     group = parser.add_argument_group("patch classifier, sliding windows")
     dm_args.add_optional(
@@ -90,7 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("whole-image classifier")
     group.add_argument(
         "--grad-cam", action=argparse.BooleanOptionalAction,
-        help="explain the model by Grad-CAM; default: if it is a whole-image classifier, which has a patch net inside",
+        help="explain the model by Grad-CAM; default: if it has a network inside, as whole-image classifiers have. "
+        "--no-grad-cam: it is a patch classifier",
     )  # fmt: skip
     group.add_argument(
         "--grad-cam-layer", choices=["last", "patch"],
@@ -104,7 +107,6 @@ def run(*paths, **options) -> None:
     args = dm_args.complete(make_parser(), options, paths)
     import functools
 
-    import dm_heatmap_draw
     import dm_heatmap_score
     from dm_dataset import read_patient_list
     from dm_heatmap import check_map_name
@@ -112,12 +114,17 @@ def run(*paths, **options) -> None:
 
     args.out = args.out if Path(args.out).suffix else f"{args.out}.npz"
     check_map_name(args.out)
+    check_options(args)
     patients = None if args.pat_list is None else read_patient_list(args.pat_list)
     breasts, faults = dm_heatmap_score.read_breasts(args.pat_csv, args.img_folder, patients)
     if faults and args.on_error == "stop":
         raise InputError(f"{faults[0]} ({len(faults)} such; --on-error skip leaves them out)")
     if not breasts:
         raise InputError(f"{args.pat_csv}: no breast to map: Expected images in {args.img_folder}. Received none")
+    if args.roi_mask_dir is not None and args.on_error == "stop":  # before the long work
+        check = functools.partial(dm_heatmap_score.check_masks, roi_mask_dir=args.roi_mask_dir)
+        for _ in run_parallel(check, breasts, args.jobs, desc="masks", unit="breast"):
+            pass
     if (one_view := sum(len(breast.files) == 1 for breast in breasts)) > 0:
         print(f"{one_view} of {len(breasts)} breasts have an image of one view alone")
 
@@ -133,6 +140,8 @@ def run(*paths, **options) -> None:
             f"--class-list: Expected {model.output_shape[-1]} names, one for each output of {args.dl_state}. "
             f"Received {len(class_names)}"
         )
+    if len(set(class_names)) < len(class_names):
+        raise InputError(f"--class-list: Expected different names. Received {' '.join(class_names)}")
     kept = {name: getattr(args, name) for name in (*PIXEL_OPTIONS, *MODE_OPTIONS[scorer.mode])}
     kept |= {"dl_state": args.dl_state, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
     records, scoring_faults = dm_heatmap_score.score_breasts(
@@ -145,17 +154,46 @@ def run(*paths, **options) -> None:
     print(f"Their cells stand for {window} pixels of the scored image and are {strides} pixels apart")
     if args.overlay is not None:
         draw = functools.partial(
-            dm_heatmap_draw.draw_overlays,
+            draw_or_fault,
+            on_error=args.on_error,
             out_dir=args.overlay,
             class_names=class_names,
             mode=scorer.mode,
             roi_mask_dir=args.roi_mask_dir,
         )
-        for _ in run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"):
-            pass
-        print(f"{nb_map} pictures are in {args.overlay}")
+        drawn = list(run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"))
+        faults += [fault for fault in drawn if fault is not None]
+        print(f"Pictures of {drawn.count(None)} breasts are in {args.overlay}")
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError for options that contradict each other, or that would have no effect without a word."""
+    if args.fprop_mode and args.grad_cam:
+        raise InputError("--fprop-mode and --grad-cam: Expected one of them")
+    if args.grad_cam_layer is not None and (args.fprop_mode or args.grad_cam is False):
+        raise InputError("--grad-cam-layer: Expected Grad-CAM. Received --fprop-mode or --no-grad-cam")
+    if args.overlay is not None and Path(args.overlay).resolve() == Path(args.img_folder).resolve():
+        raise InputError(f"--overlay {args.overlay}: Expected another folder than that of the mammograms")
+    if args.roi_mask_dir is not None:
+        if args.overlay is None:
+            raise InputError("--roi-mask-dir: outlines lesions in pictures: Expected --overlay with it")
+        if not Path(args.roi_mask_dir).is_dir():
+            raise InputError(f"--roi-mask-dir {args.roi_mask_dir}: no such folder")
+
+
+def draw_or_fault(record, on_error: str, **options) -> str | None:
+    """Draw the pictures of a breast; with "skip" return what was at fault, if anything."""
+    from dm_heatmap_draw import draw_overlays
+
+    try:
+        draw_overlays(record, **options)
+    except InputError as error:
+        if on_error == "stop":
+            raise
+        return f"picture: {error}"
+    return None
 
 
 def make_scorer(model, args: argparse.Namespace):
@@ -175,17 +213,16 @@ def make_scorer(model, args: argparse.Namespace):
         "mean": args.featurewise_mean if args.featurewise_center else 0.0,
     }
     whole = pixels | {"segment_breast": args.segment_breast}
-    whole_image = any(isinstance(layer, keras.Model) for layer in model.layers)
-    if whole_image and args.grad_cam is False:
-        raise InputError(f"{args.dl_state}: a whole-image classifier: Expected a patch classifier with --no-grad-cam")
-    if whole_image and args.fprop_mode:
-        raise InputError(f"{args.dl_state}: a whole-image classifier: Expected a patch classifier with --fprop-mode")
+    nested = any(isinstance(layer, keras.Model) for layer in model.layers)
+    grad_cam = args.grad_cam if args.grad_cam is not None else nested and not args.fprop_mode
+    if args.grad_cam_layer is not None and not grad_cam:
+        raise InputError(f"--grad-cam-layer: Expected a whole-image classifier. Received {args.dl_state}")
     try:
-        if args.grad_cam or whole_image:
+        if grad_cam:
             built = model.input_shape[1:3]
             if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
-                raise InputError(f"Expected --img-size {built[0]} {built[1]}, for which it is built. "
-                                 f"Received {args.img_size[0]} {args.img_size[1]}")  # fmt: skip
+                raise InputError(f"Expected --img-size {built[0]} {built[1]}, for which it is built, or --no-grad-cam "
+                                 f"for a patch classifier. Received {args.img_size[0]} {args.img_size[1]}")  # fmt: skip
             return GradCam(model, args.img_size, layer=args.grad_cam_layer, **whole)
         if args.fprop_mode:
             geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}

@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
     add = parser.add_argument
     add("maps", nargs="+", help="map files of heatmap_score.py: .npz, .h5 or .pkl")
-    add("--roi-mask-dir", required=True, help="folder of masks: <Calc|Mass>-Training_<image>_<abn_num>.png")
+    add("--roi-mask-dir", required=True, help="folder of masks: <Calc|Mass>-<set>_<image>_<abn_num>.png")
     add("--out-dir", default="localisation", metavar="DIR", help="folder for the results")
     add("--classes", nargs="+", metavar="CLASS", help="judge the sum of these classes; default: all but the first")
     add(
@@ -51,7 +51,7 @@ def run(**options) -> None:
     wanted = None
     if args.malignant is not None:
         lesions = [lesion for lesion in read_lesions(args.malignant) if lesion.malignant]
-        wanted = {f"{one.type.capitalize()}-Training_{one.image_id}_{one.number}" for one in lesions}
+        wanted = {(lesion.type, lesion.image_id, lesion.number) for lesion in lesions}
     results = {}
     for path in args.maps:
         maps = load_heatmaps(path)
@@ -63,14 +63,15 @@ def run(**options) -> None:
         columns = [maps.class_names.index(name) for name in names]
         mark = functools.partial(
             dm_localise.mark_breast,
-            maps=dm_localise.Heatmaps([], options=maps.options),  # all that is needed of it, for other processes
             columns=columns,
+            window=maps.options.get("window"),
             roi_mask_dir=args.roi_mask_dir,
             wanted=wanted,
             smooth=args.smooth,
         )
-        marked = run_parallel(mark, maps.records, args.jobs, args.backend, desc=Path(path).name, unit="breast")
+        marked = list(run_parallel(mark, maps.records, args.jobs, args.backend, desc=Path(path).name, unit="breast"))
         results[str(path)] = [image for images in marked for image in images]
+        warn_of_missing_masks(path, maps.records, marked, wanted)
         summary = dm_localise.summarise(results[str(path)])
         print(
             f"{path}: points at a lesion in {summary['pointing_hits']} of {summary['images_with_lesions']} images "
@@ -79,6 +80,19 @@ def run(**options) -> None:
         )
     dm_localise.write_results(args.out_dir, results)
     print(f"localisation.csv, froc.csv and froc.png are in {args.out_dir}")
+
+
+def warn_of_missing_masks(path, records, marked, wanted) -> None:
+    """Say how many lesions count as absent because they have no mask. marked: lists of `Marked`, one a record."""
+    lesions = [sum(image.hits.shape[1] for image in images) for images in marked]
+    cancers = [count for record, count in zip(records, lesions, strict=True) if record.cancer == 1]
+    if without := cancers.count(0):
+        print(f"Warning: {path}: {without} of {len(cancers)} breasts with cancer have no mask, and count as free of it")
+    if wanted is not None:
+        scored = {image.image_id for images in marked for image in images}
+        expected = sum(image_id in scored for _, image_id, _ in wanted)
+        if (missing := expected - sum(lesions)) > 0:
+            print(f"Warning: {path}: {missing} of {expected} malignant lesions of its images have no mask")
 
 
 def main(argv=None) -> int:

@@ -47,8 +47,10 @@ python ddsm_train/localise.py "$out/maps.npz" --roi-mask-dir "$data/roi_mask" --
 step "7/7 Drawing such maps, and what the whole-image classifier looks at: a patient of each kind of lesion"
 awk -F, 'NR == FNR {test[$1]; next} ($1 in test) && !seen[substr($5, 1, 3) $6]++ {print $1}' \
     "$data/pat_test.txt" "$data/roi_mask_path.csv" | sort -u > "$out/drawn.txt"
-sweep "$out/patch_model.h5" "$out/drawn.npz" --pat-list "$out/drawn.txt" --overlay "$out/overlays"
-map_lesions "$out/image_model.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt" --overlay "$out/gradcam"
+sweep "$out/patch_model.h5" "$out/drawn.npz" --pat-list "$out/drawn.txt" --overlay "$out/overlays" \
+    --roi-mask-dir "$data/roi_mask"
+map_lesions "$out/image_model.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt" --overlay "$out/gradcam" \
+    --roi-mask-dir "$data/roi_mask"
 
 step "Done"
 cp "$out/image/predictions.csv" "$out/image/metrics.json" "$out/image/roc.png" "$out/"

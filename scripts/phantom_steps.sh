@@ -41,7 +41,7 @@ train_image() { # PATCH_MODEL MODEL OUT_DIR [options]: convert it, train new lay
 map_lesions() { # MODEL MAPS [options]: Grad-CAM of a whole-image classifier; see sweep
     python ddsm_train/heatmap_score.py "$data/full_img" "$1" --rescale-factor 0.003891 --featurewise-center \
         --featurewise-mean 44 --img-size 480 384 --pat-csv "$data/pat_side_cancer.csv" \
-        --roi-mask-dir "$data/roi_mask" --out "$2" "${@:3}"
+        --out "$2" "${@:3}"
 }
 
 sweep() { # PATCH_MODEL MAPS [options]: map the patch classifier's windows

@@ -8,7 +8,7 @@ import pytest
 
 from ddsm_train import localise
 from dm_files import InputError
-from dm_heatmap import Grid, HeatmapRecord, save_heatmaps
+from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_localise import Marked, find_marks, froc, mark_image, summarise
 
 GRID = Grid((40, 60), (5.0, 5.0), (10.0, 10.0))  # 4 x 6 cells of 10 pixels
@@ -77,14 +77,11 @@ def test_smoothing_brings_a_plateau_to_its_middle():
     values = np.zeros((4, 60))
     values[1, 20:31] = 1  # its lesion is in the middle
     values[1, 20] += 1e-6
-    grid = Grid((40, 60), (5.0, 0.5), (10.0, 1.0))
+    grid = Grid((40, 60), (5.0, 0.5), (1.0, 1.0))
     breast = np.ones((40, 60), bool)
-    at_edge = mark_image("a", values, grid, [square(13, 23, 5)], breast, (10, 10), smooth=0)
-    smooth = mark_image("a", values, grid, [square(13, 23, 5)], breast, (10, 10))
-    assert (at_edge.pointed, smooth.pointed) == (True, True)  # half a cell is 5 pixels here
-    narrow = Grid((40, 60), (5.0, 0.5), (1.0, 1.0))
-    assert mark_image("a", values, narrow, [square(4, 24, 3)], breast, (1, 10), smooth=0).pointed is False
-    assert mark_image("a", values, narrow, [square(4, 24, 3)], breast, (1, 10)).pointed is True
+    lesion = [square(4, 24, 3)]
+    assert mark_image("a", values, grid, lesion, breast, (1, 10), smooth=0).pointed is False
+    assert mark_image("a", values, grid, lesion, breast, (1, 10)).pointed is True
 
 
 def test_free_response_roc_by_hand():
@@ -162,6 +159,37 @@ def test_results_of_map_files(study, capsys):
     assert localise.main([*map(str, args)]) == 0
     row = rows(study / "out" / "localisation.csv")[0]
     assert (row["lesions"], row["images"], row["pointing_accuracy"]) == ("1", "2", "1.0")
+
+
+def test_lesions_are_found_by_type_image_and_number_whatever_the_set(study, capsys):
+    for path in (study / "masks").iterdir():
+        path.rename(path.with_name(path.name.replace("Training", "Test")))
+    args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz"]
+    args += ["--malignant", study / "rois.csv"]
+    assert localise.main([*map(str, args)]) == 0
+    assert "Warning" not in capsys.readouterr().out
+    assert rows(study / "out" / "localisation.csv")[0]["lesions"] == "1"
+
+
+def test_lesions_without_masks_are_counted(study, capsys):
+    table = study / "rois.csv"
+    more = "P_1,LEFT,CC,2,MALIGNANT,calc\nP_9,LEFT,CC,1,MALIGNANT,calc\n"  # P_9 is not in the map file
+    table.write_text(table.read_text() + more)
+    args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz", "--malignant", table]
+    assert localise.main([*map(str, args)]) == 0
+    assert "1 of 2 malignant lesions of its images have no mask" in capsys.readouterr().out
+    (study / "masks" / "Mass-Training_P_1_LEFT_CC_1.png").unlink()
+    assert localise.main([*map(str, args[:-2])]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 1 breasts with cancer have no mask, and count as free of it" in said and "malignant" not in said
+
+
+def test_a_map_of_nan_is_refused(study, capsys):
+    maps = load_heatmaps(study / "maps.npz")
+    maps.records[0].cc[:] = np.nan
+    save_heatmaps(study / "nan.npz", maps.records, class_names=maps.class_names, strides=(10, 10))
+    assert localise.main(["--roi-mask-dir", str(study / "masks"), str(study / "nan.npz")]) == 1
+    assert "nan.npz: not a whole map file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
