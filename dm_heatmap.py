@@ -255,7 +255,7 @@ def _record(entry: dict, heatmaps: Heatmaps) -> HeatmapRecord:
             raise ValueError(
                 f"{record.patient_id} {view}: map of shape {heatmap.shape}, {len(heatmaps.class_names)} class names"
             )
-        _check(np.isfinite(heatmap).all(), f"{record.patient_id} {view}: NaN or infinity")
+        _check(np.isfinite(heatmap).all(), f"values of {record.patient_id} {view}: NaN or infinity")
         file, size = entry.get(f"{view}_file"), entry.get(f"{view}_image_size")
         _check(file is None or isinstance(file, str), f"{view}_file")
         setattr(record, view, heatmap)

@@ -608,7 +608,7 @@ def heatmap(args):
     grid = [(size - patch) // stride + 1 for size in WHOLE]
     batch_size = grid[0] * grid[1] // 10  # of equal batches, so that nothing idle is computed
     print(f"All {grid[0]} x {grid[1]} windows of {patch} pixels, {stride} apart, of one image {WHOLE[0]} x {WHOLE[1]},")
-    print("seconds; fastest of 3 forward propagations. Arithmetic: pixels of all windows to those of the image.")
+    print("seconds; the faster of 2, both ways in turns. Arithmetic: pixels of all windows to those of the image.")
     print("Difference: of the map of an image of one window, from that window's probabilities.")
     names = ("windows", "once", "ratio", "of CPU", "arithmetic", "difference", "load")
     print(f"{'network':>9}", *(f"{name:>10}" for name in names))
@@ -625,15 +625,12 @@ def heatmap(args):
         sweep.score(Scan("warm-up", image[: patch + stride * 10, : patch + stride * 5], None))  # 66 windows
         maps = forward.score(Scan("warm-up", image, None))
         load = os.getloadavg()[0]
-        times = []
-        for scorer, repeats in ((sweep, 1), (forward, 3)):
-            rounds = []
-            for _ in range(repeats):
-                start = clock()
-                assert scorer.score(Scan("image", image, None)).shape == maps.shape == (*grid, 5)
-                rounds.append(clock() - start)
-            times.append(np.min(rounds, axis=0))
-        (windows, windows_cpu), (once, once_cpu) = times
+        times = {sweep: [], forward: []}
+        for scorer in (sweep, forward) * 2:
+            start = clock()
+            assert scorer.score(Scan("image", image, None)).shape == maps.shape == (*grid, 5)
+            times[scorer].append(clock() - start)
+        (windows, windows_cpu), (once, once_cpu) = (np.min(rounds, axis=0) for rounds in times.values())
         print(
             f"{net:>9} {windows:10.1f} {once:10.2f} {windows / once:10.1f} {windows_cpu / once_cpu:10.1f} "
             f"{arithmetic:10.1f} {difference:10.0e} {load:10.1f}",
