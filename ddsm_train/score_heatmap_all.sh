@@ -6,7 +6,7 @@
 # Writes OUT/train.npz, val.npz and test.npz. A killed run goes on when started again.
 # Environment: DATA (prepared), SETS ("train val test"), OUT (DATA/heatmaps/sweep), FORMAT (npz; h5 or pkl).
 set -euo pipefail
-source "$(dirname "$0")/recipe.sh"
+source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ -f "${1:-}" ] || usage 2
 model="$1"
 shift
