@@ -43,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(img_size=[1152, 896], featurewise_center=False, featurewise_mean=71.8)
     dm_args.add_flag(
         parser, "--segment-breast", False,
-        "blank all but the breast where the network sees the whole image; windows are always cut from the breast alone",
+        "blank all but the breast where the network sees the whole image, and with it the labels at which Grad-CAM may "
+        "point; windows are always cut from the breast alone",
     )  # fmt: skip
     add("--pat-csv", default="./full_img/pat.csv", help="table of breasts with the columns patient_id,side,cancer")
     dm_args.add_optional(
