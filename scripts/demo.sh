@@ -49,8 +49,9 @@ awk -F, 'NR == FNR {test[$1]; next} ($1 in test) && !seen[substr($5, 1, 3) $6]++
     "$data/pat_test.txt" "$data/roi_mask_path.csv" | sort -u > "$out/drawn.txt"
 sweep "$out/patch_model.h5" "$out/drawn.npz" --pat-list "$out/drawn.txt" --overlay "$out/overlays" \
     --roi-mask-dir "$data/roi_mask"
+# The labels beside the breast are blanked: their letters are bright and sharp, and Grad-CAM would point at them.
 map_lesions "$out/image_model.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt" --overlay "$out/gradcam" \
-    --roi-mask-dir "$data/roi_mask"
+    --roi-mask-dir "$data/roi_mask" --segment-breast
 
 step "Done"
 cp "$out/image/predictions.csv" "$out/image/metrics.json" "$out/image/roc.png" "$out/"
