@@ -109,7 +109,7 @@ def rematerialize(model: keras.Model, image_size: tuple[int, int] | None = None)
 
     It shares all layers and variables with `model`, which is the one to freeze and unfreeze layers of, to set dropout
     and weight decay of, and to save; compile and fit the returned one. Loss, gradients and updates of batch
-    normalization are the same; a step takes the time of computing those parts again longer. The network is cut where a single
+    normalization are the same; a step takes longer by computing those parts again. The network is cut where a single
     tensor leads on, so that what is kept at the cuts and the largest part between two of them take the least memory
     together (Chen et al. 2016, "Training deep nets with sublinear memory cost", with sizes in place of a count).
 
