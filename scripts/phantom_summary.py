@@ -81,15 +81,19 @@ def plot_starts(out, path) -> None:
     """Draw the validation AUC of the runs in `out` by epoch, a colour a way of starting."""
     import pandas as pd
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     labels = dict(STARTS)
     for start, _, folder in find_runs(out):
         history = pd.read_csv(folder / "history.csv")
-        color = f"C{list(STARTS).index(start)}"
-        axes.plot(history.epoch, history.val_auc, color=color, marker=".", label=labels.pop(start, None))
+        place = list(STARTS).index(start)
+        # The longer run from scratch begins as the shorter one, and lies below it.
+        style = {"color": f"C{place}", "zorder": 3 - place / 10, "marker": "."}
+        axes.plot(history.epoch, history.val_auc, label=labels.pop(start, None), **style)
     axes.set(xlabel="epoch of whole-image training", ylabel="validation AUC")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
