@@ -805,23 +805,28 @@ def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
     generator = iterator.generator
     chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
     images = [iterator.load(i) for i in chosen]
+    if generator.rescale:
+        images = [image * generator.rescale for image in images]
+    return pixel_warnings(images, generator.mean if generator.featurewise_center else None)
+
+
+def pixel_warnings(images, mean=None) -> list[str]:
+    """Warnings about float images before mean subtraction, of any shapes, and the `mean` to subtract, or None."""
     low = min(float(x.min()) for x in images)
     high = max(float(x.max()) for x in images)
-    mean = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    if generator.rescale:
-        low, high, mean = (value * generator.rescale for value in (low, high, mean))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {mean:.4g}, in {len(images)} images"
+    own = float(np.mean([x.mean() for x in images], dtype=np.float64))
+    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {len(images)} images"
     messages = []
     if low < -64 or high > 320 or high < 32:
         messages.append(
             f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
             "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
         )
-    if generator.featurewise_center and generator.mean is not None:
-        asked = float(np.mean(generator.mean))
-        if abs(asked - mean) > max(16.0, 0.5 * abs(mean)):
+    if mean is not None:
+        asked = float(np.mean(mean))
+        if abs(asked - own) > max(16.0, 0.5 * abs(own)):
             messages.append(
                 f"the mean that is subtracted, {asked:.4g} (featurewise mean), is far from the images' own, "
-                f"{mean:.4g} in {len(images)} of them."
+                f"{own:.4g} in {len(images)} of them."
             )
     return messages

@@ -10,6 +10,7 @@ A killed run, started again with the same options, goes on where it was; a finis
 """
 
 import argparse
+import contextlib
 import sys
 import zlib
 from pathlib import Path
@@ -126,6 +127,7 @@ def run(*paths, **options) -> None:
         check = functools.partial(dm_heatmap_score.check_masks, roi_mask_dir=args.roi_mask_dir)
         for _ in run_parallel(check, breasts, args.jobs, desc="masks", unit="breast"):
             pass
+    warn_of_pixels([file for breast in breasts for file in breast.files.values()], args)
     if (one_view := sum(len(breast.files) == 1 for breast in breasts)) > 0:
         print(f"{one_view} of {len(breasts)} breasts have an image of one view alone")
 
@@ -184,6 +186,21 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"--roi-mask-dir {args.roi_mask_dir}: no such folder")
 
 
+def warn_of_pixels(files, args: argparse.Namespace) -> None:
+    """Say on standard error where up to 8 of the images do not look as networks expect them."""
+    import numpy as np
+
+    from dm_image import pixel_warnings, read_resize_img
+
+    images = []
+    for index in np.linspace(0, len(files) - 1, min(8, len(files))).astype(int):
+        with contextlib.suppress(InputError):  # told when it is to be mapped
+            images.append(read_resize_img(files[index], None, args.img_height or args.img_size[0], args.img_scale,
+                                          rescale_factor=args.rescale_factor))  # fmt: skip
+    for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None) if images else []:
+        print(f"warning: {message}", file=sys.stderr)
+
+
 def draw_or_fault(record, on_error: str, **options) -> str | None:
     """Draw the pictures of a breast; with "skip" return what was at fault, if anything."""
     from dm_heatmap_draw import draw_overlays
@@ -229,7 +246,8 @@ def make_scorer(model, args: argparse.Namespace):
             geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
             return ForwardPropagation(model, args.img_size, patch_net=args.net, **geometry, **whole)
     except InputError as error:
-        raise InputError(f"{args.dl_state}: {error}") from error
+        options = " (--img-size, --avg-pool-size)" if args.fprop_mode else ""
+        raise InputError(f"{args.dl_state}: {error}{options}") from error
     args.img_height = args.img_height or args.img_size[0]
     return Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, **pixels)
 

@@ -5,11 +5,13 @@
   python ddsm_train/published.py compare OUT               the rows finished in OUT beside the published ones
   python ddsm_train/published.py average OUT RUN RUN ...   score the mean of several runs' predictions.csv
   python ddsm_train/published.py choose OUT DATA N         link a data folder with N patients to train on
+  python ddsm_train/published.py options SCRIPT [...]      check that a script of this folder takes these options
 
 `reproduce_table.sh` uses these. `compare` also writes OUT/table.csv.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -32,6 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
     action.add_argument("out", metavar="OUT", help="folder to make, of links")
     action.add_argument("data", metavar="DATA", help="folder of train, val and test, each with neg and pos")
     action.add_argument("patients", metavar="N", type=dm_args.positive_int, help="patients to train on")
+    action = actions.add_parser("options", help="end with status 2 where a script does not take these options")
+    action.add_argument("script", metavar="SCRIPT", help="such as patch_clf_train")
+    action.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="its options")
     return parser
 
 
@@ -46,6 +51,11 @@ def run(action: str, **options) -> None:
         print(dm_recipes.SPLIT_NOTE)
     elif action == "average":
         dm_recipes.average_predictions(options["runs"], options["out"])
+    elif action == "options":
+        parser = importlib.import_module(f"ddsm_train.{options['script']}").make_parser()
+        parser.prog = f"{options['script']}.py"
+        paths = ["-" for argument in parser._actions if not argument.option_strings]
+        parser.parse_args([*paths, *options["words"]])
     else:
         dm_recipes.choose_patients(options["data"], options["out"], options["patients"])
 

@@ -64,15 +64,38 @@ step() {
     touch "$folder/done"
 }
 
+# read_row ROW: what published.csv says of it, into the caller's variables.
+read_row() {
+    IFS=, read -r _ kind sources net patch_set top patients _ \
+        < <(awk -F, -v row="$1" 'NR > 1 && $1 == row' "$here/published.csv") ||
+        status=2 fail "$1: no such row. Expected one of $(basename "$0") --list"
+}
+
+# check ROW: whether each step, of its sources too, takes its options and has its data, before the first one works.
+check() {
+    local row="$1" kind sources net patch_set top patients source
+    read_row "$row"
+    for source in $sources; do check "$source"; done
+    local options=(python "$here/published.py" options)
+    case "$kind" in
+        patch)
+            "${options[@]}" sample_patches_combined "${sample[@]}"
+            "${options[@]}" patch_clf_train "${all[@]}" "${patch[@]}"
+            ;;
+        image | extend) "${options[@]}" image_clf_train "${all[@]}" "${image[@]}" ;;
+        finetune)
+            "${options[@]}" image_clf_train "${all[@]}" "${inbreast[@]}"
+            [ -n "${INBREAST:-}" ] && [ -d "$INBREAST/train" ] || fail "$row: Expected the environment variable" \
+                "INBREAST to be a folder of train, val and test, each with neg and pos. Received '${INBREAST:-}'"
+            ;;
+    esac
+}
+
 # reproduce ROW: its sources first, then the row itself.
 reproduce() {
     local row="$1" kind sources net patch_set top patients source inbreast_data inbreast_images
-    IFS=, read -r _ kind sources net patch_set top patients _ \
-        < <(awk -F, -v row="$row" 'NR > 1 && $1 == row' "$here/published.csv") ||
-        status=2 fail "$row: no such row. Expected one of $(basename "$0") --list"
+    read_row "$row"
     if [ "$kind" = finetune ]; then
-        [ -n "${INBREAST:-}" ] && [ -d "$INBREAST/train" ] || fail "$row: Expected the environment variable INBREAST" \
-            "to be a folder of train, val and test, each with neg and pos. Received '${INBREAST:-}'"
         inbreast_data="$(realpath -- "$INBREAST")"
         inbreast_images="$(cd "$INBREAST" && find -L . -type f ! -name '.*' | LC_ALL=C sort | cksum)"
     fi
@@ -115,6 +138,7 @@ reproduce() {
     esac
 }
 
+check "$wanted"
 # Two rows at once could make the same folder.
 if command -v flock > /dev/null; then
     mkdir -p "$out"

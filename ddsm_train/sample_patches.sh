@@ -21,7 +21,7 @@ case "$patch_set" in
     s) number=1 ;;
     s10) number=10 ;;
     s30) number=30 ;;
-    *) usage 2 ;;
+    *) status=2 fail "$patch_set: no such set; see -h" ;;
 esac
 [ -e "$data/roi_mask_path.csv" ] || fail "$data: Expected the folder that scripts/prepare_cbis_ddsm.py wrote"
 

@@ -7,7 +7,8 @@
 # Environment: DATA (prepared), SETS ("train val test"), OUT (DATA/heatmaps/sweep), FORMAT (npz; h5 or pkl).
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/recipe.sh"
-[ -f "${1:-}" ] || usage 2
+[ $# -ge 1 ] || usage 2
+[ -f "$1" ] || fail "$1: no such model file"
 model="$1"
 shift
 data="${DATA:-prepared}"

@@ -18,7 +18,7 @@ net="$1" top="$2"
 shift 2
 case "$net" in
     resnet50 | vgg16 | vgg19 | yaroslav | xception | inception) ;;
-    *) usage 2 ;;
+    *) status=2 fail "$net: no such net; see -h" ;;
 esac
 # The heatmap is the patch classifier on the mean of 7x7 features at each position, for all networks, as in the
 # original: the features of a patch of 224x224, except in YaroslavNet, where such a patch has 3x3, one each 64 pixels.
@@ -40,7 +40,7 @@ case "$top" in
         layers=("${heatmap[@]}" --hm-pool-size 5 5 --no-add-conv --fc-init-units 64 --fc-layers 2 --add-shortcut) ;;
     heatmap-fc16-8)
         layers=("${heatmap[@]}" --hm-pool-size 3 3 --no-add-conv --fc-init-units 16 --fc-layers 2 --add-shortcut) ;;
-    *) usage 2 ;;
+    *) status=2 fail "$top: no such top; see -h" ;;
 esac
 data="${DATA:-prepared}"
 patch_model="${PATCH_MODEL:-$data/models/patch_${net}_s10.h5}"

@@ -17,12 +17,12 @@ shift 2
 case "$net" in
     resnet50 | vgg16 | vgg19 | xception | inception) schedule=(--nb-epoch 3 --top-layer-epochs 13 --all-layer-epochs 50) ;;
     yaroslav) schedule=(--no-use-pretrained --nb-epoch 100) ;;
-    *) usage 2 ;;
+    *) status=2 fail "$net: no such net; see -h" ;;
 esac
 case "$patch_set" in
     s) [ "$net" = yaroslav ] || schedule+=(--all-layer-epochs 200) ;;
     s10 | s30) ;;
-    *) usage 2 ;;
+    *) status=2 fail "$patch_set: no such set; see -h" ;;
 esac
 data="${DATA:-prepared}"
 patches="$data/patches_$patch_set"

@@ -763,6 +763,19 @@ def test_every_mode_and_its_pictures(tmp_path, models, model, args, mode, classe
     assert all(min(cv2.imread(str(tmp_path / "pictures" / name)).shape[:2]) > 300 for name in names)
 
 
+def test_pixels_unlike_those_of_training_are_warned_of(tmp_path, models, capsys):
+    folder = write_breasts(tmp_path / "img", BREASTS[:2])
+    args = ["--fprop-mode", "--avg-pool-size", 4, 4]
+    assert command(folder, models / "patch.h5", tmp_path / "a", *args, "--rescale-factor", "1") == 0
+    assert "warning: pixels are far from the range 0..255" in capsys.readouterr().err
+    assert command(folder, models / "patch.h5", tmp_path / "b", *args, "--featurewise-center") == 0
+    own = np.mean([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in folder.glob("*.png")]) * 0.003891
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the mean")]
+    assert len(warnings) == (abs(71.8 - own) > max(16, 0.5 * own))
+    assert command(folder, models / "patch.h5", tmp_path / "c", *args) == 0
+    assert "warning: the mean" not in capsys.readouterr().err
+
+
 def test_a_picture_lays_map_and_outline_on_the_pixels():
     img = rng.integers(1000, 2000, (40, 30))
     mask = np.zeros((40, 30), bool)

@@ -310,12 +310,13 @@ def test_help_and_wrong_arguments(shell, recipe):
     link = shell.folder / recipe.name
     link.symlink_to(recipe)
     assert shell(link, "-h")[1] == text
-    wrong = [[]] if re.search(rf"{recipe.name} [A-Z]", text) else []
-    if recipe.name in ("sample_patches.sh", "train_patch_clf.sh", "train_image_clf.sh"):
-        wrong += [["resnet50"], ["nonsense", "nonsense"]]
-    for args in wrong:
+    named = recipe.name in ("sample_patches.sh", "train_patch_clf.sh", "train_image_clf.sh")
+    for args in ([[]] if re.search(rf"{recipe.name} [A-Z]", text) else []) + [["resnet50"]] * named:
         _, out, error = shell(recipe, *args, status=2)
         assert (out, error) == ("", text)
+    if named:
+        _, out, error = shell(recipe, "nonsense", "nonsense", status=2)
+        assert out == "" and error.startswith(f"{recipe.name}: error: nonsense: no such ")
 
 
 def test_there_is_something_to_start_from(shell, prepared):
@@ -505,6 +506,17 @@ def test_what_is_missing_is_said_before_anything_is_trained(shell, prepared):
         assert (commands, error.count("\n")) == ([], 1)
         assert "inbreast-vgg16-512x1: Expected the environment variable INBREAST" in error
         assert f"Received '{inbreast}'" in error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--sample", "--mixed-precision"], ["--image", "--foo"], ["--from-scratch"], ["--patch", "--net", "a b", "c"]],
+)
+def test_options_are_checked_before_any_work(shell, prepared, words):
+    """Also those of a step that would come days later; what one trainer alone takes is not for all."""
+    commands, _, error = shell(REPRODUCE, "ddsm-vgg16-512x1", prepared, *words, status=2)
+    assert commands == []
+    assert "unrecognized arguments" in error
 
 
 def test_the_list_has_every_row(shell):
