@@ -366,7 +366,7 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
     """Sample the images of `patients` into `out_dir`; return the faults met."""
     from tqdm import tqdm
 
-    print(f"Sampling into {out_dir} ({name} set)")
+    print(f"Sampling into {out_dir}")
     wanted = set(patients)
     images = [list(group) for _, group in groupby(
         # A stable sort: the lesions of an image stay in the order of the table.
