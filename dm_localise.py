@@ -189,7 +189,7 @@ def write_results(out_dir, results: dict[str, Sequence[Marked]]) -> None:
                 {"maps": name, "threshold": thresholds, "fp_per_image": false_positives, "sensitivity": sensitivity}
             )
         )
-        label = f"{name}: pointing {summary['pointing_accuracy']:.2f} (chance {summary['chance']:.2f})"
+        label = f"{Path(name).name}: pointing {summary['pointing_accuracy']:.2f} (chance {summary['chance']:.2f})"
         furthest = max(furthest, false_positives[-1])
         axes.step(false_positives, sensitivity, where="post", label=label)
     axes.set(
@@ -199,7 +199,7 @@ def write_results(out_dir, results: dict[str, Sequence[Marked]]) -> None:
         xlim=(0, min(FP_RATES[-1], 1.05 * furthest)),
     )
     axes.grid(color="0.9")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8)
     for name, table in (("localisation.csv", pd.DataFrame(rows)), ("froc.csv", pd.concat(curves))):
         with atomic_write(Path(out_dir, name)) as temporary:
             table.to_csv(temporary, index=False)
