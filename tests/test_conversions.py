@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from test_keras_ext import Script, assert_same_stages
+from test_keras_ext import check_two_stages
 from test_resnet import load_patch_net, make_patch_net
 from test_train import write_images
 
@@ -14,7 +14,7 @@ import dm_checkpoint
 import dm_resnet
 from ddsm_train import patch_clf_train
 from dm_files import InputError
-from dm_keras_ext import Yaroslav, do_2stage_training, freeze_below, get_dl_model
+from dm_keras_ext import Yaroslav, freeze_below, get_dl_model
 from dm_resnet import PATCH_NETS, add_top_layers
 
 slow = pytest.mark.slow
@@ -241,24 +241,7 @@ def test_stages_of_whole_image_training_are_the_published_ones(name, golden, mon
         for layer in patch_net.layers[: len(patch_net.layers) // 2]:
             layer.trainable = False
     model, top_layer_nb = add_top_layers(patch_net, (384, 384), "yaroslav", dropout=0.3, weight_decay=0.005, **options)
-    script = Script(monkeypatch, [2, 4])
-    do_2stage_training(
-        model,
-        model,
-        None,
-        None,
-        top_layer_nb=top_layer_nb,
-        nb_epoch=3,
-        all_layer_epochs=6,
-        optim="adam",
-        init_lr=0.001,
-        all_layer_multiplier=0.1,
-        weight_decay=0.005,
-        hidden_dropout=0.3,
-        weight_decay2=0.05,
-        hidden_dropout2=0.15,
-    )
-    assert_same_stages(script.events, recorded)
+    check_two_stages(model, top_layer_nb, recorded, monkeypatch)
 
 
 # --- All patch nets train --------------------------------------------------------------------------------------------

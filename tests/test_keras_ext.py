@@ -413,14 +413,8 @@ def test_three_stages_are_the_published_ones(name, golden, monkeypatch):
     assert len(losses) == next(e["len_loss"] for e in recorded if e["event"] == "return")
 
 
-@pytest.mark.slow
-def test_two_stages_are_the_published_ones(golden, monkeypatch):
-    semantics = json.loads((golden / "training" / "semantics.json").read_text())
-    recorded = semantics["do_2stage_training_scripted"]["resnet50"]["steps"]
-    patch_model, _, _ = get_dl_model("resnet50", nb_class=5, use_pretrained=False)
-    model, top_layer_nb = add_top_layers(
-        patch_model, (224, 224), "resnet50", depths=[8, 8], repetitions=[1, 1], dropout=0.3, weight_decay=0.005
-    )
+def check_two_stages(model, top_layer_nb, recorded, monkeypatch):
+    """Hold whole-image training, with the options of the recorded runs, to one of them; the validation losses."""
     script = Script(monkeypatch, [2, 4])
     _, losses, _ = do_2stage_training(
         model,
@@ -439,6 +433,18 @@ def test_two_stages_are_the_published_ones(golden, monkeypatch):
         hidden_dropout2=0.15,
     )
     assert_same_stages(script.events, recorded)
+    return losses
+
+
+@pytest.mark.slow
+def test_two_stages_are_the_published_ones(golden, monkeypatch):
+    semantics = json.loads((golden / "training" / "semantics.json").read_text())
+    recorded = semantics["do_2stage_training_scripted"]["resnet50"]["steps"]
+    patch_model, _, _ = get_dl_model("resnet50", nb_class=5, use_pretrained=False)
+    model, top_layer_nb = add_top_layers(
+        patch_model, (224, 224), "resnet50", depths=[8, 8], repetitions=[1, 1], dropout=0.3, weight_decay=0.005
+    )
+    losses = check_two_stages(model, top_layer_nb, recorded, monkeypatch)
     assert len(losses) == 6
 
 

@@ -93,7 +93,9 @@ def test_optional_values_can_be_taken_back():
     assert (args.img_scale, args.top_layer_nb, args.img_size, args.add_conv) == (None, None, [8, 9], False)
 
 
-@pytest.mark.parametrize("script", ["heatmap_clf_train", "image_clf_train", "patch_clf_train"])
+@pytest.mark.parametrize(
+    "script", ["heatmap_clf_train", "heatmap_score", "image_clf_train", "localise", "patch_clf_train"]
+)
 def test_help_imports_nothing_heavy(script):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ddsm_train import {script} as s\n"
