@@ -6,7 +6,7 @@ Only the standard library is imported here, so that `--help` and option errors a
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from dm_files import InputError, env_int
@@ -112,6 +112,50 @@ def add_parallel_options(parser: argparse._ActionsContainer, jobs: int = 1) -> N
         help="what works on them: processes (loky) or threads of this machine, or a cluster: Dask's at "
         "DASK_SCHEDULER_ADDRESS, Ray's at RAY_ADDRESS, or without these a local one of --jobs processes",
     )  # fmt: skip
+
+
+def add_preparation_options(parser: argparse.ArgumentParser, splits: Mapping[str, str], test_size: float) -> None:
+    """How a data set is divided by patient, what its whole images become, and how the work is done.
+
+    splits: the values of `--split` and what each does, the default first; "lists" is among them always.
+    test_size: the default of `--test-size`. What reads these options: `dm_dataset`.
+    """
+    splits = {**splits, "lists": "from files"}
+    default = next(iter(splits))
+    parser.add_argument("--dry-run", action="store_true", help="read the tables alone and print the split")
+    group = parser.add_argument_group("split by patient")
+    add = group.add_argument
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in splits.items())
+    add("--split", choices=list(splits), default=default, help=f"{meanings} (default: {default})")
+    add("--test-size", type=fraction, default=test_size, help=f"share of the patients for the test ({test_size})")
+    add("--val-size", type=fraction, default=0.1, help="share of the other patients for validation (0.1)")
+    add("--random-state", type=natural_int, default=12345, help="seed of the split (12345)")
+    for name in ("train", "val", "test"):
+        add(f"--pat-{name}", metavar="FILE", help=f"with --split lists: {name} patients, one id a line")
+    group = parser.add_argument_group("whole images")
+    add = group.add_argument
+    add(
+        "--img-size", "-is", nargs=2, type=positive_int, default=[1152, 896], metavar=("HEIGHT", "WIDTH"),
+        help="size of the whole images (1152 896)",
+    )  # fmt: skip
+    add(
+        "--resize", choices=["stretch", "pad"], default="stretch",
+        help="stretch to the size (the original), or keep the aspect ratio, fill the height and pad the width with "
+        "zeros (default: stretch)",
+    )  # fmt: skip
+    add_flag(group, "--segment-breast", False, "blank all but the breast, and cut the image to it")
+    add_flag(group, "--auto-levels", False, "stretch the pixels of each image to the full range, 0..65535")
+    add(
+        "--face", choices=["left", "right", "as-is"], default="as-is",
+        help="mirror whole images so that the breasts point this way (default: as-is)",
+    )  # fmt: skip
+    group = parser.add_argument_group("work")
+    group.add_argument(
+        "--on-error", choices=["stop", "skip"],
+        help="what a bad image or mask does: end the run, or be left out and listed; "
+        "default: be left out and listed, with exit status 1 when all others are done",
+    )  # fmt: skip
+    add_parallel_options(group)
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

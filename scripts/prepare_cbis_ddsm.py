@@ -10,6 +10,7 @@ description files. Writes below the output folder
     pat_train.txt pat_val.txt pat_test.txt      patients, none in two of them
     pat_side_cancer.csv    1 where a breast has a malignant finding
     train|val|test/neg|pos/<patient>_<side>_<view>.png      16-bit whole images of --img-size
+    images.csv             file, set, label, patient, side, view and source of the whole images
     report.json            counts, every repair, every image left out and why, and the --featurewise-mean to use
 
 An image is positive when any of its findings is malignant. An interrupted run goes on where it was. The folders of
@@ -28,16 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from dm_args import (
-    HelpFormatter,
-    add_flag,
-    add_parallel_options,
-    complete,
-    fraction,
-    natural_int,
-    positive_int,
-    run_main,
-)
+from dm_args import HelpFormatter, add_preparation_options, complete, run_main
 from dm_cbis_ddsm import (
     REPAIRS,
     Download,
@@ -50,12 +42,15 @@ from dm_cbis_ddsm import (
     prepare_image,
     read_tables,
     scan_download,
+    whole_img_path,
 )
 from dm_dataset import (
     CLASSES,
+    IMAGE_TABLE,
     REPORT,
     RESCALE_FACTOR,
     SETS,
+    ImageRow,
     Item,
     Prepared,
     check_disjoint,
@@ -64,6 +59,7 @@ from dm_dataset import (
     split_by_patient,
     split_in_three,
     write_csv,
+    write_image_table,
 )
 from dm_files import InputError, write_text
 from dm_patches import COLUMNS
@@ -181,7 +177,9 @@ def plan_images(tables: Tables, sets: Mapping[str, Sequence[str]], download: Dow
 
 
 def write_lists(out, tables: Tables, lists: Mapping[str, Sequence[str]], results: Sequence[Prepared]) -> None:
-    """Write the patient lists, roi_mask_path.csv and pat_side_cancer.csv, of what is there."""
+    """Write images.csv, the patient lists, roi_mask_path.csv and pat_side_cancer.csv, of what is there."""
+    whole = [result for result in results if "folder" in result.facts]
+    write_image_table(Path(out, IMAGE_TABLE), map(to_image_row, whole))
     for name, patients in lists.items():
         write_text(Path(out, f"pat_{name}.txt"), "".join(f"{patient}\n" for patient in patients))
     lesions = [
@@ -196,6 +194,12 @@ def write_lists(out, tables: Tables, lists: Mapping[str, Sequence[str]], results
     seen = {tuple(result.name.rsplit("_", 2)[:2]) for result in results if "lesions" in result.facts}
     cancers = [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen]
     write_csv(Path(out, "pat_side_cancer.csv"), ["patient_id", "side", "cancer"], cancers)
+
+
+def to_image_row(result: Prepared) -> ImageRow:
+    folder = result.facts["folder"]
+    path = whole_img_path(result.name, folder)
+    return ImageRow(path, *folder.split("/"), *result.name.rsplit("_", 2), result.facts["source"])
 
 
 def pixel_mean(results: Sequence[Prepared], img_size: tuple[int, int]) -> float | None:
@@ -308,44 +312,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("download", help="folder of the download: the images and, unless --csv-dir names another, description files")
     add("out", nargs="?", help="folder to write; not needed with --dry-run")
     add("--csv-dir", metavar="DIR", help="folder of the four description files; default: below the download folder")
-    add("--dry-run", action="store_true", help="read the description files alone and print the split")
-    group = parser.add_argument_group("split by patient")
-    add = group.add_argument
-    add(
-        "--split", choices=["author", "official", "lists"], default="author",
-        help="author: --test-size for the test, then --val-size of the others for validation, stratified by any "
-        "malignancy (the paper's); official: the data set's own test patients, with those who are in both of its sets, "
-        "then --val-size of the others; lists: from files (default: author)",
-    )  # fmt: skip
-    add("--test-size", type=fraction, default=0.15, help="share of the patients for the test (0.15)")
-    add("--val-size", type=fraction, default=0.1, help="share of the other patients for validation (0.1)")
-    add("--random-state", type=natural_int, default=12345, help="seed of the split (12345)")
-    for name in ("train", "val", "test"):
-        add(f"--pat-{name}", metavar="FILE", help=f"with --split lists: {name} patients, one id a line")
-    group = parser.add_argument_group("whole images")
-    add = group.add_argument
-    add(
-        "--img-size", "-is", nargs=2, type=positive_int, default=[1152, 896], metavar=("HEIGHT", "WIDTH"),
-        help="size of the whole images (1152 896)",
-    )  # fmt: skip
-    add(
-        "--resize", choices=["stretch", "pad"], default="stretch",
-        help="stretch to the size (the original), or keep the aspect ratio, fill the height and pad the width with "
-        "zeros (default: stretch)",
-    )  # fmt: skip
-    add_flag(group, "--segment-breast", False, "blank all but the breast, and cut the image to it")
-    add_flag(group, "--auto-levels", False, "stretch the pixels of each image to the full range, 0..65535")
-    add(
-        "--face", choices=["left", "right", "as-is"], default="as-is",
-        help="mirror whole images so that the breasts point this way (default: as-is)",
-    )  # fmt: skip
-    group = parser.add_argument_group("work")
-    group.add_argument(
-        "--on-error", choices=["stop", "skip"],
-        help="what a bad image or mask does: end the run, or be left out and listed; "
-        "default: be left out and listed, with exit status 1 when all others are done",
-    )  # fmt: skip
-    add_parallel_options(group)
+    splits = {
+        "author": "--test-size for the test, then --val-size of the others for validation, stratified by any "
+        "malignancy (the paper's)",
+        "official": "the data set's own test patients, with those who are in both of its sets, then --val-size of the "
+        "others",
+    }
+    add_preparation_options(parser, splits, test_size=0.15)
     return parser
 
 
