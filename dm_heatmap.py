@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import pickle
-import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dm_files import InputError, atomic_write
+from dm_unpickle import load_plain
 
 VIEWS = ("cc", "mlo")
 MODES = ("sweep", "fprop", "gradcam")
@@ -173,7 +173,7 @@ def load_heatmaps(path) -> Heatmaps:
         raise InputError(f"{path}: Expected a map file. Received {'a folder' if path.is_dir() else 'no file'}")
     try:
         if path.suffix == ".pkl":
-            return _from_dicts(_read_pickle(path))
+            return _from_dicts(load_plain(path))
         header, arrays = _read_arrays(path)
         if header["version"] > _VERSION:
             raise InputError(f"{path}: Expected a map file of version {_VERSION}. Received {header['version']}")
@@ -292,70 +292,3 @@ def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     with h5py.File(path, "r") as h5:
         arrays = {name: dataset[()] for name, dataset in h5.items()}
     return json.loads(arrays.pop("header")), arrays
-
-
-_EXPECTED = (
-    "Expected lists, dicts and NumPy arrays of numbers alone: opening anything else can run code. Where you trust the "
-    "file, convert it with Python: load it, and pickle a list of dicts of patient_id, side, cancer, cc and mlo"
-)
-
-
-class _Dtype:
-    """Stands for numpy.dtype in a pickle: numbers and texts alone, since other types hold pointers."""
-
-    def __init__(self, code, *_):
-        if not re.fullmatch(r"[<>|=]?[fiubSU]\d{1,4}", code):
-            raise InputError(f"holds an array of {code}. {_EXPECTED}")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state):
-        if state[1] in ("<", ">"):  # of the state the byte order alone
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-    def values(self, data, shape, order="C") -> np.ndarray:
-        """The array of this type, shape and order with these bytes (of Python 2: a text)."""
-        data = data.encode("latin1") if isinstance(data, str) else data
-        return np.frombuffer(data, self.dtype).reshape(shape, order=order)
-
-
-class _Array:
-    """Stands for numpy.ndarray in a pickle: an array made from the bytes there, never a pickled object of NumPy's."""
-
-    def __init__(self, *_):
-        self.values = None
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        self.values = dtype.values(data, shape, "F" if fortran else "C")
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.values, dtype)
-
-
-# What pickles of arrays call, by module without "numpy.core." or "numpy._core.", which is so by NumPy's version.
-_STAND_INS = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("multiarray", "_reconstruct"): _Array,
-    ("multiarray", "scalar"): lambda dtype, data: dtype.values(data, ())[()],
-    ("numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.values(data, shape, order),
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Opens pickles of plain containers and NumPy arrays, of Python 2 too; calls nothing but `_STAND_INS`."""
-
-    def find_class(self, module, name):
-        key = module.removeprefix("numpy.core.").removeprefix("numpy._core."), name
-        if key not in _STAND_INS:
-            raise InputError(f"holds {module}.{name}. {_EXPECTED}")
-        return _STAND_INS[key]
-
-
-def _read_pickle(path: Path):
-    try:
-        with open(path, "rb") as file:
-            return _ArrayUnpickler(file, encoding="latin1").load()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
