@@ -3,7 +3,9 @@
 Only the standard library is imported at the start, since every command line imports this.
 """
 
+import errno
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from pathlib import Path
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 _PARTIAL = ".partial."
+# What file systems answer that have no locks, such as some of clusters.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class InputError(ValueError):
@@ -127,3 +131,67 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a whole UTF-8 text file with `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def locked(folder: str | os.PathLike, name: str = ".lock") -> Iterator[None]:
+    """Keep other runs from writing to `folder` while the block runs; a missing folder is created.
+
+    name: the hidden file that is locked, which holds process id and host, and is removed in the end: runs that share
+    a folder, but write other files there, lock other names. The lock is flock's, so that the kernel releases it
+    however the process ends, and a file that a killed one left stops nobody. It holds within a process, too.
+
+    Raises InputError when another run holds it, or the folder cannot be written to. Where the file system has no
+    locks, says so on standard error and goes on.
+    """
+    path = Path(folder, name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _lock(path)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        if _is_open_file(path, handle):  # and not one that a run put there after ours was removed with its folder
+            path.unlink()
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    """Descriptor of the file `path`, which is ours now."""
+    import fcntl
+
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = os.read(handle, 200).decode(errors="replace")
+                os.close(handle)
+                raise InputError(
+                    f"{path.parent}: another run{holder and f' ({holder})'} is writing here. "
+                    f"Expected one at a time: wait for it, end it, or name another place"
+                ) from None
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+            print(
+                f"warning: {path.parent}: the file system has no locks ({error.strerror}), so a second run that "
+                f"writes here would not be noticed",
+                file=sys.stderr,
+            )
+        if _is_open_file(path, handle):
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {os.uname().nodename}".encode())
+            return handle
+        os.close(handle)  # the run that held it has removed it meanwhile
+
+
+def _is_open_file(path: Path, handle: int) -> bool:
+    """Whether the file called `path` is the open one."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,156 @@
+"""Locks: one run a folder, on every way that a run can end."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import dm_files
+from dm_files import InputError, locked
+
+HERE = Path(dm_files.__file__).parent
+HOLD = (
+    "import sys, time, dm_files\nwith dm_files.locked(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+)
+TAKE = """
+import os, sys
+from argparse import ArgumentParser
+import fcntl, dm_args, dm_files
+
+def run():
+    if len(sys.argv) > 2:
+        os.setuid(int(sys.argv[2]))  # here, since others may not reach the interpreter
+    with dm_files.locked(sys.argv[1]):
+        print("taken")
+
+sys.exit(dm_args.run_main(ArgumentParser("tool"), run, []))
+"""
+
+
+def take(*arguments):
+    command = [sys.executable, "-c", TAKE, *map(str, arguments)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of `tmp_path`/out."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], cwd=HERE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_and_told_of_the_first(tmp_path, holder):
+    second = take(tmp_path / "out")
+    assert (second.returncode, second.stdout) == (1, "")
+    first = f"process {holder.pid} on {os.uname().nodename}"
+    assert second.stderr.startswith(f"tool: error: {tmp_path}/out: another run ({first}) is writing here.")
+    assert second.stderr.count("\n") == 1
+    assert take(tmp_path / "other").stdout == "taken\n"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_lock_of_a_run_that_was_ended_is_free(tmp_path, holder, sent):
+    holder.send_signal(sent)
+    holder.wait()
+    assert (tmp_path / "out/.lock").exists() == (sent != signal.SIGINT)
+    assert take(tmp_path / "out").stdout == "taken\n"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_lock_holds_within_a_process_until_the_block_ends(tmp_path):
+    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+        with pytest.raises(InputError, match=f"another run .process {os.getpid()} on "), locked(tmp_path):
+            pass
+        with locked(tmp_path, ".other.lock"):
+            assert {path.name for path in tmp_path.iterdir()} == {".lock", ".other.lock"}
+        raise ZeroDivisionError
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_ours(tmp_path, monkeypatch):
+    """Its holder may remove the file between our opening and our locking it: a third run would make a new one."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, removed = fcntl.flock, []
+
+    def remove_first(handle, how):
+        if not removed:
+            removed.append(os.fstat(handle).st_ino)
+            os.unlink(tmp_path / ".lock")
+            (tmp_path / ".lock").write_text("of another")
+        return flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").stat().st_ino not in removed
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_the_lock_of_a_run_that_came_after_our_folder_went_stays(tmp_path):
+    with locked(tmp_path / "out"):
+        (tmp_path / "out/.lock").unlink()
+        (tmp_path / "out/.lock").write_text("of another")
+    assert (tmp_path / "out/.lock").read_text() == "of another"
+    with locked(tmp_path / "out"):
+        (tmp_path / "out/.lock").unlink()
+        (tmp_path / "out").rmdir()
+
+
+def test_places_that_cannot_be_written_to_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file/out", "Not a directory")):
+        with pytest.raises(InputError, match=rf"^{folder}: cannot be written to \({reason}\)$"), locked(folder):
+            pass
+
+
+def test_a_read_only_folder_is_named():
+    """Root may write anywhere: tried as somebody else then."""
+    user = os.getuid() or 65534
+    with tempfile.TemporaryDirectory() as parent:  # pytest's are private
+        os.chmod(parent, 0o755)
+        folders = [Path(parent, name) for name in ("open", "closed")]
+        for folder, mode in zip(folders, (0o777, 0o555), strict=True):
+            folder.mkdir()
+            folder.chmod(mode)
+        written, refused = (take(folder, user) for folder in folders)
+    assert (written.returncode, written.stdout, written.stderr) == (0, "taken\n", "")
+    message = f"tool: error: {folders[1]}: cannot be written to (Permission denied)\n"
+    assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", message)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_of_the_file_system_it_is_said(tmp_path, monkeypatch, capsys, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(handle, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+    message = capsys.readouterr().err
+    assert message.startswith(f"warning: {tmp_path}: the file system has no locks ({os.strerror(code)})")
+    assert message.count("\n") == 1
+
+
+def test_other_faults_of_the_lock_end_the_run(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(handle, how):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(InputError, match=r"cannot be written to .Input/output error"), locked(tmp_path):
+        pass
