@@ -5,16 +5,14 @@ series description; and the JPEG re-release. Which file of a lesion is its mask 
 content.
 """
 
-import csv
-import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from dm_dataset import open_csv
 from dm_files import InputError, walk_files, write_img
 
 # Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
@@ -135,36 +133,12 @@ def read_table(path) -> tuple[list[Finding], Counter]:
     """
     findings, oddities = [], Counter()
     division = re.findall("train|test", Path(path).stem.lower())
-    with _open_csv(path) as (header, rows):
+    with open_csv(path) as (header, rows):
         places = _find_columns(path, header)
         for where, cells in rows:
             cells = {name: cells[place] for name, place in places.items()}
             findings.append(_read_finding(cells, where, division[-1] if division else None, oddities))
     return findings, oddities
-
-
-@contextmanager
-def _open_csv(path) -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
-    """The header of a CSV file, and its rows: where each stands and its cells. InputError names the bad line."""
-    reader = csv.reader((), strict=True)
-
-    def read_rows():
-        line = reader.line_num + 1
-        for cells in reader:
-            where, line = f"{path}, line {line}", reader.line_num + 1
-            if len(cells) != len(header) and any(cells):
-                raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
-            if any(cells):
-                yield where, cells
-
-    try:
-        reader = csv.reader(io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline=""), strict=True)
-        header = next(reader, [])
-        yield header, read_rows()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
 
 
 def _find_columns(path, header: Sequence[str]) -> dict[str, int]:
@@ -384,7 +358,7 @@ def scan_download(root, skip: Iterable = ()) -> Download:
 
 def read_dicom_info(path) -> tuple[dict[str, str], dict[str, str]]:
     """PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
-    with _open_csv(path) as (header, rows):
+    with open_csv(path) as (header, rows):
         if missing := [name for name in DICOM_INFO_COLUMNS if name not in header]:
             raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}")
         columns = [header.index(name) for name in DICOM_INFO_COLUMNS]
@@ -561,12 +535,12 @@ def prepare_image(item, download, out):
         result.outputs.append(path)
 
     try:
-        img, headers = read_image(plan, download, result)
+        img, source, headers = read_image(plan, download, result)
         img = to_uint16(img)
         if plan.folder:
             small = make_whole(img, **plan.whole)
             write(whole_img_path(item.name, plan.folder), small)
-            result.facts |= {"folder": plan.folder, "pixel_sum": int(small.sum(dtype=np.int64))}
+            result.facts |= {"folder": plan.folder, "pixel_sum": int(small.sum(dtype=np.int64)), "source": source}
         write(full_img_path(item.name), img)
     except InputError as error:
         result.faults.append(f"{item.name}: {error}; left out with its masks")
@@ -585,7 +559,7 @@ def prepare_image(item, download, out):
 
 
 def read_image(plan: Plan, download, result):
-    """Pixels of the first copy of an image that is readable, and the header of each copy, None for one without.
+    """Pixels and path of the first readable copy of an image, and the header of each copy, None for one without.
 
     The calc and the mass rows of one view have files of their own, of the same film; one is kept.
     """
@@ -610,7 +584,7 @@ def read_image(plan: Plan, download, result):
         result.repairs.append(("monochrome1_inverted", f"{result.name}: {kept.path}"))
     if img.dtype.name == "uint8":
         result.repairs.append(("8_bit_scaled_to_16_bit", f"{result.name}: {kept.path}"))
-    return img, headers
+    return img, kept.path, headers
 
 
 def choose_image(copy: Copy, descriptions, download, result) -> Header:

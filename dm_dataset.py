@@ -7,13 +7,17 @@ Nothing here knows one data set from another: what one downloads is read by a mo
 import csv
 import functools
 import hashlib
+import io
 import json
+import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +30,10 @@ CLASSES = ("neg", "pos")
 RESCALE_FACTOR = 0.003891
 MANIFEST = "manifest.jsonl"
 REPORT = "report.json"
+IMAGE_TABLE = "images.csv"
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
-RULES = 2
+RULES = 3
+_IMAGE_NAME = re.compile(r"(.+)_(LEFT|RIGHT)_(CC|MLO)(?:_([2-9]|[1-9]\d+))?", re.DOTALL)
 
 
 # ------------------------------------------------------------------------------------------- splits by patient
@@ -161,6 +167,110 @@ def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
+
+
+@contextmanager
+def open_csv(path, delimiter: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
+    """The header of a CSV file, and its rows: where each stands ("path, line n") and its cells; empty ones left out.
+
+    InputError for what is no UTF-8 text or no CSV, or for a row of more or fewer cells than the header; it names the
+    line.
+    """
+    reader = csv.reader((), strict=True)
+
+    def read_rows():
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if len(cells) != len(header) and any(cells):
+                raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
+            if any(cells):
+                yield where, cells
+
+    try:
+        text = io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        yield header, read_rows()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative path, of this or another system, can only mean something below the folder it starts from."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    anchored = posix.anchor or windows.anchor or ".." in posix.parts + windows.parts
+    return bool(posix.parts) and not anchored and name.isprintable()
+
+
+# ---------------------------------------------------------------------------------------------- table of images
+
+
+class ImageRow(NamedTuple):
+    """One row of images.csv.
+
+    file: path of the image below the table's folder, such as train/neg/P_00001_LEFT_CC.png. set: one of `SETS`.
+    label: one of `CLASSES`. side: LEFT, RIGHT or "". view: CC, MLO or "". source: path of the file that the image was
+    made from, below the folder of the download.
+    """
+
+    file: str
+    set: str
+    label: str
+    patient: str
+    side: str
+    view: str
+    source: str
+
+
+# What the columns of images.csv may hold.
+_ALLOWED = {"set": SETS, "label": CLASSES, "side": ("LEFT", "RIGHT", ""), "view": ("CC", "MLO", "")}
+
+
+def write_image_table(path, rows: Iterable[ImageRow]) -> None:
+    write_csv(path, ImageRow._fields, rows)
+
+
+def read_image_table(path):
+    """The rows of images.csv as a pandas DataFrame of strings: the columns of `ImageRow`, and others if there are.
+
+    Raises InputError, which names the line, for missing columns, no rows, unknown values, an image without patient,
+    a repeated file, or one that is not below the table's folder. Whether the files are there is not looked at.
+    """
+    import pandas as pd
+
+    rows, lines = [], {}
+    with open_csv(path) as (header, cells_of):
+        if missing := [name for name in ImageRow._fields if name not in header]:
+            raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300]}")
+        for where, cells in cells_of:
+            row = dict(zip(header, cells, strict=True))
+            for name, allowed in _ALLOWED.items():
+                if row[name] not in allowed:
+                    expected = " or ".join(value or "nothing" for value in allowed)
+                    raise InputError(f"{where}: unknown {name}. Expected {expected}. Received {row[name]!r}")
+            if not row["patient"]:
+                raise InputError(f"{where}: no patient. Expected an id")
+            if not is_below(row["file"]):
+                raise InputError(f"{where}: Expected a file below the table's folder. Received {row['file']!r}")
+            if other := lines.get(row["file"]):
+                raise InputError(f"{where}: {row['file']} stands in line {other} too; remove one of them")
+            lines[row["file"]] = where.rpartition(" ")[2]
+            rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no images below the header")
+    return pd.DataFrame(rows, columns=header, dtype=str)
+
+
+def parse_image_name(stem: str) -> tuple[str, str, str] | None:
+    """(patient, side, view) of a prepared image's name without ending, None for names of another form.
+
+    The form is <patient>_<LEFT|RIGHT>_<CC|MLO>[_<n>], n from 2 for further images of one view.
+    """
+    match = _IMAGE_NAME.fullmatch(stem)
+    return match and match.group(1, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------------- resumable runs

@@ -10,17 +10,21 @@ import pytest
 
 import dm_dataset
 from dm_dataset import (
+    ImageRow,
     Item,
     Prepared,
     auto_levels,
     check_disjoint,
     faces_left,
     make_whole,
+    parse_image_name,
     prepare,
+    read_image_table,
     read_patient_list,
     split_by_patient,
     split_in_three,
     to_uint16,
+    write_image_table,
 )
 from dm_files import InputError, walk_files, write_img
 from dm_image import read_img, read_resize_img
@@ -161,6 +165,99 @@ def test_segmentation_cuts_to_the_breast_and_blanks_labels():
     labelled[1:5, 34:39] = 65535
     whole = make_whole(labelled, (50, 24), segment_breast=True)
     np.testing.assert_array_equal(whole, img[10:, :24])
+
+
+# ---------------------------------------------------------------------------------------------- table of images
+
+ROWS = [
+    ImageRow("train/neg/P_1_LEFT_CC.png", "train", "neg", "P_1", "LEFT", "CC", "a/1.dcm"),
+    ImageRow("train/pos/P_2_RIGHT_MLO_2.png", "train", "pos", "P_2", "RIGHT", "MLO", "a, b/2.dcm"),
+    ImageRow("test/pos/Ä 3.png", "test", "pos", "Ä 3", "", "", "c.png"),
+]
+
+
+def test_image_table_is_read_as_written(tmp_path):
+    write_image_table(tmp_path / "images.csv", ROWS)
+    text = (tmp_path / "images.csv").read_bytes().decode()
+    assert text.startswith("file,set,label,patient,side,view,source\ntrain/neg/P_1_LEFT_CC.png,train,neg,P_1,LEFT,CC,")
+    table = read_image_table(tmp_path / "images.csv")
+    assert list(table.columns) == list(ImageRow._fields)
+    assert [ImageRow(*row) for row in table.itertuples(index=False)] == ROWS
+
+
+def test_image_table_may_have_further_columns_and_another_order(tmp_path):
+    path = tmp_path / "images.csv"
+    path.write_text("score,source,view,side,patient,label,set,file\r\n0.5,s,CC,LEFT,007,neg,val,val/neg/x.png\r\n")
+    table = read_image_table(path)
+    assert table.to_dict("records") == [
+        {"score": "0.5", "source": "s", "view": "CC", "side": "LEFT", "patient": "007"}
+        | {"label": "neg", "set": "val", "file": "val/neg/x.png"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"file": "../../.bashrc"}, "line 3: Expected a file below the table's folder. Received '../../.bashrc'"),
+        ({"file": "train/../../x.png"}, "line 3: Expected a file below"),
+        ({"file": "/etc/passwd"}, "line 3: Expected a file below"),
+        ({"file": "..\\x.png"}, "line 3: Expected a file below"),
+        ({"file": "C:x.png"}, "line 3: Expected a file below"),
+        ({"file": "\\\\host\\share\\x.png"}, "line 3: Expected a file below"),
+        ({"file": "a\nb.png"}, "line 3: Expected a file below"),
+        ({"file": ""}, "line 3: Expected a file below"),
+        ({"file": ROWS[0].file}, "line 3: train/neg/P_1_LEFT_CC.png stands in line 2 too"),
+        ({"set": "training"}, "line 3: unknown set. Expected train or val or test. Received 'training'"),
+        ({"label": "1"}, "line 3: unknown label. Expected neg or pos. Received '1'"),
+        ({"side": "L"}, "line 3: unknown side. Expected LEFT or RIGHT or nothing. Received 'L'"),
+        ({"view": "ML"}, "line 3: unknown view"),
+        ({"patient": ""}, "line 3: no patient"),
+    ],
+)
+def test_bad_row_of_an_image_table_is_named(tmp_path, change, message):
+    path = tmp_path / "images.csv"
+    write_image_table(path, [ROWS[0], ROWS[1]._replace(**change), ROWS[2]])
+    with pytest.raises(InputError) as error:
+        read_image_table(path)
+    assert message in str(error.value) and str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "line 1: missing columns file, set, label, patient, side, view, source"),
+        (b"file,set,label,patient,side,view\n", "line 1: missing columns source. Received file,set"),
+        (b"file,set,label,patient,side,view,source\n", "no images below the header"),
+        (b"file,set,label,patient,side,view,source\n\na,train\n", "line 3: Expected 7 cells. Received 2"),
+        (b'file,set,label,patient,side,view,source\n"a,train\n', "not a CSV file"),
+        (b"\x89PNG\r\n\x1a\n\xff", "not a text file"),
+    ],
+)
+def test_bad_image_table_is_named(tmp_path, content, message):
+    path = tmp_path / "images.csv"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_image_table(path)
+    assert message in str(error.value) and str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "stem, parts",
+    [
+        ("P_00001_LEFT_CC", ("P_00001", "LEFT", "CC")),
+        ("P_00001_RIGHT_MLO_2", ("P_00001", "RIGHT", "MLO")),
+        ("a_LEFT_CC_12", ("a", "LEFT", "CC")),
+        ("D1-0001_LEFT_CC_RIGHT_CC", ("D1-0001_LEFT_CC", "RIGHT", "CC")),
+        ("P_00001_LEFT_CC_1", None),
+        ("P_00001_LEFT_CC_02", None),
+        ("P_00001_LEFT_ML", None),
+        ("P_00001_left_CC", None),
+        ("_LEFT_CC", None),
+        ("P_00001", None),
+    ],
+)
+def test_image_names(stem, parts):
+    assert parse_image_name(stem) == parts
 
 
 # ---------------------------------------------------------------------------------------------- resumable runs

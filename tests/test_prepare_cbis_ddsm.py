@@ -18,7 +18,9 @@ import pydicom
 import pytest
 
 from dm_cbis_ddsm import as_mask, find_tables, is_where_named, read_table, read_tables
+from dm_dataset import read_image_table
 from dm_files import InputError
+from dm_image import read_img
 from dm_phantom import draw_view
 from dm_phantom_cbis import TREES, make_download, write_dicom
 from scripts import prepare_cbis_ddsm
@@ -185,7 +187,8 @@ def test_lists_and_tables_agree_with_the_rows(prepared):
 
 
 def test_whole_images_lie_in_the_set_of_their_patient_and_the_class_of_their_findings(prepared):
-    _, rows, odd, out, report = prepared
+    download, rows, odd, out, report = prepared
+    table = {Path(row["file"]).stem: row for row in read_image_table(out / "images.csv").to_dict("records")}
     sets = {name: (out / f"pat_{name}.txt").read_text().split() for name in ("train", "val", "test")}
     assert sorted(patient for patients in sets.values() for patient in patients) == sorted(
         {r.patient.name for r in rows}
@@ -199,6 +202,15 @@ def test_whole_images_lie_in_the_set_of_their_patient_and_the_class_of_their_fin
         ]
         assert found == ([] if key in odd["oddities"]["truncated"] else [f"{name}/{label}/{key}.png"])
         total += len(found)
+        line = table.pop(key, None)
+        assert ([line["file"]] if line else []) == found
+        if line:
+            assert (line["set"], line["label"], line["patient"]) == (name, label, group[0].patient.name)
+            assert (line["side"], line["view"]) == (group[0].patient.side, group[0].view)
+            drawn = draw_view(group[0].patient, group[0].view, 5, *SIZE)[0]
+            source = read_img(download / line["source"], gs_255=True)
+            assert np.corrcoef(drawn.ravel(), source.ravel())[0, 1] > 0.99
+    assert not table
     assert total == report["counts"]["images_prepared"] == sum(s["images"] for s in report["sets"].values())
 
 
@@ -275,8 +287,9 @@ def single(folder, pattern):
 
 
 def files_of(out):
-    """What the trainers and the sampler read, without the report and the manifest, which name sources."""
-    return {name: data for name, data in read_folder(out).items() if "report" not in name and "manifest" not in name}
+    """What the trainers and the sampler read, without what names sources."""
+    others = ("report.json", "manifest.jsonl", "images.csv")
+    return {name: data for name, data in read_folder(out).items() if name not in others}
 
 
 def test_folders_without_names_are_told_by_their_patient_id(download, plain, tmp_path):
