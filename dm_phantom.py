@@ -7,6 +7,8 @@ The anatomical texture is power-law noise, whose power spectrum falls with the t
 (Burgess, Jacobson and Judy 2001, "Human observer detection experiments with mammograms and power-law noise").
 Benign masses are smooth ellipses, malignant ones irregular and spiculated; benign calcifications are round
 and even, malignant ones linear, branching and uneven (the descriptors of BI-RADS).
+
+Pictures come in two styles: as digitised film, and as a digital detector with its maker's processing gives them.
 """
 
 from typing import NamedTuple
@@ -184,10 +186,13 @@ def _finish(lesion, blur):
     return np.where(lesion > 0.03, lesion, 0)
 
 
-def draw_view(patient, view, seed, height, width, contrast=1.0):
+def draw_view(patient, view, seed, height, width, contrast=1.0, style="film"):
     """Draw one image of a patient.
 
     contrast: brightness of the lesions against the texture; 0 gives the same picture without them.
+    style: "film" or "digital"; the same breasts and lesions in both. Film has grain, everywhere, labels and tape.
+        A digital picture has 14 bits, the upper ones of the 16 (`image >> 2` is 0..16383), no label, and 0 around the
+        breast; in the breast more contrast, sharper edges, and the noise of a detector.
 
     Returns (image (height, width) uint16, list of one mask (height, width) uint8 0/255 for each finding).
     """
@@ -211,13 +216,38 @@ def draw_view(patient, view, seed, height, width, contrast=1.0):
         picture += contrast * strength * added
         masks.append(_roi(added > 0, margin=max(1, round(height / 288))))
 
-    picture = np.clip(picture * rng.uniform(0.85, 1.1), 0, 0.97)
-    picture += rng.normal(0, 0.006, picture.shape).astype("float32") * (0.3 + np.sqrt(picture))
+    picture = STYLES[style](picture, breast.thickness, rng)
     if patient.side == "RIGHT":
         picture = np.ascontiguousarray(picture[:, ::-1])
         masks = [np.ascontiguousarray(mask[:, ::-1]) for mask in masks]
+    if style == "digital":
+        return np.rint(picture * 16383).astype("uint16") << 2, masks
     _draw_label(picture, patient.side, view, rng)
     return np.rint(np.clip(picture, 0, 1) * 65535).astype("uint16"), masks
+
+
+def _film(picture, thickness, rng):
+    """The picture on film, exposed more or less, with its grain: float32, about 0..1."""
+    picture = np.clip(picture * rng.uniform(0.85, 1.1), 0, 0.97)
+    return picture + rng.normal(0, 0.006, picture.shape).astype("float32") * (0.3 + np.sqrt(picture))
+
+
+def _digital(picture, thickness, rng):
+    """The picture as a digital detector and the usual processing for display give it: float32, 0..1.
+
+    In this order: the thin rim brought near to the brightness of the rest; quantum noise, which after the logarithm is
+    one over the root of the photons, so that dense tissue has most; edges enhanced; and a sigmoid curve (the VOI LUT
+    function SIGMOID of DICOM). Nothing is left around the breast.
+    """
+    equalised = picture / (0.4 + 0.6 * thickness)
+    photons = 30000 * np.exp(-4 * equalised)
+    noisy = equalised + rng.standard_normal(picture.shape, dtype="float32") / np.sqrt(photons)
+    sharp = noisy + 0.7 * (noisy - cv2.GaussianBlur(noisy, (0, 0), max(1, picture.shape[0] / 400)))
+    centre = rng.uniform(0.42, 0.48)
+    return np.where(thickness > 0, 1 / (1 + np.exp((centre - sharp) / 0.11)), 0)
+
+
+STYLES = {"film": _film, "digital": _digital}
 
 
 def _place(clearance, radius, rng):

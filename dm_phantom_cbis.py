@@ -231,10 +231,10 @@ def _write_bytes(path, data, keep=1.0):
         temporary.write_bytes(data[: round(keep * len(data))])
 
 
-def write_view(rows, out, tree, seed, height, width, contrast):
+def write_view(rows, out, tree, seed, height, width, contrast, style):
     """Draw one view of a patient and write the files of all its rows. Returns their rows of dicom_info.csv."""
     patient, view = rows[0].patient, rows[0].view
-    img, masks = draw_view(patient, view, seed, height, width, contrast)
+    img, masks = draw_view(patient, view, seed, height, width, contrast, style)
     info, done = [], set()
     for row in rows:
         mask = masks[row.index]
@@ -336,6 +336,7 @@ def make_download(
     width=896,
     prevalence=0.4,
     contrast=1.0,
+    style="film",
     test_size=0.2,
     tree="uid",
     oddities="all",
@@ -375,7 +376,9 @@ def make_download(
     groups = defaultdict(list)
     for row in rows:
         groups[row.key].append(row)
-    write = functools.partial(write_view, out=out, tree=tree, seed=seed, height=height, width=width, contrast=contrast)
+    write = functools.partial(
+        write_view, out=out, tree=tree, seed=seed, height=height, width=width, contrast=contrast, style=style
+    )
     info = list(run_parallel(write, list(groups.values()), jobs, backend, "drawing"))
     tables = out / "csv" if tree == "jpeg" else out
     if tree == "jpeg":
@@ -393,6 +396,6 @@ def make_download(
             _write_csv(tables / f"{kind}_case_description_{name}_set.csv", header, cells)
     _write_bytes(out / "oddities.json", json.dumps({"tree": tree} | count_oddities(rows), indent=2).encode())
     shape = f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}"
-    text = README.format(options=f"{shape}, oddities: {oddities}.", tree=tree)
+    text = README.format(options=f"{shape}, style {style}, oddities: {oddities}.", tree=tree)
     _write_bytes(out / "README.txt", text.encode())
     return rows

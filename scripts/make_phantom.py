@@ -36,7 +36,7 @@ from dm_args import (
 )
 from dm_files import InputError, atomic_write, write_img, write_text
 from dm_parallel import run_parallel
-from dm_phantom import check_output, draw_patients, draw_view
+from dm_phantom import STYLES, check_output, draw_patients, draw_view
 from dm_phantom_cbis import TREES, make_download
 from dm_region import split_patients
 
@@ -78,10 +78,10 @@ def assign_folders(people, test_size, val_size, seed):
     return folders
 
 
-def make_patient(patient, out, folders, views, seed, height, width, contrast, img_size):
+def make_patient(patient, out, folders, views, seed, height, width, contrast, style, img_size):
     """Draw and write all images and masks of one patient."""
     for view in views:
-        img, masks = draw_view(patient, view, seed, height, width, contrast)
+        img, masks = draw_view(patient, view, seed, height, width, contrast, style)
         name = f"{patient.name}_{patient.side}_{view}"
         full_img = out / "full_img" / f"{name}.png"
         write_img(full_img, img)
@@ -113,6 +113,7 @@ def make_phantom(
     prevalence=0.4,
     benign_rate=0.4,
     contrast=1.0,
+    style="film",
     test_size=0.2,
     val_size=0.1,
     seed=0,
@@ -134,7 +135,7 @@ def make_phantom(
     folders = assign_folders(people, test_size, val_size, seed)
     draw = functools.partial(
         make_patient, out=out, folders=folders, views=views, seed=seed, height=height, width=width, contrast=contrast,
-        img_size=img_size,
+        style=style, img_size=img_size,
     )  # fmt: skip
     for _ in run_parallel(draw, people, jobs, backend, "drawing", "patient"):
         pass
@@ -154,7 +155,7 @@ def make_phantom(
         out / "README.txt",
         README.format(
             options=f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}, "
-            f"contrast {contrast};\nshares: malignant {prevalence}, benign {benign_rate}, "
+            f"contrast {contrast}, style {style};\nshares: malignant {prevalence}, benign {benign_rate}, "
             f"test {test_size}, validation {val_size}."
         ),
     )
@@ -179,6 +180,9 @@ def make_parser():
     add("--width", type=positive_int, default=896, help="of the full images, in pixels (896)")
     add("--prevalence", type=fraction, default=0.4, help="share of patients with cancer (0.4)")
     add("--contrast", type=natural_float, default=1.0, help="conspicuity of the lesions; 0: invisible (1)")
+    add("--style", choices=STYLES,
+        help="pictures as of digitised film, or of a digital detector: more contrast, sharper, black around the "
+        "breast, 14 bits (as the layout's originals: film)")  # fmt: skip
     add("--test-size", type=fraction, default=0.2, help="share of patients for the (official) test set (0.2)")
     add("--seed", type=natural_int, default=0, help="other seeds make other patients (0)")
     add_parallel_options(parser, jobs=os.cpu_count())
@@ -202,6 +206,8 @@ def run(**options):
     parser = make_parser()
     args = vars(complete(parser, options))
     layout = args.pop("layout")
+    if args["style"] is None:
+        del args["style"]
     for other, (_, names) in LAYOUTS.items():
         for name in names if other != layout else ():
             if args.pop(name) != parser.get_default(name):
