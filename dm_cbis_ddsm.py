@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dm_dataset import open_csv
 from dm_files import InputError, walk_files, write_img
+from dm_prepare import whole_img_path
 
 # Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
 COLUMNS = {
@@ -510,10 +511,6 @@ def full_img_path(key: str) -> str:
 
 def mask_path(key: str, lesion: Lesion) -> str:
     return f"roi_mask/{lesion.type.capitalize()}-Training_{key}_{lesion.number}.png"
-
-
-def whole_img_path(key: str, folder: str) -> str:
-    return f"{folder}/{key}.png"
 
 
 def list_outputs(key: str, plan: Plan) -> tuple[str, ...]:

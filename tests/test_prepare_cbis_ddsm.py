@@ -23,6 +23,7 @@ from dm_files import InputError
 from dm_image import read_img
 from dm_phantom import draw_view
 from dm_phantom_cbis import TREES, make_download, write_dicom
+from dm_prepare import split_patients
 from scripts import prepare_cbis_ddsm
 from scripts.prepare_cbis_ddsm import main, run
 
@@ -76,9 +77,15 @@ def test_dry_run_on_the_real_tables(real_tables, capsys, split, test_patients):
     assert any("in both official sets: 31 patients, 29 images" in line for line in lines)
 
 
+def split_tables(tables, *options):
+    args = prepare_cbis_ddsm.make_parser().parse_args(["x", "y", *options])
+    images = prepare_cbis_ddsm.list_images(tables).values()
+    return split_patients(images, args, prepare_cbis_ddsm.official_test(tables))
+
+
 def test_author_split_of_the_real_tables_is_stratified(real_tables):
     _, tables = real_tables
-    sets = prepare_cbis_ddsm.split_patients(tables, prepare_cbis_ddsm.make_parser().parse_args(["x", "y"]))
+    sets = split_tables(tables)
     cancer = tables.cancer()
     shares = [np.mean([cancer[patient] for patient in patients]) for patients in sets.values()]
     assert shares == pytest.approx([np.mean(list(cancer.values()))] * 3, abs=0.01)
@@ -88,8 +95,7 @@ def test_author_split_of_the_real_tables_is_stratified(real_tables):
 
 def test_official_split_of_the_real_tables_keeps_shared_patients_for_the_test(real_tables):
     _, tables = real_tables
-    parser = prepare_cbis_ddsm.make_parser()
-    sets = prepare_cbis_ddsm.split_patients(tables, parser.parse_args(["x", "y", "--split", "official"]))
+    sets = split_tables(tables, "--split", "official")
     assert set(tables.repairs["patients_in_both_official_sets"]) <= set(sets["test"])
     in_test_tables = {row.patient for rows in tables.images.values() for row in rows if row.official == "test"}
     assert set(sets["test"]) == in_test_tables
