@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dm_files import InputError, atomic_write, remove_partial, write_text
+from dm_files import InputError, atomic_write, locked, remove_partial, write_text
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -328,9 +328,14 @@ def prepare(
     The same items give the same files, whether or not the run was interrupted. `report.json`, which the caller
     writes in the end, is removed at the start: while it is there, the outputs are whole.
 
-    Returns one result an item, in their order. Raises InputError when `folders` hold files of someone else.
+    Returns one result an item, in their order. Raises InputError when `folders` hold files of someone else, or another
+    run writes to `out`.
     """
-    download, out = Path(download), Path(out)
+    with locked(out):
+        return _prepare(items, function, Path(download), Path(out), folders, jobs, backend, on_error)
+
+
+def _prepare(items, function, download, out, folders, jobs, backend, on_error):
     manifest = out / MANIFEST
     records, ours = _read_manifest(manifest)
     present = [path for folder in folders for path in Path(out, folder).rglob("*") if path.is_file()]

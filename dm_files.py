@@ -17,6 +17,7 @@ os.umask(_UMASK)
 _PARTIAL = ".partial."
 # What file systems answer that have no locks, such as some of clusters.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_LOCKS: set[Path] = set()  # the files that this process has locked
 
 
 class InputError(ValueError):
@@ -134,32 +135,39 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: str | os.PathLike, name: str = ".lock") -> Iterator[None]:
+def locked(folder: str | os.PathLike, file: str = "") -> Iterator[None]:
     """Keep other runs from writing to `folder` while the block runs; a missing folder is created.
 
-    name: the hidden file that is locked, which holds process id and host, and is removed in the end: runs that share
-    a folder, but write other files there, lock other names. The lock is flock's, so that the kernel releases it
-    however the process ends, and a file that a killed one left stops nobody. It holds within a process, too.
+    file: name of the one output that is meant, where runs share a folder but write other files there.
+    What is locked is a hidden file, `.lock` or `.<file>.lock`, which names the process and its host and is removed in
+    the end. The lock is flock's: the kernel releases it however the process ends, so that a file that a killed one
+    left stops nobody. A block within another for the same output, of the same process, is part of it.
 
     Raises InputError when another run holds it, or the folder cannot be written to. Where the file system has no
     locks, says so on standard error and goes on.
     """
-    path = Path(folder, name)
+    folder = Path(folder)
+    path = folder.resolve() / (f".{file}.lock" if file else ".lock")
+    if path in _LOCKS:
+        yield
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = _lock(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _lock(path, folder / file)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
     try:
+        _LOCKS.add(path)
         yield
     finally:
+        _LOCKS.remove(path)
         if _is_open_file(path, handle):  # and not one that a run put there after ours was removed with its folder
             path.unlink()
         os.close(handle)
 
 
-def _lock(path: Path) -> int:
-    """Descriptor of the file `path`, which is ours now."""
+def _lock(path: Path, output: Path) -> int:
+    """Descriptor of the file `path`, which is ours now. output: what it stands for."""
     import fcntl
 
     while True:
@@ -171,14 +179,14 @@ def _lock(path: Path) -> int:
                 holder = os.read(handle, 200).decode(errors="replace")
                 os.close(handle)
                 raise InputError(
-                    f"{path.parent}: another run{holder and f' ({holder})'} is writing here. "
+                    f"{output}: another run{holder and f' ({holder})'} is writing here. "
                     f"Expected one at a time: wait for it, end it, or name another place"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise
             print(
-                f"warning: {path.parent}: the file system has no locks ({error.strerror}), so a second run that "
+                f"warning: {output}: the file system has no locks ({error.strerror}), so a second run that "
                 f"writes here would not be noticed",
                 file=sys.stderr,
             )

@@ -5,6 +5,7 @@ PNG, `patches.csv` (a row a patch, see `PatchRow`) and `pat_lst.txt` (the patien
 there when a set is complete; the same run started again after it was killed writes the same files.
 """
 
+import contextlib
 import csv
 import functools
 import glob
@@ -17,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dm_files import InputError, atomic_write, remove_partial, write_img, write_text
+from dm_files import InputError, atomic_write, locked, remove_partial, write_img, write_text
 from dm_parallel import run_parallel
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
@@ -347,12 +348,14 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
         print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
     malignant = {lesion.patient for lesion in lesions if lesion.malignant}
     train, val = split_patients(patients, [patient in malignant for patient in patients], args.val_size)
-    for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
-        check_folder(name, names, out_dir)
-
-    faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
-    if val:
-        faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
+    with contextlib.ExitStack() as locks:
+        for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
+            if names:
+                locks.enter_context(locked(out_dir))
+            check_folder(name, names, out_dir)
+        faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
+        if val:
+            faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
         if args.on_error != "skip":

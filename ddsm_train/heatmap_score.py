@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError
+from dm_files import InputError, locked
 
 # Usual class names, by their number.
 CLASSES = {
@@ -147,9 +147,10 @@ def run(*paths, **options) -> None:
         raise InputError(f"--class-list: Expected different names. Received {' '.join(class_names)}")
     kept = {name: getattr(args, name) for name in (*PIXEL_OPTIONS, *MODE_OPTIONS[scorer.mode])}
     kept |= {"dl_state": args.dl_state, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
-    records, scoring_faults = dm_heatmap_score.score_breasts(
-        breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error
-    )
+    with locked(Path(args.out).parent, Path(args.out).name):
+        records, scoring_faults = dm_heatmap_score.score_breasts(
+            breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error
+        )
     faults += scoring_faults
     nb_map = sum(1 for record in records for _ in record.views())
     window, strides = (" x ".join(f"{size:g}" for size in sizes) for sizes in (scorer.window, scorer.strides))

@@ -25,7 +25,7 @@ import fcntl, dm_args, dm_files
 def run():
     if len(sys.argv) > 2:
         os.setuid(int(sys.argv[2]))  # here, since others may not reach the interpreter
-    with dm_files.locked(sys.argv[1]):
+    with dm_files.locked(sys.argv[1], *sys.argv[3:]):
         print("taken")
 
 sys.exit(dm_args.run_main(ArgumentParser("tool"), run, []))
@@ -67,15 +67,24 @@ def test_the_lock_of_a_run_that_was_ended_is_free(tmp_path, holder, sent):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_lock_holds_within_a_process_until_the_block_ends(tmp_path):
+def test_the_lock_ends_with_the_outermost_block(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
-        with pytest.raises(InputError, match=f"another run .process {os.getpid()} on "), locked(tmp_path):
+        with locked(Path()):
             pass
-        with locked(tmp_path, ".other.lock"):
-            assert {path.name for path in tmp_path.iterdir()} == {".lock", ".other.lock"}
+        assert take(tmp_path).returncode == 1
         raise ZeroDivisionError
-    with locked(tmp_path):
-        pass
+    assert not list(tmp_path.iterdir())
+    assert take(tmp_path).returncode == 0
+
+
+def test_outputs_that_share_a_folder_have_locks_of_their_own(tmp_path):
+    with locked(tmp_path, "a.npz"):
+        assert [path.name for path in tmp_path.iterdir()] == [".a.npz.lock"]
+        with locked(tmp_path, "b.npz"):
+            refused = take(tmp_path, os.getuid(), "b.npz")
+        assert refused.stderr.startswith(f"tool: error: {tmp_path}/b.npz: another run (process {os.getpid()} on ")
+        assert take(tmp_path, os.getuid(), "b.npz").returncode == 0
     assert not list(tmp_path.iterdir())
 
 
