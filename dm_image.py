@@ -803,11 +803,14 @@ def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
     or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
     """
     generator = iterator.generator
+    return pixel_warnings(sample_images(iterator, nb_images), generator.mean if generator.featurewise_center else None)
+
+
+def sample_images(iterator, nb_images: int = 32) -> list[np.ndarray]:
+    """Up to `nb_images` images of a file or array iterator, evenly spread, before augmentation and mean subtraction."""
     chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
     images = [iterator.load(i) for i in chosen]
-    if generator.rescale:
-        images = [image * generator.rescale for image in images]
-    return pixel_warnings(images, generator.mean if generator.featurewise_center else None)
+    return [image * iterator.generator.rescale for image in images] if iterator.generator.rescale else images
 
 
 def pixel_warnings(images, mean=None) -> list[str]:
