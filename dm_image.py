@@ -162,6 +162,30 @@ def check_grey(fname, img: np.ndarray) -> np.ndarray:
     return img
 
 
+def read_dicom_16_bit(fname: str | os.PathLike, voi_lut: bool = False, auto_levels: bool = False):
+    """Pixels (H, W) of a DICOM mammogram as uint16 over 0..65535, and pydicom's dataset.
+
+    The lowest and highest values that its stored bits allow become 0 and 65535, with `auto_levels` the lowest and
+    highest that it has. `voi_lut`: see `read_dicom`. Raises InputError for whatever is no such image.
+    """
+    img, (lowest, highest), dataset = read_dicom(fname, voi_lut)
+    check_grey(fname, img)
+    photometric = dataset.get("PhotometricInterpretation")
+    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise InputError(f"{fname}: not a grey image. Expected MONOCHROME1 or MONOCHROME2. Received {photometric}")
+    darkest, brightest = int(img.min()), int(img.max())
+    if darkest == brightest:
+        raise InputError(f"{fname}: the image is constant. Expected a picture. Received the value {darkest} everywhere")
+    if auto_levels:
+        lowest, highest = darkest, brightest
+    elif darkest < lowest or brightest > highest:
+        raise InputError(
+            f"{fname}: pixels do not fit the {dataset.BitsStored} bits that the file's header tells. Expected "
+            f"{lowest}..{highest}. Received {darkest}..{brightest}; use --auto-levels, or leave the file out"
+        )
+    return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16), dataset
+
+
 def read_resized(fname, target_size=None, target_height=None, gs_255=False) -> np.ndarray:
     """Read and resize (bicubic) in the stored type, where overshoots saturate."""
     if target_size is None and target_height is None:

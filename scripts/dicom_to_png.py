@@ -81,34 +81,6 @@ def find_dicom(sources) -> dict[str, Path]:
     return found
 
 
-def to_16_bit(fname, voi_lut=False, auto_levels=False):
-    """Pixels (H, W) of a DICOM mammogram as uint16 over 0..65535, and pydicom's dataset.
-
-    The lowest and highest values that its stored bits allow become 0 and 65535, with `auto_levels` the lowest and
-    highest that it has. `voi_lut`: see `dm_image.read_dicom`. Raises InputError for whatever is no such image.
-    """
-    import numpy as np
-
-    from dm_image import check_grey, read_dicom
-
-    img, (lowest, highest), dataset = read_dicom(fname, voi_lut)
-    check_grey(fname, img)
-    photometric = dataset.get("PhotometricInterpretation")
-    if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise InputError(f"{fname}: not a grey image. Expected MONOCHROME1 or MONOCHROME2. Received {photometric}")
-    darkest, brightest = int(img.min()), int(img.max())
-    if darkest == brightest:
-        raise InputError(f"{fname}: the image is constant. Expected a picture. Received the value {darkest} everywhere")
-    if auto_levels:
-        lowest, highest = darkest, brightest
-    elif darkest < lowest or brightest > highest:
-        raise InputError(
-            f"{fname}: pixels do not fit the {dataset.BitsStored} bits that the file's header tells. Expected "
-            f"{lowest}..{highest}. Received {darkest}..{brightest}; use --auto-levels, or leave the file out"
-        )
-    return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16), dataset
-
-
 def describe(name, dataset, voi_lut) -> dict:
     """A row of images.csv."""
     codes = [item.get("CodeValue") for item in dataset.get("ViewCodeSequence") or []]
@@ -133,11 +105,12 @@ def describe(name, dataset, voi_lut) -> dict:
 def convert(item, out):
     """Write the PNG file of one item; see `dm_dataset.prepare`."""
     from dm_dataset import Prepared
+    from dm_image import read_dicom_16_bit
 
     path = f"images/{item.name}"
     result = Prepared(item.name)
     try:
-        img, dataset = to_16_bit(item.sources[0], **item.plan)
+        img, dataset = read_dicom_16_bit(item.sources[0], **item.plan)
     except InputError as error:
         result.faults.append(str(error))
         return result

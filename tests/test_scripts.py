@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dm_files import InputError
-from dm_image import read_img
+from dm_image import read_dicom_16_bit, read_img
 from scripts import dicom_to_png, draw_lesions, pixel_mean
 
 pydicom = pytest.importorskip("pydicom")
@@ -64,7 +64,7 @@ def test_the_range_of_the_stored_bits_becomes_16_bit(tmp_path, dtype, bits, phot
     highest = lowest + 2**bits - 1
     pixels = np.linspace(lowest, highest, 35).round().reshape(5, 7).astype(dtype)
     path = write_dicom(tmp_path / "a.dcm", pixels, bits, PhotometricInterpretation=photometric)
-    img, _ = dicom_to_png.to_16_bit(path)
+    img, _ = read_dicom_16_bit(path)
     share = (pixels.astype(float) - lowest) / (highest - lowest)
     if photometric == "MONOCHROME1":
         share = 1 - share
@@ -75,7 +75,7 @@ def test_the_range_of_the_stored_bits_becomes_16_bit(tmp_path, dtype, bits, phot
 
 def test_auto_levels_stretch_each_image(tmp_path):
     pixels = np.array([[300, 400], [500, 1300]], np.int16)
-    img, _ = dicom_to_png.to_16_bit(write_dicom(tmp_path / "a.dcm", pixels), auto_levels=True)
+    img, _ = read_dicom_16_bit(write_dicom(tmp_path / "a.dcm", pixels), auto_levels=True)
     np.testing.assert_array_equal(img, np.rint((pixels - 300) / 1000 * 65535))
 
 
@@ -91,7 +91,7 @@ def test_windows_are_applied_on_request(tmp_path):
     np.testing.assert_array_equal(read_img(tmp_path / "out/images/b.png"), np.rint(pixels * (65535 / 4095)))
     assert [row["window"] for row in table_of(tmp_path / "out")] == ["1", "0"]
     assert json.loads((tmp_path / "out/report.json").read_text())["without_window"] == ["images/b.png"]
-    plain, _ = dicom_to_png.to_16_bit(path)
+    plain, _ = read_dicom_16_bit(path)
     np.testing.assert_array_equal(plain, np.rint((4095 - pixels) * (65535 / 4095)))
 
 
