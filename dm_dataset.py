@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from dm_files import InputError, atomic_write, locked, remove_partial, write_text
 from dm_parallel import run_parallel
@@ -296,7 +297,8 @@ class Prepared:
     """What became of one item, in plain types that JSON can hold.
 
     outputs: paths below the output folder. repairs: (kind, what was mended). faults: what could not be used, and
-    why, one line each. facts: whatever the caller wants to know later.
+    why, one line each. facts: whatever the caller wants to know later. log: lines for who watches, which are printed
+    with the faults as soon as the item is done, and not kept.
     """
 
     name: str
@@ -304,6 +306,7 @@ class Prepared:
     repairs: list[tuple[str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -315,12 +318,13 @@ def prepare(
     jobs: int = 1,
     backend: str = "loky",
     on_error: str | None = None,
+    desc: str = "preparing",
 ) -> list[Prepared]:
     """Prepare all items, keeping what an earlier run has made of the same files with the same plans.
 
     function: writes the files of one item below `out`; see `run_parallel`. folders: the folders below `out` that it
     writes to. Nobody else's files may be there, since a trainer would take them for the data set's; hidden files may.
-    on_error: "stop" raises InputError at the first fault.
+    on_error: "stop" raises InputError at the first fault. desc: title of the progress bar.
 
     The manifest in `out` gets a line with all outputs to come, and one as each item is done. What it lists and the
     items no longer have is removed, so that no image stays in the set where an earlier split had put it. An item is
@@ -332,10 +336,10 @@ def prepare(
     run writes to `out`.
     """
     with locked(out):
-        return _prepare(items, function, Path(download), Path(out), folders, jobs, backend, on_error)
+        return _prepare(items, function, Path(download), Path(out), folders, jobs, backend, on_error, desc)
 
 
-def _prepare(items, function, download, out, folders, jobs, backend, on_error):
+def _prepare(items, function, download, out, folders, jobs, backend, on_error, desc):
     manifest = out / MANIFEST
     records, ours = _read_manifest(manifest)
     present = [path for folder in folders for path in Path(out, folder).rglob("*") if path.is_file()]
@@ -361,11 +365,14 @@ def _prepare(items, function, download, out, folders, jobs, backend, on_error):
         # Starts with the end of the line that a killed run may have left half written.
         file.write("\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n")
         file.flush()
-        for item, result in zip(pending, run_parallel(function, pending, jobs, backend, "preparing"), strict=True):
+        for item, result in zip(pending, run_parallel(function, pending, jobs, backend, desc), strict=True):
             if result.faults and on_error == "stop":
                 raise InputError(result.faults[0])
             checksums = [_checksum(out / path) for path in result.outputs]
+            if result.log:
+                tqdm.write("\n".join([*result.log, *result.faults]))
             records[item.name] = {"stamp": stamps[item.name], "checksums": checksums, **asdict(result)}
+            del records[item.name]["log"]
             file.write(json.dumps(records[item.name]) + "\n")
             file.flush()
     ordered = [records[item.name] for item in items]
@@ -380,8 +387,12 @@ def _stamp(download: Path, item: Item) -> str:
     """Changes with the item's sources and settings."""
     sources = []
     for source in item.sources:
-        status = (download / source).stat()
-        sources.append([source, status.st_size, status.st_mtime_ns])
+        try:
+            status = (download / source).stat()
+        except FileNotFoundError:  # a fault that the function will find
+            sources.append([source])
+        else:
+            sources.append([source, status.st_size, status.st_mtime_ns])
     text = json.dumps([RULES, sources, item.plan], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dm_args import check_same_options
 from dm_files import InputError, remove_partial
 from dm_heatmap import VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_image import add_img_margins, check_grey, cut_window, read_img_for_pred, read_resize_img, window_grid
@@ -508,14 +509,9 @@ def _finished(path: Path, breasts: Sequence[Breast], header: dict, same_options=
         return {}
     theirs = {"class_names": kept.class_names, "mode": kept.mode} | kept.options
     ours = {"class_names": header["class_names"], "mode": header["mode"]} | header["options"]
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if different and same_options:
-        changes = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in different)
-        raise InputError(
-            f"{path.parent}: has finished maps of a run with other options ({changes}): Expected the same, to go on. "
-            "Give these, or another --out, or remove the folder"
-        )
-    if different:
+    if same_options:
+        check_same_options(path.parent, theirs, ours)
+    if theirs != ours:
         return {}
     written, records = path.stat().st_mtime, {f"{record.patient_id}_{record.side}": record for record in kept.records}
     finished = {}

@@ -2,7 +2,8 @@
 
 Where patches are cut is decided in `dm_region`. Output folders: one sub-folder a class with the patches as 16-bit
 PNG, `patches.csv` (a row a patch, see `PatchRow`) and `pat_lst.txt` (the patients of the set). The two tables are
-there when a set is complete; the same run started again after it was killed writes the same files.
+there when a set is complete; the same run started again after it was killed goes on and ends with the same files
+(`dm_dataset.prepare`). `args.json` holds the options that decide them, and a run with others is refused.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import csv
 import functools
 import glob
 import io
+import json
 import re
 from argparse import Namespace
 from collections import Counter
@@ -18,12 +20,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dm_files import InputError, atomic_write, locked, remove_partial, write_img, write_text
-from dm_parallel import run_parallel
+from dm_args import check_same_options
+from dm_files import InputError, atomic_write, locked, write_img, write_text
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
 TABLES = ("pat_lst.txt", "patches.csv")
+OPTIONS = "args.json"
+# Those that decide nothing about a patch.
+_OTHER_OPTIONS = (
+    *FOLDERS,
+    "roi_mask_path_file",
+    "pat_train_list_file",
+    "val_size",
+    "on_error",
+    "jobs",
+    "backend",
+    "verbose",
+)
 COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
 ALLOWED = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
 BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
@@ -72,12 +86,6 @@ class PatchRow(NamedTuple):
     image_width: int
     source_height: int
     source_width: int
-
-
-class ImageResult(NamedTuple):
-    rows: list[PatchRow]
-    log: list[str]
-    faults: list[str]
 
 
 # ---------------------------------------------------------------------------------------------- input tables
@@ -149,41 +157,70 @@ def is_file_name(text: str) -> bool:
 # -------------------------------------------------------------------------------------------------- one image
 
 
-def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: str, out_dir) -> ImageResult:
+def image_item(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: str = ""):
+    """What `sample_image` is to do for one image, as a `dm_dataset.Item`.
+
+    lesions: those of the image. prefix: what the image's file name has before the image id. See there for the others.
+    """
+    from dm_dataset import Item
+
+    image_id = lesions[0].image_id
+    masks = (Path(args.roi_mask_dir, mask_name(lesion)) for lesion in lesions)
+    sources = (Path(args.full_img_dir, f"{prefix}{image_id}.png"), *masks)
+    most = Counter()  # patches by folder and number of the lesion
+    for lesion in lesions:
+        most[class_dirs[lesion.type, lesion.malignant], lesion.number] += args.nb_abn
+        most[args.bkg_dir, lesion.number] += args.nb_bkg + args.nb_hns + args.nb_hard_neg
+    outputs = (patch_name(image_id, *key, index) for key, count in most.items() for index in range(count))
+    plan = {"lesions": tuple(lesions), "options": deciding_options(args)}
+    return Item(image_id, tuple(map(str, sources)), tuple(outputs), plan)
+
+
+def mask_name(lesion: Lesion) -> str:
+    return f"{lesion.type.capitalize()}-Training_{lesion.image_id}_{lesion.number}.png"
+
+
+def patch_name(image_id: str, class_dir: str, number: str, index: int) -> str:
+    return f"{class_dir}/{image_id}_{number}_{index:04d}.png"
+
+
+def sample_image(item, args, class_dirs: Mapping, out_dir):
     """Sample and write all patches of one image.
 
-    lesions: those of the image. args: the options. class_dirs: class folder by (type, malignant).
-    prefix: what the image's file name has before the image id. out_dir: where the class folders are.
-    Faults of the input files are returned, or raised as InputError with `--on-error stop`.
+    item: of `image_item`. args: the options. class_dirs: class folder by (type, malignant). out_dir: where the class
+    folders are.
+
+    Returns a `dm_dataset.Prepared`, whose facts are the `rows` of patches.csv, as text.
     """
     import numpy as np
 
+    from dm_dataset import Prepared
     from dm_region import Roi, sample_patches
 
-    result = ImageResult([], [], [])
-    image_id = lesions[0].image_id
-    half = args.patch_size // 2
+    result, rows = Prepared(item.name, facts={"rows": ""}), io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    image_id, half = item.name, args.patch_size // 2
+    image_path, *mask_paths = map(Path, item.sources)
+
+    def log(text):
+        if args.verbose:
+            result.log.append(text)
 
     def fault(path, error):
-        message = str(error) if str(path) in str(error) else f"{path}: {error}"
-        if args.on_error == "stop":
-            raise InputError(message)
-        result.faults.append(message)
+        result.faults.append(str(error) if str(path) in str(error) else f"{path}: {error}")
 
-    path = Path(args.full_img_dir, f"{prefix}{image_id}.png")
     try:
-        whole = read_resized(path, args)
-        source_size = read_size(path)
+        whole = read_resized(image_path, args)
+        source_size = read_size(image_path)
         breast, (left, top, width, height) = find_breast(whole, args.segment_breast)
     except InputError as error:
-        fault(path, error)
+        fault(image_path, error)
         return result
-    result.log.append(f"ID:{image_id}, read image of size={whole.shape} size after segmentation={breast.shape}")
+    log(f"ID:{image_id}, read image of size={whole.shape} size after segmentation={breast.shape}")
     padded = np.pad(breast, half)
 
     rois = []
-    for lesion in lesions:
-        path = Path(args.roi_mask_dir, f"{lesion.type.capitalize()}-Training_{image_id}_{lesion.number}.png")
+    for lesion, path in zip(item.plan["lesions"], mask_paths, strict=True):
         try:
             mask = read_resized(path, args)[top : top + height, left : left + width]
             check_mask_fits(read_size(path), source_size)
@@ -213,23 +250,25 @@ def sample_image(lesions: Sequence[Lesion], args, class_dirs: Mapping, prefix: s
             fault(path, error)
             continue
         background_due = False
-        result.log.append(f"ROI centroid= {roi.centroid}")
+        log(f"ROI centroid= {roi.centroid}")
         if cutoff < args.pos_cutoff:
-            result.log.append(f"Nb of trials reached maximum, decrease overlap cutoff to {cutoff:.2f}")
+            log(f"Nb of trials reached maximum, decrease overlap cutoff to {cutoff:.2f}")
         for patch in patches:
             class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
-            file = f"{class_dir}/{image_id}_{lesion.number}_{numbers[class_dir, lesion.number]:04d}.png"
+            file = patch_name(image_id, class_dir, lesion.number, numbers[class_dir, lesion.number])
             numbers[class_dir, lesion.number] += 1
             write_patch(Path(out_dir, file), padded, patch, args.patch_size)
             article = "an" if patch.kind == "abn" else "a"
-            result.log.append(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
-            result.rows.append(
+            log(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
+            result.outputs.append(file)
+            writer.writerow(
                 PatchRow(
                     file, lesion.patient, lesion.side, lesion.view, lesion.number, class_dir, patch.kind,
                     patch.x, patch.y, round(patch.overlap, 4), patch.x - half + left, patch.y - half + top,
                     *whole.shape, *source_size,
                 )
             )  # fmt: skip
+    result.facts["rows"] = rows.getvalue()
     return result
 
 
@@ -351,8 +390,8 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     with contextlib.ExitStack() as locks:
         for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
             if names:
-                locks.enter_context(locked(out_dir))
-            check_folder(name, names, out_dir)
+                locks.enter_context(locked(out_dir, "patches.csv"))  # `prepare` locks the folder
+            check_folder(name, names, out_dir, deciding_options(args))
         faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
         if val:
             faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
@@ -367,57 +406,50 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
 
 def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, prefix, out_dir) -> list[str]:
     """Sample the images of `patients` into `out_dir`; return the faults met."""
-    from tqdm import tqdm
+    from dm_dataset import prepare
 
     print(f"Sampling into {out_dir}")
     wanted = set(patients)
-    images = [list(group) for _, group in groupby(
+    images = groupby(
         # A stable sort: the lesions of an image stay in the order of the table.
         sorted((lesion for lesion in lesions if lesion.patient in wanted), key=lambda lesion: lesion[:3]),
         key=lambda lesion: lesion[:3],
-    )]  # fmt: skip
-    folders = [Path(out_dir, class_dir) for class_dir in {args.bkg_dir, *class_dirs.values()}]
-    sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), prefix=prefix, out_dir=out_dir)
-    results = run_parallel(sample, images, args.jobs, args.backend, desc=name)
-    prepare_folders(out_dir, folders)
+    )
+    items = [image_item(list(group), args, class_dirs, prefix) for _, group in images]
+    sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), out_dir=out_dir)
+    for table in TABLES:
+        Path(out_dir, table).unlink(missing_ok=True)
+    write_text(Path(out_dir, OPTIONS), json.dumps(deciding_options(args), indent=1) + "\n")
+    folders = sorted({args.bkg_dir, *class_dirs.values()})
+    results = prepare(items, sample, "/", out_dir, folders, args.jobs, args.backend, args.on_error, desc=name)
 
-    patient_list, patch_table = (Path(out_dir, table) for table in TABLES)
-    counts, faults = Counter(), []
-    # Row by row, so that memory does not grow with the number of images.
-    with atomic_write(patch_table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
+    with atomic_write(Path(out_dir, "patches.csv")) as temporary, open(temporary, "w", encoding="utf-8") as file:
         # "class" is a word of Python and cannot name a field.
-        writer.writerow(name.removesuffix("_name") for name in PatchRow._fields)
-        for result in results:
-            writer.writerows(result.rows)
-            counts.update(row.class_name for row in result.rows)
-            faults += result.faults
-            if args.verbose:
-                tqdm.write("\n".join([*result.log, *result.faults]))
-    write_text(patient_list, "".join(f"{patient}\n" for patient in patients))
+        file.write(",".join(field.removesuffix("_name") for field in PatchRow._fields) + "\n")
+        file.writelines(result.facts["rows"] for result in results)
+    write_text(Path(out_dir, "pat_lst.txt"), "".join(f"{patient}\n" for patient in patients))
+    counts = Counter(path.split("/")[0] for result in results for path in result.outputs)
     print(f"{counts.total()} patches: {dict(counts)}")
-    if older := sum(1 for folder in folders for _ in folder.glob("*.png")) - counts.total():
-        print(f"Warning: {older} patches in {out_dir} are not of this run: they are not in {patch_table.name}")
-    return faults
+    return [fault for result in results for fault in result.faults]
 
 
-def check_folder(name: str, patients: Sequence[str], out_dir) -> None:
-    """Refuse patches of other patients in `out_dir`: of a run with another split, they could be in both sets."""
+def deciding_options(args) -> dict:
+    """The options that decide how the patches of an image look."""
+    return {name: value for name, value in vars(args).items() if name not in _OTHER_OPTIONS}
+
+
+def check_folder(name: str, patients: Sequence[str], out_dir, options: Mapping) -> None:
+    """Refuse what a run with other options has left in `out_dir`, or patches of other patients: of a run with another
+    split, they could be in both sets.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        check_same_options(out_dir, json.loads(_read_text(Path(out_dir, OPTIONS))), options)
     matches = (_PATCH_NAME.fullmatch(path.name) for path in Path(out_dir).glob("*/*.png"))
     if others := {match[1] for match in matches if match} - set(patients):
         raise InputError(
             f"{out_dir}: has patches of {len(others)} patients, such as {min(others)}, who are not in the {name} set "
             f"of this run: use new folders, or remove the patches of the earlier run"
         )
-
-
-def prepare_folders(out_dir, folders: Sequence[Path]) -> None:
-    """Make the class folders, and remove what says that `out_dir` is complete, or what a killed run left there."""
-    for table in TABLES:
-        Path(out_dir, table).unlink(missing_ok=True)
-    for folder in (Path(out_dir), *folders):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_partial(folder)
 
 
 def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:

@@ -15,6 +15,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from ddsm_train import sample_patches_combined as sampler
 from dm_args import HelpFormatter, complete, positive_int, start_backend
 from dm_files import atomic_write
 from dm_image import DMImageDataGenerator, empty_aligned
-from dm_patches import find_breast, read_lesions, read_resized, sample_image
+from dm_patches import find_breast, image_item, mask_name, read_lesions, read_resized, sample_image
 from dm_region import Roi, sample_patches
 from scripts.make_phantom import make_phantom
 
@@ -223,23 +224,22 @@ class Study:
     def sample(self, lesion):
         """All of one image: from its files to its patches on disk."""
         class_dirs = {("calc", True): "cm", ("calc", False): "cb", ("mass", True): "mm", ("mass", False): "mb"}
-        return sample_image([lesion], self.args, class_dirs, "", self.root / "out")
+        return sample_image(image_item([lesion], self.args, class_dirs), self.args, class_dirs, self.root / "out")
 
     def image(self, lesion):
         return self.root / "full_img" / f"{lesion.image_id}.png"
 
     def read(self, lesion):
         """(padded breast, lesion mask of the breast)"""
-        mask_name = f"{lesion.type.capitalize()}-Training_{lesion.image_id}_{lesion.number}.png"
-        whole, mask = (
-            read_resized(path, self.args) for path in (self.image(lesion), self.root / "roi_mask" / mask_name)
-        )
+        paths = (self.image(lesion), self.root / "roi_mask" / mask_name(lesion))
+        whole, mask = (read_resized(path, self.args) for path in paths)
         breast, (left, top, width, height) = find_breast(whole, True)
         return np.pad(breast, self.patch_size // 2), mask[top : top + height, left : left + width]
 
 
 def sample_quietly(study, jobs):
-    """Sample all images of a study; seconds."""
+    """Sample all images of a study anew; seconds."""
+    shutil.rmtree(study.root / "out", ignore_errors=True)  # patches that are there would be kept
     start = time.perf_counter()
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         sampler.run(*study.paths, **study.options, jobs=jobs)
@@ -287,8 +287,8 @@ def sampling(args):
         study = Study(Path(folder, "small"), 80, 1152, 896)
         for lesion in study.lesions[:4]:
             patches = [
-                cv2.imread(str(study.root / "out" / row.file), cv2.IMREAD_UNCHANGED)
-                for row in study.sample(lesion).rows
+                cv2.imread(str(study.root / "out" / file), cv2.IMREAD_UNCHANGED)
+                for file in study.sample(lesion).outputs
             ]
 
             def alone(lesion=lesion, patches=patches):

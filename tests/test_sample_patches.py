@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 
 from ddsm_train import sample_patches_combined, sample_patches_main
+from dm_dataset import MANIFEST
 from dm_files import InputError
-from dm_patches import read_lesions
+from dm_patches import OPTIONS, TABLES, read_lesions
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
 
@@ -197,7 +199,7 @@ def test_output_does_not_depend_on_who_works(study, backend):
         pytest.importorskip("distributed")
     one, two = sample(study, study / "one"), sample(study, study / "two", jobs=2, backend=backend)
     assert contents(one) == contents(two)
-    assert len(contents(one)) == 5 * 3 + 4 * 4 + 2 * 2
+    assert len(contents(one)) == 5 * 3 + 4 * 4 + 2 * len((*TABLES, OPTIONS, MANIFEST))
 
 
 def test_a_killed_run_started_again_ends_with_the_same_files(study):
@@ -205,8 +207,8 @@ def test_a_killed_run_started_again_ends_with_the_same_files(study):
     options = [str(part) for option in options.items() for part in option]
     whole, out = study / "whole", study / "out"
     assert sample_patches_combined.main([*arguments(study, whole), *options]) == 0
-    # Left by a run with other options: its table must not pass for that of the killed one.
-    sample(study, out)
+    # Of a finished run: its tables must not pass for those of the killed one.
+    shutil.copytree(whole, out)
     shutil.rmtree(out / "train/background")
 
     command = [sys.executable, sample_patches_combined.__file__, *arguments(study, out), *options]
@@ -480,22 +482,56 @@ def test_patches_of_patients_of_the_other_set_are_refused(study, killed):
     assert contents(out) == before and not (study / "new").exists()
 
 
-def test_other_pictures_in_the_folders_are_none_of_ours(study):
-    for name in ("neg/P_9_LEFT_CC.png", "background/notes.png"):
-        path = study / "out/train" / name
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"mine")
+def test_pictures_of_others_are_refused_in_class_folders_and_kept_elsewhere(study):
+    other = study / "out/train/neg/P_9_LEFT_CC.png"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"mine")
     sample(study)
-    assert (study / "out/train/neg/P_9_LEFT_CC.png").read_bytes() == b"mine"
+    path = study / "out/train/background/notes.png"
+    path.write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"background/notes\.png: not made by this script"):
+        sample(study)
+    assert path.read_bytes() == other.read_bytes() == b"mine"
 
 
-def test_patches_of_an_earlier_run_are_pointed_out(study, capsys):
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"nb_abn": 1}, "nb_abn 3 there, 1 now"),
+        ({"avoid_all_rois": True, "bkg_dir": "none"}, "avoid_all_rois False there, True now, bkg_dir background there"),
+    ],
+)
+def test_patches_of_other_options_are_not_mixed(study, options, named):
     out = sample(study)
-    assert "not of this run" not in capsys.readouterr().out
-    sample(study, out, nb_abn=1)
-    output = capsys.readouterr().out
-    # Of the three patches of each of five lesions one has been sampled again.
-    assert sum(map(int, re.findall(r"(\d+) patches in .* are not of this run", output))) == 5 * 2
+    before = contents(out)
+    with pytest.raises(InputError, match=rf"out/train: has the work of a run with other options \({named}"):
+        sample(study, out, **options)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("change", ["patch gone", "patch damaged", "patch replaced", "image changed", "other lesions"])
+def test_what_is_whole_is_not_sampled_again(study, change):
+    """After a change to the first image, its patches alone are cut again, and all is as in new folders."""
+    out = sample(study, val_size=0.0)
+    for path in (out / "train").glob("*/*.png"):
+        os.utime(path, ns=(1, 1))
+    patch = out / "train/mass_ben/P_0_LEFT_CC_2_0001.png"
+    image = study / "full_img/P_0_LEFT_CC.png"
+    if change == "patch gone":
+        patch.unlink()
+    elif change == "patch damaged":
+        patch.write_bytes(patch.read_bytes()[:-20])
+    elif change == "patch replaced":
+        shutil.copy(out / "train/mass_ben/P_0_LEFT_CC_2_0002.png", patch)
+    elif change == "image changed":
+        cv2.imwrite(str(image), 60_000 - cv2.imread(str(image), cv2.IMREAD_UNCHANGED))
+    else:
+        table = study / "roi_mask_path.csv"
+        table.write_text(table.read_text().replace("P_0,LEFT,CC,2,BENIGN_WITHOUT_CALLBACK", "P_0,LEFT,CC,2,MALIGNANT"))
+    sample(study, val_size=0.0)
+    again = {path.name[:3] for path in (out / "train").glob("*/*.png") if path.stat().st_mtime_ns != 1}
+    assert again == {"P_0"}
+    assert contents(out) == contents(sample(study, study / "new", val_size=0.0))
 
 
 @pytest.mark.parametrize("script", [sample_patches_combined, sample_patches_main])
