@@ -199,6 +199,27 @@ def open_csv(path, delimiter: str = ",") -> Iterator[tuple[list[str], Iterator[t
         raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
 
 
+def find_columns(path, header: Sequence[str], columns: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Where in `header` each column is. columns: spellings of each, of which one must be there.
+
+    Spellings are in small letters with spaces; in the header "_" and " " are the same, and so is case. InputError
+    names what is missing.
+    """
+    names = [" ".join(name.replace("_", " ").lower().split()) for name in header]
+    places, missing = {}, []
+    for name, spellings in columns.items():
+        found = [names.index(spelling) for spelling in spellings if spelling in names]
+        if found:
+            places[name] = found[0]
+        else:
+            missing.append(" or ".join(spellings))
+    if missing:
+        raise InputError(
+            f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300] or 'nothing'}"
+        )
+    return places
+
+
 def is_below(name: str) -> bool:
     """Whether a relative path, of this or another system, can only mean something below the folder it starts from."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
