@@ -10,12 +10,13 @@ import io
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import cv2
 import numpy as np
 
-from dm_files import InputError
+from dm_files import InputError, walk_files
 
 # What a decoder has to say about a broken file goes into our one-line error.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
@@ -34,6 +35,17 @@ def is_image(fname: str | os.PathLike) -> bool:
     """Is a file in a folder of images one of them, by its name? Hidden files are not."""
     name = os.path.basename(fname)
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
+    """The files named, and the images in the folders named, sorted; InputError for a folder without any."""
+    images = []
+    for source in map(Path, sources):
+        found = [path for path in walk_files(source) if is_image(path)] if source.is_dir() else [source]
+        if not found:
+            raise InputError(f"{source}: no images here. Expected files named {', '.join(IMAGE_SUFFIXES)}")
+        images += found
+    return images
 
 
 def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = False) -> np.ndarray:

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, walk_files
+from dm_files import InputError
 
 DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
 
@@ -34,20 +34,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead")
     dm_args.add_parallel_options(parser)
     return parser
-
-
-def find_images(sources) -> list[Path]:
-    """The images named, and those in the folders named; InputError for a source without any."""
-    from dm_image import IMAGE_SUFFIXES, is_image
-
-    images = []
-    for source in map(Path, sources):
-        files = walk_files(source) if source.is_dir() else [source]
-        found = [path for path in files if is_image(path)]
-        if not found:
-            raise InputError(f"{source}: no images here. Expected files named {', '.join(IMAGE_SUFFIXES)}")
-        images += found
-    return images
 
 
 def measure(path, img_size=None):
@@ -105,6 +91,8 @@ def pixel_mean(files, img_size=None, rescale_factor=None, jobs=1, backend="loky"
 def run(**options) -> None:
     """Print the figures; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
+    from dm_image import find_images
+
     sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
     figures = pixel_mean(find_images(sources), args.img_size, args.rescale_factor, args.jobs, args.backend)
     types, factor, high = figures["types"], figures["rescale_factor"], figures["max"]
