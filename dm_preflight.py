@@ -5,7 +5,7 @@ All pixel values are those after rescaling and before the mean is subtracted, ab
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +49,24 @@ def add_pixel_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**{name: OF_MODEL for name in PUBLISHED if name != "class_list"})
 
 
-def choose_pixel_options(given: Mapping[str, Any], model_path) -> tuple[dict[str, Any], str]:
+def choose_pixel_options(
+    given: Mapping[str, Any], model_path, built: Sequence[int | None] = ()
+) -> tuple[dict[str, Any], str]:
     """The pixel options (and `class_list`) to use with a model, and a sentence on where they come from.
 
     given: values by name, those that are absent or OF_MODEL not being given. They win over those that the model was
-    trained with, and these over the published ones. Raises InputError as `read_settings` does.
+    trained with, and these over the published ones. built: (rows, columns) that the model is built for, if known,
+    which wins over the published size. Raises InputError as `read_settings` does.
     """
     chosen = {name: value for name, value in given.items() if name in PUBLISHED and value is not OF_MODEL}
-    settings = read_settings(model_path)
-    source = f"pixel options of its training, {_folder(model_path) / 'args.json'}"
+    settings, file = read_settings(model_path), _folder(model_path) / "args.json"
+    source = f"pixel options of the model's training, from {file}"
     if settings is None:
-        source = f"the published models' pixel options, since {_folder(model_path) / 'args.json'} is not there"
-    rest = {name: value for name, value in (PUBLISHED | (settings or {})).items() if name not in chosen}
+        settings = PUBLISHED | ({"img_size": list(built)} if built and None not in built else {})
+        source = f"pixel options of the published models, since there is no {file}"
+    rest = {name: value for name, value in settings.items() if name not in chosen}
     if set(rest) <= {"class_list"}:
-        source = "the pixel options given"
+        source = "pixel options as given"
     return chosen | rest, source
 
 

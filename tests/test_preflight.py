@@ -94,7 +94,10 @@ def test_what_the_user_gives_wins_over_the_training_and_this_over_the_published_
     assert options == dm_preflight.PUBLISHED | {"featurewise_mean": 44.33}
     assert "published" in source
     _, source = dm_preflight.choose_pixel_options(SETTINGS, model)
-    assert source == "the pixel options given"
+    assert source == "pixel options as given"
+    for built, size in [((480, 384), [480, 384]), ((None, None), [1152, 896])]:
+        assert dm_preflight.choose_pixel_options({}, tmp_path / "new.h5", built)[0]["img_size"] == size
+    assert dm_preflight.choose_pixel_options({}, model, (480, 384))[0]["img_size"] == [96, 72]
 
 
 # ------------------------------------------------------------------------------------------------ statistics
