@@ -18,9 +18,10 @@ import numpy as np
 
 from dm_files import InputError, atomic_write
 from dm_heatmap import VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
-from dm_inference import auc_by_class, bootstrap_interval, plot_roc, write_json
+from dm_inference import auc_by_class, plot_roc, write_json
 from dm_parallel import run_parallel
 from dm_region import prob_heatmap_features
+from dm_statistics import bootstrap_auc, bootstrap_counts, percentile_interval
 
 CLASSIFIERS = ("rf", "gbt")
 _FORMAT = 1
@@ -425,7 +426,10 @@ def breast_scores(table, replicates: int, rng: np.random.Generator) -> dict[str,
 
     cancer, probability = table["cancer"].to_numpy(), table["probability"].to_numpy()
     auc = auc_of(slice(None)) if len(table) else np.nan
-    low, high = (np.nan, np.nan) if np.isnan(auc) else bootstrap_interval(auc_of, table["patient_id"], rng, replicates)
+    low, high = np.nan, np.nan
+    if not np.isnan(auc):
+        counts = bootstrap_counts(table["patient_id"], rng, replicates)
+        low, high = percentile_interval(bootstrap_auc(cancer, probability, counts))
     by_fold = {}
     if "fold" in table:
         fold = table["fold"].to_numpy()

@@ -1,4 +1,4 @@
-"""Predicting and scoring: flip averaging, AUC by class, intervals, and the files and pictures a test run leaves.
+"""Predicting and scoring: flip averaging, AUC by class, and the files and pictures a test run leaves.
 
 Averaging the predictions of the four flips of an image is the paper's inference-level augmentation.
 """
@@ -6,7 +6,7 @@ Averaging the predictions of the four flips of an image is the paper's inference
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -217,41 +217,6 @@ def scores_table(scores: dict[str, Any]) -> str:
     table = pd.DataFrame({name: scores[name] for name in ("precision", "recall", "auc")}, index=names, dtype=float)
     matrix = pd.DataFrame(scores["confusion_matrix"], index=names, columns=[f"as {name}" for name in names])
     return table.join(matrix).to_string(float_format="{:.4f}".format, na_rep="-")
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float],
-    groups: Sequence,
-    rng: np.random.Generator,
-    replicates: int = 2000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a statistic, resampling whole groups (Efron and Tibshirani 1993, chapter 13).
-
-    Args:
-        statistic: of an array of sample indices, some of them repeated; NaN where undefined.
-        groups: for each sample what it belongs to, such as its patient. The samples of a group are not independent,
-            so they are drawn together.
-        rng: makes `replicates` draws of as many groups as there are, with replacement.
-
-    Returns:
-        (low, high) over the replicates where the statistic is defined; NaN where it is not in half of them. Of an AUC
-        of 1 it has no width, since there is no error to draw: that says little where samples are few.
-    """
-    group_of = np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
-    order = np.argsort(group_of, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(group_of[order])) + 1)
-    values = np.array(
-        [
-            statistic(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
-            for _ in range(replicates)
-        ]
-    )
-    values = values[~np.isnan(values)]
-    if 2 * len(values) < replicates:
-        return np.nan, np.nan
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def write_json(path: Path, content: Any) -> None:

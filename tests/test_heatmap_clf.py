@@ -373,7 +373,7 @@ def test_maps_of_another_patch_classifier_or_geometry_are_refused(tmp_path):
 
 def test_an_auc_may_have_no_interval(tmp_path, monkeypatch, capsys):
     # As where most draws of the patients lack one of the classes.
-    monkeypatch.setattr(clf, "bootstrap_interval", lambda *_: (np.nan, np.nan))
+    monkeypatch.setattr(clf, "percentile_interval", lambda *_: (np.nan, np.nan))
     cancer, benign = (next(record for record in breasts(20) if record.cancer == label) for label in (1, 0))
     clf.write_results(tmp_path, {"two": (Heatmaps([cancer, benign], CLASSES), np.array([0.9, 0.1]))}, 10, seed=0)
     assert "two: AUC 1.0000, on 2 breasts" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """Prediction over sets, flip averaging, scores and result files, by closed forms."""
 
-import itertools
 import json
 import time
 
@@ -15,7 +14,6 @@ from dm_image import DMImageDataGenerator
 from dm_inference import (
     auc_by_class,
     auc_line,
-    bootstrap_interval,
     classification_scores,
     flip_all_img,
     make_pred_case,
@@ -266,39 +264,3 @@ def test_a_case_is_the_mean_over_all_pairs_of_maps():
     assert make_pred_case(maps[:2], maps[1:], Classifier()) == pytest.approx(0.15 + 0.4)
     assert make_pred_case(maps[:2], None, Classifier()) == pytest.approx(0.15)
     assert make_pred_case([], maps[2:], Classifier()) == pytest.approx(0.6)
-
-
-# ----------------------------------------------------------------------------------------------------- intervals
-
-
-def test_the_bootstrap_interval_of_a_mean_has_its_closed_form():
-    values = np.random.default_rng(0).normal(3, 2, 500)
-    low, high = bootstrap_interval(lambda i: values[i].mean(), range(500), np.random.default_rng(1), replicates=4000)
-    half = 1.96 * values.std() / np.sqrt(500)
-    assert low == pytest.approx(values.mean() - half, abs=0.06 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.06 * half)
-
-
-def test_samples_of_a_group_are_drawn_together():
-    # Copies of a sample add nothing: the interval is that of the groups alone.
-    values = np.random.default_rng(0).normal(size=60)
-    groups = [f"P_{i}" for i in range(60)]
-    alone = bootstrap_interval(lambda i: values[i].mean(), groups, np.random.default_rng(1), 300)
-    copies = np.tile(values, 5)
-    together = bootstrap_interval(lambda i: copies[i].mean(), groups * 5, np.random.default_rng(1), 300)
-    np.testing.assert_allclose(together, alone)
-
-
-def test_the_interval_over_three_groups_is_that_of_all_their_draws():
-    truth, score = np.array([0, 1, 1, 0, 1]), np.array([0.1, 0.7, 0.3, 0.5, 0.9])
-    groups, members = ["a", "a", "b", "b", "c"], ([0, 1], [2, 3], [4])
-
-    def auc_of(rows):
-        wins = np.subtract.outer(score[rows][truth[rows] == 1], score[rows][truth[rows] == 0])
-        return np.mean(wins > 0) if wins.size else np.nan
-
-    exact = [auc_of(np.concatenate([members[i] for i in draw])) for draw in itertools.product(range(3), repeat=3)]
-    assert np.isnan(exact).sum() == 1  # c three times
-    found = bootstrap_interval(auc_of, groups, np.random.default_rng(0), replicates=3000, confidence=0.6)
-    np.testing.assert_allclose(found, np.nanquantile(exact, [0.2, 0.8], method="inverted_cdf"), atol=1e-9)
-    assert np.isnan(bootstrap_interval(lambda rows: np.nan, groups, np.random.default_rng(0), 10)).all()
