@@ -12,9 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_dataset import open_csv
+from dm_dataset import Prepared, find_columns, open_csv, to_uint16
 from dm_files import InputError, walk_files, write_img
-from dm_prepare import whole_img_path
+from dm_prepare import whole_img_path, write_whole
 
 # Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
 COLUMNS = {
@@ -135,27 +135,11 @@ def read_table(path) -> tuple[list[Finding], Counter]:
     findings, oddities = [], Counter()
     division = re.findall("train|test", Path(path).stem.lower())
     with open_csv(path) as (header, rows):
-        places = _find_columns(path, header)
+        places = find_columns(path, header, COLUMNS)
         for where, cells in rows:
             cells = {name: cells[place] for name, place in places.items()}
             findings.append(_read_finding(cells, where, division[-1] if division else None, oddities))
     return findings, oddities
-
-
-def _find_columns(path, header: Sequence[str]) -> dict[str, int]:
-    names = [" ".join(name.replace("_", " ").lower().split()) for name in header]
-    places, missing = {}, []
-    for field, spellings in COLUMNS.items():
-        found = [names.index(spelling) for spelling in spellings if spelling in names]
-        if found:
-            places[field] = found[0]
-        else:
-            missing.append(" or ".join(spellings))
-    if missing:
-        raise InputError(
-            f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300] or 'nothing'}"
-        )
-    return places
 
 
 def _read_finding(cells: Mapping[str, str], where: str, division: str | None, oddities: Counter) -> Finding:
@@ -521,10 +505,6 @@ def list_outputs(key: str, plan: Plan) -> tuple[str, ...]:
 
 def prepare_image(item, download, out):
     """Write the full image, the masks and the whole image of one item; see `dm_dataset.prepare`."""
-    import numpy as np
-
-    from dm_dataset import Prepared, make_whole, to_uint16
-
     plan, result = item.plan, Prepared(item.name)
 
     def write(path, pixels):
@@ -533,12 +513,9 @@ def prepare_image(item, download, out):
 
     try:
         img, source, headers = read_image(plan, download, result)
-        img = to_uint16(img)
         if plan.folder:
-            small = make_whole(img, **plan.whole)
-            write(whole_img_path(item.name, plan.folder), small)
-            result.facts |= {"folder": plan.folder, "pixel_sum": int(small.sum(dtype=np.int64)), "source": source}
-        write(full_img_path(item.name), img)
+            write_whole(img, out, plan.folder, plan.whole, source, result)
+        write(full_img_path(item.name), to_uint16(img))
     except InputError as error:
         result.faults.append(f"{item.name}: {error}; left out with its masks")
         return result

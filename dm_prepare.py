@@ -19,12 +19,16 @@ from dm_dataset import (
     ImageRow,
     Prepared,
     check_disjoint,
+    make_whole,
     read_patient_list,
     split_by_patient,
     split_in_three,
+    to_uint16,
+    write_csv,
     write_image_table,
 )
-from dm_files import InputError, write_text
+from dm_duplicates import MAX_PAIRS, find_near_duplicates, fingerprint
+from dm_files import InputError, write_img, write_text
 
 # Options of all preparation scripts that decide what the outputs are.
 OPTIONS = (
@@ -42,6 +46,9 @@ class Image(NamedTuple):
     positive: bool
 
 
+NEAR_DUPLICATES = "near_duplicates.csv"
+_COMPARED = ("file", "set", "label", "patient")
+_PAIR_COLUMNS = (*_COMPARED, *(f"other_{name}" for name in _COMPARED), "difference")
 # Where the whole images lie below the output folder.
 FOLDERS = tuple(f"{name}/{label}" for name in SETS for label in CLASSES)
 
@@ -60,6 +67,20 @@ def whole_options(args) -> dict:
         "levels": args.auto_levels,
         "face": args.face,
     }
+
+
+def write_whole(img, out, folder: str, whole: Mapping, source: str, result: Prepared) -> None:
+    """Write a mammogram (H, W), uint8 or uint16, as whole image of `result`, and note its facts there.
+
+    folder: one of `FOLDERS`. whole: `whole_options`. source: see `ImageRow`.
+    """
+    img = to_uint16(img)
+    small = make_whole(img, **whole)
+    path = whole_img_path(result.name, folder)
+    write_img(Path(out, path), small)
+    result.outputs.append(path)
+    pixel_sum = int(small.sum(dtype="int64"))
+    result.facts |= {"folder": folder, "source": source, "pixel_sum": pixel_sum, "fingerprint": fingerprint(img)}
 
 
 # ------------------------------------------------------------------------------------------------------ splits
@@ -152,31 +173,50 @@ def write_lists(
 ) -> dict[str, list[str]]:
     """Write pat_train.txt, pat_val.txt, pat_test.txt and images.csv, of the images that were made.
 
-    The facts of a result hold, where its patient is in a set, the whole image's `folder`, such as train/pos, and
-    `source`: see `ImageRow`. Returns the patient lists.
+    Returns the patient lists.
     """
     done = finished(results)
     kept = {images[result.name].patient for result in done}
     lists = {name: [patient for patient in patients if patient in kept] for name, patients in sets.items()}
     for name, patients in lists.items():
         write_text(Path(out, f"pat_{name}.txt"), "".join(f"{patient}\n" for patient in patients))
-    rows = []
-    for result in done:
-        if folder := result.facts.get("folder"):
-            image, file = images[result.name], whole_img_path(result.name, folder)
-            rows.append(
-                ImageRow(file, *folder.split("/"), image.patient, image.side, image.view, result.facts["source"])
-            )
-    write_image_table(Path(out, IMAGE_TABLE), rows)
+    write_image_table(Path(out, IMAGE_TABLE), [to_row(result, images[result.name]) for result in whole_images(done)])
     return lists
 
 
-def pixel_mean(results: Sequence[Prepared], img_size: tuple[int, int]) -> float | None:
-    """Mean of the training images after rescaling, None if there are none.
+def whole_images(results: Iterable[Prepared]) -> list[Prepared]:
+    """Those with a whole image, since their patient is in a set."""
+    return [result for result in results if "folder" in result.facts]
 
-    Their facts hold `folder` and, of the whole image, `pixel_sum`.
+
+def to_row(result: Prepared, image: Image) -> ImageRow:
+    folder = result.facts["folder"]
+    name, label = folder.split("/")
+    file = whole_img_path(result.name, folder)
+    return ImageRow(file, name, label, image.patient, image.side, image.view, result.facts["source"])
+
+
+def list_near_duplicates(images: Mapping[str, Image], results: Iterable[Prepared]) -> list[dict]:
+    """Pairs of whole images of different patients that look the same: a row of near_duplicates.csv each.
+
+    Columns: those of `ImageRow` but side, view and source, of the one and of the other image, and `difference`, the
+    share of their fingerprints' bits; those in different sets come first.
     """
-    sums = [result.facts["pixel_sum"] for result in results if result.facts.get("folder", "").startswith("train/")]
+    whole = whole_images(results)
+    rows = [to_row(result, images[result.name]) for result in whole]
+    found = find_near_duplicates([result.facts["fingerprint"] for result in whole], [row.patient for row in rows])
+    pairs = []
+    for one, other, difference in found:
+        pair = {name: getattr(rows[one], name) for name in _COMPARED}
+        pair |= {f"other_{name}": getattr(rows[other], name) for name in _COMPARED}
+        pairs.append(pair | {"difference": round(difference, 4)})
+    return sorted(pairs, key=lambda pair: pair["set"] == pair["other_set"])
+
+
+def pixel_mean(results: Sequence[Prepared], img_size: tuple[int, int]) -> float | None:
+    """Mean of the training images after rescaling, None if there are none."""
+    whole = whole_images(results)
+    sums = [result.facts["pixel_sum"] for result in whole if result.facts["folder"].startswith("train/")]
     return round(RESCALE_FACTOR * sum(sums) / (len(sums) * img_size[0] * img_size[1]), 4) if sums else None
 
 
@@ -211,12 +251,18 @@ def make_report(
         "planned_sets": count_sets(sets, images.values()),
         "sets": count_sets(lists, [images[result.name] for result in done]),
         "repairs": {kind: {"count": len(listed), "items": listed} for kind, listed in sorted(repairs.items())},
+        "near_duplicates": list_near_duplicates(images, results),
         "skipped": [{"image": result.name, "reason": fault} for result in results for fault in result.faults],
     }
 
 
 def finish(report: dict, args) -> None:
-    """Write report.json and print what matters of it; InputError for faults, unless `args.on_error` is "skip"."""
+    """Write report.json and near_duplicates.csv, and print what matters of them.
+
+    Raises InputError for faults, unless `args.on_error` is "skip".
+    """
+    pairs = report["near_duplicates"]
+    write_csv(Path(args.out, NEAR_DUPLICATES), _PAIR_COLUMNS, [pair.values() for pair in pairs])
     write_text(Path(args.out, REPORT), json.dumps(report, indent=2) + "\n")
     counts, repairs, skipped = report["counts"], report["repairs"], report["skipped"]
     masks = f" and {counts['masks_prepared']} masks" if "masks_prepared" in counts else ""
@@ -233,6 +279,14 @@ def finish(report: dict, args) -> None:
             print(f"  {kind}: {listed['count']}")
     for text in repairs.get("mask_resized", {}).get("items", ()):
         print(f"Warning: mask resized: {text}")
+    if pairs:
+        across = sum(pair["set"] != pair["other_set"] for pair in pairs)
+        at_least = "at least " if len(pairs) == MAX_PAIRS else ""
+        print(
+            f"Warning: {at_least}{len(pairs)} pairs of images of different patients look the same, {at_least}{across} "
+            f"of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}; figures on the test set "
+            f"may be too good: see {NEAR_DUPLICATES}"
+        )
     if skipped:
         print(f"{len(skipped)} left out:", *(fault["reason"] for fault in skipped), sep="\n  ")
     if (mean := report["featurewise_mean"]) is not None:

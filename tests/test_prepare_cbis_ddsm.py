@@ -650,6 +650,24 @@ def test_no_images_in_a_set_is_said(download, tmp_path, capsys):
     ]
 
 
+def test_near_duplicates_are_told(download, tmp_path, capsys):
+    """The image of one patient is also that of another, with other grey levels."""
+    folder, rows = download
+    files = [single(folder, f"{row.image_folder}/*/*/*.dcm") for row in by_key(rows).values() for row in row[:1]]
+    one, other = files[0], next(path for path in files if path.parts[-4][:-8] != files[0].parts[-4][:-8])
+    dataset = pydicom.dcmread(one)
+    dataset.PixelData = (dataset.pixel_array // 2).astype(np.uint16).tobytes()
+    dataset.save_as(other)
+    report = prepare(folder, tmp_path / "out")
+    (pair,) = report["near_duplicates"]
+    table = read_csv(tmp_path / "out/near_duplicates.csv")
+    assert table == [{name: str(value) for name, value in pair.items()}]
+    names = {Path(pair[name]).stem for name in ("file", "other_file")}
+    assert names == {path.parts[-4].split("_", 1)[1] for path in (one, other)}
+    assert pair["patient"] != pair["other_patient"] and pair["difference"] < 0.02
+    assert f"such as {pair['file']} and {pair['other_file']}" in capsys.readouterr().out
+
+
 def test_files_of_no_row_are_counted(download, tmp_path):
     folder, rows = download
     write_dicom(folder / "CBIS-DDSM/Mass-Training_P_77777_LEFT_CC/1/2/000000.dcm", np.eye(9, dtype=np.uint16))
