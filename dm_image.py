@@ -13,6 +13,9 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dm_limits import check_pixels, max_bytes, max_pixels, parse_json, read_bytes, too_many_pixels  # before OpenCV
+
+# isort: split
 import cv2
 import numpy as np
 
@@ -26,6 +29,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFI
 PIXEL_TYPES = ("uint8", "uint16", "int16", "float32", "float64")
 # Complete files of these kinds hold an end mark; libpng and libjpeg report its absence in ways we cannot catch.
 _END_MARKS = {b"\x89PNG\r\n\x1a\n": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
+_SIGNATURES = (*_END_MARKS, b"BM", b"II*\0", b"MM\0*")
+# What may be wrong with an image file.
+CAUSES = ("unreadable", "empty", "truncated", "damaged", "wrong type", "not finite", "colour", "constant", "changed")
+
+
+class ImageError(InputError):
+    """An image file that cannot be used; `cause` is one of CAUSES."""
+
+    def __init__(self, message: str, cause: str = "damaged"):
+        super().__init__(message)
+        self.cause = cause
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -61,9 +75,11 @@ def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = Fal
     else:
         img = _decode_image(fname, data, gs_255)
     if img.dtype.name not in PIXEL_TYPES:
-        raise InputError(f"{fname}: pixel type not supported. Expected one of {PIXEL_TYPES}. Received {img.dtype}.")
+        raise ImageError(
+            f"{fname}: pixel type not supported. Expected one of {PIXEL_TYPES}. Received {img.dtype}.", "wrong type"
+        )
     if img.dtype.kind == "f" and not np.isfinite(img).all():
-        raise InputError(f"{fname}: the image holds NaN or infinite pixels.")
+        raise ImageError(f"{fname}: the image holds NaN or infinite pixels.", "not finite")
     return img
 
 
@@ -82,25 +98,28 @@ def _read_bytes(fname) -> bytes:
         with open(fname, "rb") as file:
             data = file.read()
     except OSError as error:
-        raise InputError(f"{fname}: cannot read this image: {error.strerror or error}.") from error
+        raise ImageError(f"{fname}: cannot read this image: {error.strerror or error}.", "unreadable") from error
     if not data:
-        raise InputError(f"{fname}: the image file is empty (0 bytes).")
+        raise ImageError(f"{fname}: the image file is empty (0 bytes).", "empty")
     return data
 
 
 def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
     for signature, end_mark in _END_MARKS.items():
         if data.startswith(signature) and end_mark not in data:
-            raise InputError(f"{fname}: the image file is truncated (its end mark is missing); copy it again.")
+            raise ImageError(
+                f"{fname}: the image file is truncated (its end mark is missing); copy it again.", "truncated"
+            )
     try:
         flags = cv2.IMREAD_GRAYSCALE if gs_255 else cv2.IMREAD_UNCHANGED
         img = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
-        raise InputError(f"{fname}: cannot decode this image: {error.err}.") from error
+        raise ImageError(f"{fname}: cannot decode this image: {error.err}.") from error
     if img is None:
-        raise InputError(
+        raise ImageError(
             f"{fname}: not a readable image (damaged, truncated or of another kind). "
-            f"Expected PNG, JPEG, BMP, TIFF or DICOM. Received {len(data)} bytes starting with {data[:8]!r}."
+            f"Expected PNG, JPEG, BMP, TIFF or DICOM. Received {len(data)} bytes starting with {data[:8]!r}.",
+            "damaged" if data.startswith(_SIGNATURES) else "wrong type",
         )
     return img
 
@@ -111,10 +130,12 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), force=True)
         if "PixelData" not in dataset:
-            raise InputError(f"{fname}: this DICOM file holds no pixels.")
+            raise ImageError(f"{fname}: this DICOM file holds no pixels.", "wrong type")
         frames = int(dataset.get("NumberOfFrames") or 1)
         if frames > 1:
-            raise InputError(f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.")
+            raise ImageError(
+                f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.", "wrong type"
+            )
         bits = dataset.BitsStored
         # Bits above those stored are dropped where they may be overlays or lack the sign; in other files they show
         # that the header is wrong, and dropping them would wrap bright pixels around to dark ones.
@@ -134,7 +155,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
             syntax = dataset.file_meta.TransferSyntaxUID.name
             packages = "pylibjpeg " + ("pylibjpeg-openjpeg" if "2000" in syntax else "pylibjpeg-libjpeg")
             reason = f"it is compressed as {syntax}, which needs a decoder: pip install {packages}"
-        raise InputError(f"{fname}: cannot decode this DICOM file: {reason}") from error
+        raise ImageError(f"{fname}: cannot decode this DICOM file: {reason}") from error
     if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
         img = (highest + lowest - np.clip(img, lowest, highest).astype(np.int32)).astype(img.dtype)
     return img, (lowest, highest), dataset
@@ -167,9 +188,10 @@ def _apply_voi_lut(img: np.ndarray, lowest: int, highest: int, dataset) -> np.nd
 def check_grey(fname, img: np.ndarray) -> np.ndarray:
     """`img` if it has one channel (H, W), else InputError."""
     if img.ndim != 2:
-        raise InputError(
+        raise ImageError(
             f"{fname}: colour image. Expected one grey channel. Received shape {img.shape}. "
-            "Convert it to greyscale (or read it with gs_255)."
+            "Convert it to greyscale (or read it with gs_255).",
+            "colour",
         )
     return img
 
@@ -198,11 +220,22 @@ def read_dicom_16_bit(fname: str | os.PathLike, voi_lut: bool = False, auto_leve
     return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16), dataset
 
 
+def check_constant(fname, img: np.ndarray) -> np.ndarray:
+    """`img` (H, W) if not all of its pixels are equal, else InputError."""
+    if img.min() == img.max():
+        raise ImageError(f"{fname}: constant image: all pixels are {img[0, 0]}.", "constant")
+    return img
+
+
 def read_resized(fname, target_size=None, target_height=None, gs_255=False) -> np.ndarray:
     """Read and resize (bicubic) in the stored type, where overshoots saturate."""
     if target_size is None and target_height is None:
         raise InputError("One of [target_size, target_height] must not be None")
-    img = read_img(fname, gs_255)
+    return resize_as_asked(fname, read_img(fname, gs_255), target_size, target_height)
+
+
+def resize_as_asked(fname, img: np.ndarray, target_size=None, target_height=None) -> np.ndarray:
+    """Resize (bicubic) an image that was read from the file `fname`; see `read_resize_img`."""
     if target_height is not None:
         target_size = target_height, int(float(target_height) / img.shape[0] * img.shape[1])
     height, width = map(int, target_size)
