@@ -1,19 +1,19 @@
 """What a model was trained with, and warnings of images unlike those that it was trained on.
 
 All pixel values are those after rescaling and before the mean is subtracted, about 0..255.
+
+Only the standard library is imported at the start, since command lines take their options from here.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import dm_args
 from dm_files import InputError
-from dm_image import pixel_warnings
 
 # What the released models were trained with; their mean is that of the DDSM ones.
 PUBLISHED = {
@@ -46,7 +46,10 @@ OF_MODEL = _OfModel()
 def add_pixel_options(parser: argparse.ArgumentParser) -> None:
     """`dm_args.add_pixel_options` for scripts that are given trained models: see `choose_pixel_options`."""
     dm_args.add_pixel_options(parser)
-    parser.set_defaults(**{name: OF_MODEL for name in PUBLISHED if name != "class_list"})
+    for action in parser._actions:
+        if action.dest in PUBLISHED and action.dest != "class_list" and action.help != argparse.SUPPRESS:
+            action.default = OF_MODEL
+            action.help = action.help.partition("; default")[0]
 
 
 def choose_pixel_options(
@@ -126,7 +129,7 @@ def _folder(model_path) -> Path:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_json(path: Path) -> dict | None:
@@ -144,7 +147,7 @@ def _read_json(path: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------- measuring images
 
 
-def measure(image: np.ndarray) -> dict[str, float]:
+def measure(image) -> dict[str, float]:
     """Figures of one image, float (H, W[, C]), of which the first channel counts.
 
     mean, sd, and p99, the 99th percentile; dark_border and bright_border, shares of its outermost pixels in the
@@ -153,6 +156,8 @@ def measure(image: np.ndarray) -> dict[str, float]:
     the brightest fifth; to_left, -1..1, how much of the brightness is in the right half, as in a breast that points to
     the left; top_heavy, -1..1, how much brighter the upper corner at the chest wall is than the lower one.
     """
+    import numpy as np
+
     image = np.asarray(image, np.float32)
     image = image[..., 0] if image.ndim == 3 else image
     rows, columns = image.shape
@@ -182,13 +187,15 @@ def _balance(one, other) -> float:
     return float((one - other) / (one + other)) if one + other > 0 else 0.0
 
 
-def pixel_statistics(images: Iterable[np.ndarray]) -> dict[str, Any]:
+def pixel_statistics(images: Iterable) -> dict[str, Any]:
     """What training images look like, for `pixel_stats.json`: plain types that JSON can hold.
 
     images: float (H, W[, C]) each, at least one, after rescaling and before mean subtraction. Returns images, size
     ([H, W] of the first), mean and sd of all pixels, dark_border (mean share), faces_left (share of the images), and
     of_images: for each figure of `measure` its quantiles 0, 0.05, 0.5, 0.95 and 1 over the images.
     """
+    import numpy as np
+
     figures, size = [], None
     for image in images:
         size = size or list(image.shape[:2])
@@ -212,7 +219,7 @@ def pixel_statistics(images: Iterable[np.ndarray]) -> dict[str, Any]:
 
 
 def warnings_for(
-    image: np.ndarray,
+    image,
     trained: Mapping[str, Any] | None = None,
     *,
     mean: float | None = None,
@@ -229,7 +236,7 @@ def warnings_for(
     twice, and the 99th percentile beyond 1.5 times, what nine in ten training images have.
     """
     figures, messages = measure(image), []
-    if figures["sd"] < 0.02 * np.abs(image).max() or image.max() == image.min():
+    if figures["sd"] < 0.02 * max(abs(image.min()), abs(image.max())) or image.max() == image.min():
         return [f"nearly constant image: Expected a mammogram. Received pixels of {image.min():.4g}..{image.max():.4g}"]
     if stored_size is not None:
         rows, columns = stored_size
@@ -268,6 +275,8 @@ def _scale_warnings(image, figures, trained, mean) -> list[str]:
     """Mean and scale far from the training images', or from 0..255 and the mean to subtract."""
     advice = "check the rescale factor or scale, and that it was prepared as the training images were"
     if trained is None:
+        from dm_image import pixel_warnings
+
         messages = pixel_warnings([image])
         if mean is not None and not messages and not mean / 3 <= figures["mean"] <= 3 * mean:
             messages.append(
