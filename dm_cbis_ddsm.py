@@ -375,28 +375,19 @@ class Header(NamedTuple):
 
 
 def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
-    """InputError when there is no header to be read."""
-    from dm_image import DICOM_SUFFIXES
+    """InputError when there is no header to be read, as `read_dicom_header` and `read_size`."""
+    from dm_image import DICOM_SUFFIXES, read_dicom_header, read_size
 
     file = Path(root, path)
     try:
-        if path.lower().endswith(DICOM_SUFFIXES):
-            import pydicom
-
-            tags = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-            if "Rows" not in tags or "Columns" not in tags:
-                raise InputError("empty, damaged or no picture")
-            described = str(tags.get("SeriesDescription") or "").lower()
-            inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
-            size = int(tags.Rows), int(tags.Columns)
-            return Header(path, *size, str(tags.get("PatientID") or ""), described, inverted)
-        from PIL import Image
-
-        with Image.open(file) as image:
-            return Header(path, image.height, image.width, "", descriptions.get(path, "").lower(), False)
-    except Exception as error:  # pydicom raises many kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable image ({reason})") from None
+        if not path.lower().endswith(DICOM_SUFFIXES):
+            return Header(path, *read_size(file), "", descriptions.get(path, "").lower(), False)
+        tags = read_dicom_header(file)
+    except InputError as error:
+        raise InputError(str(error).replace(str(file), path)) from None
+    described = str(tags.get("SeriesDescription") or "").lower()
+    inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
+    return Header(path, int(tags.Rows), int(tags.Columns), str(tags.get("PatientID") or ""), described, inverted)
 
 
 def read_grey(root, path: str):

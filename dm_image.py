@@ -9,11 +9,14 @@ Images are (rows, columns), or (rows, columns, channels) with `data_format="chan
 import io
 import math
 import os
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dm_limits import check_pixels, max_bytes, max_pixels, parse_json, read_bytes, too_many_pixels  # before OpenCV
+# First, since it sets a limit for OpenCV.
+from dm_limits import check_pixels, max_pixels, read_bytes, too_many_pixels
 
 # isort: split
 import cv2
@@ -27,11 +30,17 @@ from dm_files import InputError, walk_files
 DICOM_SUFFIXES = (".dcm", ".dicom")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
 PIXEL_TYPES = ("uint8", "uint16", "int16", "float32", "float64")
+# How the kinds of images begin that are given to OpenCV, which reads others too: each decoder is one more to trust.
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Complete files of these kinds hold an end mark; libpng and libjpeg report its absence in ways we cannot catch.
-_END_MARKS = {b"\x89PNG\r\n\x1a\n": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
-_SIGNATURES = (*_END_MARKS, b"BM", b"II*\0", b"MM\0*")
+_END_MARKS = {_SIGNATURES[0]: b"IEND", _SIGNATURES[1]: b"\xff\xd9"}
+# Of a pixel of three 16-bit colours, with room for a header.
+_MAX_PIXEL_BYTES = 8
 # What may be wrong with an image file.
-CAUSES = ("unreadable", "empty", "truncated", "damaged", "wrong type", "not finite", "colour", "constant", "changed")
+CAUSES = (
+    *("unreadable", "empty", "truncated", "damaged", "refused", "wrong type"),
+    *("not finite", "colour", "constant", "changed"),
+)
 
 
 class ImageError(InputError):
@@ -69,7 +78,7 @@ def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = Fal
     instead (no effect on DICOM, as in the 2017 program). DICOM: see `read_dicom`.
     Raises InputError for whatever is not one readable image of finite numbers.
     """
-    data = _read_bytes(fname)
+    data = _read_image_bytes(fname)
     if data[128:132] == b"DICM" or str(fname).lower().endswith(DICOM_SUFFIXES):
         img = _decode_dicom(fname, data, voi_lut)[0]
     else:
@@ -90,15 +99,41 @@ def read_dicom(fname: str | os.PathLike, voi_lut: bool = False):
     lookup table, if it has one, whose output is brought to the range of the stored bits. MONOCHROME1 is inverted
     within that range. Raises InputError as `read_img` does.
     """
-    return _decode_dicom(fname, _read_bytes(fname), voi_lut)
+    return _decode_dicom(fname, _read_image_bytes(fname), voi_lut)
 
 
-def _read_bytes(fname) -> bytes:
+def read_size(fname: str | os.PathLike) -> tuple[int, int]:
+    """(rows, columns) of an image file, from its header. Raises InputError where it has none, or claims too many."""
+    if str(fname).lower().endswith(DICOM_SUFFIXES):
+        header = read_dicom_header(fname)
+        return int(header.Rows), int(header.Columns)
+    from PIL import Image
+
+    try:
+        with Image.open(fname, formats=["PNG", "JPEG", "BMP", "TIFF"]) as image:
+            rows, columns = image.height, image.width
+    except Exception as error:  # Pillow raises many kinds, of its own limit of pixels too
+        raise InputError(f"{fname}: not a readable image ({error})") from None
+    check_pixels(fname, rows, columns)
+    return rows, columns
+
+
+def read_dicom_header(fname: str | os.PathLike):
+    """pydicom's dataset of a DICOM file, without its pixels. Raises InputError where it is none of an image."""
     try:
         with open(fname, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise ImageError(f"{fname}: cannot read this image: {error.strerror or error}.", "unreadable") from error
+            dataset = _parse_dicom(fname, file, stop_before_pixels=True)
+            rows, columns = int(dataset.Rows), int(dataset.Columns)
+    except InputError:
+        raise
+    except Exception as error:  # pydicom raises many kinds on damaged files
+        raise InputError(f"{fname}: cannot read the header of this DICOM file: {_first_line(error)}") from error
+    check_pixels(fname, rows, columns)
+    return dataset
+
+
+def _read_image_bytes(fname) -> bytes:
+    data = read_bytes(fname)
     if not data:
         raise ImageError(f"{fname}: the image file is empty (0 bytes).", "empty")
     return data
@@ -112,8 +147,10 @@ def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
             )
     try:
         flags = cv2.IMREAD_GRAYSCALE if gs_255 else cv2.IMREAD_UNCHANGED
-        img = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        img = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data.startswith(_SIGNATURES) else None
     except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in error.err:
+            raise too_many_pixels(fname, "more") from error
         raise ImageError(f"{fname}: cannot decode this image: {error.err}.") from error
     if img is None:
         raise ImageError(
@@ -124,11 +161,77 @@ def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
     return img
 
 
-def _decode_dicom(fname, data: bytes, voi_lut: bool):
+def _parse_dicom(fname, file, **options):
+    """pydicom.dcmread of a binary file; InputError for one whose compressed content is larger than any image."""
     import pydicom
+    from pydicom.filereader import _read_file_meta_info, read_preamble
 
+    read_preamble(file, force=True)
+    if _read_file_meta_info(file).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
+        _check_size(fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), _max_size() + 1)))
+    file.seek(0)
+    return pydicom.dcmread(file, force=True, **options)
+
+
+def _max_size() -> int:
+    return _MAX_PIXEL_BYTES * max_pixels()
+
+
+def _check_size(fname, size: int) -> None:
+    if size > _max_size():
+        raise InputError(f"{fname}: refused: it unpacks to more than {_max_size()} bytes, which no image has")
+
+
+def _check_frame(fname, dataset) -> None:
+    """InputError for a DICOM image that claims, in its header or in compressed pixels, to be larger than any."""
+    from pydicom.encaps import get_frame
+    from pydicom.uid import RLELossless
+
+    check_pixels(fname, int(dataset.Rows), int(dataset.Columns))
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None or not syntax.is_encapsulated:
+        return
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    if syntax != RLELossless:
+        check_pixels(fname, *_codestream_size(frame))
+    elif 64 * len(frame) > _max_size():  # what PackBits unpacks two bytes to
+        _check_size(fname, _unpacked_size(frame[64:]))
+
+
+def _codestream_size(frame: bytes) -> tuple[int, int]:
+    """(rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 codestream, (0, 0) for others.
+
+    Decoders reserve memory by it, not by the header of the DICOM file.
+    """
+    if (start := frame.find(b"\xff\x4f\xff\x51", 0, 256)) >= 0:  # JPEG 2000, perhaps in a box
+        width, height, left, top = struct.unpack_from(">4I", frame, start + 8)
+        return height - top, width - left
+    position = 2
+    while frame[position : position + 1] == b"\xff" and position + 9 <= len(frame):
+        marker, length = struct.unpack_from(">BH", frame, position + 1)
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return struct.unpack_from(">HH", frame, position + 5)
+        position += 1 if marker == 0xFF else 2 + length  # markers may have such bytes before them
+    return 0, 0
+
+
+def _unpacked_size(packed: bytes) -> int:
+    """Bytes that PackBits data unpack to."""
+    size = position = 0
+    while position < len(packed):
+        header = packed[position]
+        size += header + 1 if header < 128 else (257 - header) % 129
+        position += header + 2 if header < 128 else 2 - (header == 128)
+    return size
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _decode_dicom(fname, data: bytes, voi_lut: bool):
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        dataset = _parse_dicom(fname, io.BytesIO(data))
         if "PixelData" not in dataset:
             raise ImageError(f"{fname}: this DICOM file holds no pixels.", "wrong type")
         frames = int(dataset.get("NumberOfFrames") or 1)
@@ -136,6 +239,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
             raise ImageError(
                 f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.", "wrong type"
             )
+        _check_frame(fname, dataset)
         bits = dataset.BitsStored
         # Bits above those stored are dropped where they may be overlays or lack the sign; in other files they show
         # that the header is wrong, and dropping them would wrap bright pixels around to dark ones.
@@ -150,7 +254,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
     except InputError:
         raise
     except Exception as error:  # pydicom and its decoder plug-ins raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _first_line(error)
         if "missing dependencies" in reason:
             syntax = dataset.file_meta.TransferSyntaxUID.name
             packages = "pylibjpeg " + ("pylibjpeg-openjpeg" if "2000" in syntax else "pylibjpeg-libjpeg")

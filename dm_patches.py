@@ -195,6 +195,7 @@ def sample_image(item, args, class_dirs: Mapping, out_dir):
     import numpy as np
 
     from dm_dataset import Prepared
+    from dm_image import read_size
     from dm_region import Roi, sample_patches
 
     result, rows = Prepared(item.name, facts={"rows": ""}), io.StringIO()
@@ -272,17 +273,6 @@ def sample_image(item, args, class_dirs: Mapping, out_dir):
     return result
 
 
-def read_size(path) -> tuple[int, int]:
-    """(height, width) of an image file, from its header."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except OSError as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
-
-
 def read_resized(path, args):
     """Image file or mask as a float32 array of the size that the options ask for."""
     from dm_image import check_grey, read_resize_img
@@ -327,7 +317,7 @@ def read_lesion_masks(
     image: the image's file. Raises InputError for a mask that is unreadable, has not the shape of the image, or is
     empty.
     """
-    from dm_image import check_grey, read_resize_img
+    from dm_image import check_grey, read_resize_img, read_size
 
     name = re.compile(rf"(calc|mass)-[^_]+_{re.escape(image_id)}_(.+)\.png", re.IGNORECASE)
     masks = []

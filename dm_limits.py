@@ -1,0 +1,130 @@
+"""What files from strangers may claim: limits that readers check before they reserve memory, and what they refuse.
+
+Images, archives and HDF5 files say in their headers how large they will be, and few bytes can claim more than any
+memory holds; HDF5 files can also say that their content is in another file. Only the standard library is imported at
+the start, since every command line imports this.
+"""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+from dm_files import InputError, env_int
+
+# More than any mammogram has (films at 42 micrometres have 40 million), and so few that copies in float32 fit.
+_MAX_PIXELS = 2**27
+_PIXELS_OPTION = "DM_MAX_PIXELS"
+# What content may take in memory: this, or so many times its file, where that is more.
+_MAX_BYTES = 2**30
+_MAX_EXPANSION = 64
+# Groups within groups: Keras makes few, and HDF5 itself has no limit but its stack.
+_MAX_DEPTH = 64
+
+# OpenCV makes the same check of images before it decodes them. It takes its limit from the environment when it is
+# imported, and ends the process where that is no number.
+_given = os.environ.get(_PIXELS_OPTION, "")
+os.environ.setdefault(
+    "OPENCV_IO_MAX_IMAGE_PIXELS", _given if re.fullmatch(r"[1-9]\d{0,17}", _given) else str(_MAX_PIXELS)
+)
+
+
+def max_pixels() -> int:
+    """The most pixels an image may have: DM_MAX_PIXELS, or 2**27. Raises InputError where that is no such number."""
+    return env_int(_PIXELS_OPTION, _MAX_PIXELS, 1)
+
+
+def too_many_pixels(where, claim: str) -> InputError:
+    """The error for an image whose header claims too many pixels. where: its file. claim: how many, such as "more"."""
+    return InputError(
+        f"{where}: refused: its header claims {claim} pixels. Expected at most {max_pixels()}; where it is a whole "
+        f"mammogram, set the environment variable {_PIXELS_OPTION}"
+    )
+
+
+def check_pixels(where, rows: int, columns: int) -> None:
+    """Raise InputError for an image that claims more pixels than `max_pixels`. where: its file."""
+    if rows * columns > max_pixels():
+        raise too_many_pixels(where, f"{rows} x {columns}")
+
+
+def max_bytes(file_size: int) -> int:
+    """The most bytes of memory that the content of a file of so many bytes may take."""
+    return max(_MAX_BYTES, _MAX_EXPANSION * file_size)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a file that is read as a whole. Raises InputError, for pipes and devices, which never end, too."""
+    try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise InputError(f"{path}: cannot be read: Expected a file. Received a pipe or device")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(text: str | bytes):
+    """json.loads, with a ValueError also for values that are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def check_archive(path: str | os.PathLike, compressed: bool = False) -> None:
+    """Raise InputError for a zip archive that claims too much memory, or whose members are compressed.
+
+    compressed: whether they may be, for readers that unpack in small parts. Others unpack 2 GiB of a member at once,
+    whatever size the archive claims; what they read, Keras and skops, is stored uncompressed.
+    Raises zipfile.BadZipFile for damaged archives.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if not compressed and any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise InputError(f"{path}: refused: compressed. Expected an archive as it was saved; unpack it, and zip -0")
+    _check_bytes(path, sum(member.file_size for member in members), os.path.getsize(path))
+
+
+def _check_bytes(path, claimed: int, file_size: int) -> None:
+    if claimed > max_bytes(file_size):
+        raise InputError(
+            f"{path}: refused: {file_size} bytes that claim to hold {claimed}. Expected at most {max_bytes(file_size)}"
+        )
+
+
+def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
+    """Raise InputError for an open HDF5 file whose content is elsewhere, or claims too much memory.
+
+    path: its name, for the error. h5: h5py.File. file_size: bytes of the file.
+    Refused are links but those that any object has in its group, data of other files, groups within more groups than
+    Keras makes, and arrays of texts of any length or of references, which can lead to one content many times.
+    """
+    import h5py
+
+    def refuse(name, what):
+        raise InputError(f"{path}: refused: {name[:200]!r} {what}. Expected numbers and names in the file itself")
+
+    claimed, seen, waiting = 0, set(), [(h5, "/", 0)]
+    while waiting:
+        group, name, depth = waiting.pop()
+        if name != "/" and not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            refuse(name, "is a link to another place")
+        item = group[name]
+        address = h5py.h5o.get_info(item.id).addr
+        if address in seen:
+            continue
+        seen.add(address)
+        holders = [item.attrs.get_id(attribute) for attribute in item.attrs]
+        if isinstance(item, h5py.Dataset):
+            if item.external or item.is_virtual:
+                refuse(name, "has its data in another file")
+            claimed += item.nbytes
+            holders.append(item)
+        elif isinstance(item, h5py.Group):
+            if depth == _MAX_DEPTH:
+                refuse(name, f"is a group within {depth} others")
+            waiting += [(item, child, depth + 1) for child in item]
+        if any(holder.dtype.kind == "O" and holder.shape for holder in holders):
+            refuse(name, "has an array of texts or references")
+    _check_bytes(path, claimed, file_size)
