@@ -198,10 +198,11 @@ def place_files(row, seed):
     )
 
 
-def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, **tags):
+def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, bits=None, **tags):
     """Write unsigned pixels (rows, columns) as an explicit VR little endian DICOM file with these tags.
 
     MONOCHROME1 stores them inverted, so that the file shows the same picture. keep: share of the bytes to write.
+    bits: those stored, which hold all pixels; default: all of the type.
     """
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
@@ -214,19 +215,22 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, **tags):
     dataset.Modality = "MG"
     dataset.Rows, dataset.Columns = pixels.shape
     dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
-    dataset.BitsAllocated = dataset.BitsStored = bits = 8 * pixels.itemsize
-    dataset.HighBit = bits - 1
+    dataset.BitsAllocated = 8 * pixels.itemsize
+    dataset.BitsStored = bits or dataset.BitsAllocated
+    dataset.HighBit = dataset.BitsStored - 1
     dataset.PhotometricInterpretation = photometric
-    stored = np.invert(pixels) if photometric == "MONOCHROME1" else pixels
+    brightest = pixels.dtype.type(2**dataset.BitsStored - 1)
+    stored = brightest - pixels if photometric == "MONOCHROME1" else pixels
     dataset.PixelData = stored.tobytes() + b"\0" * (stored.nbytes % 2)
     for name, value in tags.items():
         setattr(dataset, name, value)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
-    _write_bytes(path, buffer.getvalue(), keep)
+    write_bytes(path, buffer.getvalue(), keep)
 
 
-def _write_bytes(path, data, keep=1.0):
+def write_bytes(path, data, keep=1.0):
+    """Write the first bytes of `data`, this share of them."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data[: round(keep * len(data))])
 
@@ -261,7 +265,7 @@ def write_view(rows, out, tree, seed, height, width, contrast, style):
             } | ({"SeriesDescription": description} if description else {})
             if tree == "jpeg":
                 grey = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
-                _write_bytes(out / path, cv2.imencode(".jpg", grey)[1].tobytes(), keep)
+                write_bytes(out / path, cv2.imencode(".jpg", grey)[1].tobytes(), keep)
             else:
                 inverted = place.content == "image" and "monochrome1" in row.oddities
                 tags["InstanceNumber"] = place.position + 1
@@ -294,10 +298,11 @@ def describe(row, old_header, seed):
     return [row.patient.name, density, *words, *descriptors, assessment, row.pathology, subtlety, *paths]
 
 
-def _write_csv(path, header, rows):
+def write_csv(path, header, rows, delimiter=","):
+    """Write a table with CRLF at the ends of lines."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([header, *rows])
-    _write_bytes(path, text.getvalue().encode())
+    csv.writer(text, delimiter=delimiter).writerows([header, *rows])
+    write_bytes(path, text.getvalue().encode())
 
 
 def count_oddities(rows):
@@ -383,7 +388,7 @@ def make_download(
     tables = out / "csv" if tree == "jpeg" else out
     if tree == "jpeg":
         cells = [[line.get(name, "") for name in JPEG_INFO] for group in info for line in group]
-        _write_csv(tables / "dicom_info.csv", JPEG_INFO, cells)
+        write_csv(tables / "dicom_info.csv", JPEG_INFO, cells)
     for kind, (first, _, second, _) in DESCRIPTORS.items():
         density = "breast density" if kind == "calc" else "breast_density"
         header = HEADERS[old_header].format(density=density, kind=kind, first=first, second=second).split(",")
@@ -393,9 +398,9 @@ def make_download(
                 if (row.kind, row.division) == (kind, division):
                     repeats = 2 if "repeated_row" in row.oddities else 1
                     cells += [describe(row, old_header, seed)] * repeats
-            _write_csv(tables / f"{kind}_case_description_{name}_set.csv", header, cells)
-    _write_bytes(out / "oddities.json", json.dumps({"tree": tree} | count_oddities(rows), indent=2).encode())
+            write_csv(tables / f"{kind}_case_description_{name}_set.csv", header, cells)
+    write_bytes(out / "oddities.json", json.dumps({"tree": tree} | count_oddities(rows), indent=2).encode())
     shape = f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}"
     text = README.format(options=f"{shape}, style {style}, oddities: {oddities}.", tree=tree)
-    _write_bytes(out / "README.txt", text.encode())
+    write_bytes(out / "README.txt", text.encode())
     return rows

@@ -1,4 +1,4 @@
-"""Make synthetic mammograms with lesions: prepared for the sampler and the trainers, or like a CBIS-DDSM download.
+"""Make synthetic mammograms with lesions: prepared for the sampler and the trainers, or like a download.
 
 The pictures are drawn, not acquired (`dm_phantom` says how): they let one run the whole programme, and see that it
 learns, without patient data. They are no substitute for patients, and a figure measured on them says nothing about
@@ -7,10 +7,12 @@ patients.
 Layout `prepared` (the default) holds what the patch sampler and the whole-image trainer read. Layout `cbis-ddsm`
 is the download before `prepare_cbis_ddsm.py`: DICOM files (or the JPEG files of the re-release) in one of the
 folder trees in circulation, the four description files, and the oddities of the real thing, which
-oddities.json lists.
+oddities.json lists. Layout `inbreast` is the download before `prepare_inbreast.py`: its table, DICOM files of 14 bits,
+annotations, and oddities.
 
     python scripts/make_phantom.py phantom --patients 200 --height 576 --width 448
     python scripts/make_phantom.py download --layout cbis-ddsm --tree descriptive --patients 50
+    python scripts/make_phantom.py download --layout inbreast --patients 50
 """
 
 import argparse
@@ -38,6 +40,7 @@ from dm_files import InputError, atomic_write, write_img, write_text
 from dm_parallel import run_parallel
 from dm_phantom import STYLES, check_output, draw_patients, draw_view
 from dm_phantom_cbis import TREES, make_download
+from dm_phantom_inbreast import make_inbreast
 from dm_region import split_patients
 
 CSV_HEADER = "patient_id,side,view,abn_num,pathology,type\n"
@@ -162,10 +165,11 @@ def make_phantom(
     return people
 
 
-# Options that only one layout has.
+# What makes each layout, and those of its options that not all have.
 LAYOUTS = {
-    "prepared": (make_phantom, {"benign_rate", "val_size", "img_size"}),
-    "cbis-ddsm": (make_download, {"tree", "oddities", "old_header"}),
+    "prepared": (make_phantom, {"benign_rate", "test_size", "val_size", "img_size"}),
+    "cbis-ddsm": (make_download, {"test_size", "tree", "oddities", "old_header"}),
+    "inbreast": (make_inbreast, {"benign_rate", "oddities"}),
 }
 
 
@@ -174,7 +178,7 @@ def make_parser():
     parser.add_argument("out", help="folder to write, new or empty")
     add = parser.add_argument
     add("--layout", choices=LAYOUTS, default="prepared", help="how the images are laid out (prepared)")
-    add("--patients", type=positive_int, default=100, help="number of patients, one breast each (100)")
+    add("--patients", type=positive_int, default=100, help="number of patients, one breast each; inbreast: both (100)")
     add("--views", nargs="+", choices=["CC", "MLO"], default=["CC", "MLO"], help="views of each (both)")
     add("--height", type=positive_int, default=1152, help="of the full images, in pixels (1152)")
     add("--width", type=positive_int, default=896, help="of the full images, in pixels (896)")
@@ -182,21 +186,23 @@ def make_parser():
     add("--contrast", type=natural_float, default=1.0, help="conspicuity of the lesions; 0: invisible (1)")
     add("--style", choices=STYLES,
         help="pictures as of digitised film, or of a digital detector: more contrast, sharper, black around the "
-        "breast, 14 bits (as the layout's originals: film)")  # fmt: skip
-    add("--test-size", type=fraction, default=0.2, help="share of patients for the (official) test set (0.2)")
+        "breast, 14 bits (as the layout's originals: film; inbreast: digital)")  # fmt: skip
+    add("--test-size", type=fraction, default=0.2,
+        help="share of patients for the (official) test set; not inbreast (0.2)")  # fmt: skip
+    add("--benign-rate", type=fraction, default=0.4,
+        help="share with benign findings only; not cbis-ddsm, where all others have them (0.4)")  # fmt: skip
+    add("--oddities", choices=["all", "none"], default="all",
+        help="those of the real data: truncated files, repeated rows, swapped masks; not prepared (all)")  # fmt: skip
     add("--seed", type=natural_int, default=0, help="other seeds make other patients (0)")
     add_parallel_options(parser, jobs=os.cpu_count())
     add = parser.add_argument_group("layout prepared").add_argument
     add("--img-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
         help="size of the whole images in train, val and test (default: links to the full images)")  # fmt: skip
-    add("--benign-rate", type=fraction, default=0.4, help="share with benign findings only (0.4)")
     add("--val-size", type=fraction, default=0.1,
         help="share of the others for validation; give the patch sampler the same (0.1)")  # fmt: skip
     add = parser.add_argument_group("layout cbis-ddsm (every patient has findings)").add_argument
     add("--tree", choices=TREES, default="uid",
         help="folders named by UIDs, by dates and descriptions (two styles), or the JPEG re-release (uid)")  # fmt: skip
-    add("--oddities", choices=["all", "none"], default="all",
-        help="those of the real data: a truncated file, swapped masks, a patient in both sets ... (all)")  # fmt: skip
     add("--old-header", action="store_true", help="description files with older column names and backslashes")
     return parser
 
@@ -208,11 +214,12 @@ def run(**options):
     layout = args.pop("layout")
     if args["style"] is None:
         del args["style"]
-    for other, (_, names) in LAYOUTS.items():
-        for name in names if other != layout else ():
-            if args.pop(name) != parser.get_default(name):
-                raise InputError(f"--{name.replace('_', '-')} is for --layout {other}. Received --layout {layout}.")
-    LAYOUTS[layout][0](**args)
+    make, own = LAYOUTS[layout]
+    for name in sorted(set().union(*(names for _, names in LAYOUTS.values())) - own):
+        if args.pop(name) != parser.get_default(name):
+            others = " or ".join(other for other, (_, names) in LAYOUTS.items() if name in names)
+            raise InputError(f"--{name.replace('_', '-')} is for --layout {others}. Received --layout {layout}.")
+    make(**args)
 
 
 def main(argv=None):
