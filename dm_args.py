@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from dm_files import InputError, env_int
+import dm_limits  # noqa: F401  first of all, since it sets a limit for OpenCV
+from dm_files import InputError, env_int, one_line
 from dm_parallel import BACKENDS
 
 # What the backends' own out-of-memory errors are called, or say: no backend is imported here.
@@ -402,7 +403,7 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
         if not any(name in f"{type(error).__name__} {error}" for name in _OUT_OF_MEMORY):
             raise
         message = "out of memory" + _less_memory(parser)
-    print(f"{parser.prog}: error: " + " ".join(message.split()), file=sys.stderr)
+    print(f"{parser.prog}: error: {one_line(message)}", file=sys.stderr)
     return 1
 
 

@@ -27,6 +27,12 @@ class InputError(ValueError):
     """
 
 
+def one_line(text: str, length: int = 2000) -> str:
+    """A text, perhaps with parts of a file, as one line of printable characters: terminals obey the others."""
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    return line if len(line) <= length else line[:length] + " ..."
+
+
 def env_int(name: str, default: int, minimum: int | None = None) -> int:
     """Value of an environment variable such as `NUM_CPU_CORES`; InputError if it is no whole number or too low."""
     text = os.environ.get(name, "")
