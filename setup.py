@@ -7,6 +7,7 @@ scripts = {
     "dm-prepare-cbis-ddsm": "scripts.prepare_cbis_ddsm",
     "dm-dicom-to-png": "scripts.dicom_to_png",
     "dm-pixel-mean": "scripts.pixel_mean",
+    "dm-check-data": "scripts.check_data",
     "dm-sample-patches": "ddsm_train.sample_patches_combined",
     "dm-sample-patches-of-one-type": "ddsm_train.sample_patches_main",
     "dm-train-patch": "ddsm_train.patch_clf_train",
