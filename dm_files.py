@@ -4,6 +4,7 @@ Only the standard library is imported at the start, since every command line imp
 """
 
 import errno
+import glob
 import os
 import sys
 import tempfile
@@ -81,7 +82,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PARTIAL}{path.stem[:40]}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_partial_prefix(path), suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -119,10 +120,21 @@ def write_img(path: str | os.PathLike, img) -> None:
         temporary.write_bytes(encoded)
 
 
-def remove_partial(folder: str | os.PathLike) -> None:
-    """Remove what `atomic_write` left in `folder` when its process was killed. Not while others write there."""
-    for path in Path(folder).glob(f"{_PARTIAL}*"):
-        path.unlink(missing_ok=True)
+def remove_partial(path: str | os.PathLike) -> None:
+    """Remove what `atomic_write` left in a folder, or of a file, when its process was killed. Not while others write
+    there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        left = path.glob(f"{_PARTIAL}*")
+    else:
+        left = path.parent.glob(f"{glob.escape(_partial_prefix(path))}????????{glob.escape(path.suffix)}")
+    for partial in left:
+        partial.unlink(missing_ok=True)
+
+
+def _partial_prefix(path: Path) -> str:
+    return f"{_PARTIAL}{path.stem[:40]}."
 
 
 def _copy_permissions(temporary: Path, path: Path) -> None:

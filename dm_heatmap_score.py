@@ -445,6 +445,7 @@ def score_breasts(
     parts = Path(f"{out}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     remove_partial(parts)
+    remove_partial(out)
     header = {
         "class_names": list(class_names),
         "strides": scorer.strides,

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, locked
+from dm_files import InputError, locked, remove_partial
 
 # Usual class names, by their number.
 CLASSES = {
@@ -165,7 +165,9 @@ def run(*paths, **options) -> None:
             mode=scorer.mode,
             roi_mask_dir=args.roi_mask_dir,
         )
-        drawn = list(run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"))
+        with locked(args.overlay):
+            remove_partial(args.overlay)
+            drawn = list(run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"))
         faults += [fault for fault in drawn if fault is not None]
         print(f"Pictures of {drawn.count(None)} breasts are in {args.overlay}")
     if faults:

@@ -198,5 +198,10 @@ def test_what_a_killed_process_left_can_be_removed(tmp_path):
         name = temporary.name
     os.rename(tmp_path / "saved", tmp_path / name)
     (tmp_path / ".partial").write_text("the user's own")
+    others = {"a.png", ".partial", ".partial.a.12345678.jpg", ".partial.a.b.12345678.png", ".partial.aa.12345678.png"}
+    for other in others:
+        (tmp_path / other).touch()
+    remove_partial(tmp_path / "a.png")
+    assert {p.name for p in tmp_path.iterdir()} == others
     remove_partial(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"a.png", ".partial"}
