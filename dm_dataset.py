@@ -12,7 +12,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -32,6 +32,7 @@ RESCALE_FACTOR = 0.003891
 MANIFEST = "manifest.jsonl"
 REPORT = "report.json"
 IMAGE_TABLE = "images.csv"
+TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
 RULES = 4
 _IMAGE_NAME = re.compile(r"(.+)_(LEFT|RIGHT)_(CC|MLO)(?:_([2-9]|[1-9]\d+))?", re.DOTALL)
@@ -95,7 +96,7 @@ def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
     for (name, patients), (other_name, others) in combinations(sets.items(), 2):
         if shared := sorted(set(patients) & set(others)):
             raise InputError(
-                f"{len(shared)} patients are in both {name} and {other_name}, such as {shared[0]}: "
+                f"{len(shared)} patients are in both {name} and {other_name}, such as {', '.join(shared[:10])}: "
                 f"Expected all images of a patient in one set"
             )
 
@@ -199,11 +200,47 @@ def open_csv(path, delimiter: str = ",") -> Iterator[tuple[list[str], Iterator[t
         raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
 
 
-def find_columns(path, header: Sequence[str], columns: Mapping[str, Sequence[str]]) -> dict[str, int]:
+@contextmanager
+def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]]]]:
+    """The header of a table and its rows, as `open_csv` gives them: of a CSV file or the first sheet of an Excel file.
+
+    Cells of a CSV file are divided by what divides its header: commas, semicolons or tabs.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        with open(path, "rb") as file:
+            first = file.readline()
+        with open_csv(path, delimiter=max(",;\t", key=lambda sign: first.count(sign.encode()))) as opened:
+            yield opened
+    elif suffix in TABLE_SUFFIXES:
+        header, *lines = _read_excel(path) or [[]]
+        yield header, [(f"{path}, row {number}", cells) for number, cells in enumerate(lines, 2) if any(cells)]
+    else:
+        raise InputError(f"{path}: Expected a table ending in {', '.join(TABLE_SUFFIXES)}")
+
+
+def _read_excel(path) -> list[list[str]]:
+    """Cells of the first sheet as text; whole numbers have no point."""
+    import pandas as pd
+
+    try:
+        return pd.read_excel(path, header=None, dtype=str, keep_default_na=False).values.tolist()
+    except ImportError:
+        package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
+        raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv") from None
+    except OSError:
+        raise
+    except Exception as error:  # the packages raise many kinds
+        raise InputError(f"{path}: not a readable table ({error})") from None
+
+
+def find_columns(
+    path, header: Sequence[str], columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+) -> dict[str, int]:
     """Where in `header` each column is. columns: spellings of each, of which one must be there.
 
     Spellings are in small letters with spaces; in the header "_" and " " are the same, and so is case. InputError
-    names what is missing.
+    names what is missing, but for the `optional` columns, which are left out.
     """
     names = [" ".join(name.replace("_", " ").lower().split()) for name in header]
     places, missing = {}, []
@@ -211,7 +248,7 @@ def find_columns(path, header: Sequence[str], columns: Mapping[str, Sequence[str
         found = [names.index(spelling) for spelling in spellings if spelling in names]
         if found:
             places[name] = found[0]
-        else:
+        elif name not in optional:
             missing.append(" or ".join(spellings))
     if missing:
         raise InputError(

@@ -94,10 +94,14 @@ def cancer_patients(images: Iterable[Image]) -> dict[str, bool]:
     return dict(cancer)
 
 
-def split_patients(images: Iterable[Image], args, official_test: Iterable[str] = ()) -> dict[str, list[str]]:
+def split_patients(
+    images: Iterable[Image], args, official: Mapping[str, Iterable[str]] | None = None
+) -> dict[str, list[str]]:
     """Patients of train, val and test by `args.split`: "lists", "official", or any other name for a random one.
 
-    official_test: patients of the data set's own test set. InputError when a patient is in two sets.
+    official: patients of the data set's own test set, and of its validation set where it has one; all others are for
+    training, part of them for validation where it has none. Without these sets "official" is a random split too.
+    InputError when a patient is in two sets.
     """
     cancer = cancer_patients(images)
     if args.split == "lists":
@@ -108,13 +112,16 @@ def split_patients(images: Iterable[Image], args, official_test: Iterable[str] =
         for name, path in files.items():
             if unknown := [patient for patient in sets[name] if patient not in cancer]:
                 raise InputError(f"{path}: {len(unknown)} patients are not in the tables, such as {unknown[0]}")
-    elif args.split == "official":
-        test = set(official_test)
-        rest = {patient: label for patient, label in cancer.items() if patient not in test}
+    elif args.split == "official" and official is not None:
+        check_disjoint(official)
+        named = {name: sorted(official.get(name, ())) for name in ("val", "test")}
+        rest = {patient: label for patient, label in cancer.items() if patient not in {*named["val"], *named["test"]}}
         if not rest:
             raise InputError("--split official: no training patients: Expected the tables of both sets")
-        train, val = split_by_patient(rest, args.val_size, args.random_state)
-        sets = {"train": train, "val": val, "test": sorted(test)}
+        train = sorted(rest)
+        if not named["val"]:
+            train, named["val"] = split_by_patient(rest, args.val_size, args.random_state)
+        sets = {"train": train} | named
     else:
         sets = split_in_three(cancer, args.test_size, args.val_size, args.random_state)
     check_disjoint(sets)

@@ -161,7 +161,7 @@ def run(**options):
         raise InputError("no output folder given: Expected one after the download folder, or --dry-run")
     tables = read_tables(find_tables(args.csv_dir or args.download))
     images = list_images(tables)
-    sets = split_patients(images.values(), args, official_test(tables))
+    sets = split_patients(images.values(), args, {"test": official_test(tables)})
     print_tables(tables, args)
     print_split(sets, images.values(), args)
     if not args.dry_run:

@@ -16,7 +16,9 @@ from dm_dataset import (
     auto_levels,
     check_disjoint,
     faces_left,
+    find_columns,
     make_whole,
+    open_table,
     parse_image_name,
     prepare,
     read_image_table,
@@ -74,8 +76,8 @@ def test_few_patients_are_divided_with_both_classes_where_there_are_two_of_each(
 
 def test_disjoint_check_names_patient_and_sets():
     check_disjoint({"train": ["a"], "val": ["b"], "test": ["c"]})
-    with pytest.raises(InputError, match="1 patients are in both val and test, such as b"):
-        check_disjoint({"train": ["a"], "val": ["b"], "test": ["c", "b"]})
+    with pytest.raises(InputError, match="2 patients are in both val and test, such as b, d:"):
+        check_disjoint({"train": ["a"], "val": ["d", "b"], "test": ["c", "b", "d"]})
 
 
 @pytest.mark.parametrize("header", ["", "patient_id\n", "\ufeffpatient_id\r\n"])
@@ -165,6 +167,53 @@ def test_segmentation_cuts_to_the_breast_and_blanks_labels():
     labelled[1:5, 34:39] = 65535
     whole = make_whole(labelled, (50, 24), segment_breast=True)
     np.testing.assert_array_equal(whole, img[10:, :24])
+
+
+# --------------------------------------------------------------------------------------------------- any tables
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_table_is_read_whatever_divides_its_cells(tmp_path, sign):
+    path = tmp_path / "table.csv"
+    path.write_bytes(f'\ufeffa{sign}b{sign}c d\r\n1{sign}"x{sign}y;,"{sign}3\r\n\r\n4{sign}{sign}6\r\n'.encode())
+    with open_table(path) as (header, rows):
+        assert header == ["a", "b", "c d"]
+        assert list(rows) == [(f"{path}, line 2", ["1", f"x{sign}y;,", "3"]), (f"{path}, line 4", ["4", "", "6"])]
+
+
+def test_excel_table_is_read_as_text(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book, path = openpyxl.Workbook(), tmp_path / "table.xlsx"
+    for row in (["file", "number", "note"], ["001", 2, None], [None, None, None], ["NA", 4, "x"]):
+        book.active.append(row)
+    book.save(path)
+    with open_table(path) as (header, rows):
+        assert header == ["file", "number", "note"]
+        assert list(rows) == [(f"{path}, row 2", ["001", "2", ""]), (f"{path}, row 4", ["NA", "4", "x"])]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("table.xlsx", b"PK nonsense", "(pip install openpyxl|not a readable table)"),
+        ("table.txt", b"a,b", "Expected a table ending in .csv, .xlsx, .xls"),
+        ("table.csv", b"a,b\n1\n", "line 2: Expected 2 cells. Received 1"),
+    ],
+)
+def test_bad_table_is_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error, open_table(path) as (_, rows):
+        list(rows)
+    assert str(error.value).startswith(str(path))
+
+
+def test_columns_are_found_by_any_spelling():
+    columns = {"patient": ("patient id", "id"), "label": ("label",), "side": ("side",)}
+    header = ["ID", "Patient_ID", "x", " LABEL "]
+    assert find_columns("t.csv", header, columns, optional=["side"]) == {"patient": 1, "label": 3}
+    with pytest.raises(InputError, match="line 1: missing columns side"):
+        find_columns("t.csv", header, columns)
 
 
 # ---------------------------------------------------------------------------------------------- table of images
