@@ -7,6 +7,7 @@ Nothing here knows one data set from another: what one downloads is read by a mo
 import csv
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import re
@@ -221,17 +222,23 @@ def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]
 
 def _read_excel(path) -> list[list[str]]:
     """Cells of the first sheet as text; whole numbers have no point."""
-    import pandas as pd
-
+    package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv")
     try:
-        return pd.read_excel(path, header=None, dtype=str, keep_default_na=False).values.tolist()
-    except ImportError:
-        package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
-        raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv") from None
+        if package == "openpyxl":
+            import pandas as pd
+
+            return pd.read_excel(path, header=None, dtype=str, keep_default_na=False).values.tolist()
+        import xlrd  # itself, since pandas gives up reading .xls by it
+
+        rows = xlrd.open_workbook(path, logfile=io.StringIO()).sheet_by_index(0).get_rows()
+        number = xlrd.XL_CELL_NUMBER
+        return [[f"{cell.value:.15g}" if cell.ctype == number else str(cell.value) for cell in row] for row in rows]
     except OSError:
         raise
     except Exception as error:  # the packages raise many kinds
-        raise InputError(f"{path}: not a readable table ({error})") from None
+        raise InputError(f"{path}: not a readable table ({type(error).__name__}: {error})") from None
 
 
 def find_columns(

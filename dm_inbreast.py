@@ -5,16 +5,14 @@ The table says "removed" for every patient: who an image is of stands in the nam
 viewer OsiriX exports them, `<File Name>.xml`, with the outlines of findings in pixels of the DICOM image.
 """
 
-import io
 import plistlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_dataset import CLASSES, Item, Prepared, find_columns, open_csv
+from dm_dataset import CLASSES, TABLE_SUFFIXES, Item, Prepared, find_columns, open_table
 from dm_files import InputError, walk_files, write_img
 from dm_prepare import Image, sets_of_patients, whole_img_path, write_whole
 
@@ -24,7 +22,6 @@ VIEWS = {"CC": "CC", "MLO": "MLO", "ML": "MLO"}
 # Views that are no part of screening: one image is FB, from below.
 OTHER_VIEWS = ("FB",)
 BIRADS = ("0", "1", "2", "3", "4", "4a", "4b", "4c", "5", "6")
-TABLE_SUFFIXES = (".csv", ".xls")  # the first that is there is read
 # Why a picture is no part of the data set, though nothing is wrong with it.
 EXCLUSIONS = {
     "no_screening_view": "views other than CC and MLO are no part of screening",
@@ -76,12 +73,12 @@ class Table(NamedTuple):
 
 
 def read_table(path) -> Table:
-    """Rows of INbreast.csv (semicolons, or commas where a spreadsheet has saved it again) or .xls.
+    """Rows of INbreast.csv or .xls.
 
     InputError names the line of an unknown value, and of a file with two rows that differ: the label depends on them.
     """
     rows, lines, repairs = {}, {}, defaultdict(list)
-    with _open_table(path) as (header, cells_of):
+    with open_table(path) as (header, cells_of):
         places = find_columns(path, header, COLUMNS)
         for where, cells in cells_of:
             cells = {name: cells[place].strip() for name, place in places.items()}
@@ -98,39 +95,6 @@ def read_table(path) -> Table:
     if not rows:
         raise InputError(f"{path}: no rows below the header")
     return Table(Path(path), dict(sorted(rows.items(), key=lambda item: int(item[0].file))), dict(repairs))
-
-
-@contextmanager
-def _open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]]]]:
-    """The header, and each row that is not empty with the place it stands at; see `open_csv`."""
-    suffix = Path(path).suffix.lower()
-    if suffix == ".csv":
-        first = Path(path).read_bytes().partition(b"\n")[0]
-        with open_csv(path, delimiter=";" if b";" in first else ",") as opened:
-            yield opened
-    elif suffix == ".xls":
-        header, *lines = _read_excel(path) or [[]]
-        yield header, [(f"{path}, row {number}", cells) for number, cells in enumerate(lines, 2) if any(cells)]
-    else:
-        raise InputError(f"{path}: Expected a table ending in {' or '.join(TABLE_SUFFIXES)}")
-
-
-def _read_excel(path) -> list[list[str]]:
-    """Cells of the first sheet as text; whole numbers have no point."""
-    try:
-        import xlrd
-    except ImportError:
-        raise InputError(f"{path}: reading it needs a package: pip install xlrd, or save it as .csv") from None
-    try:
-        rows = xlrd.open_workbook(path, logfile=io.StringIO()).sheet_by_index(0).get_rows()
-        return [
-            [f"{cell.value:.15g}" if cell.ctype == xlrd.XL_CELL_NUMBER else str(cell.value) for cell in row]
-            for row in rows
-        ]
-    except OSError:
-        raise
-    except Exception as error:  # xlrd raises many kinds on damaged files
-        raise InputError(f"{path}: not a readable .xls file ({type(error).__name__}: {error})") from None
 
 
 def _read_row(cells: Mapping[str, str], where: str) -> Row:
@@ -189,7 +153,7 @@ class Download(NamedTuple):
     annotations: dict[str, list[str]]
 
     def find_table(self, root) -> Path:
-        """INbreast.csv or, where there is none, INbreast.xls. InputError for neither, or two of one kind."""
+        """INbreast.csv or, where there is none, .xlsx or .xls. InputError for neither, or two of one kind."""
         for suffix in TABLE_SUFFIXES:
             found = [path for path in self.tables if path.lower().endswith(suffix)]
             if len(found) > 1:
