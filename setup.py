@@ -5,6 +5,7 @@ from setuptools import setup
 here = Path(__file__).parent
 scripts = {
     "dm-prepare-cbis-ddsm": "scripts.prepare_cbis_ddsm",
+    "dm-prepare-inbreast": "inbreast.prepare_inbreast",
     "dm-dicom-to-png": "scripts.dicom_to_png",
     "dm-pixel-mean": "scripts.pixel_mean",
     "dm-check-data": "scripts.check_data",
@@ -30,11 +31,12 @@ setup(
         line for line in (here / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
     ],
     py_modules=sorted(path.stem for path in here.glob("dm_*.py")),
-    packages=["ddsm_train", "scripts"],
+    packages=["ddsm_train", "inbreast", "scripts"],
     entry_points={"console_scripts": [f"{name} = {module}:main" for name, module in scripts.items()]},
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "tensorboard>=2.18"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "tensorboard>=2.18", "openpyxl>=3.1", "xlrd>=2.0"],
         "tensorboard": ["tensorboard>=2.18"],
+        "excel": ["openpyxl>=3.1", "xlrd>=2.0"],
         "cluster": ["dask[distributed]>=2024.1", "ray>=2.10"],
     },
 )
