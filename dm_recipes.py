@@ -21,8 +21,9 @@ SPLIT_NOTE = (
     "of DDSM); on another split a difference of some hundredths means nothing. On the official test split of CBIS-DDSM "
     "users measured the released models at 0.69 to 0.75."
 )
-# INbreast's own file names, and the sampler's; the group is the patient.
-_PATIENT = re.compile(r"[^_]+_(?P<inbreast>[^_]+)_MG_|(?P<ddsm>.+)_(LEFT|RIGHT)_(CC|MLO)\b")
+# INbreast's own file names: <image>_<patient>_MG_...
+_INBREAST = re.compile(r"[^_]+_([^_]+)_MG_")
+_SUBSET_RUN = re.compile(r"(.+)-(\d+)-patients")
 
 
 class Row(NamedTuple):
@@ -224,17 +225,37 @@ def _read_predictions(path: Path):
     return table.set_index("file")
 
 
-def choose_patients(source: Path, out: Path, patients: int) -> list[str]:
+def patient_of(file: str) -> str:
+    """The patient whom the name of an image tells: one of INbreast, or one that data preparation wrote.
+
+    Raises InputError for names of another form.
+    """
+    from dm_dataset import parse_image_name
+
+    name = Path(file).name
+    if match := _INBREAST.match(name):
+        return match[1]
+    if parsed := parse_image_name(Path(name).stem):
+        return parsed[0]
+    raise InputError(
+        f"{file}: the name tells no patient. Expected <image>_<patient>_MG_<side>_<view>_ANON as in INbreast, or "
+        f"<patient>_<LEFT|RIGHT>_<CC|MLO>"
+    )
+
+
+def choose_patients(source: Path, out: Path, patients: int, seed: int = 12345) -> list[str]:
     """Make `out` the data folder `source` (train, val, test; neg and pos in each) with fewer patients to train on.
 
-    As many patients with cancer are chosen of the training set, by the seed of all splits, as it has in share.
+    The patients with cancer, and the others, stand in an order drawn from the seed, and the first of both are chosen,
+    in the shares of the training set: so that fewer patients are some of the more.
     Images are linked, not copied; `patients.txt` lists the patients. Returns them, sorted.
-    Raises InputError for names that tell no patient, for fewer patients than are asked for, and where `out` already
-    has a set: images of other patients would stay in it.
+    Raises InputError for names that tell no patient, for fewer patients than are asked for, where these are too few
+    for both classes, and where `out` already has a set: images of other patients would stay in it.
     """
+    import numpy as np
+
     from dm_files import walk_files, write_text
     from dm_image import is_image
-    from dm_region import split_patients
 
     source, out = Path(source).resolve(), Path(out)
     for part in ("train", "val", "test"):
@@ -247,24 +268,90 @@ def choose_patients(source: Path, out: Path, patients: int) -> list[str]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Expected train, val and test, each with neg and pos")
         for path in filter(is_image, walk_files(folder)):
-            match = _PATIENT.match(path.name)
-            if match is None:
-                raise InputError(
-                    f"{path}: the name tells no patient. Expected <image>_<patient>_MG_<side>_<view>_ANON as in "
-                    f"INbreast, or <patient>_<LEFT|RIGHT>_<CC|MLO>"
-                )
-            patient = match["inbreast"] or match["ddsm"]
+            patient = patient_of(str(path))
             images.setdefault(patient, []).append(path)
             if label == "pos":
                 cancer.add(patient)
     if len(images) < patients:
         raise InputError(f"{source / 'train'}: Expected at least {patients} patients. Received {len(images)}")
-    names = sorted(images)
-    left_out = len(names) - patients
-    chosen, _ = split_patients(names, [name in cancer for name in names], left_out, option="--patients less")
+    with_cancer = round(patients * len(cancer) / len(images))
+    if not 0 < with_cancer < patients:
+        raise InputError(
+            f"{source / 'train'}: {len(cancer)} of {len(images)} patients have cancer. Expected a number of patients "
+            f"for which this share means some with and some without. Received {patients}"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = [
+        *rng.permutation(sorted(cancer)).tolist()[:with_cancer],
+        *rng.permutation(sorted(images.keys() - cancer)).tolist()[: patients - with_cancer],
+    ]
     for path in [path for name in chosen for path in images[name]] + [source / "val", source / "test"]:
         link = out / path.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
     write_text(out / "patients.txt", "".join(f"{name}\n" for name in sorted(chosen)))
     return sorted(chosen)
+
+
+def subset_table(out: Path):
+    """The trainings with few patients in `out`, the folder of `inbreast/subset_experiment.sh`, as a data frame.
+
+    A row a training, sorted by model and patients: `model`, its name; `patients` and `images`, in training; `auc` on
+    the test set with its 95% interval `low` to `high` (DeLong, on the logit scale, clustered by patient), and the same
+    of the mean of four flips, `auc_flips`, `low_flips`, `high_flips`; `published`, for the models of the paper, else
+    NaN; `test_images`, `test_patients`.
+    Raises InputError where there is none, and for files that a trainer did not write.
+    """
+    import pandas as pd
+
+    from dm_statistics import auc_interval, delong
+
+    published = {row.name: row.figures.get("auc") for row in read_published()}
+    rows = []
+    for folder in sorted(Path(out).glob("*-patients")):
+        match = _SUBSET_RUN.fullmatch(folder.name)
+        if match is None or not (folder / "metrics.json").exists():
+            continue
+        model, patients = match[1], int(match[2])
+        table = _read_predictions(folder / "predictions.csv")
+        groups = [patient_of(file) for file in table.index]
+        row = {"model": model, "patients": patients, "images": _count_images(Path(out, f"{patients}-patients"))}
+        for way in ("", "_flips"):
+            if f"pos{way}" in table:
+                [auc], [[variance]] = delong(table.label == "pos", table[f"pos{way}"], groups)
+                low, high = auc_interval(auc, variance)
+                row |= {f"auc{way}": auc, f"low{way}": low, f"high{way}": high}
+        row |= {"published": published.get(f"inbreast-{folder.name}"), "test_images": len(table)}
+        rows.append(row | {"test_patients": len(set(groups))})
+    if not rows:
+        raise InputError(f"{out}: no training there. Expected the output folder of inbreast/subset_experiment.sh")
+    return pd.DataFrame(rows).sort_values(["model", "patients"], ignore_index=True)
+
+
+def _count_images(data: Path) -> int:
+    """Images to train on in a data folder; none where there is no such folder: no patient, no training."""
+    from dm_files import walk_files
+    from dm_image import is_image
+
+    return sum(map(is_image, walk_files(data / "train"))) if data.is_dir() else 0
+
+
+def plot_subsets(table, path: Path) -> None:
+    """Draw the AUC over the patients in training, of `subset_table`: a colour a model, its published AUC dashed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    models = list(table.groupby("model", sort=False))
+    for place, (model, runs) in enumerate(models):
+        color, shift = f"C{place}", 0.4 * (place - (len(models) - 1) / 2)  # so that no interval hides another
+        axes.errorbar(
+            runs.patients + shift, runs.auc, [runs.auc - runs.low, runs.high - runs.auc], label=model, color=color,
+            marker="o", capsize=3,
+        )  # fmt: skip
+        if runs.published.notna().any():
+            axes.plot(runs.patients, runs.published, "x--", color=color, label=f"{model}, published")
+    axes.set(xlabel="patients in training", ylabel="test AUC, 95% interval", xticks=sorted(set(table.patients)))
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)

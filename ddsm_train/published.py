@@ -5,9 +5,11 @@
   python ddsm_train/published.py compare OUT               the rows finished in OUT beside the published ones
   python ddsm_train/published.py average OUT RUN RUN ...   score the mean of several runs' predictions.csv
   python ddsm_train/published.py choose OUT DATA N         link a data folder with N patients to train on
+  python ddsm_train/published.py subsets OUT               the trainings with few patients in OUT, table and curve
   python ddsm_train/published.py options SCRIPT [...]      check that a script of this folder takes these options
 
-`reproduce_table.sh` uses these. `compare` also writes OUT/table.csv.
+`reproduce_table.sh` and `inbreast/subset_experiment.sh` use these. `compare` also writes OUT/table.csv, `subsets`
+OUT/subset_auc.csv and OUT/subset_auc.png.
 """
 
 import argparse
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
 import dm_recipes
+from dm_files import atomic_write
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,6 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     action.add_argument("out", metavar="OUT", help="folder to make, of links")
     action.add_argument("data", metavar="DATA", help="folder of train, val and test, each with neg and pos")
     action.add_argument("patients", metavar="N", type=dm_args.positive_int, help="patients to train on")
+    action.add_argument("--seed", type=dm_args.natural_int, default=12345, help="other seeds choose other patients")
+    action = actions.add_parser("subsets", help="print the trainings with few patients beside the published ones")
+    action.add_argument("out", metavar="OUT", help="folder of inbreast/subset_experiment.sh: a sub-folder a training")
     action = actions.add_parser("options", help="end with status 2 where a script does not take these options")
     action.add_argument("script", metavar="SCRIPT", help="such as patch_clf_train")
     action.add_argument("words", metavar="...", nargs=argparse.REMAINDER, help="its options")
@@ -56,8 +62,14 @@ def run(action: str, **options) -> None:
         parser.prog = f"{options['script']}.py"
         paths = ["-" for argument in parser._actions if not argument.option_strings]
         parser.parse_args([*paths, *options["words"]])
+    elif action == "subsets":
+        table = dm_recipes.subset_table(options["out"])
+        with atomic_write(Path(options["out"], "subset_auc.csv")) as temporary:
+            table.round(6).to_csv(temporary, index=False)
+        dm_recipes.plot_subsets(table, Path(options["out"], "subset_auc.png"))
+        print(table.round(3).to_string(index=False, na_rep="-"))
     else:
-        dm_recipes.choose_patients(options["data"], options["out"], options["patients"])
+        dm_recipes.choose_patients(options["data"], options["out"], options["patients"], options["seed"])
 
 
 def main(argv=None) -> int:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034  # variables are for the recipes
-# Sourced by the recipes: their usage text, their errors, and what the trainings of the paper have in common.
+# Sourced by the recipes: their usage text, their errors, their steps, and what the trainings of the paper have in common.
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export NUM_CPU_CORES="${NUM_CPU_CORES:-4}"
 
@@ -21,3 +21,43 @@ case "${1:-}" in -h | --help) usage 0 ;; esac
 # Pixels of 16-bit images brought to 0..255, less the mean of DDSM; flips, rotation, shear, zoom and channel shift.
 training=(--rescale-factor 0.003891 --featurewise-center --featurewise-mean 52.18 --no-equalize-hist --augmentation
     --optimizer adam --auto-batch-balance --final-model "${FINAL_MODEL:-NOSAVE}")
+
+# Of recipes of several steps, whose outputs are sub-folders of $out:
+
+# One run at a time works there: two at once could make the same folder.
+lock_out() {
+    command -v flock > /dev/null || return 0
+    mkdir -p "$out"
+    exec {lock}> "$out/lock"
+    flock -n "$lock" || fail "$out: another run is working there: wait until it is done, or name another OUT"
+}
+
+# Checksum of the names of all images of a folder of train, val and test.
+images_of() {
+    (cd "$1" && find -L train val test -type f ! -name '.*' | LC_ALL=C sort | cksum)
+}
+
+# step FOLDER INPUTS SOURCES COMMAND... : unless done, make OUT/FOLDER by the command from the folders SOURCES and from
+# data of which INPUTS is a checksum. OUT/FOLDER/command.txt says by which commands and inputs, the sources' own
+# included, it was made.
+step() {
+    local name="$1" folder="$out/$1" inputs="$2" sources="$3" source record=""
+    shift 3
+    for source in $sources; do record+="$(cat "$out/$source/command.txt")"$'\n'; done
+    record+="${inputs:+[$inputs] }$(printf '%q ' "${@//"$out/"/OUT/}")"
+    record="${record//"$here/"/}"
+    if [ -e "$folder/done" ]; then
+        if [ "$record" = "$(cat "$folder/command.txt")" ]; then
+            echo "=== $name: finished before"
+            return
+        fi
+        fail "$folder: finished with other options or data (see command.txt there). Expected the same, another OUT, or" \
+            "that you remove the folder. Received: ${record##*$'\n'}"
+    fi
+    [ ! -e "$folder/command.txt" ] || rm -r "$folder"
+    mkdir -p "$folder"
+    echo "$record" > "$folder/command.txt"
+    echo "=== $name: ${record##*$'\n'}"
+    "$@"
+    touch "$folder/done"
+}

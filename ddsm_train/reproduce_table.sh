@@ -39,31 +39,6 @@ ddsm_patients="$(cat "$data"/pat_{train,val,test}.txt 2> /dev/null | cksum)" ||
 unset RESUME_FROM FINAL_MODEL
 seed="RANDOM_SEED=${RANDOM_SEED:-12345}"
 
-# step FOLDER INPUTS SOURCES COMMAND... : unless done, make OUT/FOLDER by the command from the folders SOURCES and from
-# data of which INPUTS is a checksum. OUT/FOLDER/command.txt says by which commands and inputs, the sources' own
-# included, it was made.
-step() {
-    local name="$1" folder="$out/$1" inputs="$2" sources="$3" source record=""
-    shift 3
-    for source in $sources; do record+="$(cat "$out/$source/command.txt")"$'\n'; done
-    record+="${inputs:+[$inputs] }$(printf '%q ' "${@//"$out/"/OUT/}")"
-    record="${record//"$here/"/}"
-    if [ -e "$folder/done" ]; then
-        if [ "$record" = "$(cat "$folder/command.txt")" ]; then
-            echo "=== $name: finished before"
-            return
-        fi
-        fail "$folder: finished with other options or data (see command.txt there). Expected the same, another OUT, or" \
-            "that you remove the folder. Received: ${record##*$'\n'}"
-    fi
-    [ ! -e "$folder/command.txt" ] || rm -r "$folder"
-    mkdir -p "$folder"
-    echo "$record" > "$folder/command.txt"
-    echo "=== $name: ${record##*$'\n'}"
-    "$@"
-    touch "$folder/done"
-}
-
 # read_row ROW: what published.csv says of it, into the caller's variables.
 read_row() {
     IFS=, read -r _ kind sources net patch_set top patients _ \
@@ -97,7 +72,7 @@ reproduce() {
     read_row "$row"
     if [ "$kind" = finetune ]; then
         inbreast_data="$(realpath -- "$INBREAST")"
-        inbreast_images="$(cd "$INBREAST" && find -L . -type f ! -name '.*' | LC_ALL=C sort | cksum)"
+        inbreast_images="$(images_of "$INBREAST")"
     fi
     for source in $sources; do reproduce "$source"; done
 
@@ -139,11 +114,6 @@ reproduce() {
 }
 
 check "$wanted"
-# Two rows at once could make the same folder.
-if command -v flock > /dev/null; then
-    mkdir -p "$out"
-    exec {lock}> "$out/lock"
-    flock -n "$lock" || fail "$out: another row is being made there: wait until it is done, or name another OUT"
-fi
+lock_out
 reproduce "$wanted"
 python "$here/published.py" compare "$out"

@@ -19,16 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL=2 NUM_CPU_CORES="${NUM_CPU_CORES:-2}"
 data="$out/prepared"
 patches="$out/patches"
 
-if [ ! -f "$out/sampled" ]; then
-    if [ ! -e "$out/download" ]; then
-        rm -rf "$out/download.partial" # of a run that was killed
-        make_data "$out/download.partial"
-        mv "$out/download.partial" "$out/download"
-    fi
-    prepare_data "$out/download"
-    sample
-    touch "$out/sampled"
-fi
+film_sets
 
 # All layers from the start, at the rate at which the patch classifier learns from random weights too.
 scratch=(--from-scratch --nb-epoch 0 --all-layer-multiplier 1)
@@ -36,9 +27,7 @@ for seed in 1 2 3; do
     export RANDOM_SEED=$seed
     runs="$out/seed_$seed"
     patch="$runs/patch.h5"
-    finished() { [ -f "$runs/$1/metrics.json" ]; }
-    finished patch || train_patch "$patch" "$runs/patch"
-    finished from_patch || train_image "$patch" "$runs/from_patch.h5" "$runs/from_patch"
+    film_classifiers
     finished scratch || train_image "$patch" "$runs/scratch.h5" "$runs/scratch" "${scratch[@]}"
     finished scratch_long ||
         train_image "$patch" "$runs/scratch_long.h5" "$runs/scratch_long" "${scratch[@]}" --all-layer-epochs 18

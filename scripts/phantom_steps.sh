@@ -38,6 +38,27 @@ train_image() { # PATCH_MODEL MODEL OUT_DIR [options]: convert it, train new lay
         --best-model "$2" --out-dir "$3" "${@:4}" "$data/train" "$data/val" "$data/test"
 }
 
+# What patch_or_scratch.sh and transfer_or_scratch.sh share: each part is made once in $out, and $runs is of one seed.
+
+film_sets() { # prepared images and patches
+    [ ! -f "$out/sampled" ] || return 0
+    if [ ! -e "$out/download" ]; then
+        rm -rf "$out/download.partial" # of a run that was killed
+        make_data "$out/download.partial"
+        mv "$out/download.partial" "$out/download"
+    fi
+    prepare_data "$out/download"
+    sample
+    touch "$out/sampled"
+}
+
+finished() { [ -f "$runs/$1/metrics.json" ]; } # FOLDER
+
+film_classifiers() { # of patches, and of whole images that starts from it
+    finished patch || train_patch "$runs/patch.h5" "$runs/patch"
+    finished from_patch || train_image "$runs/patch.h5" "$runs/from_patch.h5" "$runs/from_patch"
+}
+
 map_lesions() { # MODEL MAPS [options]: Grad-CAM of a whole-image classifier; see sweep
     python ddsm_train/heatmap_score.py "$data/full_img" "$1" --rescale-factor 0.003891 --featurewise-center \
         --featurewise-mean 44 --img-size 480 384 --pat-csv "$data/pat_side_cancer.csv" \

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""The figures of a run on made mammograms: what `demo.sh` and `patch_or_scratch.sh` print at their end.
+"""The figures of a run on made mammograms: what `demo.sh`, `patch_or_scratch.sh` and `transfer_or_scratch.sh` print.
 
   python scripts/phantom_summary.py demo OUT       those of the demo, in OUT
   python scripts/phantom_summary.py starts OUT     whole-image classifiers from a patch classifier and from scratch
+  python scripts/phantom_summary.py transfer OUT   classifiers of film, finetuned with few digital images, and scratch
 
-`starts` also writes OUT/results.csv, a row a run, and OUT/results.png, their validation AUC by epoch.
+`starts` also writes OUT/results.csv, a row a run, and OUT/results.png, their validation AUC by epoch; `transfer`
+OUT/transfer.csv, likewise, and OUT/transfer.png, the test AUC by patients in training.
 """
 
 import argparse
@@ -16,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
 from dm_files import InputError, atomic_write
-from dm_recipes import measured
+from dm_recipes import measured, subset_table
 
 # Folders of the runs of `patch_or_scratch.sh` in the folder of a seed, and what they are.
 STARTS = {
@@ -24,11 +26,17 @@ STARTS = {
     "scratch": "from scratch, as many epochs",
     "scratch_long": "from scratch, twice the epochs",
 }
+# Names of the models of `transfer_or_scratch.sh`, and what they are.
+TRANSFERS = {
+    "finetuned": "trained on film, finetuned",
+    "scratch": "from scratch, as many epochs",
+    "scratch_long": "from scratch, twice the epochs",
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
-    parser.add_argument("what", choices=("demo", "starts"), help="the script that made OUT")
+    parser.add_argument("what", choices=("demo", "starts", "transfer"), help="the script that made OUT")
     parser.add_argument("out", metavar="OUT", help="its output folder")
     return parser
 
@@ -99,6 +107,35 @@ def plot_starts(out, path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
+def transfer_figures(out):
+    """The table of `transfer.csv`, a data frame: seed, and the columns of `dm_recipes.subset_table`."""
+    import pandas as pd
+
+    folders = {int(path.parent.name.removeprefix("seed_")): path for path in Path(out).glob("seed_*/few_patients")}
+    if not folders:
+        raise InputError(f"{out}: no runs there. Expected the output folder of scripts/transfer_or_scratch.sh")
+    tables = [subset_table(folders[seed]).assign(seed=seed) for seed in sorted(folders)]
+    table = pd.concat(tables, ignore_index=True)
+    return table[["seed", *table.columns.drop("seed")]]
+
+
+def plot_transfers(table, path) -> None:
+    """Draw the test AUC of `transfer_figures` by patients in training: a dot a seed, a line through their means."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (model, label) in enumerate(TRANSFERS.items()):
+        runs = table[table.model == model]
+        means = runs.groupby("patients").auc.mean()
+        axes.plot(means.index, means, color=f"C{place}", label=label)
+        axes.plot(runs.patients + 0.5 * (place - 1), runs.auc, "o", color=f"C{place}", alpha=0.5, markersize=4)
+    axes.set(xlabel="patients in training", ylabel="test AUC", xticks=sorted(set(table.patients)))
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
 def run(**options) -> None:
     """Print the figures; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
@@ -106,12 +143,17 @@ def run(**options) -> None:
     if args.what == "demo":
         print(demo_figures(out))
         return
-    table = start_figures(out)
-    with atomic_write(out / "results.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    plot_starts(out, out / "results.png")
-    print("Test AUC over the seeds, single prediction and mean of four flips")
-    print(table.groupby("start", sort=False)[["single", "flips"]].agg(["mean", "std"]).round(3).to_string())
+    if args.what == "starts":
+        table, name, by, values = start_figures(out), "results", ["start"], ["single", "flips"]
+        plot_starts(out, out / "results.png")
+        print("Test AUC over the seeds, single prediction and mean of four flips")
+    else:
+        table, name, by, values = transfer_figures(out), "transfer", ["model", "patients", "images"], ["auc"]
+        plot_transfers(table, out / "transfer.png")
+        print(f"Test AUC over the seeds, on {table.test_images[0]} images of {table.test_patients[0]} patients")
+    with atomic_write(out / f"{name}.csv") as temporary:
+        table.round(6).to_csv(temporary, index=False)
+    print(table.groupby(by, sort=False)[values].agg(["mean", "std"]).round(3).to_string())
 
 
 def main(argv=None) -> int:

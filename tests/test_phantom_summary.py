@@ -58,6 +58,48 @@ def test_starts(tmp_path, capsys, monkeypatch):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(phantom_summary.STARTS.values())
 
 
+def test_transfer(tmp_path, capsys, monkeypatch):
+    """Test AUC by hand: of 4 pairs of a positive and a negative image, those that are ranked right."""
+    from matplotlib.figure import Figure
+
+    scores = {1.0: [0.1, 0.2, 0.8, 0.9], 0.75: [0.1, 0.6, 0.5, 0.9], 0.25: [0.4, 0.9, 0.5, 0.1]}
+
+    def write(seed, name, auc):
+        folder = tmp_path / f"seed_{seed}" / "few_patients" / name
+        write_run(folder, auc, auc)
+        rows = [
+            f"{label}/P_{i}_LEFT_CC.png,{label},{1 - p},{p}\n"
+            for i, (label, p) in enumerate(zip(("neg", "neg", "pos", "pos"), scores[auc], strict=True))
+        ]
+        (folder / "predictions.csv").write_text("file,label,neg,pos\n" + "".join(rows))
+
+    for seed, first, second in ((10, 1.0, 0.75), (2, 0.75, 0.25)):
+        write(seed, "finetuned-0-patients", second)
+        write(seed, "finetuned-20-patients", first)
+        write(seed, "scratch-20-patients", second)
+        write(seed, "scratch_long-20-patients", second)
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **options: (figures.append(figure), savefig(figure, *args, **options))
+    )
+    assert phantom_summary.main(["transfer", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "transfer.csv")
+    assert table.groupby(["model", "patients"], sort=False)[["seed", "auc"]].agg(list).to_dict("index") == {
+        ("finetuned", 0): {"seed": [2, 10], "auc": [0.25, 0.75]},
+        ("finetuned", 20): {"seed": [2, 10], "auc": [0.75, 1.0]},
+        ("scratch", 20): {"seed": [2, 10], "auc": [0.25, 0.75]},
+        ("scratch_long", 20): {"seed": [2, 10], "auc": [0.25, 0.75]},
+    }
+    printed = capsys.readouterr().out
+    assert "on 4 images of 4 patients" in printed
+    # By hand: the spread of two values is their distance over the root of two.
+    assert ["20", "0", "0.875", "0.177"] in [line.split() for line in printed.splitlines()]
+    [axes] = figures[0].axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_marker() == "None"]
+    assert lines == [([0, 20], [0.5, 0.875]), ([20], [0.5]), ([20], [0.5])]
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_demo(tmp_path, capsys):
     write_run(tmp_path / "patch", 0.5, 0.5, samples=328)
     write_run(tmp_path / "image", 0.98765, 0.9996)
@@ -76,7 +118,11 @@ def test_demo(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [("demo", "patch/metrics.json: no such file"), ("starts", "Expected the output folder of scripts/patch_or")],
+    [
+        ("demo", "patch/metrics.json: no such file"),
+        ("starts", "Expected the output folder of scripts/patch_or"),
+        ("transfer", "Expected the output folder of scripts/transfer_or"),
+    ],
 )
 def test_what_is_missing_is_named(tmp_path, capsys, what, words):
     assert phantom_summary.main([what, str(tmp_path)]) == 1

@@ -53,7 +53,7 @@ elif "--out-dir" in argv:
     scores = {{"accuracy": 0.75, "auc": {{"neg": 0.8, "pos": 0.8}}, "samples": 4}}
     (out / "predictions.csv").write_text(
         "file,label,neg,pos,neg_flips,pos_flips\\n" + "".join(
-            f"{{label}}/{{i}}.png,{{label}},{{1 - p}},{{p}},{{1 - p}},{{p}}\\n"
+            f"{{label}}/P_{{i}}_LEFT_CC.png,{{label}},{{1 - p}},{{p}},{{1 - p}},{{p}}\\n"
             for i, (label, p) in enumerate([("neg", 0.1), ("neg", 0.6), ("pos", 0.5), ("pos", 0.9)])
         )
     )
@@ -487,8 +487,8 @@ def test_one_row_at_a_time(shell, prepared):
         commands, _, error = shell(REPRODUCE, NAMES[0], "prepared", "out", status=1)
         assert commands == []
         assert error == (
-            f"reproduce_table.sh: error: {shell.folder / 'out'}: another row is being made there: wait until it is "
-            "done, or name another OUT\n"
+            f"reproduce_table.sh: error: {shell.folder / 'out'}: another run is working there: wait until it is done, "
+            "or name another OUT\n"
         )
     shell(REPRODUCE, NAMES[0], "prepared", "out")
 
@@ -546,6 +546,49 @@ def test_patch_or_scratch_goes_on_where_it_was(shell):
     assert len(pd.read_csv(shell.folder / "out" / "results.csv")) == 9
     shutil.rmtree(shell.folder / "out" / "seed_2" / "scratch")
     assert again(**env)[0] == ["image_clf_train.py"]
+
+
+def test_transfer_or_scratch_goes_on_where_it_was(shell):
+    """It takes the film classifiers that are there, and gives the starts the same patients, epochs and pixels."""
+    out = shell.folder / "out"
+    for i in range(70):
+        path = out / "digital" / "train" / ("pos" if i % 3 == 0 else "neg") / f"P_{i:05d}_LEFT_CC.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    for part in ("val", "test"):
+        (out / "digital" / part).mkdir()
+
+    def again(status=0, **env):
+        commands, text, _ = shell("scripts/transfer_or_scratch.sh", out, status=status, **env)
+        return [command for command in commands if command[0].endswith(".py")], text
+
+    (out / "sampled").touch()
+    env = {"VIRTUAL_ENV": str(shell.folder)}
+    assert [name for name, *_ in again(status=3, FAIL="image_clf_train.py", **env)[0]] == [
+        "patch_clf_train.py",
+        "image_clf_train.py",
+    ]
+    commands, text = again(**env)
+    assert [name for name, *_ in commands].count("patch_clf_train.py") == 2
+    args = [parse(name, argv) for name, *argv in commands if "few_patients" in " ".join(argv)]
+    assert len(args) == 3 * (4 + 3 + 3)
+    starts = {False: {0, 10}, True: {10, 20}}
+    for from_scratch, epochs in starts.items():
+        assert {a.all_layer_epochs for a in args if a.from_scratch == from_scratch} == epochs
+    assert len({(a.featurewise_mean, a.weight_decay2, *a.img_size, a.batch_size, a.nb_epoch) for a in args}) == 1
+    for a in args:
+        runs = Path(a.resume_from).parent
+        few = Path(a.best_model).parent.name.split("-")[1]
+        data = out / "digital" if few == "0" else runs / "few_patients" / f"{few}-patients"
+        assert (a.train_dir, a.resume_from) == (str(data / "train"), str(runs / "from_patch.h5"))
+    assert {Path(a.resume_from).parent.name for a in args} == {"seed_1", "seed_2", "seed_3"}
+    assert "on 4 images of 4 patients" in text
+    table = pd.read_csv(out / "transfer.csv")
+    assert table.groupby(["model", "patients"]).seed.agg(tuple).to_dict() == {
+        (model, patients): (1, 2, 3)
+        for model in ("finetuned", "scratch", "scratch_long")
+        for patients in (0, 20, 40, 60)[model != "finetuned" :]
+    }
 
 
 # ------------------------------------------------------------------------------------------- ours and the mean
