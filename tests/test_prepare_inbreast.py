@@ -766,3 +766,66 @@ def test_help_loads_nothing_heavy():
     )
     root = Path(prepare_inbreast.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=root)
+
+
+# -------------------------------------------------------------------------------------------------- finetuning
+
+FINETUNE = Path(prepare_inbreast.__file__).with_name("finetune.sh")
+
+
+def finetune(folder, *args, python=sys.executable, **env):
+    """Run finetune.sh in `folder` with this Python; returns the finished process."""
+    (folder / "bin").mkdir(exist_ok=True)
+    script = folder / "bin/python"
+    script.write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    script.chmod(0o755)
+    inherited = {name: value for name, value in os.environ.items() if name != "MEAN"}
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [FINETUNE, *map(str, args)], cwd=folder, env=inherited | {"PATH": path} | env, capture_output=True, text=True
+    )
+
+
+def test_finetuning_takes_the_published_mean_a_number_or_the_measured_one(plain, tmp_path):
+    report = prepare(plain[0], tmp_path / "data")
+
+    def mean(data="data", *args, **env):
+        done = finetune(tmp_path, "m.h5", data, "best.h5", *args, python="echo", **env)
+        words = done.stdout.split()
+        return words[len(words) - words[::-1].index("--featurewise-mean")] if words else done.stderr
+
+    assert mean() == "44.33"
+    assert mean(MEAN="41.5") == "41.5"
+    assert float(mean(MEAN="report")) == report["featurewise_mean"]
+    assert mean("data", "--featurewise-mean", "40", MEAN="report") == "40"
+    assert mean("none", MEAN="report").startswith("finetune.sh: error: none/report.json: no such file")
+    (tmp_path / "data/report.json").write_text('{\n  "featurewise_mean": null\n}\n')
+    assert mean(MEAN="report").startswith("finetune.sh: error: data/report.json: no featurewise_mean in it")
+
+
+@pytest.mark.slow
+def test_finetuning_runs_on_what_is_prepared(plain, tmp_path):
+    """The recipe as it stands, but for the size of images and the number of epochs."""
+    import keras
+
+    report = prepare(plain[0], tmp_path / "data")
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((72, 56, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 5, strides=4, activation="relu")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(x))
+    model.save(tmp_path / "model.h5")
+    options = ["--img-size", "72", "56", "--all-layer-epochs", "2"]
+    done = finetune(tmp_path, "model.h5", "data", "models/best.h5", *options, MEAN="report")
+    assert done.returncode == 0, done.stderr
+    args = json.loads((tmp_path / "models/best/args.json").read_text())
+    assert args["featurewise_mean"] == report["featurewise_mean"]
+    with open(tmp_path / "models/best/history.csv", newline="") as file:
+        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == pytest.approx([1e-6] * 2)
+    tuned = keras.models.load_model(tmp_path / "models/best.h5", compile=False)
+    assert all((a != b).any() for a, b in zip(model.get_weights(), tuned.get_weights(), strict=True))
+    with open(tmp_path / "models/best/predictions.csv", newline="") as file:
+        files = [row["file"] for row in csv.DictReader(file)]
+    assert sorted(files) == sorted(
+        path.relative_to(tmp_path / "data/test").as_posix() for path in (tmp_path / "data/test").rglob("*.png")
+    )
