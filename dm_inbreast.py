@@ -130,6 +130,13 @@ class Classes(NamedTuple):
         return next((name for name in CLASSES if birads in getattr(self, name)), None)
 
 
+def add_class_options(parser, title: str = "classes") -> None:
+    """Add the options whose values `read_classes` takes."""
+    group = parser.add_argument_group(f"{title} (other categories are left out; 4 stands for 4a, 4b and 4c too)")
+    group.add_argument("--neg-birads", nargs="+", choices=BIRADS, default=["1", "2"], help="negative (1 2)")
+    group.add_argument("--pos-birads", nargs="+", choices=BIRADS, default=["4", "5", "6"], help="positive (4 5 6)")
+
+
 def read_classes(neg: Iterable[str], pos: Iterable[str]) -> Classes:
     """Classes of these categories; 4 stands for 4a, 4b and 4c too. InputError for one in both."""
 

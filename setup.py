@@ -6,6 +6,7 @@ here = Path(__file__).parent
 scripts = {
     "dm-prepare-cbis-ddsm": "scripts.prepare_cbis_ddsm",
     "dm-prepare-inbreast": "inbreast.prepare_inbreast",
+    "dm-prepare-dataset": "scripts.prepare_dataset",
     "dm-dicom-to-png": "scripts.dicom_to_png",
     "dm-pixel-mean": "scripts.pixel_mean",
     "dm-check-data": "scripts.check_data",

@@ -35,12 +35,12 @@ from dm_args import HelpFormatter, add_preparation_options, complete, run_main
 from dm_dataset import prepare, write_csv
 from dm_files import InputError
 from dm_inbreast import (
-    BIRADS,
     EXCLUSIONS,
     REPAIRS,
     Classes,
     Selection,
     Table,
+    add_class_options,
     count_rows,
     plan_images,
     prepare_image,
@@ -154,9 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("out", nargs="?", help="folder to write; not needed with --dry-run")
     add("--table", metavar="FILE", help="INbreast.csv or .xls; default: below the download folder, a CSV first")
-    group = parser.add_argument_group("classes (other categories are left out; 4 stands for 4a, 4b and 4c too)")
-    group.add_argument("--neg-birads", nargs="+", choices=BIRADS, default=["1", "2"], help="negative (1 2)")
-    group.add_argument("--pos-birads", nargs="+", choices=BIRADS, default=["4", "5", "6"], help="positive (4 5 6)")
+    add_class_options(parser)
     group = parser.add_argument_group("annotations")
     group.add_argument("--roi-masks", action="store_true", help="also write lesion masks, and full images with them")
     splits = {

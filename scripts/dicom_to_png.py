@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dm_args
 from dm_files import InputError, walk_files, write_img, write_text
 
-# Codes of SNOMED (old and new style) in the View Code Sequence.
-VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
 COLUMNS = [
     *("file", "patient_id", "laterality", "view", "rows", "columns"),
     *("bits", "photometric_interpretation", "window"),  # window: 1 where --voi-lut found one to apply
@@ -55,19 +53,15 @@ def find_dicom(sources) -> dict[str, Path]:
     Raises InputError for sources without any, and for two files with one name.
     """
     from dm_image import DICOM_SUFFIXES
+    from dm_own_data import is_dicom
 
-    def is_dicom(path):
-        if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
-            return False
-        if path.suffix.lower() in DICOM_SUFFIXES:
-            return True
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
+    def is_wanted(path):
+        return not path.name.startswith(".") and path.name.upper() != "DICOMDIR" and is_dicom(path)
 
     found = {}
     for source in map(Path, sources):
         if source.is_dir():
-            files = [(path, path.relative_to(source)) for path in walk_files(source) if is_dicom(path)]
+            files = [(path, path.relative_to(source)) for path in walk_files(source) if is_wanted(path)]
         else:
             files = [(source, Path(source.name))]
         if not files:
@@ -83,16 +77,14 @@ def find_dicom(sources) -> dict[str, Path]:
 
 def describe(name, dataset, voi_lut) -> dict:
     """A row of images.csv."""
-    codes = [item.get("CodeValue") for item in dataset.get("ViewCodeSequence") or []]
-    views = [VIEW_CODES.get(code) for code in codes] + [dataset.get("ViewPosition")]
-    if dataset.get("PatientOrientation") in ("CC", "MLO"):  # as in CBIS-DDSM
-        views.append(dataset.PatientOrientation)
+    from dm_own_data import dicom_side, dicom_view
+
     window = dataset.get("VOILUTSequence") or dataset.get("WindowCenter") is not None
     values = (
         name,
         str(dataset.get("PatientID") or ""),
-        str(dataset.get("ImageLaterality") or dataset.get("Laterality") or ""),
-        str(next(filter(None, views), "")),
+        dicom_side(dataset),
+        dicom_view(dataset),
         dataset.Rows,
         dataset.Columns,
         dataset.BitsStored,

@@ -1,0 +1,568 @@
+"""Data sets of the user's own, and four public ones, as they come: who is on which file, with what label.
+
+Each reader gives a `Reading`. Its pictures become whole images by `prepare_picture`. The data sets are CMMD (Chinese
+Mammography Database), VinDr-Mammo, MIAS (the small version) and exam lists of the NYU metarepository.
+"""
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dm_dataset import (
+    CLASSES,
+    SETS,
+    TABLE_SUFFIXES,
+    Item,
+    Prepared,
+    find_columns,
+    is_below,
+    open_table,
+    parse_image_name,
+)
+from dm_files import InputError, walk_files
+from dm_inbreast import Classes
+from dm_limits import check_pixels
+from dm_parallel import run_parallel
+from dm_prepare import Image, sets_of_patients, whole_img_path, write_whole
+
+# Columns of a table of one's own, by the spellings that `dm_dataset.find_columns` takes; all but two may be missing.
+COLUMNS = {
+    "file": ("file", "filename", "file name", "file path", "path", "image", "image path", "image file path"),
+    "label": ("label", "class", "cancer", "target", "pathology"),
+    "patient": ("patient", "patient id", "patientid"),
+    "side": ("side", "laterality", "imagelaterality", "left or right breast"),
+    "view": ("view", "view position", "viewposition", "image view"),
+    "set": ("set", "split"),
+}
+REQUIRED = ("file", "label")
+NEGATIVE = ("0", "neg", "negative", "normal", "benign", "benign_without_callback", "false", "no")
+POSITIVE = ("1", "pos", "positive", "malignant", "cancer", "true", "yes")
+CMMD_COLUMNS = {"patient": ("id1",), "side": ("leftright",), "label": ("classification",)}
+VINDR_COLUMNS = {
+    "study": ("study id",),
+    "image": ("image id",),
+    "side": ("laterality",),
+    "view": ("view position", "view"),
+    "birads": ("breast birads",),
+    "set": ("split",),
+}
+SIDES = {"l": "LEFT", "left": "LEFT", "r": "RIGHT", "right": "RIGHT"}
+VIEWS = {"cc": "CC", "mlo": "MLO"}
+SET_NAMES = {
+    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
+    **{"test": "test", "testing": "test"},
+}
+# Codes of SNOMED (old and new style) in the View Code Sequence.
+VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
+NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
+MIAS_SEVERITIES = ("B", "M")
+MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
+# Why a picture is no part of the data set, though nothing is wrong with it.
+EXCLUSIONS = {
+    "label_of_no_class": "their labels are in neither class",
+    "file_without_row": "nothing in the table is about them, so there is no label",
+}
+REPAIRS = (
+    *("monochrome1_inverted", "8_bit_scaled_to_16_bit", "mirror_image_undone"),
+    *("rows_of_one_breast_merged", "rows_without_image"),
+)
+
+
+class Picture(NamedTuple):
+    """What is known of one file. file: below the data folder. patient: "" where not known. set: "" where not named."""
+
+    file: str
+    positive: bool
+    patient: str
+    side: str
+    view: str
+    set: str = ""
+    mirrored: bool = False
+
+
+class Reading(NamedTuple):
+    """What a reader found. excluded: files by the keys of `EXCLUSIONS`. faults: files without a label, and why not."""
+
+    pictures: list[Picture]
+    excluded: dict[str, list[str]]
+    repairs: dict[str, list[str]]
+    faults: list[Prepared]
+
+
+def _start() -> Reading:
+    return Reading([], {kind: [] for kind in EXCLUSIONS}, defaultdict(list), [])
+
+
+class Labels(NamedTuple):
+    """Which values mean negative, and which positive, in small letters. strict: others are errors."""
+
+    neg: frozenset[str]
+    pos: frozenset[str]
+    strict: bool
+
+    def is_positive(self, value: str, where: str) -> bool | None:
+        """None for a value of neither class; InputError, which says `where`, when labels are strict."""
+        value = value.strip().lower()
+        if value in self.neg | self.pos:
+            return value in self.pos
+        if self.strict:
+            raise InputError(
+                f"{where}: unknown label. Expected one of {', '.join((*NEGATIVE, *POSITIVE))}, or others that "
+                f"--neg-labels and --pos-labels name. Received {value!r}"
+            )
+        return None
+
+
+def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = None) -> Labels:
+    """Labels by their values; where either is given, values of neither are left out. InputError for one in both."""
+    strict = neg is None and pos is None
+    classes = [frozenset(map(str.lower, values)) for values in (neg or NEGATIVE, pos or POSITIVE)]
+    if both := sorted(classes[0] & classes[1]):
+        raise InputError(f"label {', '.join(both)}: in both classes. Expected each in --neg-labels or --pos-labels")
+    return Labels(*classes, strict)
+
+
+def _known(value: str, allowed: Mapping[str, str], name: str, where: str) -> str:
+    """What a value means; InputError, which says `where`, for an unknown one."""
+    if value.strip().lower() not in allowed:
+        raise InputError(f"{where}: unknown {name}. Expected {', '.join(allowed)}. Received {value!r}")
+    return allowed[value.strip().lower()]
+
+
+def _once(places: dict[str, str], file: str, where: str) -> None:
+    """InputError for a file that was seen before. places: where each was seen."""
+    if (other := places.setdefault(file, where)) != where:
+        raise InputError(f"{where}: {file} stands at {other} too; remove one of them")
+
+
+# -------------------------------------------------------------------------------------- tables and folders of one's own
+
+
+def find_patient(name: str, pattern: re.Pattern | None) -> str:
+    """The patient in a file's name by `pattern`: its first group, or all that it matches. InputError for none."""
+    match = pattern.search(name)
+    if not (match and match[min(1, pattern.groups)]):
+        raise InputError(f"{name}: no patient in this name. Expected what --patient-regex {pattern.pattern!r} finds")
+    return match[min(1, pattern.groups)]
+
+
+def _from_name(name: str, pattern: re.Pattern | None) -> dict[str, str]:
+    """Patient, side and view by the name of a file, "" where they are not in it."""
+    found = parse_image_name(Path(name).stem) or ("", "", "")
+    known = dict(zip(("patient", "side", "view"), found, strict=True))
+    return known if pattern is None else known | {"patient": find_patient(name, pattern)}
+
+
+def read_table(root, path, labels: Labels, columns: Mapping[str, str], pattern: re.Pattern | None = None) -> Reading:
+    """Pictures by a table with a row a file, whose names start from the folder `root`.
+
+    columns: headers of the table where they differ from `COLUMNS`. pattern: what finds the patient in a file's name;
+    without it and without such columns, patient, side and view are those of names of the usual form.
+    InputError names the line of an unknown value, a file outside `root`, or one that stands there twice.
+    """
+    reading, lines = _start(), {}
+    spellings = COLUMNS | {name: (_normal(header),) for name, header in columns.items()}
+    with open_table(path) as (header, rows):
+        places = find_columns(path, header, spellings, COLUMNS.keys() - {*REQUIRED, *columns})
+        for where, cells in rows:
+            row = {name: cells[place].strip() for name, place in places.items()}
+            file = _relative(root, row.pop("file"), where)
+            _once(lines, file, where)
+            positive = labels.is_positive(row.pop("label"), where)
+            if positive is None:
+                reading.excluded["label_of_no_class"].append(file)
+                continue
+            known = _from_name(file, pattern) | row
+            for name, allowed in (("side", SIDES), ("view", VIEWS)):
+                known[name] = known[name] and _known(known[name], allowed, name, where)
+            if "set" in known:
+                known["set"] = _known(known["set"], SET_NAMES, "set", where)
+            reading.pictures.append(Picture(file, positive, **known))
+    return reading
+
+
+def _normal(header: str) -> str:
+    return " ".join(header.replace("_", " ").lower().split())
+
+
+def _relative(root, cell: str, where: str) -> str:
+    """The path of a cell below `root`; InputError for one that leads elsewhere."""
+    path = cell.replace("\\", "/")
+    if Path(path).is_absolute() and Path(path).is_relative_to(Path(root).absolute()):
+        path = Path(path).relative_to(Path(root).absolute()).as_posix()
+    if not is_below(path):
+        raise InputError(f"{where}: Expected a file below the folder {root}. Received {cell!r}")
+    return Path(path).as_posix()
+
+
+def read_folders(root, labels: Labels, pattern: re.Pattern | None = None, skip: Iterable = ()) -> Reading:
+    """Pictures in class folders, such as neg and pos, which may stand in train, val and test.
+
+    The patient is what `pattern` finds in the path below the class folder, else that of names of the usual form, else
+    the sub-folder of the class folder that the file is in. skip: folders that are not read.
+    """
+    reading = _start()
+    for file in _list_files(root, skip):
+        *folders, _ = parts = file.split("/")
+        name = SET_NAMES.get(folders[0].lower(), "") if folders else ""
+        place = 1 if name else 0
+        if len(folders) == place:
+            raise InputError(f"{file}: Expected images of {root} in class folders, such as neg/ or train/neg/")
+        positive = labels.is_positive(folders[place], f"{Path(root, *folders[: place + 1])}")
+        if positive is None:
+            reading.excluded["label_of_no_class"].append(file)
+            continue
+        known = _from_name("/".join(parts[place + 1 :]), pattern)
+        if not known["patient"] and len(folders) > place + 1:
+            known["patient"] = folders[place + 1]
+        reading.pictures.append(Picture(file, positive, **known, set=name))
+    if len({bool(picture.set) for picture in reading.pictures}) == 2:
+        one, other = (next(p.file for p in reading.pictures if bool(p.set) == named) for named in (True, False))
+        raise InputError(f"{root}: Expected all class folders in train, val and test, or none. Received {one}, {other}")
+    return reading
+
+
+def _list_files(root, skip: Iterable = (), suffixes: Sequence[str] | None = None) -> list[str]:
+    """Paths of the images below `root`; InputError where there are none. suffixes: of their names."""
+    from dm_image import IMAGE_SUFFIXES
+
+    suffixes = tuple(suffixes or (*IMAGE_SUFFIXES, ".pgm"))
+    if not Path(root).is_dir():
+        raise InputError(f"{root}: no such folder. Expected that of the images")
+    files = [path for path in walk_files(root, skip) if path.name.lower().endswith(suffixes)]
+    files = [path.relative_to(root).as_posix() for path in files if not path.name.startswith(".")]
+    if not files:
+        raise InputError(f"{root}: no images below it. Expected files ending in {', '.join(suffixes)}")
+    return files
+
+
+def _find_table(root, start: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> Path:
+    """The one file below `root` whose name starts with `start`, in small letters, and ends in one of `suffixes`."""
+    if not Path(root).is_dir():
+        raise InputError(f"{root}: no such folder. Expected that of the data set")
+    found = [path for path in walk_files(root) if path.name.lower().startswith(start)]
+    found = [path for path in found if path.suffix.lower() in suffixes]
+    if len(found) != 1:
+        received = ", ".join(map(str, found[:3])) or "none"
+        raise InputError(
+            f"{root}: Expected one table {start}*{' or '.join(suffixes)} below it. Received {received}; "
+            f"name the right one with --table"
+        )
+    return found[0]
+
+
+# ------------------------------------------------------------------------------------------------ public data sets
+
+
+def dicom_view(dataset) -> str:
+    """The view that a DICOM header tells, CC, MLO or as it stands in ViewPosition; "" for none."""
+    codes = [item.get("CodeValue") for item in dataset.get("ViewCodeSequence") or []]
+    views = [VIEW_CODES.get(code) for code in codes] + [dataset.get("ViewPosition")]
+    if dataset.get("PatientOrientation") in ("CC", "MLO"):  # as in CBIS-DDSM
+        views.append(dataset.PatientOrientation)
+    return str(next(filter(None, views), ""))
+
+
+def dicom_side(dataset) -> str:
+    """L or R as the header tells; "" for neither."""
+    return str(dataset.get("ImageLaterality") or dataset.get("Laterality") or "")
+
+
+def read_cmmd(root, table=None, jobs: int = 1, skip: Iterable = ()) -> Reading:
+    """CMMD: a row a breast in the table, Benign or Malignant; side and view of each file by its header.
+
+    table: default: CMMD_clinicaldata_revision.csv or .xlsx below `root`. jobs: headers read at the same time.
+    """
+    reading, breasts, rows_of = _start(), {}, defaultdict(list)
+    path = table or _find_table(root, "cmmd_clinicaldata")
+    with open_table(path) as (header, rows):
+        places = find_columns(path, header, CMMD_COLUMNS)
+        for where, cells in rows:
+            row = {name: cells[place].strip() for name, place in places.items()}
+            breast = row["patient"], _known(row["side"], SIDES, "side", where)
+            if row["label"].lower() not in ("benign", "malignant"):
+                raise InputError(
+                    f"{where}: unknown classification. Expected Benign or Malignant. Received {row['label']!r}"
+                )
+            breasts[breast] = breasts.get(breast, False) or row["label"].lower() == "malignant"
+            rows_of[breast].append(where)
+    merged = [f"{' '.join(breast)}: {', '.join(wheres)}" for breast, wheres in rows_of.items() if len(wheres) > 1]
+    reading.repairs["rows_of_one_breast_merged"] += merged
+    files = _list_files(root, skip, (".dcm", ".dicom"))
+    ids = {patient for patient, _ in breasts}
+    read = functools.partial(_read_cmmd_header, root, ids)
+    for file, (patient, side, view, fault) in zip(
+        files, run_parallel(read, files, jobs, "threading", "reading headers"), strict=True
+    ):
+        if fault:
+            reading.faults.append(Prepared(file, faults=[f"{file}: {fault}; left out"]))
+        elif (patient, side) in breasts:
+            reading.pictures.append(Picture(file, breasts[patient, side], patient, side, view))
+        else:
+            reading.excluded["file_without_row"].append(file)
+    seen = {(picture.patient, picture.side) for picture in reading.pictures}
+    reading.repairs["rows_without_image"] += [" ".join(breast) for breast in sorted(breasts.keys() - seen)]
+    return reading
+
+
+def _read_cmmd_header(root, ids: set[str], file: str) -> tuple[str, str, str, str]:
+    """Patient, side, view and what is wrong with the header of a file."""
+    from dm_image import read_dicom_header
+
+    try:
+        header = read_dicom_header(Path(root, file))
+        side = _known(dicom_side(header), SIDES, "ImageLaterality", "header")
+    except InputError as error:
+        return "", "", "", str(error)
+    folders = (part for part in file.split("/") if part in ids)
+    view = dicom_view(header)
+    return str(header.get("PatientID") or next(folders, "")), side, view if view in VIEWS.values() else "", ""
+
+
+def read_vindr(root, classes: Classes, table=None) -> Reading:
+    """VinDr-Mammo: images/<study>/<image>.dicom; a study counts as a patient. classes: which BI-RADS mean what.
+
+    table: default: breast-level_annotations.csv below `root`.
+    """
+    reading, lines = _start(), {}
+    path = table or _find_table(root, "breast-level_annotations")
+    with open_table(path) as (header, rows):
+        places = find_columns(path, header, VINDR_COLUMNS)
+        for where, cells in rows:
+            row = {name: cells[place].strip() for name, place in places.items()}
+            file = _relative(root, f"images/{row['study']}/{row['image']}.dicom", where)
+            _once(lines, file, where)
+            birads = re.fullmatch(r"BI-RADS ([0-6])", row["birads"])
+            if not birads:
+                raise InputError(
+                    f"{where}: unknown breast_birads. Expected as in BI-RADS 4. Received {row['birads']!r}"
+                )
+            side, view = (_known(row[name], known, name, where) for name, known in (("side", SIDES), ("view", VIEWS)))
+            name = _known(row["set"], SET_NAMES, "split", where)
+            if label := classes.label(birads[1]):
+                reading.pictures.append(Picture(file, label == "pos", row["study"], side, view, name))
+            else:
+                reading.excluded["label_of_no_class"].append(file)
+    return reading
+
+
+def read_mias(root, table=None, skip: Iterable = ()) -> Reading:
+    """MIAS: rows of one finding each, "M" for malignant, several of one image or none; all views are MLO.
+
+    Films are in pairs of one patient, by the data set's description: the left breast has the even number, the right one
+    the odd number before it. table: default: Info.txt below `root`.
+    """
+    reading, images = _start(), {}
+    path = table or _find_table(root, "info", (".txt",))
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file. Expected lines such as mdb003 D NORM") from None
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or not re.fullmatch(r"mdb\d+", words[0]):  # the header, or text around the list
+            continue
+        where, finding = f"{path}, line {number}", words[2] if len(words) > 2 else ""
+        if finding not in MIAS_CLASSES:
+            raise InputError(f"{where}: unknown class. Expected {', '.join(MIAS_CLASSES)}. Received {finding!r}")
+        severity = words[3] if len(words) > 3 else ""
+        if finding != "NORM" and severity not in MIAS_SEVERITIES:
+            raise InputError(f"{where}: unknown severity. Expected B or M. Received {severity!r}")
+        images[words[0]] = images.get(words[0], False) or severity == "M"
+    if not images:
+        raise InputError(f"{path}: no images in it. Expected lines such as mdb003 D NORM")
+    files = {Path(file).stem: file for file in _list_files(root, skip, (".pgm", ".png", ".jpg", ".jpeg", ".tif"))}
+    for name, positive in sorted(images.items()):
+        index = int(name.removeprefix("mdb"))
+        right = index - 1 + index % 2
+        patient, side = f"mdb{right:03}-{right + 1:03}", "RIGHT" if index == right else "LEFT"
+        reading.pictures.append(Picture(files.pop(name, f"{name}.pgm"), positive, patient, side, "MLO"))
+    reading.excluded["file_without_row"] += sorted(files.values())
+    return reading
+
+
+def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
+    """Images of an exam list of the NYU metarepository: (id, exam, side, view, malignant, whether it is mirrored).
+
+    exam: the part that the ids of its images share, as in 0_L_CC, else its number in the list. Ids are those of files
+    without ending. InputError for another pickle, or a breast without a label.
+    """
+    from dm_unpickle import load_plain
+
+    exams = load_plain(path)
+    if not isinstance(exams, list) or not all(isinstance(exam, dict) for exam in exams):
+        raise InputError(f"{path}: Expected a list of exams, a dict each. Received something else")
+    names = set()
+    for number, exam in enumerate(exams):
+        where = f"{path}, exam {number}"
+        images = [(str(name), key) for key in NYU_VIEWS for name in exam.get(key) or ()]
+        stems = {re.sub(r"_[LR]_(CC|MLO)(_\d+)?$", "", name) for name, _ in images}
+        patient = stems.pop() if len(stems) == 1 else f"exam_{number}"
+        if patient in names:
+            patient = f"exam_{number}"
+        names.add(patient)
+        flip = exam.get("horizontal_flip", "NO")
+        if flip not in ("YES", "NO"):
+            raise InputError(f"{where}: Expected horizontal_flip YES or NO. Received {flip!r}")
+        for name, key in images:
+            label = f"{NYU_VIEWS[key]}_malignant"
+            labels = exam.get("cancer_label")
+            malignant = labels.get(label) if isinstance(labels, dict) else None
+            if malignant not in (0, 1):
+                raise InputError(f"{where}: Expected a cancer_label with {label} 0 or 1. Received {malignant!r}")
+            yield name, patient, NYU_VIEWS[key].upper(), key[2:], bool(malignant), flip == "YES"
+
+
+def read_nyu(root, path) -> Reading:
+    """An exam list and its images, `<root>/<id>.png`. The list names no patients: each exam counts as one."""
+    reading, exams = _start(), {}
+    for name, patient, side, view, malignant, mirrored in read_exams(path):
+        file = _relative(root, f"{name}.png", str(path))
+        _once(exams, file, f"{path}, exam {patient}")
+        reading.pictures.append(Picture(file, malignant, patient, side, view, mirrored=mirrored))
+    return reading
+
+
+# ---------------------------------------------------------------------------------------------------- preparation
+
+
+def name_pictures(pictures: Iterable[Picture]) -> tuple[dict[str, Picture], list[str]]:
+    """Pictures by the name of their image, `<patient>_<side>_<view>` with _2, _3 ... where there are several.
+
+    Signs that do not belong into a file's name become "-". Pictures of no known patient get one of their own, called
+    as their file. Returns also the files of these. InputError for two patients that would have one name.
+    """
+    named, patients, unknown = {}, {}, []
+    for picture in sorted(pictures, key=lambda picture: (picture.patient, picture.side, picture.view, picture.file)):
+        if not picture.patient:
+            unknown.append(picture.file)
+            picture = picture._replace(patient=picture.file)
+            start = Path(picture.file).with_suffix("").as_posix()
+        else:
+            start = picture.patient
+        safe = re.sub(r"[^\w.-]+", "-", start).strip(".-") or "patient"
+        if patients.setdefault(safe, picture.patient) != picture.patient:
+            raise InputError(
+                f"patients {patients[safe]!r} and {picture.patient!r} would both be called {safe} in file names; "
+                f"rename one of them"
+            )
+        first = "_".join(filter(None, (safe, picture.side, picture.view)))
+        name, number = first, 1
+        while name in named:
+            number += 1
+            name = f"{first}_{number}"
+        named[name] = picture
+    return named, unknown
+
+
+def describe(pictures: Mapping[str, Picture]) -> dict[str, Image]:
+    return {
+        name: Image(picture.patient, picture.side, picture.view, picture.positive) for name, picture in pictures.items()
+    }
+
+
+def named_sets(pictures: Iterable[Picture]) -> dict[str, set[str]] | None:
+    """Patients of the sets that the data name, or None where they name none."""
+    sets = {name: {picture.patient for picture in pictures if picture.set == name} for name in SETS}
+    return sets if any(sets.values()) else None
+
+
+def plan_pictures(
+    pictures: Mapping[str, Picture], root, sets: Mapping[str, Sequence[str]], whole: dict, voi_lut: bool
+) -> list[Item]:
+    """An item for each picture whose patient is in a set. whole: options of `make_whole`; voi_lut: see `read_dicom`."""
+    set_of, items = sets_of_patients(sets), []
+    for name, picture in pictures.items():
+        if picture.patient not in set_of:
+            continue
+        folder = f"{set_of[picture.patient]}/{CLASSES[picture.positive]}"
+        plan = {"file": picture.file, "folder": folder, "whole": whole, "voi_lut": voi_lut}
+        plan |= {"mirrored": picture.mirrored}
+        sources = (picture.file,) if Path(root, picture.file).is_file() else ()
+        items.append(Item(name, sources, (whole_img_path(name, folder),), plan))
+    return items
+
+
+def prepare_picture(item: Item, download, out) -> Prepared:
+    """Write the whole image of one item; see `dm_dataset.prepare`."""
+    plan, result = item.plan, Prepared(item.name)
+    try:
+        img, stored = read_mammogram(Path(download, plan["file"]), plan["voi_lut"], plan["whole"]["levels"])
+        write_whole(img[:, ::-1] if plan["mirrored"] else img, out, plan["folder"], plan["whole"], plan["file"], result)
+    except InputError as error:
+        result.faults.append(f"{item.name}: {error}; left out")
+        return result
+    result.facts |= stored
+    kinds = {
+        "monochrome1_inverted": stored["photometric"] == "MONOCHROME1",
+        "8_bit_scaled_to_16_bit": stored["bits"] == 8,
+        "mirror_image_undone": plan["mirrored"],
+    }
+    result.repairs += [(kind, f"{item.name}: {plan['file']}") for kind, present in kinds.items() if present]
+    return result
+
+
+def read_mammogram(fname, voi_lut: bool = False, auto_levels: bool = False):
+    """Pixels (H, W) of an image file as uint8 or uint16, and facts about them.
+
+    Facts: `bits` stored, `brightest` pixel, `photometric` interpretation of a DICOM file, else "". DICOM: see
+    `dm_image.read_dicom_16_bit`. Grey pictures in three equal channels are taken as grey. Raises InputError for
+    whatever is no picture of one channel of unsigned integers.
+    """
+    import numpy as np
+
+    from dm_image import check_constant, check_grey, read_dicom_16_bit, read_img
+
+    photometric = ""
+    if is_dicom(fname):
+        img, dataset = read_dicom_16_bit(fname, voi_lut, auto_levels)
+        bits, photometric = int(dataset.BitsStored), str(dataset.PhotometricInterpretation)
+    else:
+        img = _read_pgm(fname) if str(fname).lower().endswith(".pgm") else read_img(fname)
+        if img.ndim == 3 and all(np.array_equal(img[..., 0], img[..., channel]) for channel in (1, 2)):
+            img = img[..., 0]
+        check_constant(fname, check_grey(fname, img))
+        if img.dtype.name not in ("uint8", "uint16"):
+            raise InputError(f"{fname}: Expected 8- or 16-bit unsigned pixels. Received {img.dtype}")
+        bits = 8 * img.dtype.itemsize
+    return img, {"bits": bits, "brightest": int(img.max()), "photometric": photometric}
+
+
+def _read_pgm(fname):
+    """Pixels (H, W) of a PGM file of 8 bits, as MIAS has them."""
+    import numpy as np
+    from PIL import Image as Pillow
+
+    try:
+        with Pillow.open(fname, formats=["PPM"]) as image:
+            check_pixels(fname, image.height, image.width)
+            if image.mode != "L":
+                raise InputError(f"{fname}: Expected a PGM file of 8 bits. Received one of the kind {image.mode}")
+            return np.array(image)
+    except InputError:
+        raise
+    except Exception as error:  # Pillow raises many kinds
+        raise InputError(f"{fname}: not a readable image ({error})") from None
+
+
+def is_dicom(path) -> bool:
+    """Whether a file is DICOM, by its name or its first bytes."""
+    from dm_image import DICOM_SUFFIXES
+
+    if str(path).lower().endswith(DICOM_SUFFIXES):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:  # its reader says why
+        return False
+
+
+def stored_bits(results: Iterable[Prepared]) -> int | None:
+    """Bits that the pixels of the 16-bit files use that are not DICOM, whose header would tell; None without any."""
+    files = [result.facts for result in results if result.facts.get("bits") == 16]
+    brightest = [facts["brightest"] for facts in files if not facts["photometric"]]
+    return max(brightest).bit_length() if brightest else None
