@@ -9,20 +9,28 @@ patient's score is that of the more suspicious breast (or the mean of both), the
 All intervals are 95% ones by patient: see `dm_statistics`.
 """
 
+import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 import dm_statistics as stats
-from dm_files import InputError
+from dm_files import InputError, atomic_write
+from dm_inference import write_json
 
 COLUMNS = ("file", "patient", "side", "view", "label")
 LEVELS = ("image", "breast", "patient")
-NB_BIN = 10  # of the calibration curve
+# What the name of a model's column ends in where it holds means over four flips.
+FLIPS = "_flips"
+AVERAGE = "average"
+NB_BIN, MIN_IN_BIN = 10, 10  # of the calibration curve: bins at most, and samples in each at least
+_PRINTED = 6  # comparisons of AUCs: those of four models
 # Replicates times samples worked on at a time: bounds the memory.
 _CHUNK = 4_000_000
 
@@ -117,13 +125,16 @@ def evaluate(
 
         Raises InputError for a table without both classes, or predictions that are no probabilities.
     """
-    check_table(table, models)
+    _check(table, models)
     points = points or Points()
     levels = at_levels(table, models, patient_score)
     notes = [f"{name} level left out: {_why_missing(table)}" for name in LEVELS if name not in levels]
     for name in [name for name, level in levels.items() if level["label"].nunique() == 1]:
         notes.append(f"{name} level left out: all have the label {levels.pop(name)['label'].iloc[0]}")
-    others = levels if chosen_on is None else at_levels(chosen_on, models, patient_score)
+    others = levels
+    if chosen_on is not None:
+        check_finite(chosen_on, models)
+        others = at_levels(chosen_on, models, patient_score)
     for name in levels:
         if name not in others or others[name]["label"].nunique() == 1:
             raise InputError(
@@ -151,17 +162,21 @@ def evaluate(
     }
 
 
-def check_table(table: pd.DataFrame, models: Sequence[str]) -> None:
-    """InputError for a table that cannot be scored: without both labels, or with predictions that are not finite."""
+def _check(table: pd.DataFrame, models: Sequence[str]) -> None:
     if table["label"].nunique() < 2:
         label = "none" if table.empty else f"{len(table)} with the label {table['label'].iloc[0]}"
         raise InputError(f"the AUC is undefined: Expected images of both classes. Received {label}")
+    check_finite(table, models)
+
+
+def check_finite(table: pd.DataFrame, models: Sequence[str]) -> None:
+    """Raise InputError, which names a file, where a model's column holds NaN or infinity."""
     for name in models:
-        if bad := (~np.isfinite(table[name].to_numpy(float))).sum():
-            first = table["file"][~np.isfinite(table[name])].iloc[0]
+        finite = np.isfinite(table[name].to_numpy(float))
+        if not finite.all():
             raise InputError(
-                f"{name}: Expected finite predictions. Received NaN or infinity for {bad} of {len(table)} images, such "
-                f"as {first}: the model has diverged, or the table has holes"
+                f"{name}: Expected finite predictions. Received NaN or infinity for {(~finite).sum()} of {len(table)} "
+                f"images, such as {table['file'][~finite].iloc[0]}: the model has diverged, or the table has holes"
             )
 
 
@@ -257,8 +272,9 @@ def _calibration(truth, probability, groups, counts) -> dict[str, Any] | None:
     # Where the classes do not overlap the likelihood has no maximum.
     if positive.min() < negative.max() and negative.min() < positive.max():
         slope = (fit[1] for fit in stats.logistic_fit(np.column_stack([ones, logits]), truth, groups=groups))
+    nb_bin = min(NB_BIN, max(1, len(truth) // MIN_IN_BIN))
     # Equal probabilities stay together.
-    edges = np.unique(np.quantile(probability, np.arange(1, NB_BIN) / NB_BIN))
+    edges = np.unique(np.quantile(probability, np.arange(1, nb_bin) / nb_bin))
     bin_of = np.searchsorted(edges, probability, side="right")
     bins = []
     for index in (np.flatnonzero(bin_of == i) for i in np.unique(bin_of)):
@@ -288,11 +304,11 @@ def _curves(truth, score, counts) -> tuple[dict, dict, np.ndarray, np.ndarray]:
     where they first reach each recall.
     """
     _, true, false = stats.cumulative_counts(truth, score)
-    # Of points on one straight line the first and the last are enough.
-    corner = np.append((np.diff(true, 2, prepend=0) != 0) | (np.diff(false, 2, prepend=0) != 0), True)
-    false_positive, true_positive = (np.append(0, part[corner] / part[-1]) for part in (false, true))
+    false_positive, true_positive = _roc_points(true, false)
     found = np.diff(true, prepend=0) > 0
     recall, precision = true[found] / true[-1], (true / (true + false))[found]
+    # Steps begin at no recall.
+    recall, precision = np.append(0, recall), np.append(precision[0], precision)
     auc, area, sensitivities, precisions = [], [], [], []
     for part in np.array_split(counts, -(-counts.size // _CHUNK)):
         _, drawn_true, drawn_false = stats.cumulative_counts(truth, score, part)
@@ -303,12 +319,22 @@ def _curves(truth, score, counts) -> tuple[dict, dict, np.ndarray, np.ndarray]:
             row_recall = row_true / row_true[-1]
             row_false_positive = np.append(0, row_false / row_false[-1])
             sensitivities.append(np.interp(false_positive, row_false_positive, np.append(0, row_recall)))
-            first = np.searchsorted(row_recall, recall - 1e-12)
+            first = np.searchsorted(row_recall, np.maximum(recall, recall[1]) - 1e-12)
             precisions.append(row_true[first] / (row_true[first] + row_false[first]))
     roc = {"false_positive": false_positive, "true_positive": true_positive} | _band(sensitivities)
     pr = {"recall": recall, "precision": precision} | _band(precisions)
     as_lists = ({name: values.tolist() for name, values in curve.items()} for curve in (roc, pr))
     return *as_lists, np.concatenate(auc), np.concatenate(area)
+
+
+def _roc_points(true, false) -> tuple[np.ndarray, np.ndarray]:
+    """Corners of the ROC curve, and points every hundredth between them, where its band may bend."""
+    corner = np.append((np.diff(true, 2, prepend=0) != 0) | (np.diff(false, 2, prepend=0) != 0), True)
+    x, y = (np.append(0, part[corner] / part[-1]) for part in (false, true))
+    between = np.setdiff1d(np.linspace(0, 1, 101), x)
+    x, y = np.append(x, between), np.append(y, np.interp(between, x, y))
+    order = np.lexsort((y, x))
+    return x[order], y[order]
 
 
 def _band(rows: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -330,3 +356,237 @@ def _estimate(value, error) -> dict[str, Any]:
     """A coefficient and its normal interval."""
     half = stats.z_value() * error
     return {"value": _number(value), "interval": _interval((value - half, value + half))}
+
+
+# ---------------------------------------------------------------------------------------------------- averages
+
+
+def fit_weights(table: pd.DataFrame, models: Sequence[str]) -> np.ndarray:
+    """Weights (M,) of the mean of models' probabilities that fits the labels of a table best: not negative, of sum 1.
+
+    They have the highest likelihood of the labels (a convex problem; van der Laan, Polley and Hubbard 2007), and belong
+    to be fitted on images that are not judged, such as the validation set's.
+    """
+    from scipy.optimize import minimize
+
+    check_finite(table, models)
+    truth, scores = table["label"].to_numpy(), table[list(models)].to_numpy(float)
+    if scores.min() < 0 or scores.max() > 1:
+        raise InputError(f"fitted weights: Expected probabilities, 0..1. Received {scores.min():g}..{scores.max():g}")
+    # The probability of what the label says, by model.
+    right = np.where(truth[:, None] == 1, scores, 1 - scores)
+
+    def loss(weights):
+        mean = np.maximum(right @ weights, 1e-7)
+        return -np.log(mean).mean(), -(right / mean[:, None]).mean(axis=0)
+
+    start = np.full(len(models), 1 / len(models))
+    sum_is_one = {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": np.ones_like}
+    options = {"ftol": 1e-12, "maxiter": 1000}
+    fit = minimize(
+        loss, start, jac=True, bounds=[(0, 1)] * len(models), constraints=sum_is_one, method="SLSQP", options=options
+    )
+    weights = np.clip(fit.x, 0, None)
+    return weights / weights.sum()
+
+
+def add_averages(
+    table: pd.DataFrame, models: Sequence[str], fitted_on: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, list[str], dict[str, dict[str, float]]]:
+    """Add the mean of all models, and that of their flip-averaged predictions where there are any, as models.
+
+    fitted_on: a table of other images with the same models, on which the weights of the mean are fitted; default: all
+    equal. Returns the table, the models with the new ones after them, and the weights by new model. Raises InputError
+    without two models.
+    """
+    table, weights = table.copy(), {}
+    for way in ("", FLIPS):
+        members = [name for name in models if name.endswith(FLIPS) == bool(way)]
+        if len(members) > 1:
+            values = np.full(len(members), 1 / len(members)) if fitted_on is None else fit_weights(fitted_on, members)
+            table[AVERAGE + way] = table[members].to_numpy(float) @ values
+            weights[AVERAGE + way] = dict(zip(members, values.tolist(), strict=True))
+    if not weights:
+        raise InputError(f"--average: Expected several models. Received {', '.join(models)}")
+    return table, [*models, *weights], weights
+
+
+# ------------------------------------------------------------------------------------------------------ outputs
+
+
+def score_tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The figures of `evaluate` as tables: "scores", a row a level and model, "points" and "comparisons"."""
+    scores, points, comparisons = [], [], []
+    for level, found in results["levels"].items():
+        counts = {name: found[name] for name in ("samples", "positive", "patients")}
+        for model, result in found["models"].items():
+            where = {"level": level, "model": model}
+            auc, precision, calibration = result["auc"], result["average_precision"], result["calibration"] or {}
+            scores.append(
+                where
+                | counts
+                | {"auc": auc["value"]}
+                | _ends("auc_delong", auc["delong"])
+                | _ends("auc_bootstrap", auc["bootstrap"])
+                | {"average_precision": precision["value"]}
+                | _ends("average_precision", precision["bootstrap"])
+            )
+            for name in ("brier", "intercept", "slope"):
+                figure = calibration.get(name, {})
+                scores[-1] |= {name: figure.get("value")}
+                scores[-1] |= _ends(name, figure.get("bootstrap", figure.get("interval")))
+            for point in result["points"]:
+                points.append(where | {"point": point["name"], "threshold": point["threshold"]})
+                for name in ("sensitivity", "specificity"):
+                    points[-1] |= {name: point[name]["value"]} | _ends(name, point[name]["interval"])
+        for comparison in found["comparisons"]:
+            first, second = comparison["models"]
+            figures = {name: comparison[name] for name in ("difference", "p")}
+            comparisons.append(
+                {"level": level, "model": first, "other": second}
+                | figures
+                | _ends("difference", comparison["interval"])
+            )
+    rows = {"scores": scores, "points": points, "comparisons": comparisons}
+    return {name: pd.DataFrame(table) for name, table in rows.items() if table}
+
+
+def _ends(name: str, interval: Sequence[float] | None) -> dict[str, float | None]:
+    low, high = interval or (None, None)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The main figures of `evaluate` as text to read."""
+    parts = []
+    for level, found in results["levels"].items():
+        patients = "" if found["patients"] is None else f" of {found['patients']} patients"
+        parts.append(f"{level} level: {found['samples']} samples{patients}, {found['positive']} positive")
+        rows, points = {}, {}
+        for model, result in found["models"].items():
+            auc, precision = result["auc"], result["average_precision"]
+            rows[model] = {
+                "AUC": _text(auc["value"]),
+                "95% DeLong": _text(auc["delong"]),
+                "95% bootstrap": _text(auc["bootstrap"]),
+                "PR area": _text(precision["value"]),
+                "95% bootstrap ": _text(precision["bootstrap"]),
+            }
+            for name, figure in (result["calibration"] or {}).items():
+                if name != "bins":
+                    rows[model][name] = _text(figure["value"])
+            points[model] = {
+                point["name"]: f"{_text(point['sensitivity']['value'])} / {_text(point['specificity']['value'])}"
+                for point in result["points"]
+            }
+        parts.append(_aligned(rows))
+        if any(points.values()):
+            parts += [f"  sensitivity / specificity, thresholds chosen on {results['data']['thresholds_from']}:"]
+            parts += [_aligned(points)]
+        for comparison in found["comparisons"][:_PRINTED]:
+            first, second = comparison["models"]
+            parts.append(
+                f"  {first} - {second}: {_text(comparison['difference'])} ({_text(comparison['interval'])}), "
+                f"p {_p_text(comparison['p'])}"
+            )
+        if len(found["comparisons"]) > _PRINTED:
+            parts.append(f"  {len(found['comparisons']) - _PRINTED} more comparisons of AUCs are in comparisons.csv")
+        parts.append("")
+    return "\n".join(parts + results["data"]["notes"])
+
+
+def _text(value) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if np.ndim(value) == 0 else f"{value[0]:.3f} to {value[1]:.3f}"
+
+
+def _p_text(p: float | None) -> str:
+    return "< 0.001" if p is not None and p < 0.001 else _text(p)
+
+
+def _aligned(rows: dict[str, dict[str, str]]) -> str:
+    text = pd.DataFrame.from_dict(rows, orient="index").fillna("-").to_string()
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def write_results(out_dir, table: pd.DataFrame, results: dict[str, Any]) -> None:
+    """Write predictions.csv, evaluation.json, each of `score_tables` as CSV, roc.png, pr.png and calibration.png."""
+    out_dir = Path(out_dir)
+    for name, content in {"predictions": table, **score_tables(results)}.items():
+        with atomic_write(out_dir / f"{name}.csv") as temporary:
+            content.to_csv(temporary, index=False)
+    write_json(out_dir / "evaluation.json", results)
+    for name, draw in (("roc", _draw_roc), ("pr", _draw_pr), ("calibration", _draw_calibration)):
+        figure = _draw_levels(results, draw)
+        with atomic_write(out_dir / f"{name}.png") as temporary:
+            figure.savefig(temporary, dpi=120)
+
+
+def _draw_levels(results: dict[str, Any], draw):
+    """A figure with a panel a level, `draw(axes, result of a model, label, opacity of its band)` for each model."""
+    from matplotlib.figure import Figure
+
+    levels = results["levels"]
+    figure = Figure(figsize=(4.5 * len(levels), 4.8), layout="constrained")
+    for axes, (level, found) in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels.items(), strict=True):
+        for model, result in found["models"].items():
+            # The bands of many models would hide each other.
+            draw(axes, result, model, 0.12 if len(found["models"]) <= 3 else 0)
+        axes.set(title=f"{level}s ({found['samples']}, {found['positive']} positive)", xlim=(0, 1), ylim=(0, 1.005))
+        axes.set_aspect("equal")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def _draw_roc(axes, result, label, opacity) -> None:
+    curve, auc = result["roc"], result["auc"]
+    interval = f" ({_text(auc['delong'])})" if auc["delong"] else ""
+    (line,) = axes.plot(
+        curve["false_positive"], curve["true_positive"], label=f"{label}: {_text(auc['value'])}{interval}"
+    )
+    axes.fill_between(curve["false_positive"], curve["low"], curve["high"], color=line.get_color(), alpha=opacity, lw=0)
+    axes.axline((0, 0), slope=1, color="0.8", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity")
+
+
+def _draw_pr(axes, result, label, opacity) -> None:
+    curve, area = result["pr"], result["average_precision"]["value"]
+    (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {_text(area)}")
+    axes.fill_between(
+        curve["recall"], curve["low"], curve["high"], step="pre", color=line.get_color(), alpha=opacity, lw=0
+    )
+    axes.set(xlabel="sensitivity (recall)", ylabel="precision (positive predictive value)")
+
+
+def _draw_calibration(axes, result, label, opacity) -> None:
+    axes.axline((0, 0), slope=1, color="0.8", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlabel="predicted probability", ylabel="observed share of positives")
+    if (calibration := result["calibration"]) is None:
+        return
+    bins = calibration["bins"]
+    predicted, observed = ([part[name] for part in bins] for name in ("predicted", "observed"))
+    reach = np.abs([np.subtract(part["interval"], part["observed"]) for part in bins]).T
+    axes.errorbar(predicted, observed, reach, marker="o", markersize=4, linewidth=1, elinewidth=0.7, label=label)
+
+
+def write_metarepository(path, table: pd.DataFrame, model: str) -> None:
+    """Write the image-level predictions of one model as the NYU metarepository's scoring script reads them.
+
+    Its columns are the row's number (without a name), image_index (the file's name without ending, as in exam lists),
+    malignant_pred and malignant_label.
+    """
+    names = table["file"].map(lambda file: Path(file).stem)
+    if (repeated := names.duplicated()).any():
+        raise InputError(f"{path}: Expected a name of its own for each image. Received {names[repeated].iloc[0]} twice")
+    columns = {"image_index": names, "malignant_pred": table[model], "malignant_label": table["label"]}
+    with atomic_write(path) as temporary:
+        pd.DataFrame(columns).to_csv(temporary)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made the results, of those packages that are loaded."""
+    names = ("numpy", "scipy", "pandas", "keras", "tensorflow", "jax", "torch", "cv2")
+    loaded = {name: getattr(sys.modules[name], "__version__", "unknown") for name in names if name in sys.modules}
+    return {"python": platform.python_version(), **loaded}

@@ -18,6 +18,7 @@ scripts = {
     "dm-train-heatmaps": "ddsm_train.heatmap_clf_train",
     "dm-localise": "ddsm_train.localise",
     "dm-draw-lesions": "scripts.draw_lesions",
+    "dm-evaluate": "scripts.evaluate",
     "dm-make-phantom": "scripts.make_phantom",
 }
 setup(

@@ -1,0 +1,296 @@
+"""What is to be evaluated: labelled images in any layout, and what models say of them, in one table.
+
+The table has the columns of `dm_evaluation.COLUMNS`: file (where it can be opened from here), patient ("" where not
+known), side (LEFT, RIGHT or ""), view ("" where not known) and label (1 for the positive classes, 0 for others). One
+column a model follows: its probability of the positive classes.
+"""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dm_dataset import IMAGE_TABLE, open_csv, parse_image_name, read_image_table
+from dm_evaluation import COLUMNS, FLIPS
+from dm_files import InputError
+from dm_unpickle import load_plain
+
+_SIDES = {"": "", "l": "LEFT", "left": "LEFT", "r": "RIGHT", "right": "RIGHT"}
+_VIEWS = ("L-CC", "L-MLO", "R-CC", "R-MLO")
+
+
+def read_images(
+    source,
+    classes: Sequence[str] = ("neg", "pos"),
+    positive: Sequence[str] = ("pos",),
+    part: str = "test",
+    image_dir=None,
+) -> pd.DataFrame:
+    """The labelled images of a folder or a list.
+
+    Args:
+        source: the output folder of a preparation script, of which the set `part` is taken; a folder with one
+            sub-folder a class; a CSV file with columns file, label and perhaps patient, side, view; or an exam list of
+            the NYU metarepository (`.pkl`). Where patient, side and view are not given they are read from names of the
+            form <patient>_<LEFT|RIGHT>_<CC|MLO>.
+        classes: sub-folders to read, and labels that a CSV file may have, besides 0 and 1. positive: those of label 1.
+        image_dir: folder that file names in lists start from; default: that of a CSV file itself.
+
+    Raises InputError for anything missing or malformed. Warns, on standard error, of images without a patient.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".pkl":
+        rows = _read_exams(path, image_dir)
+    elif path.is_file():
+        rows = _read_list(path, classes, positive, path.parent if image_dir is None else Path(image_dir))
+    elif not path.is_dir():
+        raise InputError(f"{path}: not found. Expected a folder of images, a CSV file or an exam list (.pkl)")
+    elif (path / IMAGE_TABLE).is_file():
+        rows = _read_prepared(path, part)
+    else:
+        rows = _read_classes(path, classes, positive)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    if missing := [file for file in table["file"] if not Path(file).is_file()]:
+        raise InputError(
+            f"{missing[0]}: listed in {source}, but not there ({len(missing)} of {len(table)} are missing)"
+        )
+    return _with_patients(table, source)
+
+
+def _read_prepared(folder: Path, part: str) -> list[tuple]:
+    images = read_image_table(folder / IMAGE_TABLE)
+    images = images[images["set"] == part]
+    if images.empty:
+        raise InputError(f"{folder / IMAGE_TABLE}: no images of the set {part}; name another with --set")
+    return [
+        (str(folder / row.file), row.patient, row.side, row.view, int(row.label == "pos"))
+        for row in images.itertuples()
+    ]
+
+
+def _read_classes(folder: Path, classes, positive) -> list[tuple]:
+    from dm_image import find_images
+
+    listed = {}
+    if (folder.parent / IMAGE_TABLE).is_file():
+        images = read_image_table(folder.parent / IMAGE_TABLE)
+        listed = {row.file: (row.patient, row.side, row.view) for row in images.itertuples()}
+    rows = []
+    for name in classes:
+        if not (folder / name).is_dir():
+            raise InputError(f"{folder / name}: no such class folder. Expected {', '.join(classes)}; see --class-list")
+        for file in find_images([folder / name]):
+            known = listed.get(file.relative_to(folder.parent).as_posix()) or _from_name(file)
+            rows.append((str(file), *known, int(name in positive)))
+    return rows
+
+
+def _from_name(file) -> tuple[str, str, str]:
+    return parse_image_name(Path(file).stem) or ("", "", "")
+
+
+def _read_list(path: Path, classes, positive, folder: Path) -> list[tuple]:
+    rows = []
+    with open_csv(path) as (header, cells_of):
+        _check_header(path, header)
+        for where, cells in cells_of:
+            row = dict(zip(header, cells, strict=True))
+            rows.append(
+                (str(folder / row["file"]), *_describe(row, where), _label(row["label"], classes, positive, where))
+            )
+    if not rows:
+        raise InputError(f"{path}: no images below the header")
+    return rows
+
+
+def _check_header(path, header: Sequence[str]) -> None:
+    if missing := [name for name in ("file", "label") if name not in header]:
+        raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300]}")
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}, line 1: Expected each column once. Received {','.join(header)[:300]}")
+
+
+def _describe(row: Mapping[str, str], where: str) -> tuple[str, str, str]:
+    """Patient, side and view of a row of a CSV file, from its columns, or else from the file's name."""
+    patient, side, view = _from_name(row["file"])
+    if "side" in row:
+        if row["side"].lower() not in _SIDES:
+            raise InputError(f"{where}: unknown side. Expected LEFT, RIGHT or nothing. Received {row['side']!r}")
+        side = _SIDES[row["side"].lower()]
+    return row.get("patient", patient), side, row.get("view", view)
+
+
+def _label(text: str, classes, positive, where: str) -> int:
+    if text in ("0", "1"):
+        return int(text)
+    if text not in classes:
+        raise InputError(f"{where}: unknown label. Expected 0, 1 or {', '.join(classes)}. Received {text!r}")
+    return int(text in positive)
+
+
+def _read_exams(path: Path, image_dir) -> list[tuple]:
+    """An exam list of the NYU metarepository: a list of dicts, as in its README. Each exam counts as a patient."""
+    if image_dir is None:
+        raise InputError(f"{path}: Expected --image-dir, the folder of its images. Received none")
+    exams = load_plain(path)
+    if not isinstance(exams, list) or not all(isinstance(exam, dict) for exam in exams):
+        raise InputError(f"{path}: Expected a list of exams, dicts each. Received something else")
+    rows = []
+    for number, exam in enumerate(exams):
+        labels = exam.get("cancer_label")
+        for view in _VIEWS:
+            for name in exam.get(view) or ():
+                side = _SIDES[view[0].lower()]
+                label = labels.get(f"{side.lower()}_malignant") if isinstance(labels, dict) else None
+                if label not in (0, 1):
+                    raise InputError(f"{path}, exam {number}: Expected a {side.lower()}_malignant of 0 or 1")
+                rows.append((str(Path(image_dir, f"{name}.png")), f"exam {number}", side, view[2:], int(label)))
+    if not rows:
+        raise InputError(f"{path}: Expected images under {', '.join(_VIEWS)}. Received none")
+    return rows
+
+
+def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
+    """The table without repeated files, each image without a patient being one of its own where others have one."""
+    if (repeated := table["file"].duplicated()).any():
+        raise InputError(f"{source}: {table['file'][repeated].iloc[0]} stands there twice; remove one of them")
+    without = table["patient"] == ""
+    if without.any():
+        print(
+            f"warning: {source}: {without.sum()} of {len(table)} images have no patient: each counts as a patient of "
+            "its own, so that intervals are too narrow where patients have several images",
+            file=sys.stderr,
+        )
+    if not without.all():
+        table.loc[without, "patient"] = table["file"]
+    return table
+
+
+def read_predictions(
+    path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",)
+) -> tuple[pd.DataFrame, list[str]]:
+    """A table with predictions from a CSV file, and the names of its models.
+
+    The file is one of ours or anybody's, with columns file, label and perhaps patient, side, view; each other column
+    of numbers is a model, but for the columns of other classes that a trainer's `predictions.csv` has. The images
+    need not be there.
+    """
+    others = {name + way for name in classes if name not in positive for way in ("", FLIPS)}
+    rows, scores = [], []
+    with open_csv(path) as (header, cells_of):
+        _check_header(path, header)
+        names = [name for name in header if name not in COLUMNS and name not in others]
+        for where, cells in cells_of:
+            row = dict(zip(header, cells, strict=True))
+            rows.append((row["file"], *_describe(row, where), _label(row["label"], classes, positive, where)))
+            scores.append([_number(row[name], where, name) for name in names])
+    if not rows or not names:
+        raise InputError(
+            f"{path}: Expected rows, and a column of predictions a model. Received {','.join(header)[:300]}"
+        )
+    table = _with_patients(pd.DataFrame(rows, columns=COLUMNS), path)
+    return table.join(pd.DataFrame(scores, columns=names)), names
+
+
+def _number(text: str, where: str, name: str) -> float:
+    try:
+        return float(text) if text else np.nan
+    except ValueError:
+        raise InputError(f"{where}: Expected a number in the column {name}. Received {text!r}") from None
+
+
+# ------------------------------------------------------------------------------------------------- predictions
+
+
+def name_models(paths: Sequence) -> list[str]:
+    """Short names of model files: without folder and ending, or with as many folders as tell them apart."""
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise InputError(f"Expected each model once. Received {', '.join(map(str, paths))}")
+    parts = [Path(path).with_suffix("").resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]  # they differ by their endings
+
+
+def predict_images(
+    table: pd.DataFrame,
+    predictors: Mapping[str, object],
+    positive: Sequence[str] = ("pos",),
+    flips: bool = False,
+    batch_size: int = 4,
+    on_error: str = "stop",
+) -> tuple[pd.DataFrame, list[str]]:
+    """Add the probabilities of each model to a table of images.
+
+    Args:
+        predictors: `dm_predict.Predictor`s by name. Those that take the same pixels share the reading of the images.
+        positive: classes whose probabilities are added up.
+        flips: add a second column a model, <name>_flips: that of the mean over the four flips of each image.
+        on_error: "stop" raises InputError for an unreadable image, "skip" leaves it out.
+
+    Returns:
+        the table, of the images that could be read, and a message for each of the others.
+    """
+    from dm_image import DMImageDataGenerator, check_pixel_stats
+    from dm_inference import predict
+
+    alike: dict[tuple, list[str]] = {}
+    for name, predictor in predictors.items():
+        if missing := [label for label in positive if label not in predictor.class_list]:
+            raise InputError(
+                f"{name}: no class {missing[0]}. Expected {', '.join(predictor.class_list)}; see --positive"
+            )
+        pixels = {key: value for key, value in predictor.options.items() if key != "class_list"}
+        alike.setdefault((repr(sorted(pixels.items())), predictor.model.input_shape[-1]), []).append(name)
+    skipped = {}
+    for (_, channels), names in alike.items():
+        first = predictors[names[0]]
+        generator = DMImageDataGenerator(featurewise_center=first.options["featurewise_center"])
+        generator.mean = first.mean
+        images = generator.flow_from_img_list(
+            table["file"],
+            table["label"],
+            target_size=tuple(first.options["img_size"]),
+            target_scale=first.options["img_scale"],
+            rescale_factor=first.options["rescale_factor"],
+            equalize_hist=first.options["equalize_hist"],
+            dup_3_channels=channels == 3,
+            batch_size=batch_size,
+            validation_mode=True,
+            on_error=on_error,
+            allow_constant=False,
+        )
+        skipped |= dict.fromkeys(images.skipped)
+        for message in check_pixel_stats(images):
+            print(f"warning: {', '.join(names)}: {message}", file=sys.stderr)
+        together = _Together([predictors[name].model for name in names])
+        _, single, _, averaged = predict(together, images, flips=flips, progress=True)
+        columns, start = {}, 0
+        for name in names:
+            class_list = predictors[name].class_list
+            wanted = [start + class_list.index(label) for label in positive]
+            start += len(class_list)
+            columns[name] = single[:, wanted].sum(axis=1, dtype=np.float64)
+            if flips:
+                columns[name + FLIPS] = averaged[:, wanted].sum(axis=1, dtype=np.float64)
+        table = table.join(pd.DataFrame(columns, index=images.filenames), on="file", how="inner")
+    return table[[*COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(skipped)
+
+
+def model_columns(names: Iterable[str], flips: bool) -> list[str]:
+    """Names of the columns that `predict_images` adds for these models."""
+    return [name + way for way in (("", FLIPS) if flips else ("",)) for name in names]
+
+
+class _Together:
+    """Models of the same input as one whose outputs stand side by side."""
+
+    def __init__(self, models):
+        self.models = models
+
+    def predict_on_batch(self, x):
+        return np.concatenate([np.asarray(model.predict_on_batch(x)) for model in self.models], axis=1)

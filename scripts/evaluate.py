@@ -1,0 +1,200 @@
+#!/usr/bin/env python
+"""Score whole-image classifiers on labelled mammograms: by image, breast and patient, with 95% intervals.
+
+  python scripts/evaluate.py resnet.h5 vgg.h5 data --flips --average mean --out-dir evaluation
+  python scripts/evaluate.py image_model.h5 exams.csv --val data/val --report report.html
+  python scripts/evaluate.py --predictions evaluation/predictions.csv
+
+DATA, which comes last, is the output folder of a preparation script, a folder with one sub-folder a class, a CSV file
+(file,label and perhaps patient,side,view) or an exam list of the NYU metarepository (.pkl). Intervals are by patient.
+Writes predictions.csv, evaluation.json, scores.csv, points.csv, comparisons.csv and pictures to --out-dir.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dm_args
+from dm_files import InputError, locked
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"Expected a number above 0, at most 1. Received {text}")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from dm_preflight import add_pixel_options
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="MODEL... DATA", help="trained models, and last what to score them on")
+    add("--out-dir", metavar="DIR", default="evaluation", help="folder for the results")
+    add("--report", metavar="FILE", help="also write a report to read, one HTML page with all figures and pictures")
+    add(
+        "--metarepository", metavar="FILE",
+        help="also write the image predictions of the one model, or of the average, as the scoring script of the NYU "
+        "metarepository reads them",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add(
+        "--predictions", metavar="FILE",
+        help="score these predictions instead: a CSV file with columns file, label, perhaps patient, side, view, and "
+        "one a model",
+    )  # fmt: skip
+    add(
+        "--val", metavar="DATA",
+        help="images to choose thresholds and fit weights on (with --predictions: a file of predictions); default: "
+        "thresholds from DATA itself, which flatters them",
+    )  # fmt: skip
+    add("--set", choices=["train", "val", "test"], default="test", help="set of a prepared folder; of --val's: val")
+    add("--image-dir", metavar="DIR", help="folder that file names in lists start from; default: a CSV file's own")
+    add("--class-list", nargs="+", metavar="CLASS", help="names of the outputs; default: as trained, else neg pos")
+    add("--positive", nargs="+", metavar="CLASS", default=["pos"], help="classes that count as cancer")
+    add(
+        "--on-error", choices=["stop", "skip"], default="stop",
+        help="what an unreadable image does: end the run, or be left out and listed",
+    )  # fmt: skip
+
+    group = parser.add_argument_group("predictions")
+    add = group.add_argument
+    add("--flips", action="store_true", help="also score the mean over the four flips of each image")
+    add(
+        "--average", choices=["mean", "fitted"],
+        help="also score the mean of all models, or one with weights fitted on --val",
+    )  # fmt: skip
+    add("--batch-size", "-bs", type=dm_args.positive_int, default=4, help="images predicted at a time")
+    add("--trust-checkpoint", action="store_true", help="open model files even where they hold Python code")
+
+    group = parser.add_argument_group("scores")
+    add = group.add_argument
+    add("--patient-score", choices=["max", "mean"], default="max", help="a patient's score from those of the breasts")
+    dm_args.add_flag(group, "--youden", True, "the point of the largest sum of sensitivity and specificity")
+    add("--sensitivity", nargs="*", type=share, default=[0.9], metavar="SHARE", help="points of these sensitivities")
+    add("--specificity", nargs="*", type=share, default=[0.9], metavar="SHARE", help="points of these specificities")
+    add("--threshold", nargs="*", type=float, default=[0.5], metavar="SCORE", help="points of these thresholds")
+    add("--bootstrap", type=dm_args.positive_int, default=2000, help="draws of patients")
+    add_pixel_options(parser)
+    return parser
+
+
+def run(**options) -> None:
+    """Write the results; keyword arguments are the option names of `make_parser`."""
+    args = dm_args.complete(make_parser(), options)
+    *models, source = args.inputs or [None]
+    if args.predictions is None and not models:
+        raise InputError("Expected MODEL... DATA, or --predictions FILE. Received neither")
+    if args.predictions is not None and args.inputs:
+        raise InputError(f"Expected MODEL... DATA, or --predictions FILE. Received both, such as {args.inputs[0]}")
+    if args.average == "fitted" and args.val is None:
+        raise InputError("--average fitted: Expected --val, the images to fit the weights on. Received none")
+    if args.average and len(models) == 1:
+        raise InputError(f"--average: Expected several models. Received {models[0]}")
+    check_metarepository(args, models)
+    with locked(args.out_dir):
+        evaluate(args, models, source)
+
+
+def check_metarepository(args: argparse.Namespace, models: list) -> None:
+    if args.metarepository and len(models) > 1 and not args.average:
+        raise InputError(f"--metarepository: Expected one model, or --average. Received {', '.join(map(str, models))}")
+
+
+def evaluate(args: argparse.Namespace, models: list, source) -> None:
+    import dm_evaluation
+
+    tables, names, about, predictors = predict(args, models, source) if models else read(args)
+    if args.average:
+        fitted_on = tables[1] if args.average == "fitted" else None
+        averaged = [dm_evaluation.add_averages(table, names, fitted_on) for table in tables]
+        tables, (names, about["average_weights"]) = [table for table, *_ in averaged], averaged[0][1:]
+    points = dm_evaluation.Points(args.youden, args.sensitivity, args.specificity, args.threshold)
+    seed = dm_args.env_int("RANDOM_SEED", 12345)
+    table, val = tables[0], tables[1] if args.val else None
+    results = dm_evaluation.evaluate(table, names, points, val, args.patient_score, args.bootstrap, seed)
+    results["data"] |= about
+    results |= {"command": shlex.join(sys.orig_argv), "versions": dm_evaluation.versions()}
+    dm_evaluation.write_results(args.out_dir, table, results)
+    if args.metarepository:
+        dm_evaluation.write_metarepository(args.metarepository, table, names[-1])
+    if args.report:
+        from dm_report import write_report
+
+        write_report(args.report, results, table, predictors=predictors, positive=args.positive)
+    print(dm_evaluation.describe(results))
+    print(f"Results are in {args.out_dir}")
+
+
+def predict(args: argparse.Namespace, models: list, source):
+    """Tables of DATA and of --val, if given, the names of the models, what to say of them in the results, and the
+    `Predictor`s by name."""
+    import dm_evaluation_data as data
+    from dm_preflight import choose_pixel_options
+
+    given = {name: value for name, value in vars(args).items() if name != "class_list" or value is not None}
+    files = dict(zip(data.name_models(models), models, strict=True))
+    classes = {name: choose_pixel_options(given, file)[0]["class_list"] for name, file in files.items()}
+    first = next(iter(files))
+    for name in files:
+        if classes[name] != classes[first]:
+            raise InputError(
+                f"{name}: Expected the classes of {first}, {' '.join(classes[first])}. "
+                f"Received {' '.join(classes[name])}; see --class-list"
+            )
+    sources = [(source, args.set), (args.val, "val")][: 1 + (args.val is not None)]
+    tables = [data.read_images(path, classes[first], args.positive, part, args.image_dir) for path, part in sources]
+    dm_args.start_backend()
+    from dm_predict import Predictor
+
+    predictors = {name: Predictor(file, given, args.trust_checkpoint) for name, file in files.items()}
+    for name, predictor in predictors.items():
+        print(f"{name}: {predictor.source}", file=sys.stderr)
+    predicted = [
+        data.predict_images(table, predictors, args.positive, args.flips, args.batch_size, args.on_error)
+        for table in tables
+    ]
+    skipped = [message for _, messages in predicted for message in messages]
+    for message in skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    if skipped:
+        print(f"warning: {len(skipped)} of {sum(map(len, tables))} images skipped", file=sys.stderr)
+    about = {
+        "source": str(source),
+        "val": args.val,
+        "positive_classes": args.positive,
+        "model_files": {name: str(file) for name, file in files.items()},
+        "pixel_options": {name: predictor.options for name, predictor in predictors.items()},
+        "skipped": skipped,
+    }
+    return [table for table, _ in predicted], data.model_columns(files, args.flips), about, predictors
+
+
+def read(args: argparse.Namespace):
+    """What `predict` gives, from --predictions and, if given, --val."""
+    from dm_evaluation_data import read_predictions
+
+    classes = args.class_list or ["neg", "pos"]
+    sources = [args.predictions] + ([] if args.val is None else [args.val])
+    (table, names), *others = [read_predictions(path, classes, args.positive) for path in sources]
+    check_metarepository(args, names)
+    for _, other_names in others:
+        if missing := sorted(set(names) - set(other_names)):
+            raise InputError(
+                f"{args.val}: Expected the models of {args.predictions}. Received none called {missing[0]}"
+            )
+    return [table, *(other for other, _ in others)], names, {"source": str(args.predictions), "val": args.val}, {}
+
+
+def main(argv=None) -> int:
+    return dm_args.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
