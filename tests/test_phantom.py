@@ -13,7 +13,7 @@ import pytest
 import dm_phantom_cbis
 from dm_files import InputError
 from dm_image import read_img
-from dm_phantom import Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
+from dm_phantom import STYLES, Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
 from dm_phantom_cbis import ODDITIES, make_download
 from dm_preprocess import DMImagePreprocessor
 from dm_region import split_patients
@@ -81,6 +81,116 @@ def test_masks_hold_the_lesions_and_little_else(kind, pathology):
             assert height - np.ptp(rows) <= 6  # pixels: the margin and the faintest rim
             assert width - np.ptp(columns) <= 6
             assert 0.03 * HEIGHT < max(width, height) < 0.2 * HEIGHT
+
+
+STYLED = [
+    Patient("P", 1, "LEFT", [("mass", "MALIGNANT"), ("calc", "BENIGN")]),
+    Patient("P", 2, "RIGHT", [("calc", "MALIGNANT"), ("mass", "BENIGN")]),
+]
+
+
+@pytest.mark.parametrize(
+    ("patient", "view", "means", "areas"),
+    [
+        (
+            STYLED[0],
+            "MLO",
+            [[32314.14, 11287.07, 5416.24], [26390.01, 23465.93, 47.61], [15559.91, 16360.40, 48.64],
+             [7924.87, 2791.45, 46.72]],
+            [401, 220],
+        ),
+        (
+            STYLED[1],
+            "CC",
+            [[525.77, 642.88, 6505.83], [47.38, 16798.65, 19954.75], [47.13, 15497.32, 19415.02],
+             [49.35, 774.56, 5197.13]],
+            [399, 435],
+        ),
+    ],
+    ids=["MLO", "CC"],
+)  # fmt: skip
+def test_film_is_drawn_as_ever(patient, view, means, areas):
+    """Means of blocks of 48 x 48 pixels and areas of masks, as before there was another style; a checksum of pixels
+    would not do, since other processors round a pixel in many by one."""
+    img, masks = draw_view(patient, view, 7, HEIGHT, WIDTH)
+    assert (img == draw_view(patient, view, 7, HEIGHT, WIDTH, style="film")[0]).all()
+    np.testing.assert_allclose(img.reshape(4, 48, 3, 48).mean(axis=(1, 3)), means, atol=0.05)
+    assert [(mask > 0).sum() for mask in masks] == areas
+
+
+@pytest.mark.parametrize(("patient", "view"), list(zip(STYLED, ("MLO", "CC"), strict=True)), ids=["MLO", "CC"])
+def test_digital_pictures_show_the_same_breast_otherwise(patient, view):
+    from scipy.stats import spearmanr
+
+    film, masks = draw_view(patient, view, 7, HEIGHT, WIDTH)
+    digital, same_masks = draw_view(patient, view, 7, HEIGHT, WIDTH, style="digital")
+    assert all((one == two).all() for one, two in zip(masks, same_masks, strict=True))
+    # 14 bits, the upper ones: more levels than 12 bits have.
+    assert digital.dtype == np.uint16
+    assert not (digital & 3).any()
+    assert len(np.unique(digital)) > 4096
+    thickness = draw_breast(
+        HEIGHT, WIDTH, view, np.random.default_rng([7, patient.index, 1 + (view == "MLO")])
+    ).thickness
+    if patient.side == "RIGHT":
+        thickness = thickness[:, ::-1]
+    # Around the breast nothing, where film has grain and a label.
+    assert digital[thickness == 0].max() == 0
+    assert (film[thickness == 0] > 0).mean() > 0.4
+    assert film[thickness == 0].max() > 39000
+    # Inside, what is bright stays bright; more contrast, and more of it in fine detail.
+    inside = thickness > 0.999
+    smooth = [cv2.GaussianBlur(img.astype("float32"), (0, 0), 2)[inside] for img in (film, digital)]
+    assert spearmanr(*smooth).statistic > 0.99
+    ranges = [np.ptp(np.quantile(img[inside], [0.1, 0.9])) for img in (film, digital)]
+    assert ranges[1] > 1.4 * ranges[0]
+    detail = [
+        np.abs(cv2.Laplacian(img.astype("float32"), cv2.CV_32F))[inside].mean() / img[inside].std()
+        for img in (film, digital)
+    ]
+    assert detail[1] > 1.8 * detail[0]
+
+
+def test_digital_noise_is_of_photons():
+    """A flat field of no lesions: after the curve is undone, the variance is that of photon counts, so it grows
+    with brightness as their number falls."""
+    rng, variances = np.random.default_rng(0), []
+    for level in (0.2, 0.4, 0.6):
+        flat = np.full((400, 400), level, "float32")
+        grey = STYLES["digital"](flat, np.ones_like(flat), rng)
+        variances.append(np.log(grey / (1 - grey)).var())
+    # Photons are e^-4 fewer for each unit of brightness; the scale, of curve and edges, is the same for all.
+    np.testing.assert_allclose(np.diff(np.log(variances)), 0.8, atol=0.05)
+
+
+def test_digital_lesions_are_where_the_masks_are():
+    patient = STYLED[0]
+    (with_lesions, masks), (without, _) = (
+        draw_view(patient, "MLO", 7, HEIGHT, WIDTH, contrast, "digital") for contrast in (1, 0)
+    )
+    change = np.abs(with_lesions.astype(int) - without)
+    inside = np.maximum.reduce(masks) > 0
+    assert change[inside].max() > 20000
+    assert change[~inside].max() < 0.05 * change[inside].max()  # what the enhanced edges reach beyond
+
+
+@pytest.mark.parametrize("layout", ["prepared", "cbis-ddsm"])
+def test_the_style_of_a_data_set(tmp_path, layout):
+    options = "--patients 3 --views CC --height 192 --width 144 --test-size 0 --jobs 1"
+    options += " --val-size 0" if layout == "prepared" else " --oddities none"
+    for style in ("", "film", "digital"):
+        chosen = ["--style", style] if style else []
+        assert main([f"{tmp_path}/{style}/out", "--layout", layout, *options.split(), *chosen]) == 0
+    found = {}
+    for style in ("", "film", "digital"):
+        images = [read_img(path) for path in sorted(Path(tmp_path, style, "out").rglob("*"))
+                  if path.suffix in (".png", ".dcm")]  # fmt: skip
+        found[style] = [img for img in images if img.dtype == np.uint16 and img.shape == (HEIGHT, WIDTH)]
+        assert f"style {style or 'film'}" in (tmp_path / style / "out" / "README.txt").read_text()
+    for default, film, digital in zip(*found.values(), strict=True):
+        assert (film == default).all()
+        assert (film & 3).any()
+        assert not (digital & 3).any()
 
 
 def test_benign_masses_are_smooth_and_malignant_ones_spiculated():
