@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dm_files import InputError, atomic_write, locked, remove_partial, write_text
+from dm_files import InputError, append_text, atomic_write, locked, remove_partial, write_text
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -426,20 +426,17 @@ def _prepare(items, function, download, out, folders, jobs, backend, on_error, d
     pending = [item for item in items if item.name not in records]
     if records:
         print(f"{len(records)} of {len(items)} images are there from an earlier run")
-    with open(manifest, "a", encoding="utf-8") as file:
-        # Starts with the end of the line that a killed run may have left half written.
-        file.write("\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n")
-        file.flush()
-        for item, result in zip(pending, run_parallel(function, pending, jobs, backend, desc), strict=True):
-            if result.faults and on_error == "stop":
-                raise InputError(result.faults[0])
-            checksums = [_checksum(out / path) for path in result.outputs]
-            if result.log:
-                tqdm.write("\n".join([*result.log, *result.faults]))
-            records[item.name] = {"stamp": stamps[item.name], "checksums": checksums, **asdict(result)}
-            del records[item.name]["log"]
-            file.write(json.dumps(records[item.name]) + "\n")
-            file.flush()
+    # Starts with the end of the line that a killed run may have left half written.
+    append_text(manifest, "\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n")
+    for item, result in zip(pending, run_parallel(function, pending, jobs, backend, desc), strict=True):
+        if result.faults and on_error == "stop":
+            raise InputError(result.faults[0])
+        checksums = [_checksum(out / path) for path in result.outputs]
+        if result.log:
+            tqdm.write("\n".join([*result.log, *result.faults]))
+        records[item.name] = {"stamp": stamps[item.name], "checksums": checksums, **asdict(result)}
+        del records[item.name]["log"]
+        append_text(manifest, json.dumps(records[item.name]) + "\n")
     ordered = [records[item.name] for item in items]
     ours.update(path for item in items for path in item.outputs)
     for path in ours.difference(*(record["outputs"] for record in ordered)):

@@ -81,7 +81,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _naming(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_partial_prefix(path), suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
@@ -91,6 +91,19 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Write to the end of a UTF-8 text file. A killed process, or a full disk, may leave a part of the text there."""
+    with _naming(Path(path)), open(path, "a", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an OSError that names no file (a full disk), or a temporary one, `path` as its `filename`."""
+    try:
+        yield
     except OSError as error:
         ours = error.filename is None or Path(str(error.filename)).name.startswith(_PARTIAL)
         if ours and error.errno is not None:  # without a number there is a text, which a file name would hide
