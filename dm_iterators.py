@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 import dm_image
+from dm_check_data import check_images
 from dm_files import InputError, env_int, write_img
 from dm_parallel import run_parallel
 from dm_preprocess import DMImagePreprocessor
@@ -215,15 +216,23 @@ class DMIterator(keras.utils.PyDataset):
             x[...] = standardized
         return x
 
-    def _with_labels(self, x, classes):
-        """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance."""
+    def _with_labels(self, x, classes, there=slice(None)):
+        """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance.
+
+        there: places of the samples that count; the others get one-hot labels of zeros, and no weight.
+        """
         if self.class_mode is None:
             return x
         if self.class_mode == "categorical":
-            y = np.eye(self.nb_class, dtype=np.float32)[classes]
+            y = np.zeros((len(classes), self.nb_class), np.float32)
+            y[there] = np.eye(self.nb_class)[classes[there]]
         else:
             y = classes.astype(np.float32 if self.class_mode == "binary" else np.int64)
-        return (x, y, batch_weights(classes)) if self.auto_batch_balance else (x, y)
+        if not self.auto_batch_balance:
+            return x, y
+        weights = np.zeros(len(classes), np.float32)
+        weights[there] = batch_weights(classes[there])
+        return x, y, weights
 
 
 def _default_workers(workers):
@@ -255,17 +264,30 @@ class _SampleIterator(DMIterator):
             self._reader = None
 
     def _make_batch(self, index, rng):
-        images = self._map(self.load, index)
-        _check_one_size([self._name(i) for i in index], images)
-        occurrences = [int((index[:k] == i).sum()) for k, i in enumerate(index)]
-        batch = dm_image.empty_aligned((len(index), *images[0].shape))
-        self._map(self._augment, images, index, occurrences, batch)
-        if self.save_to_dir:
-            self._map(self._save, batch, index, occurrences)
-        return self._with_labels(batch, None if self.classes is None else self.classes[index])
+        images = self._map(self._load_or_lose, index)
+        there = [place for place, image in enumerate(images) if image is not None]
+        if not there:
+            raise InputError(f"none of the {len(index)} images of a batch can be read, such as {self._name(index[0])}")
+        _check_one_size([self._name(index[place]) for place in there], [images[place] for place in there])
+        batch = dm_image.empty_aligned((len(index), *images[there[0]].shape))
+
+        def fill(place):
+            sample, occurrence = index[place], int((index[:place] == index[place]).sum())
+            self._augment(images[place], sample, occurrence, batch[place])
+            if self.save_to_dir:
+                self._save(batch[place], sample, occurrence)
+
+        self._map(fill, there)
+        for place in set(range(len(index))).difference(there):  # a batch keeps its size
+            batch[place] = batch[there[place % len(there)]]
+        return self._with_labels(batch, None if self.classes is None else self.classes[index], there)
 
     def load(self, index):
         raise NotImplementedError
+
+    def _load_or_lose(self, index):
+        """`load(index)`, or None for a sample whose place another one takes."""
+        return self.load(index)
 
     def _save(self, x, index, occurrence):
         """Write what the network sees, stretched to 0..255, as PREFIX_EPOCH_INDEX[_OCCURRENCE].FORMAT."""
@@ -321,7 +343,10 @@ class _FileIterator(_SampleIterator):
         load_to_ram: keep the resized images as one array (N, H, W) of the files' integer type, read at once by
             `workers` threads. Batches are the same as from disk.
         on_error: "stop": an unreadable image raises InputError when it is read. "skip": all are read now, and
-            those that cannot be are left out and listed, as messages, in `.skipped`.
+            those that cannot be are left out. With one-hot labels, one that cannot be read later is lost: another of
+            its batch, with a label of zeros and no weight, takes its place. `.skipped` lists both, as messages.
+        checked: what is known of the files, by their absolute names (`dm_check_data.ImageCheck`): "skip" need not read
+            them now then. Images that are not what they were are unreadable.
         allow_constant: whether an image whose pixels are all equal is readable. A patch may well be so; a whole
             mammogram is broken.
     """
@@ -343,6 +368,7 @@ class _FileIterator(_SampleIterator):
         dup_3_channels=False,
         load_to_ram=False,
         on_error="stop",
+        checked=None,
         allow_constant=True,
         workers=None,
         **kwargs,
@@ -351,25 +377,60 @@ class _FileIterator(_SampleIterator):
             raise InputError(f"on_error: Expected stop or skip. Received {on_error!r}.")
         if load_to_ram and (target_size is None or target_height is not None):
             raise InputError("load_to_ram: Expected target_size and no target_height, so that all images fit.")
-        self._read_args = {"target_size": target_size, "target_height": target_height, "gs_255": gs_255}
+        self._gs_255 = gs_255
+        self._size_args = {"target_size": target_size, "target_height": target_height}
         self._scale_args = {"target_scale": target_scale, "rescale_factor": rescale_factor}
         self._input_args = (equalize_hist, generator.data_format, dup_3_channels)
         self._allow_constant = allow_constant
         self._paths, self.filenames = list(paths), list(names)
-        self.skipped, self._ram = [], None
-        if load_to_ram or on_error == "skip":
-            good = self._read_all(load_to_ram, on_error, _default_workers(workers))
-            self._paths = [self._paths[i] for i in good]
-            self.filenames = [self.filenames[i] for i in good]
-            classes = None if classes is None else np.asarray(classes)[good]
+        self.nb_file = len(self._paths)
+        self._left_out, self._lost = [], {}  # messages, and those of samples lost later
+        self._ram = self._checks = None
+        if load_to_ram:
+            errors = self._read_to_ram(on_error, _default_workers(workers))
+        elif checked is not None:
+            self._checks = [checked[_absolute(path)] for path in self._paths]
+        elif on_error == "skip":
+            self._checks = check_images(self._paths, None, allow_constant, workers, gs_255)
+        if self._checks is not None:
+            errors = [check.message for check in self._checks]
+        if load_to_ram or self._checks is not None:
+            self._left_out = [error for error in errors if error]
+            if self._left_out and on_error == "stop":
+                raise InputError(self._left_out[0])
+            classes = None if classes is None else np.asarray(classes)
+            classes = self._keep([index for index, error in enumerate(errors) if not error], classes)
         super().__init__(generator, len(self._paths), classes, nb_class, workers=workers, **kwargs)
+        self._replaces = on_error == "skip" and self.class_mode == "categorical"
+
+    @property
+    def skipped(self):
+        return [*self._left_out, *(message for _, message in sorted(self._lost.copy().items()))]
+
+    def _keep(self, good, classes):
+        """Go on with the samples `good` alone; return their classes."""
+        self._paths, self.filenames = ([files[i] for i in good] for files in (self._paths, self.filenames))
+        if self._checks is not None:
+            self._checks = [self._checks[i] for i in good]
+        if self._ram is not None and len(good) < len(self._ram):
+            for place, index in enumerate(good):
+                self._ram[place] = self._ram[index]
+            self._ram = self._ram[: len(good)]
+        return None if classes is None else classes[good]
 
     def _read(self, index):
         path = self._paths[index]
-        img = dm_image.check_grey(path, dm_image.read_resized(path, **self._read_args))
-        if not self._allow_constant and img.min() == img.max():
-            raise InputError(f"{path}: constant image: all pixels are {img[0, 0]}.")
-        return img
+        img = dm_image.check_grey(path, dm_image.read_img(path, self._gs_255))
+        if self._checks is not None:
+            check = self._checks[index]
+            if (img.dtype.name, *img.shape) != (check.type, check.rows, check.columns):
+                raise dm_image.ImageError(
+                    f"{path}: the image has changed. Expected {check.rows} x {check.columns} pixels of {check.type}, "
+                    f"as when it was checked. Received {img.shape[0]} x {img.shape[1]} of {img.dtype}.",
+                    "changed",
+                )
+        img = dm_image.resize_as_asked(path, img, **self._size_args)
+        return img if self._allow_constant else dm_image.check_constant(path, img)
 
     def load(self, index):
         img = self._read(index) if self._ram is None else self._ram[index]
@@ -380,10 +441,18 @@ class _FileIterator(_SampleIterator):
     def _name(self, index):
         return self._paths[index]
 
-    def _read_all(self, load_to_ram, on_error, workers):
-        """Read every file with `workers` threads; list the indices of good ones, and keep their images if asked."""
-        if load_to_ram:
-            workers = self._make_ram(workers)
+    def _load_or_lose(self, index):
+        try:
+            return self.load(index)
+        except InputError as error:
+            if not self._replaces:
+                raise
+            self._lost[int(index)] = str(error)
+            return None
+
+    def _read_to_ram(self, on_error, workers):
+        """Read every file with `workers` threads; list what is wrong with each, None for good ones."""
+        workers = self._make_ram(workers)
 
         def read(index):
             try:
@@ -401,28 +470,25 @@ class _FileIterator(_SampleIterator):
                 self._ram[index] = img  # right here: images waiting for their place would add to the peak
             return None
 
-        errors = list(run_parallel(read, range(len(self._paths)), workers, "threading", "read images"))
-        self.skipped = [error for error in errors if error]
-        good = [index for index, error in enumerate(errors) if not error]
-        if self._ram is not None and self.skipped:
-            for place, index in enumerate(good):
-                self._ram[place] = self._ram[index]
-            self._ram = self._ram[: len(good)]
-        return good
+        return list(run_parallel(read, range(len(self._paths)), workers, "threading", "read images"))
 
     def _make_ram(self, workers):
         """Allocate the array for all images; return how many threads can read them without adding much to it."""
         for path in self._paths:
             try:
-                source = dm_image.check_grey(path, dm_image.read_img(path, self._read_args["gs_255"]))
+                source = dm_image.check_grey(path, dm_image.read_img(path, self._gs_255))
             except InputError:
                 continue
-            self._ram = np.empty((len(self._paths), *map(int, self._read_args["target_size"])), source.dtype)
+            self._ram = np.empty((len(self._paths), *map(int, self._size_args["target_size"])), source.dtype)
             # A reader holds the file's bytes and the decoded image, then that and the resized one. Files differ in
             # size, so this is well below the tenth that the peak may be above what is kept.
             reading = source.nbytes + max(os.path.getsize(path), self._ram[0].nbytes)
             return min(workers, max(1, self._ram.nbytes // 16 // reading))
         return workers
+
+
+def _absolute(path):
+    return str(Path(path).absolute())
 
 
 class ImageListIterator(_FileIterator):
@@ -484,6 +550,7 @@ class DirectoryIterator(_FileIterator):
         classes: names of the class folders in the order of the outputs; by default all sub-folders, sorted.
         allow_empty: accept class folders without images, as long as one has some.
         follow_links: also descend into linked folders.
+        checked: see `_FileIterator`. Its files are the images then, whether or not they are still there.
         Others: see `_FileIterator`, `_SampleIterator` and `DMIterator`.
 
     `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers; `.empty_classes` lists the
@@ -499,23 +566,16 @@ class DirectoryIterator(_FileIterator):
         classes=None,
         allow_empty=False,
         follow_links=False,
+        checked=None,
         **kwargs,
     ):
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such folder. Expected a folder with one sub-folder a class.")
-        if not classes:
-            classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-        if not classes:
-            raise InputError(f"{directory}: Expected one sub-folder a class. Received none.")
-        if len(set(classes)) < len(classes):
-            raise InputError(f"class folders (classes): Expected each name once. Received {' '.join(classes)}.")
-        self.directory = directory
-        self.class_indices = {name: number for number, name in enumerate(classes)}
+        self.directory = directory = Path(directory)
+        files = find_classes(directory, classes, follow_links, checked)
+        self.class_indices = {name: number for number, name in enumerate(files)}
         self.empty_classes = []
         names, labels = [], []
         for name, number in self.class_indices.items():
-            found = _find_images(directory, name, follow_links)
+            found = files[name]
             if not found:
                 self.empty_classes.append(str(directory / name))
                 if not allow_empty:
@@ -531,8 +591,30 @@ class DirectoryIterator(_FileIterator):
             labels,
             len(self.class_indices),
             target_size=target_size,
+            checked=checked,
             **kwargs,
         )
+
+
+def find_classes(directory, classes=None, follow_links=False, checked=None):
+    """Names of the images in each class folder of `directory`, relative to it and sorted; see `DirectoryIterator`.
+
+    Raises InputError for a missing folder, and for `classes` that repeat a name.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder. Expected a folder with one sub-folder a class.")
+    if not classes:
+        classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+    if not classes:
+        raise InputError(f"{directory}: Expected one sub-folder a class. Received none.")
+    if len(set(classes)) < len(classes):
+        raise InputError(f"class folders (classes): Expected each name once. Received {' '.join(classes)}.")
+    if checked is None:
+        return {name: _find_images(directory, name, follow_links) for name in classes}
+    root = f"{_absolute(directory)}/"
+    known = sorted(file.removeprefix(root) for file in checked if file.startswith(root))
+    return {name: [file for file in known if file.startswith(f"{name}/")] for name in classes}
 
 
 def _find_images(directory, class_name, follow_links):

@@ -1,18 +1,24 @@
 """dm_iterators: order, labels and weights against the published program's runs; every image once; memory and disk."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import tracemalloc
+from pathlib import Path
 
 import cv2
 import keras
 import numpy as np
 import pytest
 
+from dm_check_data import check_images
 from dm_files import InputError
 from dm_image import DMImageDataGenerator, check_pixel_stats, read_resize_img
 from dm_iterators import batch_weights
-from dm_keras_ext import DMAucModelCheckpoint
+from dm_keras_ext import Accuracy, DMAucModelCheckpoint, WeightedCrossentropy
 from dm_resnet import MultiViewResNetBuilder
 
 AUGMENT = {"rotation_range": 25.0, "zoom_range": [0.8, 1.2], "channel_shift_range": 20.0, "horizontal_flip": True}
@@ -262,6 +268,61 @@ def test_batches_are_pure_functions_of_their_position(folders):
     assert sum(len(y) for _, y in forward.values()) == 13
 
 
+# Batches of two epochs, by the options of generator and iterator.
+RECORDED = {
+    "plain": ({}, {"shuffle": False, "target_scale": 255.0}),
+    "training": (
+        AUGMENT | {"vertical_flip": True, "shear_range": 0.2, "featurewise_center": True},
+        {"auto_batch_balance": True, "dup_3_channels": True, "rescale_factor": 0.003891},
+    ),
+    "balanced": (AUGMENT, {"balance_classes": 1.0, "no_pos_skip": 0.5, "class_mode": "binary"}),
+}
+
+
+def write_noise(folder):
+    """13 images of 16-bit noise in two class folders."""
+    for k in range(13):
+        path = folder / ("neg" if k < 8 else "pos") / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.random.RandomState(k).randint(0, 65536, (20, 16)).astype(np.uint16))
+    return folder
+
+
+def digests(folder, case, workers):
+    """SHA-256 of the bytes of each batch."""
+    generator_args, args = RECORDED[case]
+    generator = DMImageDataGenerator(**generator_args)
+    generator.mean = 52.18
+    iterator = generator.flow_from_directory(
+        folder, target_size=(20, 16), batch_size=4, seed=9, workers=workers, **args
+    )
+    found = []
+    for _ in range(2):
+        batches = [iterator[i] for i in range(len(iterator))]
+        found += [hashlib.sha256(b"".join(array.tobytes() for array in batch)).hexdigest() for batch in batches]
+        iterator.on_epoch_end()
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+@pytest.mark.parametrize("case", RECORDED)
+def test_batches_are_those_recorded_for_any_number_of_workers(tmp_path, case, workers):
+    """The record holds for every backend."""
+    recorded = load(Path(__file__).parent / "reference/batches.json")
+    assert digests(write_noise(tmp_path), case, workers) == recorded[case]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_another_process_of_any_backend_makes_the_same_batches(tmp_path, backend):
+    pytest.importorskip(backend)
+    write_noise(tmp_path)
+    code = f"from test_iterators import *; print(*digests(Path({str(tmp_path)!r}), 'training', 2))"
+    environment = os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == digests(tmp_path, "training", 1)
+
+
 def test_the_next_batch_is_loaded_during_the_present_one():
     """While nobody asks, the images of the next batch are read, and of no later one."""
     images = DMImageDataGenerator().flow(np.zeros((9, 4, 4, 1)), batch_size=3, shuffle=False, workers=2)
@@ -385,6 +446,127 @@ def test_images_at_fault(folders, load_to_ram):
             pass
     if not load_to_ram:
         assert "bad.png" in str(iterator.input_error)
+
+
+# Two of the first batch, whose order is 6 5 2 9, and one of the second.
+LOST = {"neg/06.png": None, "neg/02.png": b"no image", "neg/01.png": "changed"}
+
+
+def lose(folder):
+    """Remove, damage and replace images of a set that is in use."""
+    for name, content in LOST.items():
+        path = folder / name
+        if content is None:
+            path.unlink()
+        elif content == "changed":
+            cv2.imwrite(str(path), np.zeros((20, 16), np.uint8))
+        else:
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8])
+def test_images_lost_during_training_are_replaced_and_do_not_count(tmp_path, workers):
+    folder = write_noise(tmp_path)
+    args = {"target_size": (20, 16), "batch_size": 4, "seed": 3, "auto_batch_balance": True, "workers": workers}
+    generator = DMImageDataGenerator(**AUGMENT)
+    whole = generator.flow_from_directory(folder, **args)
+    expected = [(whole.batch_names(i), *whole[i]) for i in range(len(whole))]
+    iterator = generator.flow_from_directory(folder, on_error="skip", **args)
+    assert iterator.skipped == []
+    lose(folder)
+    lost_before = 0
+    for i, (names, x, y, w) in enumerate(expected):
+        new_x, new_y, new_w = iterator[i]
+        lost = np.array([Path(name).relative_to(folder).as_posix() in LOST for name in names])
+        lost_before += lost.sum()
+        np.testing.assert_array_equal(new_x[~lost], x[~lost])
+        np.testing.assert_array_equal(new_y[~lost], y[~lost])
+        assert (new_y[lost] == 0).all() and (new_w[lost] == 0).all()
+        np.testing.assert_array_equal(new_w[~lost], batch_weights(y[~lost].argmax(axis=1)))
+        for image in new_x[lost]:
+            assert any(np.array_equal(image, other) for other in x[~lost])
+        assert new_y.dtype == y.dtype and new_w.dtype == w.dtype
+    assert lost_before == len(LOST) and iterator.nb_sample == iterator.nb_file == 13
+    assert [message.split(": ")[0] for message in iterator.skipped] == sorted(str(folder / name) for name in LOST)
+    assert "the image has changed. Expected 20 x 16 pixels of uint16" in iterator.skipped[0]
+    assert "Received 20 x 16 of uint8" in iterator.skipped[0]
+
+    again = generator.flow_from_directory(folder, on_error="skip", **args)
+    assert again.nb_sample == 11 and again.nb_file == 12  # one of them is readable, if not what it was
+
+
+def test_lost_images_do_not_change_a_training_step(tmp_path):
+    """A step on a batch with lost images is one on the others alone."""
+    folder = write_noise(tmp_path)
+    args = {"target_size": (20, 16), "batch_size": 13, "shuffle": False, "auto_batch_balance": True}
+    iterator = DMImageDataGenerator(rescale=1e-5).flow_from_directory(folder, on_error="skip", **args)
+    lose(folder)
+    kept = [place for place, name in enumerate(iterator.filenames) if name not in LOST]
+    batch = iterator[0]
+    results = []
+    for x, y, w in (batch, [array[kept] for array in batch]):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((20, 16, 1)), keras.layers.Flatten(), keras.layers.Dense(2, "softmax")])
+        model.compile(keras.optimizers.SGD(1.0), loss=WeightedCrossentropy(), metrics=[Accuracy(name="accuracy")])
+        scores = model.train_on_batch(x, y, sample_weight=w, return_dict=True)
+        results.append((scores, model.get_weights()))
+    (scores, weights), (expected_scores, expected_weights) = results
+    assert scores == pytest.approx(expected_scores, rel=1e-5)
+    for weight, expected in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_where_no_label_can_say_it_a_lost_image_ends_the_run(tmp_path):
+    folder = write_noise(tmp_path)
+    args = {"target_size": (20, 16), "batch_size": 13}
+    for class_mode in ("binary", "sparse", None):
+        iterator = DMImageDataGenerator().flow_from_directory(folder, on_error="skip", class_mode=class_mode, **args)
+        (folder / "neg/00.png").rename(tmp_path / "away")
+        with pytest.raises(InputError, match=r"neg/00\.png: "):
+            iterator[0]
+        (tmp_path / "away").rename(folder / "neg/00.png")
+
+
+def test_a_batch_without_any_image_left_ends_the_run(tmp_path):
+    folder = write_noise(tmp_path)
+    iterator = DMImageDataGenerator().flow_from_directory(
+        folder, target_size=(20, 16), batch_size=4, shuffle=False, on_error="skip"
+    )
+    for name in iterator.filenames[4:8]:
+        (folder / name).unlink()
+    iterator[0]
+    with pytest.raises(InputError, match=r"^none of the 4 images of a batch can be read, such as .*neg/04\.png$"):
+        iterator[1]
+    assert "none of the 4 images" in str(iterator.input_error)
+    assert len(iterator.skipped) == 4
+
+
+def test_checked_images_are_not_read_before_they_are_used(tmp_path, monkeypatch):
+    """What is known stands for the folder: an image that vanished since is lost, and not forgotten."""
+    folder = write_noise(tmp_path)
+    (folder / "pos/bad.png").write_text("no image")
+    checked = {check.file: check for check in check_images(folder.rglob("*.png"))}
+    args = {"target_size": (20, 16), "batch_size": 4, "seed": 3, "checked": checked}
+    generator = DMImageDataGenerator()
+    with pytest.raises(InputError, match=r"pos/bad\.png: not a readable image"):
+        generator.flow_from_directory(folder, **args)
+    lose(folder)
+    cv2.imwrite(str(folder / "pos/new.png"), np.ones((20, 16), np.uint16))
+    with monkeypatch.context() as context:
+        context.setattr("dm_image.read_img", None)
+        iterator = generator.flow_from_directory(folder, on_error="skip", **args)
+        assert iterator.filenames == [f"{'neg' if k < 8 else 'pos'}/{k:02d}.png" for k in range(13)]
+        assert [message.split(": ")[0] for message in iterator.skipped] == [str(folder / "pos/bad.png")]
+        assert iterator.nb_file == 14
+    for batch in iterator:
+        assert len(batch[0])
+    assert len(iterator.skipped) == 1 + len(LOST)
+
+    good = {file: check for file, check in checked.items() if not check.cause}
+    for name in LOST:
+        strict = generator.flow_from_directory(folder, **args | {"checked": good, "batch_size": 1, "shuffle": False})
+        with pytest.raises(InputError, match=name):
+            strict[strict.filenames.index(name)]
 
 
 def test_folders_at_fault(folders):
