@@ -6,8 +6,8 @@ equal shape without a word. Everything here therefore pairs weights by layer nam
 """
 
 import io
-import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -22,7 +22,20 @@ import keras
 import numpy as np
 
 from dm_files import InputError, atomic_write
+from dm_limits import check_archive, check_h5, check_pixels, parse_json
 
+# What a .keras archive holds. Others are for layers that this refuses, such as vocabularies.
+_MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
+# Modules of Keras whose names in a file may be looked up: others download, read and write files.
+_MODULES = re.compile(
+    r"keras|builtins|keras\.src\..+|keras\.(layers|models|ops|activations|initializers|regularizers|constraints|"
+    r"dtype_policies|losses|metrics|optimizers(\.\w+)*)"
+)
+# Layers that hold code of another library, or read a file that their configuration names.
+_UNSAFE_LAYERS = {
+    *("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
+    *("StringLookup", "IntegerLookup", "TextVectorization"),
+}
 # Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
 _KERAS1_WEIGHTS = {
     "W": "kernel",
@@ -37,24 +50,25 @@ def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras
 
     The file is only read. Layer names, `trainable` flags, L2 factors and dropout rates are those of the file;
     every weight in it is used and every weight of the model is found there. The optimizer is not restored: the
-    model comes uncompiled. A file that holds Python code (Lambda layers) is refused unless `trust_checkpoint`.
+    model comes uncompiled. A file that holds Python code (Lambda layers) is refused unless `trust_checkpoint`, and in
+    any case one that describes more weights than it holds, or leads to other files.
 
     Raises InputError for a file that is missing, damaged, without an architecture, or refused.
     """
     path = _existing_file(path)
     if zipfile.is_zipfile(path):
-        return _load_archive(path, trust_checkpoint)
+        model = _build(*_read_archive(path), path, trust_checkpoint)
+        _load_by_structure(model, path)
+        return model
     with _open_h5(path) as h5:
         if "model_config" not in h5.attrs:
             raise InputError(
                 f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). Received weights only: "
                 "build the model first, then load_weights(model, path)"
             )
-        description = json.loads(h5.attrs["model_config"])
-        if not trust_checkpoint:
-            _refuse_code(description, path)
+        description = parse_json(h5.attrs["model_config"])
         old = _text(h5.attrs.get("keras_version", "2")).startswith("2")
-        model = _build(description, old, path, trust_checkpoint)
+        model = _build(_describe_legacy(description, old, path), _count(h5), path, trust_checkpoint)
         _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
     return model
 
@@ -70,7 +84,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
     nothing in the model.
     """
     path = _existing_file(path)
-    if not zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
+        _read_archive(path)
+    else:
         with _open_h5(path) as h5:
             group = h5.get("model_weights", h5)
             if _names(group, "layer_names"):
@@ -81,11 +97,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
             _check_weight_count(model, h5, path)
     if not strict:
         raise InputError(f"{path}: layers can be matched by name only from a legacy .h5 file")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what then fails
-            model.load_weights(path)
-    except Exception as error:  # Keras raises many types here, all for a file that does not fit
-        raise InputError(f"{path}: weights do not fit the model: {_one_line(error)}") from error
+    _load_by_structure(model, path)
 
 
 def save_model(model: keras.Model, path: str | os.PathLike) -> None:
@@ -139,58 +151,103 @@ def _existing_file(path: str | os.PathLike) -> Path:
 def _open_h5(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as h5:
+            check_h5(path, h5, path.stat().st_size)
             yield h5
     except InputError:
         raise
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # by what is damaged
+    # By what is damaged; not MemoryError, and not what a backend raises that is short of memory.
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path}: Expected a Keras checkpoint (.h5 or .keras). Received another kind of file or a damaged one: "
             f"{_one_line(error)}"
         ) from error
 
 
-def _load_archive(path: Path, trust_checkpoint: bool) -> keras.Model:
+def _read_archive(path: Path) -> tuple[dict, int]:
+    """The description of the model in a `.keras` file, and the number of values that it holds."""
     if path.suffix != ".keras":  # Keras chooses its reader by the name
         raise InputError(f"{path}: is a zip archive. If it is a Keras model, rename it to end in .keras")
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            description = json.loads(archive.read("config.json"))
-        description.pop("compile_config", None)  # never used here
-        if not trust_checkpoint:
-            _refuse_code(description, path)
-        return keras.saving.load_model(path, compile=False, safe_mode=not trust_checkpoint)
+            if others := set(archive.namelist()) - _MEMBERS:
+                raise InputError(
+                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(_MEMBERS))} alone"
+                )
+            description = parse_json(archive.read("config.json"))
+            description.pop("compile_config", None)  # never used here
+            with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as h5:
+                check_h5(path, h5, path.stat().st_size)
+                return description, _count(h5)
     except InputError:
         raise
-    except Exception as error:  # anything Keras or zipfile stumbles over in a damaged archive
+    except Exception as error:  # anything zipfile and h5py stumble over in a damaged archive
         raise InputError(f"{path}: cannot be opened as a Keras model: {_one_line(error)}") from error
 
 
-def _build(description: dict, old: bool, path: Path, trust_checkpoint: bool) -> keras.Model:
-    """The model of a legacy file's description, with arbitrary weights."""
+def _count(group: h5py.Group) -> int:
+    """The number of values in a group, each data set counted once."""
+    sizes = []
+    group.visititems(lambda _, item: sizes.append(item.size) if isinstance(item, h5py.Dataset) else None)
+    return sum(sizes)
+
+
+def _describe_legacy(description: dict, old: bool, path: Path) -> dict:
+    """The description in a legacy file as Keras 3 reads it. old: written by Keras 2."""
     kind, config = description["class_name"], description["config"]
     if isinstance(config, list):
         raise InputError(f"{path}: Expected a functional model. Received a {kind} model of Keras 2")
-    try:
-        if old:
-            _patch_keras2(config)
-        # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
-        return keras.saving.deserialize_keras_object(
-            {"module": "keras", "class_name": "Model" if kind == "Functional" else kind, "config": config},
-            safe_mode=not trust_checkpoint,
-        )
-    except Exception as error:  # whatever a wrong description makes Keras stumble over
-        raise InputError(f"{path}: cannot rebuild the model that it describes: {_one_line(error)}") from error
+    if old:
+        _patch_keras2(config)
+    return {"module": "keras", "class_name": "Model" if kind == "Functional" else kind, "config": config}
+
+
+def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -> keras.Model:
+    """The model of a description, with arbitrary weights. stored: the number of values that its file holds.
+
+    Raises InputError, before any memory is reserved for the weights, where they would be more than these.
+    """
+    if not trust_checkpoint:
+        _refuse_code(description, path)
+    with keras.StatelessScope() as scope:  # the variables made in it get their memory as it ends
+        try:
+            # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
+            model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
+            _check_size(model, stored, path)
+        except Exception as error:  # whatever a wrong description makes Keras stumble over
+            scope.initialize_variables = False
+            keras.utils.clear_session()  # forgets the variables, which the next such scope would fill
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: cannot rebuild the model that it describes: {_one_line(error)}") from error
+    return model
+
+
+def _check_size(model, stored: int, path: Path) -> None:
+    if not isinstance(model, keras.Model):
+        raise InputError(f"{path}: Expected a model. Received a {type(model).__name__}")
+    described = sum(math.prod(weight.shape) for weight in model.weights)
+    if described > stored:
+        raise InputError(f"{path}: refused: describes {described} weights. Expected at most the {stored} that it holds")
+    for shape in (tensor.shape for tensor in model.inputs):
+        check_pixels(path, 1, math.prod(size or 1 for size in shape[1:]))
 
 
 def _refuse_code(node: object, path: Path) -> None:
-    """Raise InputError when opening the model described would run Python code stored in the file or named by it."""
+    """Raise InputError when building the model described would run code stored in the file or named by it, or read
+    files."""
     if isinstance(node, dict):
         name = node.get("class_name")
         module = node.get("module") or "keras"
+        names = [name, node.get("config") if name == "function" else None, node.get("registered_name")]
         if name in ("Lambda", "__lambda__"):
             code = "Lambda layer, whose Python code is stored in the file"
-        elif isinstance(module, str) and module.split(".")[0] not in ("keras", "builtins"):
+        elif name in _UNSAFE_LAYERS:
+            code = f"{name} layer"
+        elif name and not (isinstance(module, str) and _MODULES.fullmatch(module)):
             code = f"object from the Python module {module}"
+        elif any(isinstance(text, str) and "." in text for text in names):
+            code = f"object {'.'.join(filter(None, names))}"
         else:
             code = None
         if code:
@@ -391,6 +448,14 @@ def _pair_variables(layer: keras.Layer, weights: dict[str, h5py.Dataset], where:
     if variables:
         raise InputError(f"{where}: no weights in the file for {_listing(variables.keys())}")
     return pairs
+
+
+def _load_by_structure(model: keras.Model, path: Path) -> None:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what then fails
+            model.load_weights(path)
+    except Exception as error:  # Keras raises many types here, all for a file that does not fit
+        raise InputError(f"{path}: weights do not fit the model: {_one_line(error)}") from error
 
 
 def _check_weight_count(model: keras.Model, h5: h5py.File, path: Path) -> None:

@@ -6,6 +6,7 @@ the start, since every command line imports this.
 """
 
 import json
+import math
 import os
 import re
 import zipfile
@@ -98,14 +99,14 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
 
     path: its name, for the error. h5: h5py.File. file_size: bytes of the file.
     Refused are links but those that any object has in its group, data of other files, groups within more groups than
-    Keras makes, and arrays of texts of any length or of references, which can lead to one content many times.
+    Keras makes, references, and so many texts that the file would be far larger if each were another one.
     """
     import h5py
 
     def refuse(name, what):
         raise InputError(f"{path}: refused: {name[:200]!r} {what}. Expected numbers and names in the file itself")
 
-    claimed, seen, waiting = 0, set(), [(h5, "/", 0)]
+    claimed, stored, texts, seen, waiting = 0, 0, 0, set(), [(h5, "/", 0)]
     while waiting:
         group, name, depth = waiting.pop()
         if name != "/" and not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -120,11 +121,16 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
             if item.external or item.is_virtual:
                 refuse(name, "has its data in another file")
             claimed += item.nbytes
+            stored += item.id.get_storage_size()
             holders.append(item)
         elif isinstance(item, h5py.Group):
             if depth == _MAX_DEPTH:
                 refuse(name, f"is a group within {depth} others")
             waiting += [(item, child, depth + 1) for child in item]
-        if any(holder.dtype.kind == "O" and holder.shape for holder in holders):
-            refuse(name, "has an array of texts or references")
+        for holder in holders:
+            if holder.dtype.kind == "O" and h5py.check_string_dtype(holder.dtype) is None:
+                refuse(name, "has references")
+            if holder.dtype.kind == "O":  # texts of any length, which may all be at one place of the file
+                texts = max(texts, math.prod(holder.shape))
     _check_bytes(path, claimed, file_size)
+    _check_bytes(path, texts * (file_size - stored), file_size)
