@@ -34,6 +34,11 @@ def one_line(text: str, length: int = 2000) -> str:
     return line if len(line) <= length else line[:length] + " ..."
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a text can be part of a file's name, and leads to no other folder."""
+    return text.isprintable() and text.strip(" .") != "" and not any(part in text for part in ("/", "\\", "..", ":"))
+
+
 def env_int(name: str, default: int, minimum: int | None = None) -> int:
     """Value of an environment variable such as `NUM_CPU_CORES`; InputError if it is no whole number or too low."""
     text = os.environ.get(name, "")

@@ -6,11 +6,11 @@ network, before any cutting; 0 is its upper or left edge, so that the middle of 
 """
 
 import dataclasses
+import io
 import json
 import math
 import pickle
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dm_files import InputError, atomic_write
+from dm_files import InputError, atomic_write, is_file_name
+from dm_limits import check_archive, check_h5, max_pixels, parse_json
 from dm_unpickle import load_plain
 
 VIEWS = ("cc", "mlo")
@@ -154,10 +155,12 @@ def save_heatmaps(
         else:
             import h5py
 
-            with h5py.File(temporary, "w") as h5:
+            buffer = io.BytesIO()  # a failed write to a disk would crash HDF5 later
+            with h5py.File(buffer, "w") as h5:
                 h5["header"] = text
                 for name, array in arrays.items():
                     h5.create_dataset(name, data=array, compression="gzip")
+            temporary.write_bytes(buffer.getbuffer())
 
 
 def load_heatmaps(path) -> Heatmaps:
@@ -184,11 +187,8 @@ def load_heatmaps(path) -> Heatmaps:
         return _from_dicts([record | header for record in dicts] or [header])
     except InputError:
         raise
-    # What damaged archives, HDF5 files and pickles, or other content than maps, end in.
-    except (
-        OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, RuntimeError,
-        OverflowError, MemoryError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
-    ) as error:  # fmt: skip
+    # What damaged archives, HDF5 files and pickles, or other content than maps, end in: errors of many types.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{path}: not a whole map file: Expected what heatmap_score.py writes. Received {path.stat().st_size} "
@@ -245,11 +245,19 @@ def _record(entry: dict, heatmaps: Heatmaps) -> HeatmapRecord:
     cancer = entry.get("cancer")
     _check(cancer in (None, 0, 1), "cancer")
     _check(isinstance(entry["side"], str), "side")
-    record = HeatmapRecord(str(entry["patient_id"]), str(entry["side"]), None if cancer is None else int(cancer))
+    patient = entry["patient_id"]
+    _check(
+        isinstance(patient, (str, int, np.integer)) and is_file_name(str(patient)),
+        "patient_id: it is part of file names",
+    )
+    _check(is_file_name(entry["side"]), "side: it is part of file names")
+    record = HeatmapRecord(str(patient), str(entry["side"]), None if cancer is None else int(cancer))
     for view in VIEWS:
         if entry.get(view) is None:
             continue
-        heatmap = np.asarray(entry[view], np.float32)
+        # Lists, too, would do; but of few they can make arrays of any size, each standing in others many times.
+        _check(isinstance(entry[view], np.ndarray) and entry[view].dtype.kind in "fiub", f"type of {view}")
+        heatmap = entry[view].astype(np.float32)
         fits = heatmap.ndim == 3 and heatmap.size > 0
         if not fits or len(heatmaps.class_names or heatmap[0, 0]) != heatmap.shape[2]:
             raise ValueError(
@@ -262,7 +270,9 @@ def _record(entry: dict, heatmaps: Heatmaps) -> HeatmapRecord:
         setattr(record, f"{view}_file", file)
         if size is not None and heatmaps.strides is not None:
             rows, columns = _pair("image size", size, 0, _MAX_SIDE + 1)
-            _check(rows == int(rows) and columns == int(columns), "image size")
+            _check(rows == int(rows) and columns == int(columns) and rows * columns <= max_pixels(), "image size")
+            # `resample` has a matrix of as many rows or columns by cells.
+            _check(max(rows * heatmap.shape[0], columns * heatmap.shape[1]) <= max_pixels(), "cells")
             grid = Grid((int(rows), int(columns)), _pair("first cell", entry[f"{view}_first"]), heatmaps.strides)
             setattr(record, f"{view}_grid", grid)
     return record
@@ -284,11 +294,13 @@ def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     if path.suffix == ".npz":
         if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle, and advise to trust it
             raise zipfile.BadZipFile("not an archive, or its end is missing")
+        check_archive(path, compressed=True)
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
-        return json.loads(str(arrays.pop("header"))), arrays
+        return parse_json(str(arrays.pop("header"))), arrays
     import h5py
 
     with h5py.File(path, "r") as h5:
+        check_h5(path, h5, path.stat().st_size)
         arrays = {name: dataset[()] for name, dataset in h5.items()}
-    return json.loads(arrays.pop("header")), arrays
+    return parse_json(arrays.pop("header")), arrays

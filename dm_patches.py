@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dm_args import check_same_options
-from dm_files import InputError, atomic_write, locked, write_img, write_text
+from dm_files import InputError, atomic_write, is_file_name, locked, write_img, write_text
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
@@ -147,11 +147,6 @@ def _read_lesion(cells: Mapping[str, str], row: str) -> Lesion:
         if not is_file_name(cells[name]):
             raise InputError(f"{row}: {name} is part of file names. Received {cells[name]!r}")
     return Lesion(cells["patient_id"], cells["side"], cells["view"], cells["abn_num"], cells["type"], malignant)
-
-
-def is_file_name(text: str) -> bool:
-    """Whether a text can be part of a file's name, and leads to no other folder."""
-    return text.isprintable() and text.strip(" .") != "" and not any(part in text for part in ("/", "\\", "..", ":"))
 
 
 # -------------------------------------------------------------------------------------------------- one image
