@@ -6,19 +6,17 @@ column a model follows: its probability of the positive classes.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dm_dataset import IMAGE_TABLE, open_csv, parse_image_name, read_image_table
+from dm_dataset import IMAGE_TABLE, find_columns, open_table, parse_image_name, read_image_table
 from dm_evaluation import COLUMNS, FLIPS
 from dm_files import InputError
-from dm_unpickle import load_plain
-
-_SIDES = {"": "", "l": "LEFT", "left": "LEFT", "r": "RIGHT", "right": "RIGHT"}
-_VIEWS = ("L-CC", "L-MLO", "R-CC", "R-MLO")
+from dm_own_data import COLUMNS as TABLE_COLUMNS
+from dm_own_data import REQUIRED, SIDES, read_exams, read_labels
 
 
 def read_images(
@@ -32,11 +30,11 @@ def read_images(
 
     Args:
         source: the output folder of a preparation script, of which the set `part` is taken; a folder with one
-            sub-folder a class; a CSV file with columns file, label and perhaps patient, side, view; or an exam list of
-            the NYU metarepository (`.pkl`). Where patient, side and view are not given they are read from names of the
-            form <patient>_<LEFT|RIGHT>_<CC|MLO>.
-        classes: sub-folders to read, and labels that a CSV file may have, besides 0 and 1. positive: those of label 1.
-        image_dir: folder that file names in lists start from; default: that of a CSV file itself.
+            sub-folder a class; a table (CSV, Excel) with columns file, label and perhaps patient, side, view, and set,
+            of which `part` is taken; or an exam list of the NYU metarepository (`.pkl`). Where patient, side and view
+            are not given they are read from names of the form <patient>_<LEFT|RIGHT>_<CC|MLO>.
+        classes: sub-folders to read, and labels that a table may have, besides 0 and 1. positive: those of label 1.
+        image_dir: folder that file names in lists start from; default: that of a table itself.
 
     Raises InputError for anything missing or malformed. Warns, on standard error, of images without a patient.
     """
@@ -44,9 +42,9 @@ def read_images(
     if path.suffix.lower() == ".pkl":
         rows = _read_exams(path, image_dir)
     elif path.is_file():
-        rows = _read_list(path, classes, positive, path.parent if image_dir is None else Path(image_dir))
+        rows = _read_list(path, classes, positive, part, path.parent if image_dir is None else Path(image_dir))
     elif not path.is_dir():
-        raise InputError(f"{path}: not found. Expected a folder of images, a CSV file or an exam list (.pkl)")
+        raise InputError(f"{path}: not found. Expected a folder of images, a table or an exam list (.pkl)")
     elif (path / IMAGE_TABLE).is_file():
         rows = _read_prepared(path, part)
     else:
@@ -91,65 +89,60 @@ def _from_name(file) -> tuple[str, str, str]:
     return parse_image_name(Path(file).stem) or ("", "", "")
 
 
-def _read_list(path: Path, classes, positive, folder: Path) -> list[tuple]:
-    rows = []
-    with open_csv(path) as (header, cells_of):
-        _check_header(path, header)
-        for where, cells in cells_of:
-            row = dict(zip(header, cells, strict=True))
-            rows.append(
-                (str(folder / row["file"]), *_describe(row, where), _label(row["label"], classes, positive, where))
-            )
+def _read_list(path: Path, classes, positive, part: str, folder: Path) -> list[tuple]:
+    rows = [
+        (str(folder / file), *known)
+        for file, *known, set_, _ in _read_rows(path, classes, positive)
+        if set_ in ("", part)
+    ]
     if not rows:
-        raise InputError(f"{path}: no images below the header")
+        raise InputError(f"{path}: no images of the set {part}. Expected rows below the header")
     return rows
 
 
-def _check_header(path, header: Sequence[str]) -> None:
-    if missing := [name for name in ("file", "label") if name not in header]:
-        raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300]}")
-    if len(set(header)) < len(header):
-        raise InputError(f"{path}, line 1: Expected each column once. Received {','.join(header)[:300]}")
+def _read_rows(path, classes, positive) -> Iterator[tuple]:
+    """File, patient, side, view, label, set and all other cells by column, of each row of a table.
 
-
-def _describe(row: Mapping[str, str], where: str) -> tuple[str, str, str]:
-    """Patient, side and view of a row of a CSV file, from its columns, or else from the file's name."""
-    patient, side, view = _from_name(row["file"])
-    if "side" in row:
-        if row["side"].lower() not in _SIDES:
-            raise InputError(f"{where}: unknown side. Expected LEFT, RIGHT or nothing. Received {row['side']!r}")
-        side = _SIDES[row["side"].lower()]
-    return row.get("patient", patient), side, row.get("view", view)
-
-
-def _label(text: str, classes, positive, where: str) -> int:
-    if text in ("0", "1"):
-        return int(text)
-    if text not in classes:
-        raise InputError(f"{where}: unknown label. Expected 0, 1 or {', '.join(classes)}. Received {text!r}")
-    return int(text in positive)
+    Columns have the spellings of `dm_own_data.COLUMNS`, and labels those of `dm_own_data.read_labels` besides the
+    classes. Patient, side and view are read from the file's name where they have no column.
+    """
+    labels = read_labels()
+    if {*classes, *positive} != {"neg", "pos"}:
+        labels = read_labels(["0", *(name for name in classes if name not in positive)], ["1", *positive])
+    with open_table(path) as (header, rows):
+        places = find_columns(path, header, TABLE_COLUMNS, TABLE_COLUMNS.keys() - REQUIRED)
+        if len(set(header)) < len(header):
+            raise InputError(f"{path}, line 1: Expected each column once. Received {','.join(header)[:300]}")
+        others = {name: place for place, name in enumerate(header) if place not in places.values()}
+        for where, cells in rows:
+            row = {name: cells[place].strip() for name, place in places.items()}
+            label = labels.is_positive(row["label"], where)
+            if label is None:
+                raise InputError(
+                    f"{where}: unknown label. Expected 0, 1 or {', '.join(classes)}. Received {row['label']!r}"
+                )
+            known = dict(zip(("patient", "side", "view"), _from_name(row["file"]), strict=True)) | row
+            side = SIDES.get(known["side"].lower(), "")
+            if known["side"] and not side:
+                raise InputError(f"{where}: unknown side. Expected {', '.join(SIDES)}. Received {known['side']!r}")
+            rest = {name: cells[place].strip() for name, place in others.items()}
+            yield row["file"], known["patient"], side, known["view"], int(label), row.get("set", ""), rest
 
 
 def _read_exams(path: Path, image_dir) -> list[tuple]:
-    """An exam list of the NYU metarepository: a list of dicts, as in its README. Each exam counts as a patient."""
     if image_dir is None:
         raise InputError(f"{path}: Expected --image-dir, the folder of its images. Received none")
-    exams = load_plain(path)
-    if not isinstance(exams, list) or not all(isinstance(exam, dict) for exam in exams):
-        raise InputError(f"{path}: Expected a list of exams, dicts each. Received something else")
-    rows = []
-    for number, exam in enumerate(exams):
-        labels = exam.get("cancer_label")
-        for view in _VIEWS:
-            for name in exam.get(view) or ():
-                side = _SIDES[view[0].lower()]
-                label = labels.get(f"{side.lower()}_malignant") if isinstance(labels, dict) else None
-                if label not in (0, 1):
-                    raise InputError(f"{path}, exam {number}: Expected a {side.lower()}_malignant of 0 or 1")
-                rows.append((str(Path(image_dir, f"{name}.png")), f"exam {number}", side, view[2:], int(label)))
-    if not rows:
-        raise InputError(f"{path}: Expected images under {', '.join(_VIEWS)}. Received none")
-    return rows
+    images = list(read_exams(path))
+    if not images:
+        raise InputError(f"{path}: no images in these exams")
+    if mirrored := sum(image[-1] for image in images):
+        print(
+            f"warning: {path}: {mirrored} of {len(images)} images are mirrored, and scored as they are", file=sys.stderr
+        )
+    return [
+        (str(Path(image_dir, f"{name}.png")), exam, side, view, int(malignant))
+        for name, exam, side, view, malignant, _ in images
+    ]
 
 
 def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
@@ -173,32 +166,28 @@ def read_predictions(
 ) -> tuple[pd.DataFrame, list[str]]:
     """A table with predictions from a CSV file, and the names of its models.
 
-    The file is one of ours or anybody's, with columns file, label and perhaps patient, side, view; each other column
-    of numbers is a model, but for the columns of other classes that a trainer's `predictions.csv` has. The images
-    need not be there.
+    The file is one of ours or anybody's, with the columns of a list of images (see `read_images`). Each other column of
+    numbers is a model, but for those of the other classes that a trainer's `predictions.csv` has. The images need not
+    be there. Warns of columns of text, which are left out.
     """
-    others = {name + way for name in classes if name not in positive for way in ("", FLIPS)}
-    rows, scores = [], []
-    with open_csv(path) as (header, cells_of):
-        _check_header(path, header)
-        names = [name for name in header if name not in COLUMNS and name not in others]
-        for where, cells in cells_of:
-            row = dict(zip(header, cells, strict=True))
-            rows.append((row["file"], *_describe(row, where), _label(row["label"], classes, positive, where)))
-            scores.append([_number(row[name], where, name) for name in names])
-    if not rows or not names:
-        raise InputError(
-            f"{path}: Expected rows, and a column of predictions a model. Received {','.join(header)[:300]}"
-        )
-    table = _with_patients(pd.DataFrame(rows, columns=COLUMNS), path)
-    return table.join(pd.DataFrame(scores, columns=names)), names
-
-
-def _number(text: str, where: str, name: str) -> float:
-    try:
-        return float(text) if text else np.nan
-    except ValueError:
-        raise InputError(f"{where}: Expected a number in the column {name}. Received {text!r}") from None
+    ignored = {name + way for name in classes if name not in positive for way in ("", FLIPS)}
+    rows = list(_read_rows(path, classes, positive))
+    cells = pd.DataFrame([row[-1] for row in rows], dtype=str).drop(columns=ignored, errors="ignore")
+    numbers = cells.apply(pd.to_numeric, errors="coerce")
+    texts = [name for name in cells if numbers[name].isna().all()]
+    if texts:
+        print(f"warning: {path}: columns without numbers are left out: {', '.join(texts)}", file=sys.stderr)
+    models = [name for name in cells if name not in texts]
+    if not models:
+        raise InputError(f"{path}: Expected images, and a column of predictions a model. Received none")
+    table = pd.DataFrame([row[: len(COLUMNS)] for row in rows], columns=COLUMNS)
+    for name in models:
+        if (wrong := numbers[name].isna() & ~cells[name].str.lower().isin(("", "nan"))).any():
+            raise InputError(
+                f"{path}: Expected numbers in the column {name}. Received {cells[name][wrong].iloc[0]!r} for "
+                f"{table['file'][wrong].iloc[0]}"
+            )
+    return _with_patients(table, path).join(numbers[models].astype(float)), models
 
 
 # ------------------------------------------------------------------------------------------------- predictions

@@ -5,9 +5,9 @@
   python scripts/evaluate.py image_model.h5 exams.csv --val data/val --report report.html
   python scripts/evaluate.py --predictions evaluation/predictions.csv
 
-DATA, which comes last, is the output folder of a preparation script, a folder with one sub-folder a class, a CSV file
-(file,label and perhaps patient,side,view) or an exam list of the NYU metarepository (.pkl). Intervals are by patient.
-Writes predictions.csv, evaluation.json, scores.csv, points.csv, comparisons.csv and pictures to --out-dir.
+DATA, which comes last, is the output folder of a preparation script, a folder with one sub-folder a class, a table
+(file,label and perhaps patient,side,view,set) or an exam list of the NYU metarepository (.pkl). Intervals are by
+patient. Writes predictions.csv, evaluation.json, scores.csv, points.csv, comparisons.csv and pictures to --out-dir.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         "thresholds from DATA itself, which flatters them",
     )  # fmt: skip
     add("--set", choices=["train", "val", "test"], default="test", help="set of a prepared folder; of --val's: val")
-    add("--image-dir", metavar="DIR", help="folder that file names in lists start from; default: a CSV file's own")
+    add("--image-dir", metavar="DIR", help="folder that file names in lists start from; default: the table's own")
     add("--class-list", nargs="+", metavar="CLASS", help="names of the outputs; default: as trained, else neg pos")
     add("--positive", nargs="+", metavar="CLASS", default=["pos"], help="classes that count as cancer")
     add(

@@ -374,6 +374,9 @@ def test_lists_in_csv_files(tmp_path):
     assert table["side"].tolist() == ["LEFT", "RIGHT", ""]
     listed = write_list(tmp_path / "b.csv", ["P_7_RIGHT_MLO.png,0", "a.png,1"])
     table = read_images(listed, image_dir=tmp_path / "img")
+    rows = ["img/a.png,pos,train", "img/b.png,pos,test"]
+    sets = read_images(write_list(tmp_path / "c.csv", rows, "file,label,set"))
+    assert [Path(file).name for file in sets["file"]] == ["b.png"]
     assert table[["patient", "side", "view"]].iloc[0].tolist() == ["P_7", "RIGHT", "MLO"]
 
 
@@ -391,27 +394,27 @@ def write_exams(path, exams):
     return path
 
 
-def test_exam_lists_of_the_metarepository(tmp_path):
-    exams = write_exams(
-        tmp_path / "data.pkl", [exam(0), exam(1, right=1), exam(2, left=1, views=("L-CC",)) | {"R-CC": []}]
-    )
+def test_exam_lists_of_the_metarepository(tmp_path, capsys):
+    mirrored = exam(2, left=1, views=("L-CC",)) | {"R-CC": [], "horizontal_flip": "YES"}
+    exams = write_exams(tmp_path / "data.pkl", [exam(0), exam(1, right=1), mirrored])
     table = read_images(exams, image_dir=tmp_path / "images")
     assert len(table) == 9
     positive = table[table["label"] == 1]
     assert [Path(file).name for file in positive["file"]] == ["1_R_CC.png", "1_R_MLO.png", "2_L_CC.png"]
     assert positive["side"].tolist() == ["RIGHT", "RIGHT", "LEFT"]
     assert table.groupby("patient").size().tolist() == [4, 4, 1]
+    assert capsys.readouterr().err == f"warning: {exams}: 1 of 9 images are mirrored, and scored as they are\n"
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda d: d / "missing", "missing: not found. Expected a folder of images, a CSV file or an exam list"),
-        (lambda d: write_list(d / "a.csv", ["a.png,1"], "path,label"), "a.csv, line 1: missing columns file"),
+        (lambda d: d / "missing", "missing: not found. Expected a folder of images, a table or an exam list"),
+        (lambda d: write_list(d / "a.csv", ["a.png,1"], "path,lobe"), "a.csv, line 1: missing columns label"),
         (lambda d: write_list(d / "a.csv", ["a.png"]), "a.csv, line 2: Expected 2 cells. Received 1"),
-        (lambda d: write_list(d / "a.csv", []), "a.csv: no images below the header"),
-        (lambda d: write_list(d / "a.csv", ["a.png,maybe"]), "a.csv, line 2: unknown label. Expected 0, 1 or neg, pos"),
-        (lambda d: write_list(d / "a.csv", ["a.png,1,up"], "file,label,side"), "line 2: unknown side. Expected LEFT"),
+        (lambda d: write_list(d / "a.csv", []), "a.csv: no images of the set test"),
+        (lambda d: write_list(d / "a.csv", ["a.png,maybe"]), "a.csv, line 2: unknown label. Expected one of 0"),
+        (lambda d: write_list(d / "a.csv", ["a.png,1,up"], "file,label,side"), "line 2: unknown side. Expected l, "),
         (lambda d: write_list(d / "a.csv", ["a.png,1", "b.png,0"]), "a.png: listed in .*a.csv, but not there (2 of 2"),
         (lambda d: write_list(d / "a.csv", ["a.png,1", "a.png,0"], "file,file"), "missing columns label"),
         (lambda d: write_png(d / "x" / "a.png").parent, "neg: no such class folder. Expected neg, pos"),
@@ -428,9 +431,9 @@ def test_data_that_cannot_be_evaluated(tmp_path, make, text):
     ("content", "text"),
     [
         ({"a": 1}, "a list of exams"),
-        ([{"L-CC": ["a"]}], "exam 0: Expected a left_malignant of 0 or 1"),
-        ([{"cancer_label": {}}], "Expected images under L-CC"),
-        ([exam(0, left=None)], "exam 0: Expected a left_malignant"),
+        ([{"L-CC": ["a"]}], "exam 0: Expected a cancer_label with left_malignant 0 or 1"),
+        ([{"cancer_label": {}}], "no images in these exams"),
+        ([exam(0, left=None)], "exam 0: Expected a cancer_label with left_malignant"),
     ],
 )
 def test_exam_lists_that_are_none(tmp_path, content, text):
@@ -439,18 +442,22 @@ def test_exam_lists_that_are_none(tmp_path, content, text):
         read_images(tmp_path / "a.pkl", image_dir=tmp_path)
 
 
-def test_predictions_of_trainers_and_of_others(tmp_path):
+def test_predictions_of_trainers_and_of_others(tmp_path, capsys):
     header = "file,label,neg,pos,neg_flips,pos_flips"
     rows = ["test/neg/P_1_LEFT_CC.png,neg,0.8,0.2,0.7,0.3", "test/pos/P_2_LEFT_CC.png,pos,0.4,0.6,0.3,0.7"]
     table, models = read_predictions(write_list(tmp_path / "a.csv", rows, header))
     assert models == ["pos", "pos_flips"]
     assert table["patient"].tolist() == ["P_1", "P_2"] and table["label"].tolist() == [0, 1]
     assert table[models].to_numpy().tolist() == [[0.2, 0.3], [0.6, 0.7]]
-    table, models = read_predictions(write_list(tmp_path / "b.csv", ["x,1,0.5,", "y,0,-3,2"], "file,label,reader,net"))
+    rows, header = ["x;malignant;0.5;;old", "y;benign;-3;2;new"], "Image path;Pathology;reader;net;scanner"
+    table, models = read_predictions(write_list(tmp_path / "b.csv", rows, header))
     assert models == ["reader", "net"] and np.isnan(table["net"][0]) and table["reader"].tolist() == [0.5, -3]
+    assert table["label"].tolist() == [1, 0]
+    assert "columns without numbers are left out: scanner" in capsys.readouterr().err
     for rows, header, text in (
         (["x,1"], "file,label", "a column of predictions a model"),
-        (["x,1,high"], "file,label,net", "line 2: Expected a number in the column net. Received 'high'"),
+        (["x,1,high", "y,0,0.1"], "file,label,net", "Expected numbers in the column net. Received 'high' for x"),
+        (["x,1,high"], "file,label,net", "a column of predictions a model"),
         (["x,0.2"], "file,net", "missing columns label"),
         (["x,1,0.3", "x,0,0.2"], "file,label,net", "x stands there twice"),
     ):
