@@ -4,9 +4,10 @@ A script reads its data set's tables into one `Image` a picture, by the name of 
 `Item` for each. The options are those of `dm_args.add_preparation_options`.
 """
 
+import functools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ from dm_dataset import (
     RESCALE_FACTOR,
     SETS,
     ImageRow,
+    Item,
     Prepared,
     check_disjoint,
     make_whole,
+    prepare,
     read_patient_list,
     split_by_patient,
     split_in_three,
@@ -83,6 +86,38 @@ def write_whole(img, out, folder: str, whole: Mapping, source: str, result: Prep
     result.facts |= {"folder": folder, "source": source, "pixel_sum": pixel_sum, "fingerprint": fingerprint(img)}
 
 
+def output_folders(args, folders: Sequence[str] = FOLDERS) -> list[Path]:
+    """The output folder and those of images below it, whose files are none of a data set that lies around them.
+
+    InputError when there should be an output folder and is none.
+    """
+    if args.out is not None:
+        return [Path(args.out), *(Path(args.out, folder) for folder in folders)]
+    if args.dry_run:
+        return []
+    raise InputError("no output folder given: Expected one after the folder of the data, or --dry-run")
+
+
+def prepare_items(
+    items: Sequence[Item],
+    function: Callable[..., Prepared],
+    source,
+    args,
+    folders: Sequence[str] = FOLDERS,
+    faults: Sequence[Prepared] = (),
+) -> list[Prepared]:
+    """Run `dm_dataset.prepare` with these options. Returns `faults`, found before, and a result an item.
+
+    function: takes the item, and the folders `download` and `out` by name. source: the folder of the data.
+    """
+    if faults and args.on_error == "stop":
+        raise InputError(faults[0].faults[0])
+    # The workers of a cluster start in folders of their own.
+    work = functools.partial(function, download=Path(source).resolve(), out=Path(args.out).resolve())
+    done = prepare(items, work, source, args.out, folders, args.jobs, args.backend, args.on_error)
+    return [*faults, *done]
+
+
 # ------------------------------------------------------------------------------------------------------ splits
 
 
@@ -100,8 +135,7 @@ def split_patients(
     """Patients of train, val and test by `args.split`: "lists", "official", or any other name for a random one.
 
     official: patients of the data set's own test set, and of its validation set where it has one; all others are for
-    training, part of them for validation where it has none. Without these sets "official" is a random split too.
-    InputError when a patient is in two sets.
+    training, part of them for validation where it has none. InputError when a patient is in two sets.
     """
     cancer = cancer_patients(images)
     if args.split == "lists":
@@ -112,7 +146,7 @@ def split_patients(
         for name, path in files.items():
             if unknown := [patient for patient in sets[name] if patient not in cancer]:
                 raise InputError(f"{path}: {len(unknown)} patients are not in the tables, such as {unknown[0]}")
-    elif args.split == "official" and official is not None:
+    elif args.split == "official":
         check_disjoint(official)
         named = {name: sorted(official.get(name, ())) for name in ("val", "test")}
         rest = {patient: label for patient, label in cancer.items() if patient not in {*named["val"], *named["test"]}}
@@ -168,6 +202,20 @@ def print_split(sets: Mapping[str, Sequence[str]], images: Iterable[Image], args
 
 
 # ---------------------------------------------------------------------------------------- lists and the report
+
+
+def print_exclusions(excluded: Mapping[str, Sequence[str]], reasons: Mapping[str, str], faults: Sequence[Prepared]):
+    """Say what is left out and why. excluded: what is, by kind. reasons: why, by kind. faults: see `prepare_items`."""
+    for kind, listed in excluded.items():
+        if listed:
+            print(f"left out: {len(listed)} images such as {listed[0]}, since {reasons[kind]}")
+    if faults:
+        print(f"at fault: {len(faults)} images, such as {faults[0].faults[0]}")
+
+
+def report_exclusions(excluded: Mapping[str, Sequence[str]], reasons: Mapping[str, str]) -> dict[str, dict]:
+    """What report.json says of what is left out."""
+    return {kind: {"count": len(listed), "why": reasons[kind], "items": listed} for kind, listed in excluded.items()}
 
 
 def finished(results: Iterable[Prepared]) -> list[Prepared]:

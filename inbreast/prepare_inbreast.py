@@ -25,14 +25,13 @@ where files of others lie among them, and deletes none but its own.
 """
 
 import argparse
-import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import HelpFormatter, add_preparation_options, complete, run_main
-from dm_dataset import prepare, write_csv
+from dm_dataset import write_csv
 from dm_files import InputError
 from dm_inbreast import (
     EXCLUSIONS,
@@ -49,7 +48,19 @@ from dm_inbreast import (
     scan_download,
     select,
 )
-from dm_prepare import FOLDERS, finish, make_report, print_split, split_patients, whole_options, write_lists
+from dm_prepare import (
+    FOLDERS,
+    finish,
+    make_report,
+    output_folders,
+    prepare_items,
+    print_exclusions,
+    print_split,
+    report_exclusions,
+    split_patients,
+    whole_options,
+    write_lists,
+)
 
 MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
 # What the paper's models subtract after finetuning.
@@ -68,12 +79,8 @@ def print_table(table: Table, classes: Classes) -> None:
 
 
 def print_selection(selection: Selection) -> None:
-    """Say what is left out and why."""
-    for kind, listed in selection.excluded.items():
-        if listed:
-            print(f"left out: {len(listed)} images, since {EXCLUSIONS[kind]}")
-    if selection.faults:
-        print(f"at fault: {len(selection.faults)} rows, such as {selection.faults[0].faults[0]}")
+    """Say what is left out and why, and what is not."""
+    print_exclusions(selection.excluded, EXCLUSIONS, selection.faults)
     patients = {image.patient for image in selection.images.values()}
     positive = sum(image.positive for image in selection.images.values())
     print(f"used: {len(selection.images)} images ({positive} positive) of {len(patients)} patients")
@@ -81,27 +88,18 @@ def print_selection(selection: Selection) -> None:
 
 def prepare_dataset(table: Table, selection: Selection, sets: Mapping[str, Sequence[str]], args) -> dict:
     """Prepare all images and write the lists; returns the report."""
-    if selection.faults and args.on_error == "stop":
-        raise InputError(selection.faults[0].faults[0])
     folders = [*FOLDERS, *(["full_img", "roi_mask"] if args.roi_masks else [])]
     items = plan_images(selection, sets, args.download, whole_options(args), args.roi_masks)
-    # The workers of a cluster start in folders of their own.
-    folders_at = {"download": Path(args.download).resolve(), "out": Path(args.out).resolve()}
-    work = functools.partial(prepare_image, **folders_at)
-    done = prepare(items, work, args.download, args.out, folders, args.jobs, args.backend, args.on_error)
-    results = selection.faults + done
+    results = prepare_items(items, prepare_image, args.download, args, folders, selection.faults)
     lists = write_lists(args.out, sets, selection.images, results)
 
     repairs = dict.fromkeys(REPAIRS, ()) | selection.repairs
     options = ("neg_birads", "pos_birads", "roi_masks")
     report = make_report(args, selection.images, sets, lists, results, repairs, options)
     report["table"] = {"file": table.path.name} | count_rows(table.rows)
-    report["excluded"] = {
-        kind: {"count": len(listed), "why": EXCLUSIONS[kind], "items": listed}
-        for kind, listed in selection.excluded.items()
-    }
+    report["excluded"] = report_exclusions(selection.excluded, EXCLUSIONS)
     if args.roi_masks:
-        masks = [mask for result in done for mask in result.facts.get("lesions", ())]
+        masks = [mask for result in results for mask in result.facts.get("lesions", ())]
         write_csv(Path(args.out, "roi_masks.csv"), MASK_COLUMNS, masks)
         report["counts"] |= {
             "masks_prepared": len(masks),
@@ -117,10 +115,8 @@ def run(**options):
     unless `on_error` is "skip".
     """
     args = complete(make_parser(), options)
-    if args.out is None and not args.dry_run:
-        raise InputError("no output folder given: Expected one after the download folder, or --dry-run")
+    outputs = output_folders(args)
     classes = read_classes(args.neg_birads, args.pos_birads)
-    outputs = [args.out, *(Path(args.out, folder) for folder in FOLDERS)] if args.out else []
     download = scan_download(args.download, outputs)
     table = read_table(args.table or download.find_table(args.download))
     print_table(table, classes)
@@ -132,7 +128,7 @@ def run(**options):
     selection = select(table, download, classes)
     print_selection(selection)
     if not selection.images:
-        raise InputError(f"{args.download}: no images of either class. {selection.faults[0].faults[0]}")
+        raise InputError(f"{args.download}: no images of either class: Expected some. What is wrong is said above")
     sets = split_patients(selection.images.values(), args)
     print_split(sets, selection.images.values(), args)
     if args.dry_run:

@@ -21,7 +21,6 @@ images are this script's own: it refuses to go on where files of others lie amon
 """
 
 import argparse
-import functools
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -41,8 +40,7 @@ from dm_cbis_ddsm import (
     read_tables,
     scan_download,
 )
-from dm_dataset import CLASSES, Item, Prepared, prepare, write_csv
-from dm_files import InputError
+from dm_dataset import CLASSES, Item, Prepared, write_csv
 from dm_patches import COLUMNS
 from dm_prepare import (
     FOLDERS,
@@ -50,12 +48,16 @@ from dm_prepare import (
     finish,
     finished,
     make_report,
+    output_folders,
+    prepare_items,
     print_split,
     sets_of_patients,
     split_patients,
     whole_options,
     write_lists,
 )
+
+OUTPUT_FOLDERS = ("full_img", "roi_mask", *FOLDERS)
 
 # ------------------------------------------------------------------------------------------------------ tables
 
@@ -125,15 +127,13 @@ def write_tables(out, tables: Tables, results: Sequence[Prepared]) -> None:
     write_csv(Path(out, "pat_side_cancer.csv"), ["patient_id", "side", "cancer"], cancers)
 
 
-def prepare_dataset(tables: Tables, images: Mapping[str, Image], sets: Mapping[str, Sequence[str]], args) -> dict:
-    """Prepare all images and write the lists; returns the report."""
-    folders = ["full_img", "roi_mask", *FOLDERS]
-    download = scan_download(args.download, skip=[args.out, *(Path(args.out, folder) for folder in folders)])
+def prepare_dataset(
+    tables: Tables, images: Mapping[str, Image], sets: Mapping[str, Sequence[str]], outputs: Sequence[Path], args
+) -> dict:
+    """Prepare all images and write the lists; returns the report. outputs: see `output_folders`."""
+    download = scan_download(args.download, outputs)
     items = plan_images(tables, sets, download, whole_options(args))
-    # The workers of a cluster start in folders of their own.
-    folders_at = {"download": Path(args.download).resolve(), "out": Path(args.out).resolve()}
-    work = functools.partial(prepare_image, **folders_at)
-    results = prepare(items, work, args.download, args.out, folders, args.jobs, args.backend, args.on_error)
+    results = prepare_items(items, prepare_image, args.download, args, OUTPUT_FOLDERS)
     lists = write_lists(args.out, sets, images, results)
     write_tables(args.out, tables, results)
 
@@ -157,15 +157,14 @@ def run(**options):
     unless `on_error` is "skip".
     """
     args = complete(make_parser(), options)
-    if args.out is None and not args.dry_run:
-        raise InputError("no output folder given: Expected one after the download folder, or --dry-run")
+    outputs = output_folders(args, OUTPUT_FOLDERS)
     tables = read_tables(find_tables(args.csv_dir or args.download))
     images = list_images(tables)
     sets = split_patients(images.values(), args, {"test": official_test(tables)})
     print_tables(tables, args)
     print_split(sets, images.values(), args)
     if not args.dry_run:
-        finish(prepare_dataset(tables, images, sets, args), args)
+        finish(prepare_dataset(tables, images, sets, outputs, args), args)
 
 
 def make_parser() -> argparse.ArgumentParser:

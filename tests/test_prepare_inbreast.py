@@ -368,7 +368,7 @@ def test_featurewise_mean_is_that_of_the_training_images(prepared):
 def plain(tmp_path_factory):
     """A small download without oddities, and its views."""
     folder = tmp_path_factory.mktemp("plain") / "download"
-    options = {"patients": 10, "views": ("CC",), "oddities": "none", "prevalence": 0.5, "seed": 4}
+    options = {"patients": 10, "views": ("CC",), "oddities": "none", "prevalence": 0.5, "seed": 17}
     return folder, make_inbreast(folder, height=SIZE[0], width=SIZE[1], **options)
 
 
@@ -595,6 +595,14 @@ def test_no_images_at_all(download, tmp_path, capsys):
     assert main([str(folder)]) == 1
     assert "no output folder given" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_no_images_of_either_class(plain, tmp_path, capsys):
+    assert not any(view.birads in ("0", "6") for view in plain[1])
+    assert main([str(plain[0]), str(tmp_path / "out"), "--neg-birads", "0", "--pos-birads", "6"]) == 1
+    printed = capsys.readouterr()
+    assert f"left out: {len(plain[1])} images such as 20586900: BI-RADS {plain[1][0].birads}, since" in printed.out
+    assert "no images of either class" in printed.err and printed.err.count("\n") == 1
 
 
 def test_out_within_the_download(download, plain, tmp_path):
