@@ -8,6 +8,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,7 @@ MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
 EXCLUSIONS = {
     "label_of_no_class": "their labels are in neither class",
     "file_without_row": "nothing in the table is about them, so there is no label",
+    "file_in_no_set": "they lie beside the folders train, val and test",
 }
 REPAIRS = (
     *("monochrome1_inverted", "8_bit_scaled_to_16_bit", "mirror_image_undone"),
@@ -175,7 +177,7 @@ def read_table(root, path, labels: Labels, columns: Mapping[str, str], pattern: 
             if positive is None:
                 reading.excluded["label_of_no_class"].append(file)
                 continue
-            known = _from_name(file, pattern) | row
+            known = _from_name(file, pattern) | {name: cell for name, cell in row.items() if cell or name == "set"}
             for name, allowed in (("side", SIDES), ("view", VIEWS)):
                 known[name] = known[name] and _known(known[name], allowed, name, where)
             if "set" in known:
@@ -199,16 +201,20 @@ def _relative(root, cell: str, where: str) -> str:
 
 
 def read_folders(root, labels: Labels, pattern: re.Pattern | None = None, skip: Iterable = ()) -> Reading:
-    """Pictures in class folders, such as neg and pos, which may stand in train, val and test.
+    """Pictures in class folders, such as neg and pos, which may stand in train, val and test; then others are left out.
 
     The patient is what `pattern` finds in the path below the class folder, else that of names of the usual form, else
     the sub-folder of the class folder that the file is in. skip: folders that are not read.
     """
-    reading = _start()
-    for file in _list_files(root, skip):
+    reading, files = _start(), _list_files(root, skip)
+    in_sets = any(file.split("/")[0].lower() in SET_NAMES for file in files)
+    place = 1 if in_sets else 0
+    for file in files:
         *folders, _ = parts = file.split("/")
-        name = SET_NAMES.get(folders[0].lower(), "") if folders else ""
-        place = 1 if name else 0
+        name = SET_NAMES.get(folders[0].lower(), "") if in_sets and folders else ""
+        if in_sets and not name:
+            reading.excluded["file_in_no_set"].append(file)
+            continue
         if len(folders) == place:
             raise InputError(f"{file}: Expected images of {root} in class folders, such as neg/ or train/neg/")
         positive = labels.is_positive(folders[place], f"{Path(root, *folders[: place + 1])}")
@@ -219,9 +225,6 @@ def read_folders(root, labels: Labels, pattern: re.Pattern | None = None, skip: 
         if not known["patient"] and len(folders) > place + 1:
             known["patient"] = folders[place + 1]
         reading.pictures.append(Picture(file, positive, **known, set=name))
-    if len({bool(picture.set) for picture in reading.pictures}) == 2:
-        one, other = (next(p.file for p in reading.pictures if bool(p.set) == named) for named in (True, False))
-        raise InputError(f"{root}: Expected all class folders in train, val and test, or none. Received {one}, {other}")
     return reading
 
 
@@ -397,8 +400,12 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
         raise InputError(f"{path}: Expected a list of exams, a dict each. Received something else")
     names = set()
     for number, exam in enumerate(exams):
-        where = f"{path}, exam {number}"
-        images = [(str(name), key) for key in NYU_VIEWS for name in exam.get(key) or ()]
+        where, images = f"{path}, exam {number}", []
+        for key in NYU_VIEWS:
+            names_of_view = exam.get(key) or []
+            if not isinstance(names_of_view, list) or not all(isinstance(name, str) for name in names_of_view):
+                raise InputError(f"{where}: Expected a list of names under {key}. Received something else")
+            images += [(name, key) for name in names_of_view]
         stems = {re.sub(r"_[LR]_(CC|MLO)(_\d+)?$", "", name) for name, _ in images}
         patient = stems.pop() if len(stems) == 1 else f"exam_{number}"
         if patient in names:
@@ -406,13 +413,13 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
         names.add(patient)
         flip = exam.get("horizontal_flip", "NO")
         if flip not in ("YES", "NO"):
-            raise InputError(f"{where}: Expected horizontal_flip YES or NO. Received {flip!r}")
+            raise InputError(f"{where}: Expected horizontal_flip YES or NO. Received something else")
         for name, key in images:
             label = f"{NYU_VIEWS[key]}_malignant"
             labels = exam.get("cancer_label")
             malignant = labels.get(label) if isinstance(labels, dict) else None
-            if malignant not in (0, 1):
-                raise InputError(f"{where}: Expected a cancer_label with {label} 0 or 1. Received {malignant!r}")
+            if not isinstance(malignant, Real) or malignant not in (0, 1):
+                raise InputError(f"{where}: Expected a cancer_label with {label} 0 or 1. Received something else")
             yield name, patient, NYU_VIEWS[key].upper(), key[2:], bool(malignant), flip == "YES"
 
 
@@ -473,7 +480,10 @@ def named_sets(pictures: Iterable[Picture]) -> dict[str, set[str]] | None:
 def plan_pictures(
     pictures: Mapping[str, Picture], root, sets: Mapping[str, Sequence[str]], whole: dict, voi_lut: bool
 ) -> list[Item]:
-    """An item for each picture whose patient is in a set. whole: options of `make_whole`; voi_lut: see `read_dicom`."""
+    """An item for each picture whose patient is in a set. whole: options of `make_whole`; voi_lut: see `read_dicom`.
+
+    A file that is not there is a fault of its own; InputError where none is there.
+    """
     set_of, items = sets_of_patients(sets), []
     for name, picture in pictures.items():
         if picture.patient not in set_of:
@@ -483,6 +493,11 @@ def plan_pictures(
         plan |= {"mirrored": picture.mirrored}
         sources = (picture.file,) if Path(root, picture.file).is_file() else ()
         items.append(Item(name, sources, (whole_img_path(name, folder),), plan))
+    if items and not any(item.sources for item in items):
+        raise InputError(
+            f"{root}: none of the {len(items)} files is there. Expected the folder that their names start from, in "
+            f"which {items[0].plan['file']} is"
+        )
     return items
 
 

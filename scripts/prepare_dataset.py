@@ -122,7 +122,8 @@ def prepare_dataset(reading: Reading, pictures: Mapping[str, Picture], sets: Map
     images, results = describe(pictures), reading.faults + done
     lists = write_lists(args.out, sets, images, results)
     repairs = dict.fromkeys(REPAIRS, ()) | reading.repairs
-    report = make_report(args, images, sets, lists, results, repairs, ("format", "voi_lut"))
+    options = ("format", "voi_lut", "neg_labels", "pos_labels", "neg_birads", "pos_birads")
+    report = make_report(args, images, sets, lists, results, repairs, options)
     report["excluded"] = {
         kind: {"count": len(listed), "why": EXCLUSIONS[kind], "items": listed}
         for kind, listed in reading.excluded.items()
@@ -151,8 +152,10 @@ def run(**options):
     print_reading(reading, unknown)
     if not pictures:
         raise InputError(f"{args.data}: no images of either class. Expected both, by --format {args.format}")
-    images = describe(pictures).values()
-    sets = split_patients(images, args, named_sets(pictures.values()))
+    images, official = describe(pictures).values(), named_sets(pictures.values())
+    if args.split == "official" and official is None:
+        args.split = "random"
+    sets = split_patients(images, args, official)
     print_split(sets, images, args)
     if args.dry_run:
         return

@@ -372,6 +372,7 @@ def test_sets_that_share_patients_are_refused(table):
 def test_unknown_patients_are_said(table, capsys):
     table([[f"{n}.png", n % 2] for n in range(10)], header=("file", "label"))
     out = capsys.readouterr().out
+    assert "split random, random state 12345" in out
     assert "Warning: the patient of 10 images, such as 0.png, is not known" in out
     assert sorted(read_image_table(table.out / "images.csv")["patient"]) == [f"{n}.png" for n in range(10)]
     assert sorted(images_of(table.out)) == list("0123456789")
@@ -494,6 +495,11 @@ def test_patient_from_the_name_of_a_file(tmp_path, name, pattern, patient):
         patient = "column"
 
 
+def test_empty_cells_are_filled_from_the_name_of_the_file(tmp_path):
+    header, rows = ["file", "label", "patient", "side", "view"], [["P_1_LEFT_CC.png", 1, "", "", "MLO"]]
+    assert pictures_of(read_rows(tmp_path, header, rows)) == [("P_1_LEFT_CC.png", True, "P_1", "LEFT", "MLO", "")]
+
+
 def test_files_are_found_by_absolute_names_below_the_folder(tmp_path):
     reading = read_rows(tmp_path, ["file", "label"], [[tmp_path / "a/b.png", 1]])
     assert reading.pictures[0].file == "a/b.png"
@@ -514,8 +520,12 @@ def test_folders_with_sets_and_patients_of_sub_folders(tmp_path):
         "test/Malignant/4.pgm",
         "test/neg/notes.txt",
         "out/train/neg/5.png",
+        "full_img/6.png",
+        "7.png",
     )
-    assert pictures_of(read_folders(tmp_path, LABELS, skip=[tmp_path / "out"])) == [
+    reading = read_folders(tmp_path, LABELS, skip=[tmp_path / "out"])
+    assert reading.excluded["file_in_no_set"] == ["7.png", "full_img/6.png"]
+    assert pictures_of(reading) == [
         ("test/Malignant/4.pgm", True, "", "", "", "test"),
         ("training/neg/anna/1.png", False, "anna", "", "", "train"),
         ("training/pos/P_2_LEFT_CC.jpg", True, "P_2", "LEFT", "CC", "train"),
@@ -637,11 +647,12 @@ CMMD = "CMMD_clinicaldata_revision.csv"
         ("csv", "t.csv", "file,label,side\na.png,1,both\n", "t.csv, line 2: unknown side. Expected l, left, r, right"),
         ("csv", "t.csv", "file,label,view\na.png,1,XCCL\n", "t.csv, line 2: unknown view. Expected cc, mlo"),
         ("csv", "t.csv", "file,label,set\na.png,1,\n", "t.csv, line 2: unknown set. Expected train"),
+        ("csv", "t.csv", "file,label\na.png,1\nb.png,0\nc.png,0\n", "none of the 3 files is there. Expected the"),
         ("csv", "nowhere.csv", None, "No such file or directory"),
         ("csv", None, None, "--format csv: Expected the table as --table"),
         ("folders", "neg/readme.txt", "x", "no images below it"),
         ("folders", "1.png", "x", "1.png: Expected images of"),
-        ("folders", "neg/a.png train/pos/b.png", "x", "Expected all class folders in train, val and test, or none"),
+        ("folders", "train/a.png", "x", "train/a.png: Expected images of"),
         ("folders", "neg/a.png other/b.png", "x", "other: unknown label. Expected one of 0, neg"),
         ("cmmd", "1.dcm", "x", "Expected one table cmmd_clinicaldata*.csv or .xlsx or .xls below it. Received none"),
         ("cmmd", CMMD, "ID1,LeftRight,classification\nD1,X,Benign\n", "line 2: unknown side. Expected l, left, r"),
@@ -661,6 +672,9 @@ CMMD = "CMMD_clinicaldata_revision.csv"
         ("nyu", "t.pkl", nest({"a": 1}), "t.pkl: Expected a list of exams"),
         ("nyu", "t.pkl", nest([EXAM | {"cancer_label": None}]), "exam 0: Expected a cancer_label with left_malignant"),
         ("nyu", "t.pkl", nest([EXAM | {"horizontal_flip": 1}]), "exam 0: Expected horizontal_flip YES or NO"),
+        ("nyu", "t.pkl", nest([EXAM | {"L-CC": [["0_L_CC"]]}]), "exam 0: Expected a list of names under L-CC"),
+        ("nyu", "t.pkl", nest([EXAM | {"L-CC": "0_L_CC"}]), "exam 0: Expected a list of names under L-CC"),
+        ("nyu", "t.pkl", nest([EXAM | {"cancer_label": {"left_malignant": np.eye(2)}}]), "left_malignant 0 or 1"),
         ("nyu", "t.pkl", nest([EXAM | {"L-CC": ["../../x"]}]), "Expected a file below the folder"),
         ("nyu", "t.pkl", nest([EXAM, EXAM]), "0_L_CC.png stands at"),
         ("nyu", "t.pkl", nest([EXAM | {"L-CC": print}]), "opening anything else can run code"),
