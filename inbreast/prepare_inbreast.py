@@ -98,9 +98,12 @@ def prepare_dataset(table: Table, selection: Selection, sets: Mapping[str, Seque
     report = make_report(args, selection.images, sets, lists, results, repairs, options)
     report["table"] = {"file": table.path.name} | count_rows(table.rows)
     report["excluded"] = report_exclusions(selection.excluded, EXCLUSIONS)
-    if args.roi_masks:
+    mask_table = Path(args.out, "roi_masks.csv")
+    if not args.roi_masks:
+        mask_table.unlink(missing_ok=True)  # an earlier run's, whose masks are gone
+    else:
         masks = [mask for result in results for mask in result.facts.get("lesions", ())]
-        write_csv(Path(args.out, "roi_masks.csv"), MASK_COLUMNS, masks)
+        write_csv(mask_table, MASK_COLUMNS, masks)
         report["counts"] |= {
             "masks_prepared": len(masks),
             "images_without_annotations": sum(item.plan.annotation is None for item in items),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 
 from dm_dataset import make_whole, parse_image_name, read_image_table
@@ -36,6 +37,7 @@ from dm_phantom import draw_view
 from dm_phantom_inbreast import HEADER, ODDITIES, make_inbreast, write_dicom
 from inbreast import prepare_inbreast
 from inbreast.prepare_inbreast import main, run
+from scripts import make_phantom
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 
@@ -245,6 +247,20 @@ def test_phantom_has_every_oddity(prepared):
     assert (len(blank[6]), int(blank[5])) == (190, odd["blank_acr"][0])
     names = [path.name for path in (download / "AllDICOMs").iterdir()]
     assert not any("MLO" in name for name in names) and any("_MG_L_ML_ANON" in name for name in names)
+
+
+def test_phantom_from_the_command_line(tmp_path, capsys):
+    options = ["--layout", "inbreast", "--patients", "3", "--height", "128", "--width", "128", "--views", "CC"]
+    assert make_phantom.main([str(tmp_path / "one"), *options, "--jobs", "1"]) == 0
+    assert make_phantom.main([str(tmp_path / "two"), *options, "--jobs", "2", "--style", "digital"]) == 0
+    assert read_folder(tmp_path / "one") == read_folder(tmp_path / "two")
+    header = pydicom.dcmread(next((tmp_path / "one/AllDICOMs").iterdir()))
+    assert (header.BitsAllocated, header.BitsStored, header.HighBit, header.PatientID) == (16, 14, 13, "removed")
+    for option, value, layouts in (("--tree", "jpeg", "cbis-ddsm"), ("--test-size", "0.3", "cbis-ddsm or prepared")):
+        assert make_phantom.main([str(tmp_path / "three"), *options, option, value]) == 1
+        error = capsys.readouterr().err
+        assert f"{option} is for --layout" in error and all(name in error for name in layouts.split(" or "))
+    assert not (tmp_path / "three").exists()
 
 
 def usable(views, odd):
@@ -735,6 +751,9 @@ def test_masks_can_be_added_and_taken_away(plain, tmp_path):
     assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
     without = [view for view in used(plain[1]) if not view.breast.findings]
     assert report["counts"]["images_without_annotations"] == len(without)
+    prepare(plain[0], tmp_path / "out")
+    prepare(plain[0], tmp_path / "plain")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "plain")
 
 
 # ----------------------------------------------------------------------------------------------- whole command
