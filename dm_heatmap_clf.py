@@ -8,8 +8,9 @@ in all its features; the trees learn on which side of each split such breasts go
 import functools
 import os
 import warnings
+import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 from dm_files import InputError, atomic_write
 from dm_heatmap import VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
 from dm_inference import auc_by_class, plot_roc, write_json
+from dm_limits import check_archive, parse_json
 from dm_parallel import run_parallel
 from dm_region import prob_heatmap_features
 from dm_statistics import bootstrap_auc, bootstrap_counts, percentile_interval
@@ -30,6 +32,11 @@ _FORMAT = 1
 _TRUSTED = {
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+}
+# The kinds of skops's nodes that such a classifier consists of; others call functions, or unpack arrays of any size.
+_NODES = {
+    *("DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "CachedNode", "ObjectNode", "NdArrayNode"),
+    *("TreeNode", "LossNode", "RandomGeneratorNode", "RandomStateNode"),
 }
 # What maps must share, beside class names, strides and mode, for one classifier to take them: the patch classifier and
 # the geometry, since areas are in cells. The scaling of pixels may differ, as it does between scanners.
@@ -349,6 +356,11 @@ def _check_trees(model) -> None:
 def _read_skops(path) -> dict:
     import skops.io
 
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        nodes = set(_nodes(parse_json(archive.read("schema.json"))))
+    if not nodes <= _NODES:
+        raise InputError(f"{path}: refused: holds {min(nodes - _NODES)}. Expected scikit-learn's trees alone")
     unknown = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED
     if unknown:
         raise InputError(
@@ -356,6 +368,17 @@ def _read_skops(path) -> dict:
             "Expected scikit-learn's trees alone"
         )
     return skops.io.load(path, trusted=sorted(_TRUSTED))
+
+
+def _nodes(schema) -> Iterator[str]:
+    """The kinds of all nodes in the schema of a `.skops` file."""
+    if isinstance(schema, dict):
+        if "__loader__" in schema:
+            yield str(schema["__loader__"])
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _nodes(part)
 
 
 def _read_joblib(path) -> dict:
