@@ -25,7 +25,6 @@ images are this script's own: it refuses to go on where files of others lie amon
 """
 
 import argparse
-import functools
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,7 +32,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import HelpFormatter, add_preparation_options, complete, run_main
-from dm_dataset import prepare
 from dm_files import InputError
 from dm_inbreast import add_class_options, read_classes
 from dm_own_data import (
@@ -56,7 +54,18 @@ from dm_own_data import (
     read_vindr,
     stored_bits,
 )
-from dm_prepare import FOLDERS, finish, make_report, print_split, split_patients, whole_options, write_lists
+from dm_prepare import (
+    finish,
+    make_report,
+    output_folders,
+    prepare_items,
+    print_exclusions,
+    print_split,
+    report_exclusions,
+    split_patients,
+    whole_options,
+    write_lists,
+)
 
 COLUMN_OPTIONS = {f"{name}_column": name for name in COLUMNS}
 # Which formats have which options; the others are for all.
@@ -69,13 +78,12 @@ OPTIONS_OF = {
 }
 
 
-def read_data(args) -> Reading:
-    """What `args.format` makes of the data folder."""
+def read_data(args, skip: Sequence[Path]) -> Reading:
+    """What `args.format` makes of the data folder, but for the folders `skip`."""
     if args.format in ("csv", "nyu") and args.table is None:
         raise InputError(
             f"--format {args.format}: Expected the {'table' if args.format == 'csv' else 'list'} as --table"
         )
-    skip = [args.out, *(Path(args.out, folder) for folder in FOLDERS)] if args.out else []
     if args.format == "csv":
         columns = {name: getattr(args, option) for option, name in COLUMN_OPTIONS.items() if getattr(args, option)}
         labels = read_labels(args.neg_labels, args.pos_labels)
@@ -95,14 +103,10 @@ def print_reading(reading: Reading, unknown: Sequence[str]) -> None:
     """Say what there is, what is left out and why, and of how many images the patient is not known."""
     positive = sum(picture.positive for picture in reading.pictures)
     print(f"found: {len(reading.pictures)} images ({positive} positive)")
-    for kind, listed in reading.excluded.items():
-        if listed:
-            print(f"left out: {len(listed)} images such as {listed[0]}, since {EXCLUSIONS[kind]}")
+    print_exclusions(reading.excluded, EXCLUSIONS, reading.faults)
     for kind, listed in reading.repairs.items():
         if listed:
             print(f"{kind.replace('_', ' ')}: {len(listed)}, such as {listed[0]}")
-    if reading.faults:
-        print(f"at fault: {len(reading.faults)} files, such as {reading.faults[0].faults[0]}")
     if unknown:
         print(
             f"Warning: the patient of {len(unknown)} images, such as {unknown[0]}, is not known: each counts as a "
@@ -112,23 +116,15 @@ def print_reading(reading: Reading, unknown: Sequence[str]) -> None:
 
 def prepare_dataset(reading: Reading, pictures: Mapping[str, Picture], sets: Mapping[str, Sequence[str]], args) -> dict:
     """Prepare all images and write the lists; returns the report."""
-    if reading.faults and args.on_error == "stop":
-        raise InputError(reading.faults[0].faults[0])
     items = plan_pictures(pictures, args.data, sets, whole_options(args), args.voi_lut)
-    # The workers of a cluster start in folders of their own.
-    folders_at = {"download": Path(args.data).resolve(), "out": Path(args.out).resolve()}
-    work = functools.partial(prepare_picture, **folders_at)
-    done = prepare(items, work, args.data, args.out, FOLDERS, args.jobs, args.backend, args.on_error)
-    images, results = describe(pictures), reading.faults + done
+    results = prepare_items(items, prepare_picture, args.data, args, faults=reading.faults)
+    images = describe(pictures)
     lists = write_lists(args.out, sets, images, results)
     repairs = dict.fromkeys(REPAIRS, ()) | reading.repairs
     options = ("format", "voi_lut", "neg_labels", "pos_labels", "neg_birads", "pos_birads")
     report = make_report(args, images, sets, lists, results, repairs, options)
-    report["excluded"] = {
-        kind: {"count": len(listed), "why": EXCLUSIONS[kind], "items": listed}
-        for kind, listed in reading.excluded.items()
-    }
-    report["stored_bits"] = stored_bits(done)
+    report["excluded"] = report_exclusions(reading.excluded, EXCLUSIONS)
+    report["stored_bits"] = stored_bits(results)
     return report
 
 
@@ -145,9 +141,7 @@ def run(**options):
             raise InputError(
                 f"--{name.replace('_', '-')}: Expected --format {' or '.join(formats)}. Received {args.format}"
             )
-    if args.out is None and not args.dry_run:
-        raise InputError("no output folder given: Expected one after the data folder, or --dry-run")
-    reading = read_data(args)
+    reading = read_data(args, output_folders(args))
     pictures, unknown = name_pictures(reading.pictures)
     print_reading(reading, unknown)
     if not pictures:
