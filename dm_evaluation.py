@@ -517,7 +517,7 @@ def write_results(out_dir, table: pd.DataFrame, results: dict[str, Any]) -> None
         with atomic_write(out_dir / f"{name}.csv") as temporary:
             content.to_csv(temporary, index=False)
     write_json(out_dir / "evaluation.json", results)
-    for name, draw in (("roc", _draw_roc), ("pr", _draw_pr), ("calibration", _draw_calibration)):
+    for name, draw in (("roc", draw_roc), ("pr", draw_pr), ("calibration", draw_calibration)):
         figure = _draw_levels(results, draw)
         with atomic_write(out_dir / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=120)
@@ -531,8 +531,7 @@ def _draw_levels(results: dict[str, Any], draw):
     figure = Figure(figsize=(4.5 * len(levels), 4.8), layout="constrained")
     for axes, (level, found) in zip(figure.subplots(1, len(levels), squeeze=False)[0], levels.items(), strict=True):
         for model, result in found["models"].items():
-            # The bands of many models would hide each other.
-            draw(axes, result, model, 0.12 if len(found["models"]) <= 3 else 0)
+            draw(axes, result, model, band_opacity(found["models"]))
         axes.set(title=f"{level}s ({found['samples']}, {found['positive']} positive)", xlim=(0, 1), ylim=(0, 1.005))
         axes.set_aspect("equal")
         if axes.get_legend_handles_labels()[0]:
@@ -540,18 +539,28 @@ def _draw_levels(results: dict[str, Any], draw):
     return figure
 
 
-def _draw_roc(axes, result, label, opacity) -> None:
+def band_opacity(models) -> float:
+    """Of the bands of so many models in one picture: many would hide each other."""
+    return 0.12 if len(models) <= 3 else 0.0
+
+
+def draw_roc(axes, result, label: str, opacity: float) -> None:
+    """Draw the ROC curve of a model's results in the next style of the axes, its band and first operating point."""
     curve, auc = result["roc"], result["auc"]
     interval = f" ({_text(auc['delong'])})" if auc["delong"] else ""
     (line,) = axes.plot(
         curve["false_positive"], curve["true_positive"], label=f"{label}: {_text(auc['value'])}{interval}"
     )
     axes.fill_between(curve["false_positive"], curve["low"], curve["high"], color=line.get_color(), alpha=opacity, lw=0)
+    for point in result["points"][:1]:
+        place = 1 - point["specificity"]["value"], point["sensitivity"]["value"]
+        axes.plot(*place, "o", color=line.get_color(), markersize=5)
     axes.axline((0, 0), slope=1, color="0.8", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
 
 
-def _draw_pr(axes, result, label, opacity) -> None:
+def draw_pr(axes, result, label: str, opacity: float) -> None:
+    """The same with precision and recall."""
     curve, area = result["pr"], result["average_precision"]["value"]
     (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {_text(area)}")
     axes.fill_between(
@@ -560,7 +569,8 @@ def _draw_pr(axes, result, label, opacity) -> None:
     axes.set(xlabel="sensitivity (recall)", ylabel="precision (positive predictive value)")
 
 
-def _draw_calibration(axes, result, label, opacity) -> None:
+def draw_calibration(axes, result, label: str, opacity: float) -> None:
+    """Draw the observed share of positives of each bin of predictions, if these are probabilities."""
     axes.axline((0, 0), slope=1, color="0.8", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlabel="predicted probability", ylabel="observed share of positives")
     if (calibration := result["calibration"]) is None:

@@ -53,19 +53,14 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
     figure = Figure(figsize=size, dpi=160, layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     outlines = [outline for mask in masks for outline in _outlines(mask)]
-    try:
-        white = DMImagePreprocessor.segment_breast(img)[0].max()
-    except InputError:
-        white = img.max()
+    white = _white(img)
     shown = None
     for ax, (name, values) in zip(axes.flat, [("mammogram", None), *panels], strict=False):
         extent = (0, img.shape[1], img.shape[0], 0)
         ax.imshow(img, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="antialiased")
         if values is not None:
             name = f"{name} (max {values.max():.2g})"
-            shown_values = resample(values, grid) / (
-                1 if probabilities else max(values.max(), np.finfo(np.float32).tiny)
-            )
+            shown_values = resample(values, grid) if probabilities else share_of_largest(values, grid)
             shown = ax.imshow(shown_values, cmap=_colours(), vmin=0, vmax=1, extent=extent, interpolation="nearest")
         for outline in outlines:
             ax.plot(outline[:, 0], outline[:, 1], color="cyan", linewidth=0.9)
@@ -81,6 +76,31 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
     figure.supxlabel(f"pixels of the image as scored, {img.shape[0]} x {img.shape[1]}", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def share_of_largest(heatmap: np.ndarray, grid: Grid) -> np.ndarray:
+    """One class of a map without upper limit (rows, columns) at every pixel of the image, 0..1 of its largest value."""
+    return resample(heatmap, grid) / max(heatmap.max(), np.finfo(np.float32).tiny)
+
+
+def blend(img: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
+    """The mammogram (rows, columns), with `values` (rows, columns) in 0..1 over it if given, as `overlay_figure` shows
+    them: uint8 (rows, columns, 3) in OpenCV's channel order."""
+    grey = np.clip(img.astype(np.float32) * (255 / max(_white(img), np.finfo(np.float32).tiny)), 0, 255)
+    picture = grey[..., np.newaxis].repeat(3, axis=-1)
+    if values is not None:
+        colours = _colours()(np.nan_to_num(values)).astype(np.float32)
+        opacity = colours[..., 3:]
+        picture = picture * (1 - opacity) + 255 * colours[..., 2::-1] * opacity
+    return np.rint(picture).astype(np.uint8)
+
+
+def _white(img: np.ndarray) -> float:
+    """The brightest pixel of the breast: labels beside it may be brighter."""
+    try:
+        return float(DMImagePreprocessor.segment_breast(img)[0].max())
+    except InputError:
+        return float(img.max())
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
