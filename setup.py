@@ -19,6 +19,8 @@ scripts = {
     "dm-localise": "ddsm_train.localise",
     "dm-draw-lesions": "scripts.draw_lesions",
     "dm-evaluate": "scripts.evaluate",
+    "dm-predict": "scripts.predict",
+    "dm-download-models": "scripts.download_models",
     "dm-make-phantom": "scripts.make_phantom",
 }
 setup(
@@ -38,6 +40,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "tensorboard>=2.18", "openpyxl>=3.1", "xlrd>=2.0"],
         "tensorboard": ["tensorboard>=2.18"],
+        "download": ["gdown>=5.2"],
         "excel": ["openpyxl>=3.1", "xlrd>=2.0"],
         "cluster": ["dask[distributed]>=2024.1", "ray>=2.10"],
     },

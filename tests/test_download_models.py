@@ -1,0 +1,229 @@
+"""The released models: their list, and downloads with a stand-in for gdown that copies files, fails or cheats."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from types import ModuleType
+
+import keras
+import pytest
+
+import dm_checkpoint
+import dm_released
+from dm_recipes import read_published
+from scripts import download_models
+
+IMAGE, PATCH = "ddsm-vgg16-512x1", "patch-vgg16-s10"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """Files of small models: by 2, whole-image classifiers, by 5, patch classifiers."""
+    folder, files = tmp_path_factory.mktemp("drive"), {}
+    for classes in (2, 5):
+        inputs = keras.Input((8, 8, 3))
+        x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(inputs))
+        files[classes] = folder / f"{classes}.h5"
+        dm_checkpoint.save_model(keras.Model(inputs, keras.layers.Dense(classes)(x)), files[classes])
+    return files
+
+
+@pytest.fixture
+def drive(originals, monkeypatch):
+    """What the stand-in does with the output of a model's name: by default, copy the right file. Keeps the calls."""
+    models = {model.drive_id: model for model in dm_released.read_released()}
+    calls, behaviour = [], {}
+
+    def download(id, output, quiet):
+        model = models[id]
+        calls.append(model.name)
+        return behaviour.get(model.name, lambda out: shutil.copy(originals[model.classes], out))(output)
+
+    gdown = ModuleType("gdown")
+    gdown.download = download
+    monkeypatch.setitem(sys.modules, "gdown", gdown)
+    return calls, behaviour
+
+
+def fetch(capsys, folder, *names):
+    """(exit status, standard output, standard error)"""
+    status = download_models.main([*names, "--out-dir", str(folder)])
+    return status, *capsys.readouterr()
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_list_names_every_released_model_with_its_figures(capsys):
+    assert download_models.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 13
+    published = {row.name: row.figures for row in read_published()}
+    for line in lines:
+        name, role, figures, link = (cell.strip() for cell in line.strip("|").split("|"))
+        assert link.startswith("https://drive.google.com/open?id=0B1PVLadG_dCK")
+        assert role.startswith("patch" if name.startswith("patch") else "whole-image")
+        for value in published[name].values():
+            assert f" {value:.2f}" in figures
+    assert len({line.rpartition("id=")[2] for line in lines}) == 13
+    assert any("four flips 0.96" in line and "INbreast" in line for line in lines)
+
+
+def test_help_and_list_load_nothing_heavy():
+    code = (
+        "import sys; from scripts import download_models as d; d.main(['--list']);"
+        "assert not {'keras', 'tensorflow', 'numpy', 'gdown'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=dm_released.RELEASED.parents[1])
+
+
+def test_downloads_are_checked_and_their_checksums_kept(drive, originals, capsys, tmp_path):
+    calls, _ = drive
+    folder = tmp_path / "new" / "models"
+    status, out, err = fetch(capsys, folder, IMAGE, PATCH)
+    assert (status, sorted(calls), err) == (0, [IMAGE, PATCH], "")
+    assert visible(folder) == ["SHA256SUMS", f"{IMAGE}.h5", f"{PATCH}.h5"]
+    assert (folder / f"{IMAGE}.h5").read_bytes() == originals[2].read_bytes()
+    assert f"{IMAGE}.h5: downloaded and checked, 2 classes" in out
+    digest = hashlib.sha256(originals[5].read_bytes()).hexdigest()
+    assert f"{digest}  {PATCH}.h5\n" in (folder / "SHA256SUMS").read_text()
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+    status, out, _ = fetch(capsys, folder, IMAGE, PATCH)
+    assert (status, len(calls)) == (0, 2)
+    assert f"{IMAGE}.h5: is there, 2 classes" in out
+
+
+def test_all_are_thirteen(drive, capsys, tmp_path):
+    assert fetch(capsys, tmp_path, "--all")[0] == 0
+    assert len(drive[0]) == 13
+    assert len(visible(tmp_path)) == 14
+
+
+def test_files_put_there_by_hand_are_checked_and_kept(drive, originals, capsys, tmp_path):
+    shutil.copy(originals[2], tmp_path / f"{IMAGE}.h5")
+    shutil.copy(originals[2], tmp_path / f"{PATCH}.h5")
+    status, out, err = fetch(capsys, tmp_path, IMAGE, PATCH)
+    assert (status, drive[0]) == (1, [])
+    assert f"{IMAGE}.h5: is there" in out
+    assert f"{PATCH}.h5: Expected a model of 5 classes" in err
+    assert "remove the file" in err
+    assert (tmp_path / f"{PATCH}.h5").read_bytes() == originals[2].read_bytes()
+    assert f"{PATCH}.h5" not in (tmp_path / "SHA256SUMS").read_text()
+
+
+def test_changed_files_are_told_and_kept(drive, originals, capsys, tmp_path):
+    fetch(capsys, tmp_path, IMAGE)
+    (tmp_path / f"{IMAGE}.h5").write_bytes(originals[5].read_bytes())
+    status, _, err = fetch(capsys, tmp_path, IMAGE)
+    assert (status, len(drive[0])) == (1, 1)
+    assert "not the file that was checked" in err
+    assert hashlib.sha256(originals[5].read_bytes()).hexdigest() in err
+    (tmp_path / f"{IMAGE}.h5").unlink()
+    assert fetch(capsys, tmp_path, IMAGE)[0] == 0
+    assert (tmp_path / f"{IMAGE}.h5").read_bytes() == originals[2].read_bytes()
+
+
+def quota_page(out):
+    page = "<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
+    with open(out, "w") as file:
+        file.write(page)
+    return out
+
+
+def failure(name, message, bases=(Exception,)):
+    """What raises an error as one of requests or gdown, after half of a file."""
+
+    def fail(out):
+        with open(f"{out}abc.part", "wb") as file:  # gdown's name for what it has so far
+            file.write(b"\x89HDF")
+        raise type(name, bases, {})(message)
+
+    return fail
+
+
+def write(content):
+    def write_it(out):
+        with open(out, "wb") as file:
+            file.write(content)
+        return out
+
+    return write_it
+
+
+@pytest.mark.parametrize("kind", ["page", "empty", "truncated", "text", "classes", "refused", "none"])
+def test_bad_downloads_leave_nothing_and_do_not_stop_the_others(drive, originals, capsys, tmp_path, kind):
+    calls, behaviour = drive
+    whole = originals[2].read_bytes()
+    behaviour[IMAGE], message = {
+        "page": (quota_page, "a web page instead of the file, which says 'Google Drive - Quota exceeded'"),
+        "empty": (write(b""), "empty"),
+        "truncated": (write(whole[: len(whole) // 2]), "not kept: the download: "),
+        "text": (write(b"Sorry"), "not kept: the download: "),
+        "classes": (write(originals[5].read_bytes()), "Expected a model of 2 classes"),
+        "refused": (failure("FileURLRetrievalError", "Cannot retrieve\n the link"), "Cannot retrieve the link"),
+        "none": (lambda out: None, "asked for too often"),
+    }[kind]
+    status, _, err = fetch(capsys, tmp_path, IMAGE, PATCH)
+    assert (status, sorted(calls)) == (1, [IMAGE, PATCH])
+    assert visible(tmp_path) == ["SHA256SUMS", f"{PATCH}.h5"]
+    lines = err.splitlines()
+    assert lines[0].startswith(f"{IMAGE}: ")
+    assert message in lines[0]
+    [line] = [line for line in lines if " as " in line]
+    link = next(model.link for model in dm_released.read_released() if model.name == IMAGE)
+    assert link in line
+    assert line.endswith(str(tmp_path / f"{IMAGE}.h5"))
+
+
+def test_without_internet_the_links_are_said_at_once(drive, originals, capsys, tmp_path):
+    calls, behaviour = drive
+    shutil.copy(originals[5], tmp_path / f"{PATCH}.h5")
+    for model in dm_released.read_released():
+        behaviour[model.name] = failure("ConnectionError", "Name or service not known", (OSError,))
+    status, out, err = fetch(capsys, tmp_path, "--all")
+    assert (status, len(calls)) == (1, 1)
+    assert "no connection to Google Drive: Name or service not known" in err
+    assert err.count("https://drive.google.com/open?id=") == 12 + 1  # and the folder
+    assert len(err.splitlines()) == 12 + 3
+    assert f"{PATCH}.h5: is there" in out
+    assert visible(tmp_path) == ["SHA256SUMS", f"{PATCH}.h5"]
+
+
+def test_without_gdown_the_way_to_get_it_is_said(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "gdown", None)  # importing it fails
+    status, _, err = fetch(capsys, tmp_path, IMAGE)
+    assert status == 1
+    assert "pip install gdown" in err
+    assert str(tmp_path / f"{IMAGE}.h5") in err
+
+
+def test_full_disk_is_no_matter_of_the_model(drive, capsys, tmp_path):
+    def full(out):
+        raise OSError(28, "No space left on device")
+
+    drive[1][IMAGE] = full
+    status, _, err = fetch(capsys, tmp_path, IMAGE, PATCH)
+    assert (status, drive[0]) == (1, [IMAGE])
+    assert err == f"{sys.argv[0].rpartition('/')[2]}: error: No space left on device: {tmp_path / IMAGE}.h5\n"
+    assert visible(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        (None, [], "Expected names of models, or --all"),
+        (None, [IMAGE, "--all"], "Expected names of models, or --all"),
+        (None, ["resnet"], "resnet: no released model"),
+        ("abc\n", [IMAGE], "SHA256SUMS, line 1"),
+        ("\ud800", [IMAGE], "SHA256SUMS, line 1"),
+    ],
+)
+def test_mistakes_are_one_line(drive, capsys, tmp_path, content, words, message):
+    if content is not None:
+        (tmp_path / "SHA256SUMS").write_bytes(content.encode("utf-8", "surrogatepass"))
+    status, _, err = fetch(capsys, tmp_path, *words)
+    assert (status, drive[0]) == (1, [])
+    assert message in err.splitlines()[0]
