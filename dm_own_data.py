@@ -391,14 +391,14 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
     """Images of an exam list of the NYU metarepository: (id, exam, side, view, malignant, whether it is mirrored).
 
     exam: the part that the ids of its images share, as in 0_L_CC, else its number in the list. Ids are those of files
-    without ending. InputError for another pickle, or a breast without a label.
+    without ending. InputError for another pickle, a breast without a label, or an image that is there twice.
     """
     from dm_unpickle import load_plain
 
     exams = load_plain(path)
     if not isinstance(exams, list) or not all(isinstance(exam, dict) for exam in exams):
         raise InputError(f"{path}: Expected a list of exams, a dict each. Received something else")
-    names = set()
+    names, seen = set(), set()
     for number, exam in enumerate(exams):
         where, images = f"{path}, exam {number}", []
         for key in NYU_VIEWS:
@@ -415,6 +415,9 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
         if flip not in ("YES", "NO"):
             raise InputError(f"{where}: Expected horizontal_flip YES or NO. Received something else")
         for name, key in images:
+            if name in seen:
+                raise InputError(f"{where}: {name} stands there a second time. Expected each image once")
+            seen.add(name)
             label = f"{NYU_VIEWS[key]}_malignant"
             labels = exam.get("cancer_label")
             malignant = labels.get(label) if isinstance(labels, dict) else None
@@ -425,10 +428,9 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
 
 def read_nyu(root, path) -> Reading:
     """An exam list and its images, `<root>/<id>.png`. The list names no patients: each exam counts as one."""
-    reading, exams = _start(), {}
+    reading = _start()
     for name, patient, side, view, malignant, mirrored in read_exams(path):
         file = _relative(root, f"{name}.png", str(path))
-        _once(exams, file, f"{path}, exam {patient}")
         reading.pictures.append(Picture(file, malignant, patient, side, view, mirrored=mirrored))
     return reading
 

@@ -602,7 +602,7 @@ EXAM = {
 
 def test_exam_list_is_labelled_by_side(tmp_path):
     path = tmp_path / "exams.pkl"
-    other = EXAM | {"L-CC": ["x", "y"], "R-CC": [], "horizontal_flip": "YES"}
+    other = EXAM | {"L-CC": ["x", "y"], "R-CC": [], "L-MLO": [], "R-MLO": ["z"], "horizontal_flip": "YES"}
     path.write_bytes(pickle.dumps([EXAM, other]))
     assert list(read_exams(path)) == [
         ("0_L_CC", "0", "LEFT", "CC", False, False),
@@ -611,11 +611,9 @@ def test_exam_list_is_labelled_by_side(tmp_path):
         ("0_R_MLO", "0", "RIGHT", "MLO", True, False),
         ("x", "exam_1", "LEFT", "CC", False, True),
         ("y", "exam_1", "LEFT", "CC", False, True),
-        ("0_L_MLO", "exam_1", "LEFT", "MLO", False, True),
-        ("0_R_MLO", "exam_1", "RIGHT", "MLO", True, True),
+        ("z", "exam_1", "RIGHT", "MLO", True, True),
     ]
-    with pytest.raises(InputError, match=r"exam_1: 0_L_MLO.png stands at .* exam 0 too"):
-        read_nyu(tmp_path, path)
+    assert read_nyu(tmp_path, path).pictures[-1] == Picture("z.png", True, "exam_1", "RIGHT", "MLO", mirrored=True)
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -672,11 +670,12 @@ CMMD = "CMMD_clinicaldata_revision.csv"
         ("nyu", "t.pkl", nest({"a": 1}), "t.pkl: Expected a list of exams"),
         ("nyu", "t.pkl", nest([EXAM | {"cancer_label": None}]), "exam 0: Expected a cancer_label with left_malignant"),
         ("nyu", "t.pkl", nest([EXAM | {"horizontal_flip": 1}]), "exam 0: Expected horizontal_flip YES or NO"),
+        ("nyu", "t.pkl", nest([EXAM | {"L-CC": ["a", "a"]}]), "exam 0: a stands there a second time"),
         ("nyu", "t.pkl", nest([EXAM | {"L-CC": [["0_L_CC"]]}]), "exam 0: Expected a list of names under L-CC"),
         ("nyu", "t.pkl", nest([EXAM | {"L-CC": "0_L_CC"}]), "exam 0: Expected a list of names under L-CC"),
         ("nyu", "t.pkl", nest([EXAM | {"cancer_label": {"left_malignant": np.eye(2)}}]), "left_malignant 0 or 1"),
         ("nyu", "t.pkl", nest([EXAM | {"L-CC": ["../../x"]}]), "Expected a file below the folder"),
-        ("nyu", "t.pkl", nest([EXAM, EXAM]), "0_L_CC.png stands at"),
+        ("nyu", "t.pkl", nest([EXAM, EXAM]), "exam 1: 0_L_CC stands there a second time"),
         ("nyu", "t.pkl", nest([EXAM | {"L-CC": print}]), "opening anything else can run code"),
         ("nyu", "t.pkl", b"\x80\x04", "not a whole pickle"),
         ("nyu", None, None, "--format nyu: Expected the list as --table"),
