@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dm_files import InputError, append_text, atomic_write, locked, remove_partial, write_text
+from dm_limits import check_archive
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -227,6 +228,7 @@ def _read_excel(path) -> list[list[str]]:
         raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv")
     try:
         if package == "openpyxl":
+            check_archive(path, compressed=True)
             import pandas as pd
 
             return pd.read_excel(path, header=None, dtype=str, keep_default_na=False).values.tolist()
@@ -235,7 +237,7 @@ def _read_excel(path) -> list[list[str]]:
         rows = xlrd.open_workbook(path, logfile=io.StringIO()).sheet_by_index(0).get_rows()
         number = xlrd.XL_CELL_NUMBER
         return [[f"{cell.value:.15g}" if cell.ctype == number else str(cell.value) for cell in row] for row in rows]
-    except OSError:
+    except (OSError, InputError):
         raise
     except Exception as error:  # the packages raise many kinds
         raise InputError(f"{path}: not a readable table ({type(error).__name__}: {error})") from None

@@ -14,7 +14,7 @@ _SIDE = 32  # of the square of frequencies that a fingerprint is made of
 _BITS = _SIDE * _SIDE
 # Pictures are near duplicates when at most this share of their bits differs. Of 4.5 million pairs of drawn mammograms
 # of different patients the most alike differ in 0.16, the four real ones at hand in 0.48 or more; copies of the real
-# ones differ in 0.01 after JPEG (quality 20), a tenth of the size or noise, in 0.06 after windowing, and in 0.08 after
+# ones differ in 0.01 after JPEG (quality 20), a sixth of the size or noise, in 0.06 after windowing, and in 0.08 after
 # a gamma of 0.6 or 1.6.
 MAX_DIFFERENCE = 0.09
 # No more pairs are told: they grow as the square of the number of copies.

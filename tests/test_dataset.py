@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import struct
+import zipfile
 
 import cv2
 import numpy as np
@@ -206,6 +208,19 @@ def test_bad_table_is_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message) as error, open_table(path) as (_, rows):
         list(rows)
     assert str(error.value).startswith(str(path))
+
+
+def test_excel_table_that_would_fill_the_memory_is_refused(tmp_path):
+    """Its directory claims 3 GiB for one sheet."""
+    pytest.importorskip("openpyxl")
+    path = tmp_path / "table.xlsx"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", b"1234")
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<L", data, data.index(b"PK\x01\x02") + 24, 3 * 2**30)  # the size once unpacked
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="refused: .* bytes that claim to hold 3221225472"), open_table(path):
+        pass
 
 
 def test_columns_are_found_by_any_spelling():
