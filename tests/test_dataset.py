@@ -219,7 +219,7 @@ def test_excel_table_that_would_fill_the_memory_is_refused(tmp_path):
     data = bytearray(path.read_bytes())
     struct.pack_into("<L", data, data.index(b"PK\x01\x02") + 24, 3 * 2**30)  # the size once unpacked
     path.write_bytes(data)
-    with pytest.raises(InputError, match="refused: .* bytes that claim to hold 3221225472"), open_table(path):
+    with pytest.raises(InputError, match=r"refused: \d+ bytes that claim to hold 3221225472"), open_table(path):
         pass
 
 
