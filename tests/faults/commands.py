@@ -142,11 +142,10 @@ def differences(one: Path, two: Path) -> list[str]:
 def damaged(folder: Path) -> list[str]:
     """What is not whole in `folder`: each file that an output's name says is there must open, to its last byte.
 
-    Hidden files are those being written, and locks. The last line of a log may be missing, or a part of it.
+    Hidden files are those being written, and locks. The log may have lines cut off where a run ended.
     """
     import cv2
     import h5py
-    import numpy as np
     import pandas as pd
 
     def read_h5(path):
@@ -163,22 +162,18 @@ def damaged(folder: Path) -> list[str]:
         if not path.read_bytes().endswith(b"IEND\xaeB`\x82") or cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is None:
             raise ValueError("no whole picture")
 
-    def read_lines(path):
-        for line in path.read_text().splitlines()[:-1]:
-            json.loads(line or "{}")
-
     readers = {
         ".png": read_png,
         ".csv": pd.read_csv,
         ".json": lambda path: json.loads(path.read_text()),
-        ".jsonl": read_lines,
+        ".jsonl": lambda path: path.read_text(),
         ".h5": read_h5,
         ".keras": read_archive,
-        ".npz": lambda path: [array.sum() for array in np.load(path).values() if array.dtype.kind == "f"],
+        ".npz": read_archive,
         ".txt": lambda path: path.read_text(),
     }
     faults = []
-    for name, path in files_below(folder).items():
+    for name, path in sorted(files_below(folder).items()):
         if any(part.startswith(".") for part in Path(name).parts):
             continue
         try:
