@@ -190,7 +190,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--load-val-ram", False, "the same for the validation images")
     group.add_argument(
         "--on-error", choices=["stop", "skip"], default="stop",
-        help="what an unreadable image does: end the run, or be left out and listed",
+        help="what an unreadable image does: end the run, or be left out and listed. Of one that is lost only during "
+        "training, another image of its batch takes the place, without any weight",
+    )  # fmt: skip
+    add_flag(
+        group, "--check-data", True,
+        "read all images before training and list those that cannot be used, by cause; what is known of a file is "
+        "kept in data_check.csv of --out-dir, so that it is read once",
     )  # fmt: skip
 
     group = parser.add_argument_group("optimization")
@@ -312,7 +318,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add_optional(group, "--tensorboard", metavar="DIR", help="also write logs for TensorBoard to this folder")
     group.add_argument(
         "--out-dir", metavar="DIR",
-        help="folder for args.json, history.csv, metrics.json and predictions.csv; "
+        help="folder for args.json, data_check.csv, history.csv, metrics.json and predictions.csv; "
         "default: the name of the best model without its ending",
     )  # fmt: skip
 

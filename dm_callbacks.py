@@ -13,7 +13,7 @@ from keras import ops
 
 import dm_checkpoint
 from dm_files import InputError, atomic_write
-from dm_inference import NotFiniteError, auc_by_class, auc_line, predict
+from dm_inference import NotFiniteError, auc_by_class, auc_line, predict, without_lost
 
 
 class BestModel(keras.callbacks.Callback):
@@ -110,9 +110,10 @@ class DMAucModelCheckpoint(BestModel):
 
         Returns:
             (C,) AUC by class, NaN where undefined, or a float for a single output; with `return_y_res`
-            (auc, y_true, y_pred).
+            (auc, y_true, y_pred). Lost images are left out.
         """
-        y_true, y_pred, weights, y_flips = predict(model, test_set, batch_size, test_samples, test_augment)
+        results = predict(model, test_set, batch_size, test_samples, test_augment)
+        y_true, y_pred, weights, y_flips = without_lost(*results)
         if test_augment:
             y_pred = y_flips
         auc = auc_by_class(y_true, y_pred, weights)

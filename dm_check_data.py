@@ -65,7 +65,7 @@ def check_images(
     """
     jobs = jobs or env_int("NUM_CPU_CORES", 4, minimum=1)
     names = [str(Path(path).absolute()) for path in paths]
-    earlier = {} if table is None else _read_table(Path(table))
+    earlier = {} if table is None else read_table(table)
     known = {name: earlier[name] for name in names if name in earlier and _is_current(earlier[name])}
     new = [name for name in dict.fromkeys(names) if name not in known]
     try:
@@ -78,9 +78,32 @@ def check_images(
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(ImageCheck._fields)
                 writer.writerows(known[name] for name in sorted(known))
-    checks = [known[name] for name in names]
-    if allow_constant:
-        checks = [check._replace(cause="", message="") if check.cause == "constant" else check for check in checks]
+    return [accept_constant(known[name]) if allow_constant else known[name] for name in names]
+
+
+def accept_constant(check: ImageCheck) -> ImageCheck:
+    """The same for a use where constant images are no fault."""
+    return check._replace(cause="", message="") if check.cause == "constant" else check
+
+
+def read_table(path) -> dict[str, ImageCheck]:
+    """The rows of a table by file; none where the table is not there or not ours, since it only saves work."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+    if not rows or tuple(rows[0]) != ImageCheck._fields:
+        return {}
+    checks = {}
+    for row in rows[1:]:
+        try:
+            file, size, changed, pixel_type, height, width, cause, message = row
+            checks[file] = ImageCheck(
+                file, int(size), int(changed), pixel_type, int(height), int(width), cause, message
+            )
+        except ValueError:
+            continue
     return checks
 
 
@@ -122,24 +145,3 @@ def _stamp(path) -> tuple[int, int]:
 
 def _is_current(check: ImageCheck) -> bool:
     return check.cause in ("", "constant") and (check.bytes, check.changed) == _stamp(check.file)
-
-
-def _read_table(path: Path) -> dict[str, ImageCheck]:
-    """Rows by file; none where the table is not there or not ours, since it only saves work."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return {}
-    if not rows or tuple(rows[0]) != ImageCheck._fields:
-        return {}
-    checks = {}
-    for row in rows[1:]:
-        try:
-            file, size, changed, pixel_type, height, width, cause, message = row
-            checks[file] = ImageCheck(
-                file, int(size), int(changed), pixel_type, int(height), int(width), cause, message
-            )
-        except ValueError:
-            continue
-    return checks

@@ -982,7 +982,7 @@ def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
 def sample_images(iterator, nb_images: int = 32) -> list[np.ndarray]:
     """Up to `nb_images` images of a file or array iterator, evenly spread, before augmentation and mean subtraction."""
     chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
-    images = [iterator.load(i) for i in chosen]
+    images = [image for image in map(iterator.load_or_lose, chosen) if image is not None]
     return [image * iterator.generator.rescale for image in images] if iterator.generator.rescale else images
 
 

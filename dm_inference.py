@@ -43,7 +43,7 @@ def predict(
 
     Returns:
         (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where
-        there are no weights or `flips` is off.
+        there are no weights or `flips` is off. See `without_lost`.
     """
     from keras.tree import map_structure
 
@@ -69,6 +69,17 @@ def predict(
         raise InputError("Expected at least one image to predict. Received an empty set")
     y_true, y_pred, weights, y_flips = (np.concatenate(c) if c else None for c in columns)
     return y_true, y_pred, weights, y_flips
+
+
+def without_lost(y_true: np.ndarray, *columns: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
+    """The rows of y_true (N, classes) and of columns (N, ...) without those of lost images, whose labels are zeros.
+
+    Labels of a single column are taken as they are, since 0 is a class there. Columns may be None.
+    """
+    if y_true.ndim < 2 or y_true.shape[1] < 2:
+        return y_true, *columns
+    there = y_true.any(axis=1)
+    return tuple(None if column is None else column[there] for column in (y_true, *columns))
 
 
 def _nb_batch(data) -> int | None:

@@ -264,7 +264,7 @@ class _SampleIterator(DMIterator):
             self._reader = None
 
     def _make_batch(self, index, rng):
-        images = self._map(self._load_or_lose, index)
+        images = self._map(self.load_or_lose, index)
         there = [place for place, image in enumerate(images) if image is not None]
         if not there:
             raise InputError(f"none of the {len(index)} images of a batch can be read, such as {self._name(index[0])}")
@@ -285,7 +285,7 @@ class _SampleIterator(DMIterator):
     def load(self, index):
         raise NotImplementedError
 
-    def _load_or_lose(self, index):
+    def load_or_lose(self, index):
         """`load(index)`, or None for a sample whose place another one takes."""
         return self.load(index)
 
@@ -404,6 +404,13 @@ class _FileIterator(_SampleIterator):
         self._replaces = on_error == "skip" and self.class_mode == "categorical"
 
     @property
+    def file_sizes(self):
+        """Bytes of each file, as they were when it was checked, if it was."""
+        if self._checks is None:
+            return [os.path.getsize(path) for path in self._paths]
+        return [check.bytes for check in self._checks]
+
+    @property
     def skipped(self):
         return [*self._left_out, *(message for _, message in sorted(self._lost.copy().items()))]
 
@@ -441,7 +448,7 @@ class _FileIterator(_SampleIterator):
     def _name(self, index):
         return self._paths[index]
 
-    def _load_or_lose(self, index):
+    def load_or_lose(self, index):
         try:
             return self.load(index)
         except InputError as error:

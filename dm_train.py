@@ -15,6 +15,7 @@ import dm_args
 import dm_checkpoint
 import dm_memory
 from dm_callbacks import BestModel, HistoryFile, tensorboard
+from dm_check_data import TABLE, ImageCheck, check_images, report_faults, warn_of_types
 from dm_files import InputError
 from dm_image import DMImageDataGenerator, check_pixel_stats
 from dm_inference import (
@@ -23,9 +24,11 @@ from dm_inference import (
     classification_scores,
     predict,
     scores_table,
+    without_lost,
     write_json,
     write_test_results,
 )
+from dm_iterators import find_classes
 from dm_keras_ext import Stage, check_outputs, class_weights, train_stages
 from dm_multi_gpu import make_parallel
 
@@ -80,6 +83,7 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
         "on_error": args.on_error,
         "allow_constant": allow_constant,
     }
+    checked = _check_data(args, _out_dir(args), allow_constant)
     train_set = augmented.flow_from_directory(
         args.train_dir,
         batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
@@ -87,12 +91,15 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
         seed=seed,
         auto_batch_balance=args.auto_batch_balance,
         load_to_ram=args.load_train_ram,
+        checked=checked["train_dir"],
         **pixels,
     )
     # A class may be absent where nothing is learned: its scores are then undefined, which is said.
     scoring = {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True, **pixels}
-    val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, **scoring)
-    test_set = plain.flow_from_directory(args.test_dir, **scoring)
+    val_set = plain.flow_from_directory(
+        args.val_dir, load_to_ram=args.load_val_ram, checked=checked["val_dir"], **scoring
+    )
+    test_set = plain.flow_from_directory(args.test_dir, checked=checked["test_dir"], **scoring)
     _describe_sets(train=train_set, validation=val_set, test=test_set)
     for message in check_pixel_stats(train_set):
         print(f"warning: {message}", file=sys.stderr)
@@ -102,6 +109,30 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
     _report_skipped(training=train_set, validation=val_set, test=test_set)
 
     return Training(args, model, org_model, fitted, train_set, val_set, test_set, _out_dir(args))
+
+
+def _check_data(args, out_dir: Path | None, allow_constant: bool) -> dict[str, dict[str, ImageCheck] | None]:
+    """What is known of the images of each set, by file, or None where it is not checked, or read to RAM anyway.
+
+    Raises InputError for images that cannot be used, unless they are skipped.
+    """
+    loaded = {"train_dir": args.load_train_ram, "val_dir": args.load_val_ram, "test_dir": False}
+    folders = {name: Path(getattr(args, name)).absolute() for name, in_ram in loaded.items() if not in_ram}
+    if not args.check_data:
+        return dict.fromkeys(loaded)
+    table = None if out_dir is None else out_dir / TABLE
+    files = [
+        folder / name
+        for folder in folders.values()
+        for names in find_classes(folder, args.class_list).values()
+        for name in names
+    ]
+    checks = check_images(files, table, allow_constant)
+    if args.img_scale is None:
+        warn_of_types(checks)
+    report_faults(checks, table, args.on_error)
+    checked = {check.file: check for check in checks}
+    return {name: checked if name in folders else None for name in loaded}
 
 
 def _describe_sets(**sets) -> None:
@@ -125,8 +156,8 @@ def _report_skipped(**sets) -> None:
         for message in image_set.skipped:
             print(f"skipped: {message}", file=sys.stderr)
         if image_set.skipped:
-            total = len(image_set.skipped) + image_set.nb_sample
-            print(f"warning: {len(image_set.skipped)} of {total} {name} images skipped", file=sys.stderr)
+            count, total = len(image_set.skipped), image_set.nb_file
+            print(f"warning: {count} of {total} {name} images skipped", file=sys.stderr)
 
 
 def check_options(args: argparse.Namespace, model: keras.Model) -> None:
@@ -241,6 +272,8 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
 
     print("\n==== Evaluating the best model on the test set ====", flush=True)
     y_true, y_pred, _, y_flips = predict(model, training.test_set, flips=flips, progress=True)
+    _, files = without_lost(y_true, np.array(training.test_set.filenames))
+    y_true, y_pred, y_flips = without_lost(y_true, y_pred, y_flips)
     predictions = {"single": y_pred} | ({"flips": y_flips} if flips else {})
     scores = classification_scores(y_true, y_pred, args.class_list)
     print(f"Test accuracy: {scores['accuracy']:.4f}")
@@ -252,6 +285,6 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
     if flips:
         print(f"AUROC on test set, mean of 4 flips: {auc_line(auc_by_class(y_true, y_flips), args.class_list)}")
     if training.out_dir is not None:
-        write_test_results(training.out_dir, training.test_set.filenames, y_true, predictions, args.class_list)
+        write_test_results(training.out_dir, files, y_true, predictions, args.class_list)
         print(f"Results are in {training.out_dir}", flush=True)
     _report_skipped(training=training.train_set, validation=training.val_set, test=training.test_set)

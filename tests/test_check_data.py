@@ -1,6 +1,7 @@
 """Images checked before a training: every cause found and counted, each file read once, by any number of threads."""
 
 import csv
+import itertools
 import os
 import subprocess
 import sys
@@ -231,3 +232,109 @@ def test_a_wrong_number_of_threads_is_one_line(folder, tmp_path, monkeypatch, ca
     monkeypatch.setenv("NUM_CPU_CORES", variable)
     assert check_data.main([str(folder), "--table", str(tmp_path / "t.csv")]) == 1
     assert capsys.readouterr().err.count(": error: environment variable NUM_CPU_CORES: Expected ") == 1
+
+
+# ---------------------------------------------------------------------------------------- before and in a training
+
+CLASSES = ("neg", "pos")
+TRAINER = {
+    "img_size": [64, 64], "rescale_factor": 0.003891, "featurewise_mean": 44.0, "equalize_hist": False,
+    "net": "yaroslav", "nb_init_filter": 1, "use_pretrained": False, "class_list": list(CLASSES), "batch_size": 4,
+    "nb_epoch": 1, "all_layer_epochs": 1, "augmentation": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Five images a class of training, validation and test."""
+    for seed, (part, label, k) in enumerate(itertools.product(("train", "val", "test"), CLASSES, range(5))):
+        img = picture(seed, "uint16", (64, 64)) // 4 + (32000 if label == "pos" else 0)
+        write(tmp_path / part / label / f"{part}{k}.png", png(img.astype(np.uint16)))
+    return tmp_path
+
+
+def train(sets, **options):
+    from ddsm_train import patch_clf_train
+
+    folders = {f"{part}_dir": str(sets / part) for part in ("train", "val", "test")}
+    return patch_clf_train.run(**TRAINER | folders | {"best_model": str(sets / "out" / "best.h5")} | options)
+
+
+def test_training_does_not_begin_with_faults_in_any_set(sets, capsys):
+    write(sets / "train/neg/empty.png", b"")
+    write(sets / "val/pos/text.png", b"no image")
+    write(sets / "test/neg/constant.png", FAULTS["constant.png"][0])
+    table = sets / "out/best/data_check.csv"
+    with pytest.raises(InputError, match=rf"^2 images cannot be used; {table} lists all\. The first: .*empty\.png: "):
+        train(sets)
+    shown = capsys.readouterr().out
+    assert "2 of 33 images cannot be used:\n  empty: 1, such as\n" in shown and "  wrong type: 1, such as\n" in shown
+    assert {row["file"]: row["cause"] for row in read_table(table) if row["cause"]} == {
+        str(sets / "train/neg/empty.png"): "empty", str(sets / "val/pos/text.png"): "wrong type",
+        str(sets / "test/neg/constant.png"): "constant",
+    }  # fmt: skip
+    assert not (sets / "out/best/history.csv").exists()
+
+
+def test_each_image_is_read_once_before_training(sets, counted, monkeypatch):
+    """Those of sets that go to memory are read for that alone; without a check, none are."""
+    import dm_train
+
+    class StopHere(Exception):
+        pass
+
+    def stop(*args, **kwargs):
+        raise StopHere
+
+    monkeypatch.setattr(dm_train, "check_pixel_stats", stop)  # all sets are made by then
+
+    def begin(**options):
+        counted.clear()
+        with pytest.raises(StopHere):
+            train(sets, **options)
+        return [sum(name.startswith(part) for name in counted) for part in ("train", "val", "test")]
+
+    assert begin(load_train_ram=True) == [0, 10, 10]
+    assert begin() == [10, 0, 0]
+    assert begin() == [0, 0, 0]
+    assert begin(on_error="skip") == [0, 0, 0]
+    assert begin(best_model="NOSAVE", check_data=False) == [0, 0, 0]
+    assert begin(best_model="NOSAVE", on_error="skip") == [10, 10, 10]
+    write(sets / "val/neg/val1.png", png(picture(1, "uint16", (50, 50))))
+    assert begin(load_val_ram=True) == [0, 0, 0]
+    assert begin() == [0, 10, 0]
+
+
+@pytest.mark.slow
+def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
+    """One of each set vanishes once training begins: losses, AUCs and predictions are those without them."""
+    import pandas as pd
+
+    import dm_train
+
+    start = dm_train.train
+    lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
+    write(sets / "train/pos/text.png", b"no image")
+
+    def lose_and_train(*args, **kwargs):
+        for path in lost:
+            path.unlink()
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(dm_train, "train", lose_and_train)
+    train(sets, on_error="skip", final_model=str(sets / "out/final.h5"))
+    shown = capsys.readouterr()
+    table = pd.read_csv(sets / "out/best/predictions.csv")
+    names = [f"{label}/test{k}.png" for label in CLASSES for k in range(5)]
+    assert list(table.file) == [name for name in names if name != "neg/test3.png"]
+    assert list(table.label) == [name.split("/")[0] for name in table.file]
+    for path in (*lost, sets / "train/pos/text.png"):
+        assert f"skipped: {path}: " in shown.err
+    assert "warning: 2 of 11 training images skipped" in shown.err
+    assert "warning: 1 of 10 test images skipped" in shown.err
+
+    monkeypatch.setattr(dm_train, "train", start)
+    train(sets, on_error="skip", resume_from=str(sets / "out/best.h5"), nb_epoch=0, all_layer_epochs=0,
+          best_model=str(sets / "out/again.h5"))  # fmt: skip
+    again = pd.read_csv(sets / "out/again/predictions.csv")
+    pd.testing.assert_frame_equal(table, again, rtol=1e-5)
