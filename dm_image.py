@@ -991,7 +991,7 @@ def pixel_warnings(images, mean=None) -> list[str]:
     low = min(float(x.min()) for x in images)
     high = max(float(x.max()) for x in images)
     own = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {len(images)} images"
+    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {len(images)} image{'s' if len(images) > 1 else ''}"
     messages = []
     if low < -64 or high > 320 or high < 32:
         messages.append(
