@@ -145,7 +145,7 @@ def _level(kind: str, level: Mapping[str, Any], samples: pd.DataFrame) -> str:
     tables += _table("Operating points", columns, rows)
     if level["comparisons"]:
         rows = [
-            [" - ".join(pair["models"]), f"{pair['difference']:+.3f}", _interval(pair["interval"]), _p(pair["p"])]
+            [" - ".join(pair["models"]), _number(pair["difference"], "+"), _interval(pair["interval"]), _p(pair["p"])]
             for pair in level["comparisons"]
         ]
         tables += _table("AUC compared, DeLong's test", ["Models", "Difference", "95%", "p"], rows)
@@ -302,8 +302,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _number(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.3f}".replace("-", "\u2212")
+def _number(value: float | None, sign: str = "") -> str:
+    return _NONE if value is None else f"{value:{sign}.3f}".replace("-", "\u2212")
 
 
 def _interval(pair) -> str:
