@@ -232,8 +232,8 @@ def warnings_for(
     training images; without them general rules apply, with `mean`, which is subtracted. stored_size: (rows, columns)
     before resizing. view: "CC", "MLO" or None, if not known.
 
-    Limits are wide, since they are those of a mistake and not of an unusual breast: mean and deviation beyond
-    twice, and the 99th percentile beyond 1.5 times, what nine in ten training images have.
+    Limits are wide, since they are those of a mistake and not of an unusual breast: mean, deviation and 99th
+    percentile below half or above twice what nine in ten training images have.
     """
     figures, messages = measure(image), []
     if figures["sd"] < 0.02 * max(abs(image.min()), abs(image.max())) or image.max() == image.min():
@@ -284,12 +284,8 @@ def _scale_warnings(image, figures, trained, mean) -> list[str]:
             )
         return messages
     messages = []
-    for name, text, slack in (
-        ("mean", "mean pixel", 2),
-        ("sd", "standard deviation", 2),
-        ("p99", "99th percentile", 1.5),
-    ):
+    for name, text in (("mean", "mean pixel"), ("sd", "standard deviation"), ("p99", "99th percentile")):
         low, high = trained["of_images"][name][1], trained["of_images"][name][3]
-        if not low / slack <= figures[name] <= high * slack:
-            messages.append(f"{text} {figures[name]:.3g}: training images have {low:.3g} to {high:.3g}")
+        if not low / 2 <= figures[name] <= high * 2:
+            messages.append(f"{text} {figures[name]:.3g} (training images: {low:.3g} to {high:.3g})")
     return [", ".join(messages) + f"; {advice}"] if messages else []

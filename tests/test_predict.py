@@ -137,10 +137,10 @@ def test_bad_images_do_not_stop_the_others(work, capsys, tmp_path):
 def test_json_says_how_the_predictions_were_made(work, capsys, tmp_path):
     bad, out = tmp_path / "absent.png", tmp_path / "new" / "out.json"
     files = [work / "images" / "odd.png", bad]
-    status, rows, _ = run(capsys, work / "model.h5", *files, "--out", out, "--rescale-factor", "0.002")
+    status, rows, _ = run(capsys, work / "model.h5", *files, "--out", out, "--rescale-factor", "0.0005")
     assert (status, rows) == (1, [])
     content = json.loads(out.read_text())
-    assert content["options"] == SETTINGS | {"rescale_factor": 0.002}
+    assert content["options"] == SETTINGS | {"rescale_factor": 0.0005}
     assert (content["model"], content["flips"]) == (str(work / "model.h5"), False)
     first, second = content["predictions"]
     assert first["file"] == str(files[0])
