@@ -126,7 +126,7 @@ class Classes(NamedTuple):
     pos: frozenset[str]
 
     def label(self, birads: str) -> str | None:
-        """ "neg", "pos", or None for neither."""
+        """One of `CLASSES`, or None for neither."""
         return next((name for name in CLASSES if birads in getattr(self, name)), None)
 
 

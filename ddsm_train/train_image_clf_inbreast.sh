@@ -4,7 +4,7 @@
 #   ddsm_train/train_image_clf_inbreast.sh [more options of image_clf_train.py]
 # Environment: TRAIN_DIR, VAL_DIR, TEST_DIR (INbreast/train, val, test, each with neg and pos), RESUME_FROM
 #       (ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5), BEST_MODEL (INbreast/transferred_inbreast_best_model.h5),
-#       FINAL_MODEL (NOSAVE), MEAN (44.33, the pixel mean of the paper's training images), NUM_CPU_CORES (4).
+#       FINAL_MODEL (NOSAVE), NUM_CPU_CORES (4).
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/recipe.sh"
 exec python "$here/image_clf_train.py" "${TRAIN_DIR:-INbreast/train}" "${VAL_DIR:-INbreast/val}" \
@@ -15,7 +15,7 @@ exec python "$here/image_clf_train.py" "${TRAIN_DIR:-INbreast/train}" "${VAL_DIR
     --no-img-scale \
     --rescale-factor 0.003891 \
     --featurewise-center \
-    --featurewise-mean "${MEAN:-44.33}" \
+    --featurewise-mean 44.33 \
     --no-equalize-hist \
     --batch-size 4 \
     --train-bs-multiplier 0.5 \

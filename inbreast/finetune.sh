@@ -13,8 +13,7 @@ if [ "${MEAN:-}" = report ]; then
     [ -f "$report" ] || fail "$report: no such file, so no measured mean. Expected it in DATA_FOLDER, or a number in MEAN"
     MEAN="$(sed -n 's/^ *"featurewise_mean": \([0-9.]*\),*$/\1/p' "$report")" # one value a line
     [ -n "$MEAN" ] || fail "$report: no featurewise_mean in it. Expected the report of a preparation script"
-    export MEAN
 fi
 export RESUME_FROM="$1" TRAIN_DIR="$2/train" VAL_DIR="$2/val" TEST_DIR="$2/test" BEST_MODEL="$3"
 shift 3
-exec "$here/train_image_clf_inbreast.sh" "$@"
+exec "$here/train_image_clf_inbreast.sh" ${MEAN:+--featurewise-mean "$MEAN"} "$@"
