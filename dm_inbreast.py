@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dm_dataset import CLASSES, TABLE_SUFFIXES, Item, Prepared, find_columns, open_table
 from dm_files import InputError, walk_files, write_img
+from dm_limits import read_bytes
 from dm_prepare import Image, sets_of_patients, whole_img_path, write_whole
 
 COLUMNS = {"file": ("file name",), "side": ("laterality",), "view": ("view",), "birads": ("bi-rads", "birads")}
@@ -98,9 +99,9 @@ def read_table(path) -> Table:
 
 
 def _read_row(cells: Mapping[str, str], where: str) -> Row:
-    file = re.fullmatch(r"(\d+)(\.0|\.dcm)?", cells["file"])
+    file = re.fullmatch(r"([0-9]{1,20})(\.0|\.dcm)?", cells["file"])
     if not file:
-        raise InputError(f"{where}: unknown File Name: Expected a number as in 20588072. Received {cells['file']!r}")
+        raise InputError(f"{where}: unknown File Name: Expected a number as in 20588072. Received {cells['file'][:100]!r}")
     side, view, birads = cells["side"].upper(), cells["view"].upper(), cells["birads"].lower().removesuffix(".0")
     for name, value, allowed in (
         ("Laterality", side, SIDES),
@@ -295,16 +296,14 @@ class Lesion(NamedTuple):
 
 def read_annotation(path) -> list[Finding]:
     """Findings of an annotation file, in its order. InputError for a damaged file."""
+    data = read_bytes(path)
     try:
-        with open(path, "rb") as file:
-            images = plistlib.load(file, fmt=plistlib.FMT_XML)["Images"]
+        images = plistlib.loads(data, fmt=plistlib.FMT_XML)["Images"]
         return [
             Finding(" ".join(str(roi["Name"]).split()), [_read_point(text) for text in roi["Point_px"]])
             for image in images
             for roi in image["ROIs"]
         ]
-    except OSError as error:
-        raise InputError(f"{path}: cannot read these annotations: {error.strerror or error}") from None
     except Exception as error:  # plistlib and what it reads with raise many kinds
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise InputError(f"{path}: not an annotation file ({reason}). Expected a property list of ROIs") from None

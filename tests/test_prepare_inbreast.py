@@ -473,6 +473,8 @@ def spoil_table(folder, view, how):
         edit(folder, row, row.replace(";CC;", ";XCC;"))
     elif how == "unknown File Name":
         edit(folder, row, row.replace(str(view.number), "IMG1"))
+    elif how == "endless File Name":
+        edit(folder, row, row.replace(str(view.number), "1" * 5000))
     elif how == "two rows that differ":
         edit(folder, row, f"{row}\r\n{start};{'5' if birads != '5' else '2'}")
     elif how.startswith("missing columns"):
@@ -497,6 +499,7 @@ def spoil_table(folder, view, how):
         ("unknown Laterality", "line 2: unknown Laterality: Expected L, R. Received 'B'"),
         ("unknown View", "line 2: unknown View: Expected CC, MLO, ML, FB. Received 'XCC'"),
         ("unknown File Name", "line 2: unknown File Name: Expected a number as in 20588072. Received 'IMG1'"),
+        ("endless File Name", "line 2: unknown File Name: Expected a number as in 20588072. Received '1111"),
         ("two rows that differ", "line 3: another row of File Name 20586900 is at"),
         ("missing columns bi-rads", "line 1: missing columns bi-rads or birads. Received Patient ID,"),
         ("missing columns laterality", "line 1: missing columns laterality. Received Patient ID,"),
