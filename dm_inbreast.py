@@ -101,7 +101,9 @@ def read_table(path) -> Table:
 def _read_row(cells: Mapping[str, str], where: str) -> Row:
     file = re.fullmatch(r"([0-9]{1,20})(\.0|\.dcm)?", cells["file"])
     if not file:
-        raise InputError(f"{where}: unknown File Name: Expected a number as in 20588072. Received {cells['file'][:100]!r}")
+        raise InputError(
+            f"{where}: unknown File Name: Expected a number as in 20588072. Received {cells['file'][:100]!r}"
+        )
     side, view, birads = cells["side"].upper(), cells["view"].upper(), cells["birads"].lower().removesuffix(".0")
     for name, value, allowed in (
         ("Laterality", side, SIDES),
