@@ -110,7 +110,7 @@ def evaluate(
 
             models: names
             data: {images, positive, patients (None if not known), patient_score, thresholds_from ("these images" or
-                "other images"), confidence, replicates, seed}
+                "other images"), confidence, replicates, seed, notes (sentences on what was left out, and the like)}
             levels: by "image", "breast", "patient" (where they exist):
                 samples, positive, patients
                 models: by name:
@@ -141,6 +141,16 @@ def evaluate(
                 f"the {name} level has no thresholds: Expected {name}s of both classes where they are chosen, as where "
                 f"they are judged. Received {'none' if name not in others else 'one class'}"
             )
+    if chosen_on is not None and (shared := sorted(set(table["patient"]) & set(chosen_on["patient"]) - {""})):
+        notes.append(f"{len(shared)} patients, such as {shared[0]}, are among the images of the thresholds too")
+    by_level = {
+        name: _evaluate_level(level, others[name], models, points, replicates, seed) for name, level in levels.items()
+    }
+    if any(model["auc"]["value"] in (0, 1) for level in by_level.values() for model in level["models"].values()):
+        notes.append(
+            "an AUC of 1 has no DeLong interval and a bootstrap interval without width: where there are no errors, "
+            "neither can tell; the intervals of sensitivity and specificity can"
+        )
     data = {
         "images": len(table),
         "positive": int(table["label"].sum()),
@@ -152,14 +162,7 @@ def evaluate(
         "seed": seed,
         "notes": notes,
     }
-    return {
-        "models": list(models),
-        "data": data,
-        "levels": {
-            name: _evaluate_level(level, others[name], models, points, replicates, seed)
-            for name, level in levels.items()
-        },
-    }
+    return {"models": list(models), "data": data, "levels": by_level}
 
 
 def _check(table: pd.DataFrame, models: Sequence[str]) -> None:

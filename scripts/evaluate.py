@@ -28,6 +28,13 @@ def share(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    value = float(text)
+    if not abs(value) < float("inf"):
+        raise argparse.ArgumentTypeError(f"Expected a number. Received {text}")
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     from dm_preflight import add_pixel_options
 
@@ -79,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     dm_args.add_flag(group, "--youden", True, "the point of the largest sum of sensitivity and specificity")
     add("--sensitivity", nargs="*", type=share, default=[0.9], metavar="SHARE", help="points of these sensitivities")
     add("--specificity", nargs="*", type=share, default=[0.9], metavar="SHARE", help="points of these specificities")
-    add("--threshold", nargs="*", type=float, default=[0.5], metavar="SCORE", help="points of these thresholds")
+    add("--threshold", nargs="*", type=finite, default=[0.5], metavar="SCORE", help="points of these thresholds")
     add("--bootstrap", type=dm_args.positive_int, default=2000, help="draws of patients")
     add_pixel_options(parser)
     return parser

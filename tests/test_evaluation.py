@@ -144,6 +144,8 @@ def test_sensitivity_and_specificity_at_thresholds_of_other_images(results):
     points = evaluation.Points(True, (0.9,), (), ())
     found = evaluation.evaluate(table, ["a"], points, others, replicates=200)
     assert found["data"]["thresholds_from"] == "other images"
+    # By their names these are the same patients.
+    assert found["data"]["notes"] == ["40 patients, such as P_000, are among the images of the thresholds too"]
     for name, level in evaluation.at_levels(table, ["a"]).items():
         other = evaluation.at_levels(others, ["a"])[name]
         expected = points.choose(other["label"].to_numpy(), other["a"].to_numpy())
@@ -195,6 +197,7 @@ def test_what_is_undefined_is_none():
     found = evaluation.evaluate(table, ["perfect", "constant", "no probability"], replicates=50)
     image = found["levels"]["image"]["models"]
     assert image["perfect"]["auc"] == {"value": 1, "error": 0, "delong": None, "bootstrap": [1, 1]}
+    assert found["data"]["notes"][0].startswith("an AUC of 1 has no DeLong interval")
     assert image["perfect"]["calibration"]["slope"] == {"value": None, "interval": None}
     assert image["constant"]["calibration"]["slope"]["value"] is None
     assert image["constant"]["auc"]["value"] == 0.5
@@ -664,6 +667,14 @@ def test_unreadable_images_end_the_run_or_are_left_out(trained, tmp_path, capsys
     assert results["data"]["images"] == 7 and str(bad) in results["data"]["skipped"][0]
 
 
+def test_the_report_has_figures_and_mammograms(trained, tmp_path):
+    path = tmp_path / "report.html"
+    evaluate.run(inputs=[trained / "one.h5", trained / "data"], out_dir=tmp_path, report=path, bootstrap=10)
+    page = path.read_text()
+    auc = load_strictly(tmp_path / "evaluation.json")["levels"]["breast"]["models"]["one"]["auc"]["value"]
+    assert f"{auc:.3f}" in page and page.count("data:image/svg") >= 9 and page.count("data:image/jpeg") >= 2
+
+
 def test_classes_of_patch_models_are_added_up(tmp_path):
     classes = ("background", "mal", "ben", "pos")
     make_model(tmp_path / "patch.h5", classes=classes)
@@ -698,6 +709,7 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         (["{d}/one.h5", "{d}/data", "--img-size", "9", "9"], "--img-size 8 6, for which it is built. Received 9 9"),
         (["{d}/one.h5", "{d}/other.h5", "{d}/data"], "other: Expected the classes of one, neg pos. Received a b pos"),
         (["{d}/one.h5", "{d}/data/test", "--class-list", "neg", "maybe"], "maybe: no such class folder"),
+        (["{d}/diverged.h5", "{d}/data"], "diverged: Expected finite predictions. Received NaN or infinity for 12"),
         (["--predictions", "{d}/one_class.csv"], "Expected images of both classes. Received 2 with the label 1"),
         (["--predictions", "{d}/nan.csv"], "net: Expected finite predictions. Received NaN or infinity for 1 of 3"),
         (["--predictions", "{d}/good.csv", "--val", "{d}/nan.csv"], "net: Expected finite predictions"),
@@ -708,6 +720,7 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
 def test_what_cannot_be_scored_is_one_line(trained, tmp_path, capsys, options, text):
     if not (trained / "other.h5").exists():
         make_model(trained / "other.h5", classes=("a", "b", "pos"))
+        make_model(trained / "diverged.h5", gain=np.nan)
         for name, rows in {
             "one_class": ["x,1,0.3", "y,1,0.2"],
             "nan": ["x,1,nan", "y,0,0.2", "z,0,0.1"],
@@ -723,7 +736,9 @@ def test_what_cannot_be_scored_is_one_line(trained, tmp_path, capsys, options, t
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("options", [["--sensitivity", "1.2"], ["--bootstrap", "0"], ["--average", "median"]])
+@pytest.mark.parametrize(
+    "options", [["--sensitivity", "1.2"], ["--bootstrap", "0"], ["--average", "median"], ["--threshold", "nan"]]
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(SystemExit) as exit:
         evaluate.main([*options])
