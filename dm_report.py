@@ -54,14 +54,8 @@ def write_report(
     names = [name for name in _LEVELS if name in results["levels"]]
     sections = [("summary", "Summary", _summary(results, table))]
     sections += [(name, _LEVELS[name], _level(name, results["levels"][name], levels[name])) for name in names]
-    if "image" in names:
-        sections.append(
-            (
-                "errors",
-                "Most confident errors",
-                _errors(results, table, Path(root), predictors or {}, positive, nb_error),
-            )
-        )
+    errors = _errors(results, table, Path(root), predictors or {}, positive, nb_error)
+    sections.append(("errors", "Most confident errors", errors))
     sections += [("methods", "How to read the figures", _methods(results)), ("origin", "Origin", _origin(results))]
     links = "".join(f'<li><a href="#{key}">{_text(heading)}</a></li>' for key, heading, _ in sections)
     body = "".join(
@@ -105,11 +99,11 @@ def _summary(results, table) -> str:
         for name in results["models"]
     ]
     areas = _table("Area under the ROC curve (95% interval)", ["Model", *(_LEVELS[name] for name in levels)], rows)
-    parts = table.assign(side=table["side"].replace("", "not known"), view=table["view"].replace("", "not known"))
-    rows = [
-        [" ".join(key), f"{len(part):,}", f"{(part['label'] == 0).sum():,}", f"{(part['label'] == 1).sum():,}"]
-        for key, part in parts.groupby(["side", "view"])
-    ]
+    rows = []
+    for key, part in table.groupby(["side", "view"]):
+        positive = part["label"].sum()
+        name = " ".join(filter(None, key)) or "not known"
+        rows.append([name, f"{len(part):,}", f"{len(part) - positive:,}", f"{positive:,}"])
     counts = _table("Images by side and view", ["Side, view", "Images", "Without cancer", "With cancer"], rows)
     notes = [*data.get("notes", ()), *(f"Skipped: {message}" for message in data.get("skipped", ()))]
     return f'<dl class="cards">{facts}</dl>{areas}{counts}{_list(notes, "notes")}'
@@ -181,11 +175,13 @@ def _level(kind: str, level: Mapping[str, Any], samples: pd.DataFrame) -> str:
 
 
 def _errors(results, table, root, predictors, positive, nb_error) -> str:
-    content = (
-        "<p>By the first operating point of each model. The left picture is the mammogram as the model gets it; the "
-        "right one has the Grad-CAM map for cancer over it, from its own largest value (bright) to none (clear). "
-        "A label may be wrong, too: look before you blame the model.</p>"
-    )
+    content = "<p>By the first operating point of each model; a label may be wrong, too."
+    if predictors:
+        content += (
+            " The left picture is the mammogram as the model gets it; the right one has the Grad-CAM map for cancer "
+            "over it, from its own largest value (bright) to none (clear)."
+        )
+    content += "</p>"
     for name in results["models"]:
         points = results["levels"]["image"]["models"][name]["points"]
         threshold = points[0]["threshold"] if points else 0.5
@@ -208,13 +204,15 @@ def _errors(results, table, root, predictors, positive, nb_error) -> str:
 
 
 def _error(row, score, threshold, root, predictor, positive) -> str:
-    file, note = root / row["file"], ""
+    file, notes = root / row["file"], []
     where = " ".join(part for part in (row["patient"], row["side"], row["view"]) if part) or file.name
     what = "with cancer" if row["label"] else "without cancer"
-    try:
-        pictures = _pictures(file, predictor, positive)
-    except InputError as error:
-        pictures, note = [], f"<br>No picture: {_text(error)}"
+    pictures: list[np.ndarray] = []
+    for explained in (predictor, None) if predictor else (None,):
+        try:
+            pictures = pictures or _pictures(file, explained, positive)
+        except InputError as error:
+            notes.append(f"<br>{'No map' if explained else 'No picture'}: {_text(error)}")
     alternatives = (f"Mammogram {where}, {what}", f"The same with the Grad-CAM map for cancer, scored {score:.3f}")
     images = "".join(
         f'<img alt="{_text(text)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
@@ -223,7 +221,7 @@ def _error(row, score, threshold, root, predictor, positive) -> str:
     )
     caption = (
         f"<strong>{_text(where)}</strong>, {what}, scored {score:.3f} (threshold {threshold:.3g})"
-        f'<br><span class="file">{_text(row["file"])}</span>{note}'
+        f'<br><span class="file">{_text(row["file"])}</span>{"".join(notes)}'
     )
     return f'<figure><div class="pair">{images}</div><figcaption>{caption}</figcaption></figure>'
 

@@ -282,11 +282,18 @@ def test_missing_pictures_are_said_in_their_place(little, tmp_path):
         raise InputError(f"{file}: no <map>")
 
     table, results = little
-    for predictors, message in ({}, "No such file"), ({"scores": SimpleNamespace(explain=fail)}, "no <map>"):
+    broken = {"scores": SimpleNamespace(explain=fail, class_list=["neg", "pos"])}
+    for predictors in ({}, broken):
         write_report(tmp_path / "a.html", results, table, root=tmp_path, predictors=predictors)
         page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
-        assert page.text.count("No picture: ") == page.text.count(message) == 3
+        assert page.text.count("No picture: ") == page.text.count("No such file") == 3
+        assert page.text.count("No map: ") == page.text.count("no <map>") == 3 * len(predictors)
         assert all("svg" in image["src"][:20] for image in page.all("img"))
+    cv2.imwrite(str(tmp_path / "2.png"), np.arange(4800, dtype=np.uint16).reshape(80, 60))
+    write_report(tmp_path / "a.html", results, table, root=tmp_path, predictors=broken)
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert [page.text.count(note) for note in ("No picture: ", "No map: ")] == [2, 3]
+    assert sum("jpeg" in image["src"][:20] for image in page.all("img")) == 1
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
