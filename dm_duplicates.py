@@ -44,7 +44,7 @@ def find_near_duplicates(fingerprints: Sequence[str], patients: Sequence[str]) -
     """Pairs of pictures of different patients whose fingerprints differ in at most `MAX_DIFFERENCE` of their bits.
 
     fingerprints, patients: of each picture. Returns (position of one, position of the other, share of bits that
-    differ), in the order of the positions, the first `MAX_PAIRS` of them. 100,000 pictures take some minutes and 200 MB.
+    differ), in the order of the positions, the first `MAX_PAIRS` of them. 100,000 pictures take minutes and 200 MB.
     """
     packed = np.frombuffer(bytes.fromhex("".join(fingerprints)), np.uint8).reshape(-1, _BITS // 8)
     patients = np.unique(patients, return_inverse=True)[1]
