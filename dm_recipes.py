@@ -1,4 +1,4 @@
-"""Published figures, and ours beside them: what the recipes in `ddsm_train/` leave to Python.
+"""Published figures, and ours beside them: what the recipes in `ddsm_train/` and `inbreast/` leave to Python.
 
 `ddsm_train/published.csv` is the one place of the published figures. A row names the network and the recipe that
 makes it (`kind`), and the rows whose results it starts from (`from`); `reproduce_table.sh` walks these.
@@ -250,7 +250,7 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = 12345) -
     in the shares of the training set: so that fewer patients are some of the more.
     Images are linked, not copied; `patients.txt` lists the patients. Returns them, sorted.
     Raises InputError for names that tell no patient, for fewer patients than are asked for, where these are too few
-    for both classes, and where `out` already has a set: images of other patients would stay in it.
+    for both classes, and where `out` has links of another choice: images of other patients would stay in it.
     """
     import numpy as np
 
@@ -258,9 +258,6 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = 12345) -
     from dm_image import is_image
 
     source, out = Path(source).resolve(), Path(out)
-    for part in ("train", "val", "test"):
-        if os.path.lexists(out / part):
-            raise InputError(f"{out / part}: exists already. Expected a new folder, or that you remove this one")
     images: dict[str, list[Path]] = {}
     cancer = set()
     for label in ("neg", "pos"):
@@ -285,10 +282,15 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = 12345) -
         *rng.permutation(sorted(cancer)).tolist()[:with_cancer],
         *rng.permutation(sorted(images.keys() - cancer)).tolist()[: patients - with_cancer],
     ]
-    for path in [path for name in chosen for path in images[name]] + [source / "val", source / "test"]:
-        link = out / path.relative_to(source)
+    paths = [path for name in chosen for path in images[name]] + [source / "val", source / "test"]
+    links = {out / path.relative_to(source): path for path in paths}
+    for there in sorted(path for path in out.rglob("*") if path.is_symlink()):
+        if there not in links or there.readlink() != links[there]:
+            raise InputError(f"{there}: is of another choice. Expected a new folder, or that you remove this one")
+    for link, path in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
+        if not link.is_symlink():
+            link.symlink_to(path)
     write_text(out / "patients.txt", "".join(f"{name}\n" for name in sorted(chosen)))
     return sorted(chosen)
 
