@@ -2,12 +2,14 @@
 
 import csv
 import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dm_files import InputError, atomic_write, remove_partial, write_text
+from dm_preflight import PUBLISHED
 from dm_recipes import FIGURES, Row, read_published, text_table
 
 RELEASED = Path(__file__).resolve().parent / "ddsm_train" / "released.csv"
@@ -61,6 +63,13 @@ def role(model: Released) -> str:
     return f"whole-image classifier, {data}"
 
 
+def settings(model: Released) -> dict:
+    """The pixel options and classes that the model was trained with, as published."""
+    inbreast = {"featurewise_mean": 44.33} if model.name.startswith("inbreast") else {}
+    patch = {"img_size": [224, 224], "class_list": ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"]}
+    return PUBLISHED | inbreast | (patch if model.row.kind == "patch" else {})
+
+
 def by_hand(models: Sequence[Released], folder) -> str:
     """What to fetch from where, and where to put it."""
     lines = [f"  {model.link}  as  {Path(folder, model.file)}" for model in models]
@@ -94,7 +103,8 @@ def gdown_download(drive_id: str, output: str) -> None:
 
 def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_download) -> bool:
     """Make sure that `<folder>/<name>.h5` is the model: download it where it is not there, check it, and keep its
-    SHA-256 in `<folder>/SHA256SUMS`, in the form of `sha256sum`.
+    SHA-256 in `<folder>/SHA256SUMS`, in the form of `sha256sum`, and its pixel options in `<folder>/<name>/args.json`,
+    where `dm_preflight.read_settings` finds them.
 
     download: of a Drive id to a file. A file that is there is kept as it is. Returns whether it was downloaded.
     Raises InputError for a file that cannot be had, does not open, has other classes or is not what it once was;
@@ -120,6 +130,9 @@ def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_
                     raise InputError(f"not kept: {error}".replace(str(temporary), "the download")) from error
         finally:
             remove_partial(folder)  # gdown's own temporary files begin as ours do
+    settings_path = Path(folder, model.name, "args.json")
+    if not settings_path.exists():
+        write_text(settings_path, json.dumps(settings(model), indent=1) + "\n")
     sums[path.name] = sha256(path)
     write_text(sums_path, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
     return not there

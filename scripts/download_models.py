@@ -6,7 +6,8 @@
   python scripts/download_models.py --all --out-dir models
 
 Needs the package gdown and the internet; without, it says what to fetch from which link and where to put it. A file
-that is there is kept; its SHA-256, in SHA256SUMS beside it, tells the next run whether it is still the same.
+that is there is kept; its SHA-256, in SHA256SUMS beside it, tells the next run whether it is still the same. Its
+pixel options go to <NAME>/args.json, where predict.py and evaluate.py find them.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import pytest
 
 import dm_checkpoint
 import dm_released
+from dm_preflight import read_settings
 from dm_recipes import read_published
 from scripts import download_models
 
@@ -53,7 +54,7 @@ def fetch(capsys, folder, *names):
 
 
 def visible(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.exists() else []
 
 
 def test_list_names_every_released_model_with_its_figures(capsys):
@@ -94,6 +95,20 @@ def test_downloads_are_checked_and_their_checksums_kept(drive, originals, capsys
     status, out, _ = fetch(capsys, folder, IMAGE, PATCH)
     assert (status, len(calls)) == (0, 2)
     assert f"{IMAGE}.h5: is there, 2 classes" in out
+
+
+def test_pixel_options_are_those_published_for_each_model(drive, capsys, tmp_path):
+    inbreast = "inbreast-vgg16-512x1"
+    assert fetch(capsys, tmp_path, IMAGE, PATCH, inbreast)[0] == 0
+    read = {name: read_settings(tmp_path / f"{name}.h5") for name in (IMAGE, PATCH, inbreast)}
+    assert [read[name]["featurewise_mean"] for name in read] == [52.18, 52.18, 44.33]
+    assert [read[name]["img_size"] for name in read] == [[1152, 896], [224, 224], [1152, 896]]
+    assert [len(read[name]["class_list"]) for name in read] == [2, 5, 2]
+    assert {read[name]["rescale_factor"] for name in read} == {0.003891}
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / IMAGE / "args.json").write_text("mine")
+    assert fetch(capsys, tmp_path, IMAGE)[0] == 0
+    assert (tmp_path / IMAGE / "args.json").read_text() == "mine"
 
 
 def test_all_are_thirteen(drive, capsys, tmp_path):
