@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dm_files import InputError, append_text, atomic_write, locked, remove_partial, write_text
-from dm_limits import check_archive
+from dm_limits import check_archive, read_bytes
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -174,9 +174,10 @@ def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
 
 
 @contextmanager
-def open_csv(path, delimiter: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
+def open_csv(path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
     """The header of a CSV file, and its rows: where each stands ("path, line n") and its cells; empty ones left out.
 
+    delimiters: what may divide cells; the one that the header has most of does.
     InputError for what is no UTF-8 text or no CSV, or for a row of more or fewer cells than the header; it names the
     line.
     """
@@ -192,8 +193,10 @@ def open_csv(path, delimiter: str = ",") -> Iterator[tuple[list[str], Iterator[t
                 yield where, cells
 
     try:
-        text = io.StringIO(Path(path).read_bytes().decode("utf-8-sig"), newline="")
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        first = text.readline()
+        text.seek(0)
+        reader = csv.reader(text, delimiter=max(delimiters, key=first.count), strict=True)
         header = next(reader, [])
         yield header, read_rows()
     except UnicodeDecodeError:
@@ -210,9 +213,7 @@ def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
-        with open(path, "rb") as file:
-            first = file.readline()
-        with open_csv(path, delimiter=max(",;\t", key=lambda sign: first.count(sign.encode()))) as opened:
+        with open_csv(path, delimiters=",;\t") as opened:
             yield opened
     elif suffix in TABLE_SUFFIXES:
         header, *lines = _read_excel(path) or [[]]

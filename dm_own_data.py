@@ -25,7 +25,7 @@ from dm_dataset import (
 )
 from dm_files import InputError, walk_files
 from dm_inbreast import Classes
-from dm_limits import check_pixels
+from dm_limits import check_pixels, read_bytes
 from dm_parallel import run_parallel
 from dm_prepare import Image, sets_of_patients, whole_img_path, write_whole
 
@@ -361,7 +361,7 @@ def read_mias(root, table=None, skip: Iterable = ()) -> Reading:
     reading, images = _start(), {}
     path = table or _find_table(root, "info", (".txt",))
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file. Expected lines such as mdb003 D NORM") from None
     for number, line in enumerate(lines, 1):
