@@ -1,8 +1,8 @@
 """How good are the predictions of whole-image classifiers: images, breasts and patients scored with intervals.
 
 A *table* has a row an image and the columns of `COLUMNS`, then one column a model: its probability of cancer.
-`evaluate` makes *results* from it, in types that JSON can hold; its docstring lists them. What to read and write for
-it is here too; `scripts/evaluate.py` is the command line.
+`evaluate` makes *results* from it, in types that JSON can hold; its docstring lists them. `dm_evaluation_data` makes
+tables, `scripts/evaluate.py` is the command line.
 
 Levels: a breast's score is the mean of its images' (both views), its label whether any of them is positive; a
 patient's score is that of the more suspicious breast (or the mean of both), the label whether either has cancer.
@@ -123,7 +123,7 @@ def evaluate(
                     pr: {recall, precision, low, high}
                 comparisons: [{models: [a, b], difference (of AUC, a - b), interval, p, bootstrap}]
 
-        Raises InputError for a table without both classes, or predictions that are no probabilities.
+    Raises InputError for tables without both classes, or predictions that are not finite.
     """
     _check(table, models)
     points = points or Points()
@@ -148,8 +148,8 @@ def evaluate(
     }
     if any(model["auc"]["value"] in (0, 1) for level in by_level.values() for model in level["models"].values()):
         notes.append(
-            "an AUC of 1 has no DeLong interval and a bootstrap interval without width: where there are no errors, "
-            "neither can tell; the intervals of sensitivity and specificity can"
+            "an AUC of 1, or 0, has no DeLong interval and a bootstrap interval without width: where there are no "
+            "errors, neither can tell; the intervals of sensitivity and specificity can"
         )
     data = {
         "images": len(table),
@@ -324,6 +324,10 @@ def _curves(truth, score, counts) -> tuple[dict, dict, np.ndarray, np.ndarray]:
             sensitivities.append(np.interp(false_positive, row_false_positive, np.append(0, row_recall)))
             first = np.searchsorted(row_recall, np.maximum(recall, recall[1]) - 1e-12)
             precisions.append(row_true[first] / (row_true[first] + row_false[first]))
+    if not sensitivities:
+        raise InputError(
+            f"--bootstrap {len(counts)}: no draw holds samples of both classes. Expected more draws, or more patients"
+        )
     roc = {"false_positive": false_positive, "true_positive": true_positive} | _band(sensitivities)
     pr = {"recall": recall, "precision": precision} | _band(precisions)
     as_lists = ({name: values.tolist() for name, values in curve.items()} for curve in (roc, pr))

@@ -6,7 +6,7 @@ column a model follows: its probability of the positive classes.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from dm_dataset import IMAGE_TABLE, find_columns, open_table, parse_image_name, 
 from dm_evaluation import COLUMNS, FLIPS
 from dm_files import InputError
 from dm_own_data import COLUMNS as TABLE_COLUMNS
-from dm_own_data import REQUIRED, SIDES, read_exams, read_labels
+from dm_own_data import REQUIRED, SET_NAMES, SIDES, read_exams, read_labels
 
 
 def read_images(
@@ -42,7 +42,8 @@ def read_images(
     if path.suffix.lower() == ".pkl":
         rows = _read_exams(path, image_dir)
     elif path.is_file():
-        rows = _read_list(path, classes, positive, part, path.parent if image_dir is None else Path(image_dir))
+        folder = path.parent if image_dir is None else Path(image_dir)
+        rows = [(str(folder / file), *known) for file, *known in _read_table(path, classes, positive, part)[0]]
     elif not path.is_dir():
         raise InputError(f"{path}: not found. Expected a folder of images, a table or an exam list (.pkl)")
     elif (path / IMAGE_TABLE).is_file():
@@ -89,33 +90,25 @@ def _from_name(file) -> tuple[str, str, str]:
     return parse_image_name(Path(file).stem) or ("", "", "")
 
 
-def _read_list(path: Path, classes, positive, part: str, folder: Path) -> list[tuple]:
-    rows = [
-        (str(folder / file), *known)
-        for file, *known, set_, _ in _read_rows(path, classes, positive)
-        if set_ in ("", part)
-    ]
-    if not rows:
-        raise InputError(f"{path}: no images of the set {part}. Expected rows below the header")
-    return rows
+def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
+    """The rows of a table, as of `COLUMNS`, and all other cells of each by column.
 
-
-def _read_rows(path, classes, positive) -> Iterator[tuple]:
-    """File, patient, side, view, label, set and all other cells by column, of each row of a table.
-
-    Columns have the spellings of `dm_own_data.COLUMNS`, and labels those of `dm_own_data.read_labels` besides the
-    classes. Patient, side and view are read from the file's name where they have no column.
+    Columns have the spellings of `dm_own_data.COLUMNS`, and labels those of `dm_own_data.read_labels` or the names of
+    classes. Patient, side and view are read from the file's name where they have no column. Of sets, `part` is taken.
     """
     labels = read_labels()
-    if {*classes, *positive} != {"neg", "pos"}:
+    if set(classes) != {"neg", "pos"} or list(positive) != ["pos"]:
         labels = read_labels(["0", *(name for name in classes if name not in positive)], ["1", *positive])
-    with open_table(path) as (header, rows):
+    rows, others = [], []
+    with open_table(path) as (header, lines):
         places = find_columns(path, header, TABLE_COLUMNS, TABLE_COLUMNS.keys() - REQUIRED)
         if len(set(header)) < len(header):
             raise InputError(f"{path}, line 1: Expected each column once. Received {','.join(header)[:300]}")
-        others = {name: place for place, name in enumerate(header) if place not in places.values()}
-        for where, cells in rows:
+        unnamed = {name: place for place, name in enumerate(header) if place not in places.values()}
+        for where, cells in lines:
             row = {name: cells[place].strip() for name, place in places.items()}
+            if SET_NAMES.get(row.get("set", part).lower()) not in (part, None):
+                continue
             label = labels.is_positive(row["label"], where)
             if label is None:
                 raise InputError(
@@ -125,8 +118,11 @@ def _read_rows(path, classes, positive) -> Iterator[tuple]:
             side = SIDES.get(known["side"].lower(), "")
             if known["side"] and not side:
                 raise InputError(f"{where}: unknown side. Expected {', '.join(SIDES)}. Received {known['side']!r}")
-            rest = {name: cells[place].strip() for name, place in others.items()}
-            yield row["file"], known["patient"], side, known["view"], int(label), row.get("set", ""), rest
+            rows.append((row["file"], known["patient"], side, known["view"], int(label)))
+            others.append({name: cells[place].strip() for name, place in unnamed.items()})
+    if not rows:
+        raise InputError(f"{path}: no images of the set {part}. Expected rows below the header; see --set")
+    return rows, others
 
 
 def _read_exams(path: Path, image_dir) -> list[tuple]:
@@ -162,17 +158,17 @@ def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
 
 
 def read_predictions(
-    path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",)
+    path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",), part: str = "test"
 ) -> tuple[pd.DataFrame, list[str]]:
     """A table with predictions from a CSV file, and the names of its models.
 
-    The file is one of ours or anybody's, with the columns of a list of images (see `read_images`). Each other column of
-    numbers is a model, but for those of the other classes that a trainer's `predictions.csv` has. The images need not
-    be there. Warns of columns of text, which are left out.
+    The file is one of ours or anybody's, with the columns of a table of images (see `read_images`). Each other column
+    of numbers is a model, but for those of the other classes that a trainer's `predictions.csv` has. The images need
+    not be there. Warns of columns of text, which are left out.
     """
     ignored = {name + way for name in classes if name not in positive for way in ("", FLIPS)}
-    rows = list(_read_rows(path, classes, positive))
-    cells = pd.DataFrame([row[-1] for row in rows], dtype=str).drop(columns=ignored, errors="ignore")
+    rows, others = _read_table(path, classes, positive, part)
+    cells = pd.DataFrame(others, dtype=str).drop(columns=ignored, errors="ignore")
     numbers = cells.apply(pd.to_numeric, errors="coerce")
     texts = [name for name in cells if numbers[name].isna().all()]
     if texts:
@@ -180,7 +176,7 @@ def read_predictions(
     models = [name for name in cells if name not in texts]
     if not models:
         raise InputError(f"{path}: Expected images, and a column of predictions a model. Received none")
-    table = pd.DataFrame([row[: len(COLUMNS)] for row in rows], columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=COLUMNS)
     for name in models:
         if (wrong := numbers[name].isna() & ~cells[name].str.lower().isin(("", "nan"))).any():
             raise InputError(

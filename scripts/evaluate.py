@@ -139,6 +139,11 @@ def evaluate(args: argparse.Namespace, models: list, source) -> None:
     print(f"Results are in {args.out_dir}")
 
 
+def sets_of(args: argparse.Namespace, source) -> list[tuple]:
+    """What to score and, if given, --val, with the name of the set in it."""
+    return [(source, args.set)] + ([] if args.val is None else [(args.val, "val")])
+
+
 def predict(args: argparse.Namespace, models: list, source):
     """Tables of DATA and of --val, if given, the names of the models, what to say of them in the results, and the
     `Predictor`s by name."""
@@ -155,8 +160,10 @@ def predict(args: argparse.Namespace, models: list, source):
                 f"{name}: Expected the classes of {first}, {' '.join(classes[first])}. "
                 f"Received {' '.join(classes[name])}; see --class-list"
             )
-    sources = [(source, args.set), (args.val, "val")][: 1 + (args.val is not None)]
-    tables = [data.read_images(path, classes[first], args.positive, part, args.image_dir) for path, part in sources]
+    tables = [
+        data.read_images(path, classes[first], args.positive, part, args.image_dir)
+        for path, part in sets_of(args, source)
+    ]
     dm_args.start_backend()
     from dm_predict import Predictor
 
@@ -188,8 +195,8 @@ def read(args: argparse.Namespace):
     from dm_evaluation_data import read_predictions
 
     classes = args.class_list or ["neg", "pos"]
-    sources = [args.predictions] + ([] if args.val is None else [args.val])
-    (table, names), *others = [read_predictions(path, classes, args.positive) for path in sources]
+    sources = sets_of(args, args.predictions)
+    (table, names), *others = [read_predictions(path, classes, args.positive, part) for path, part in sources]
     check_metarepository(args, names)
     for _, other_names in others:
         if missing := sorted(set(names) - set(other_names)):

@@ -197,7 +197,7 @@ def test_what_is_undefined_is_none():
     found = evaluation.evaluate(table, ["perfect", "constant", "no probability"], replicates=50)
     image = found["levels"]["image"]["models"]
     assert image["perfect"]["auc"] == {"value": 1, "error": 0, "delong": None, "bootstrap": [1, 1]}
-    assert found["data"]["notes"][0].startswith("an AUC of 1 has no DeLong interval")
+    assert found["data"]["notes"][0].startswith("an AUC of 1, or 0, has no DeLong interval")
     assert image["perfect"]["calibration"]["slope"] == {"value": None, "interval": None}
     assert image["constant"]["calibration"]["slope"]["value"] is None
     assert image["constant"]["auc"]["value"] == 0.5
@@ -205,6 +205,13 @@ def test_what_is_undefined_is_none():
     assert image["no probability"]["calibration"] is None
     json.dumps(found, allow_nan=False)
     assert evaluation.describe(found)
+
+
+def test_draws_of_one_class_alone_are_not_enough():
+    table = pd.DataFrame([("x", "", "", "", 1, 0.4), ("y", "", "", "", 0, 0.2)], columns=[*evaluation.COLUMNS, "m"])
+    one_class = (rng for rng in range(99) if np.ptp(np.random.default_rng(rng).integers(2, size=2)) == 0)
+    with pytest.raises(InputError, match="--bootstrap 1: no draw holds samples of both classes"):
+        evaluation.evaluate(table, ["m"], replicates=1, seed=next(one_class))
 
 
 # ----------------------------------------------------------------------------------------------------- intervals
@@ -349,7 +356,7 @@ def test_prepared_folders_and_their_class_folders_take_patients_from_the_table(t
     by_folder = read_images(folder / "test")
     by_file = {"by": "file", "ignore_index": True}
     pd.testing.assert_frame_equal(by_folder.sort_values(**by_file), table.sort_values(**by_file))
-    # Without the table, names tell; of another order of classes, the second counts.
+    # Without the table, names tell; which classes count is a choice.
     (folder / "images.csv").unlink()
     assert set(read_images(folder / "test")["patient"]) == {f"P_test{number}" for number in range(6)}
     assert read_images(folder / "test", ["pos", "neg"], ["neg"])["label"].sum() == 6
@@ -377,9 +384,10 @@ def test_lists_in_csv_files(tmp_path):
     assert table["side"].tolist() == ["LEFT", "RIGHT", ""]
     listed = write_list(tmp_path / "b.csv", ["P_7_RIGHT_MLO.png,0", "a.png,1"])
     table = read_images(listed, image_dir=tmp_path / "img")
-    rows = ["img/a.png,pos,train", "img/b.png,pos,test"]
+    rows = ["img/a.png,pos,training", "img/b.png,pos,test"]
     sets = read_images(write_list(tmp_path / "c.csv", rows, "file,label,set"))
     assert [Path(file).name for file in sets["file"]] == ["b.png"]
+    assert read_images(tmp_path / "c.csv", ["pos", "neg"], ["neg"])["label"].tolist() == [0]
     assert table[["patient", "side", "view"]].iloc[0].tolist() == ["P_7", "RIGHT", "MLO"]
 
 
@@ -457,6 +465,12 @@ def test_predictions_of_trainers_and_of_others(tmp_path, capsys):
     assert models == ["reader", "net"] and np.isnan(table["net"][0]) and table["reader"].tolist() == [0.5, -3]
     assert table["label"].tolist() == [1, 0]
     assert "columns without numbers are left out: scanner" in capsys.readouterr().err
+    # The labels of other classes, and one of several sets.
+    rows = ["x,mass_mal,0.5,val", "y,mass_ben,0.4,test", "z,mass_mal,0.7,test"]
+    listed = write_list(tmp_path / "c.csv", rows, "file,label,net,set")
+    table, models = read_predictions(listed, ["mass_ben", "mass_mal"], ["mass_mal"])
+    assert (models, table["file"].tolist(), table["label"].tolist()) == (["net"], ["y", "z"], [0, 1])
+    assert read_predictions(listed, ["mass_ben", "mass_mal"], ["mass_mal"], "val")[0]["file"].tolist() == ["x"]
     for rows, header, text in (
         (["x,1"], "file,label", "a column of predictions a model"),
         (["x,1,high", "y,0,0.1"], "file,label,net", "Expected numbers in the column net. Received 'high' for x"),
