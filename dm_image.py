@@ -112,6 +112,8 @@ def read_size(fname: str | os.PathLike) -> tuple[int, int]:
     try:
         with Image.open(fname, formats=["PNG", "JPEG", "BMP", "TIFF"]) as image:
             rows, columns = image.height, image.width
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many kinds, of its own limit of pixels too
         raise InputError(f"{fname}: not a readable image ({error})") from None
     check_pixels(fname, rows, columns)
@@ -124,7 +126,7 @@ def read_dicom_header(fname: str | os.PathLike):
         with open(fname, "rb") as file:
             dataset = _parse_dicom(fname, file, stop_before_pixels=True)
             rows, columns = int(dataset.Rows), int(dataset.Columns)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # pydicom raises many kinds on damaged files
         raise InputError(f"{fname}: cannot read the header of this DICOM file: {_first_line(error)}") from error
@@ -151,6 +153,8 @@ def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in error.err:
             raise too_many_pixels(fname, "more") from error
+        if error.code == cv2.Error.StsNoMem:  # no fault of the image: it must not be left out for that
+            raise MemoryError(f"{fname}: {error.err}") from error
         raise ImageError(f"{fname}: cannot decode this image: {error.err}.") from error
     if img is None:
         raise ImageError(
@@ -251,7 +255,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
         highest = lowest + 2**bits - 1
         if voi_lut:
             img = _apply_voi_lut(img, lowest, highest, dataset)
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # pydicom and its decoder plug-ins raise many kinds
         reason = _first_line(error)

@@ -5,6 +5,7 @@ memory holds; HDF5 files can also say that their content is in another file. Onl
 the start, since every command line imports this.
 """
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ _PIXELS_OPTION = "DM_MAX_PIXELS"
 # What content may take in memory: this, or so many times its file, where that is more.
 _MAX_BYTES = 2**30
 _MAX_EXPANSION = 64
+_SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 # Groups within groups: Keras makes few, and HDF5 itself has no limit but its stack.
 _MAX_DEPTH = 64
 
@@ -56,12 +58,17 @@ def max_bytes(file_size: int) -> int:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """The content of a file that is read as a whole. Raises InputError, for pipes and devices, which never end, too."""
+    """The content of a file that is read as a whole. Raises InputError, for pipes and devices, which never end, too.
+
+    Raises OSError where the machine lacks memory or open files: no file is left out for that.
+    """
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise InputError(f"{path}: cannot be read: Expected a file. Received a pipe or device")
         return Path(path).read_bytes()
     except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
