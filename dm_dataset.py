@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dm_files import InputError, append_text, atomic_write, locked, remove_partial, write_text
-from dm_limits import check_archive, read_bytes
+from dm_limits import check_archive, parse_json, read_bytes
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -487,10 +487,16 @@ def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # a line cut off when the run was killed
             continue
-        outputs.update(record.get("to_come", ()), record.get("outputs", ()))
+        if not isinstance(record, dict):
+            continue
+        paths = [*record.get("to_come", ()), *record.get("outputs", ())]
+        # What is listed and no longer wanted is removed.
+        if others := [name for name in paths if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise InputError(f"{path}: lists {others[0]!r}. Expected files of its own folder alone; remove the list")
+        outputs.update(paths)
         if "stamp" in record:
             records[record["name"]] = record
     return records, outputs
