@@ -6,7 +6,6 @@ makes it (`kind`), and the rows whose results it starts from (`from`); `reproduc
 
 import csv
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path

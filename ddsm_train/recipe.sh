@@ -39,24 +39,27 @@ images_of() {
 
 # step FOLDER INPUTS SOURCES COMMAND... : unless done, make OUT/FOLDER by the command from the folders SOURCES and from
 # data of which INPUTS is a checksum. OUT/FOLDER/command.txt says by which commands and inputs, the sources' own
-# included, it was made.
+# included, it was made. The command finds what it left when it was killed, and goes on.
 step() {
-    local name="$1" folder="$out/$1" inputs="$2" sources="$3" source record=""
+    local name="$1" folder="$out/$1" inputs="$2" sources="$3" source kept="" record=""
     shift 3
     for source in $sources; do record+="$(cat "$out/$source/command.txt")"$'\n'; done
     record+="${inputs:+[$inputs] }$(printf '%q ' "${@//"$out/"/OUT/}")"
     record="${record//"$here/"/}"
-    if [ -e "$folder/done" ]; then
-        if [ "$record" = "$(cat "$folder/command.txt")" ]; then
+    if [ "$record" = "$(cat "$folder/command.txt" 2> /dev/null)" ]; then
+        if [ -e "$folder/done" ]; then
             echo "=== $name: finished before"
             return
         fi
-        fail "$folder: finished with other options or data (see command.txt there). Expected the same, another OUT, or" \
-            "that you remove the folder. Received: ${record##*$'\n'}"
+    else
+        [ ! -e "$folder/state" ] || kept="begun to train"
+        [ ! -e "$folder/done" ] || kept="finished"
+        [ -z "$kept" ] || fail "$folder: $kept with other options or data (see command.txt there). Expected the same," \
+            "another OUT, or that you remove the folder. Received: ${record##*$'\n'}"
+        [ ! -e "$folder/command.txt" ] || rm -r "$folder"
+        mkdir -p "$folder"
+        echo "$record" > "$folder/.command.txt" && mv "$folder/.command.txt" "$folder/command.txt"
     fi
-    [ ! -e "$folder/command.txt" ] || rm -r "$folder"
-    mkdir -p "$folder"
-    echo "$record" > "$folder/command.txt"
     echo "=== $name: ${record##*$'\n'}"
     "$@"
     touch "$folder/done"

@@ -12,8 +12,8 @@
 # Rows of INbreast also need the environment variable INBREAST, a folder of train, val and test, each with neg and pos.
 # Given again, the same command does what is not finished; rows share patches, patch classifiers and DDSM models. A step
 # whose command ended well leaves a file `done`. One that is done, but with other options, another RANDOM_SEED, other
-# patients in DATA's sets or other images in INBREAST, is refused: remove its folder, or name another OUT. One that is
-# not done is begun anew.
+# patients in DATA's sets or other images in INBREAST, is refused: remove its folder, or name another OUT; so is a
+# training that has begun. One that was interrupted goes on where it was.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ "${1:-}" != --list ] || exec python "$here/published.py" list

@@ -385,7 +385,12 @@ def test_few_patients_are_chosen_alike(shell, prepared):
     for name in (".DS_Store", "Thumbs.db", "._a.png"):
         (train / "neg" / name).touch()
     assert dm_recipes.choose_patients(train.parent, shell.folder / "again", 30) == patients
-    with pytest.raises(InputError, match="again/train: exists already"):  # its links would stay
+    # As a killed run left it.
+    for link in list((shell.folder / "again/train/neg").iterdir())[::2]:
+        link.unlink()
+    assert dm_recipes.choose_patients(train.parent, shell.folder / "again", 30) == patients
+    assert len(list((shell.folder / "again/train/neg").iterdir())) == len(images["neg"])
+    with pytest.raises(InputError, match=r"again/train/.*: is of another choice"):  # its links would stay
         dm_recipes.choose_patients(train.parent, shell.folder / "again", 20)
     with pytest.raises(InputError, match="Expected at least 80 patients"):
         dm_recipes.choose_patients(train.parent, shell.folder / "more", 80)
@@ -424,7 +429,7 @@ def test_resuming(shell, prepared):
     assert (out / row / "metrics.json").exists()
     (out / row / "left over").touch()
     assert again()[0] == [row]
-    assert not (out / row / "left over").exists()
+    assert (out / row / "left over").exists()  # what an interrupted training goes on from
     first = (out / "table.csv").read_bytes()
     names, text, _ = again()
     assert names == []
@@ -435,7 +440,7 @@ def test_resuming(shell, prepared):
         (out / name / "done").unlink()
         assert again()[0] == expected
 
-    # With other options: refused when finished, though only a part of it is; begun anew when not.
+    # With other options: refused when finished, though only a part of it is, or in training; begun anew when not.
     before = (out / row / "metrics.json").stat().st_mtime_ns
     names, _, error = again("--image", "--batch-size", "8", status=1)
     assert (names, error.count("\n")) == ([], 1)
@@ -445,7 +450,12 @@ def test_resuming(shell, prepared):
     assert (names, f"{out}/patch-vgg16-s10: finished with other options" in error) == ([], True)
     assert (out / row / "metrics.json").stat().st_mtime_ns == before
     (out / row / "done").unlink()
+    (out / row / "state").mkdir()
+    names, _, error = again("--image", "--batch-size", "8", status=1)
+    assert (names, f"{out / row}: begun to train with other options" in error) == ([], True)
+    (out / row / "state").rmdir()
     assert again("--image", "--batch-size", "8")[0] == [row]
+    assert not (out / row / "left over").exists()
     # A patch classifier trained anew with other options makes what stands on it out of date.
     (out / patch / "done").unlink()
     names, _, error = again("--patch", "--trust-checkpoint", "--image", "--batch-size", "8", status=1)

@@ -1,6 +1,8 @@
 """Disturb the commands of this project on purpose, and count what comes of it. Run by hand, in hours.
 
 python -m tests.faults kill [--kills 50] [--only sampling ...] [--out faults.csv]
+python -m tests.faults soak [--epochs 2000] [--out memory.csv]
+python -m tests.faults read [--epochs 1000]
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from dm_args import HelpFormatter, natural_int, positive_int
 from tests.faults.commands import COMMANDS, make_inputs
+from tests.faults.endure import Memory, growth, read_while_written, soak
 from tests.faults.kill import Tally, kill_and_compare
 
 
@@ -29,6 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
     kill.add_argument("--seed", type=natural_int, default=0, help="of the moments")
     kill.add_argument("--work", metavar="DIR", help="folder of inputs and runs, kept; default: a temporary one")
     kill.add_argument("--out", metavar="FILE", default="faults.csv", help="table to add a row a command to")
+    long = kinds.add_parser("soak", help="train for many epochs, and watch the memory")
+    long.set_defaults(run=run_soak)
+    long.add_argument("--epochs", type=positive_int, default=2000, help="of both stages")
+    long.add_argument("--out", metavar="FILE", default="memory.csv", help="table of epochs, megabytes and seconds")
+    read = kinds.add_parser("read", help="open the best model in a loop while a training writes it")
+    read.set_defaults(run=run_read)
+    read.add_argument("--epochs", type=positive_int, default=1000, help="each of which writes it")
     return parser
 
 
@@ -50,6 +60,31 @@ def run_kill(args: argparse.Namespace) -> int:
     if args.work is None:
         shutil.rmtree(work)
     return int(any(tally.different for tally in tallies))
+
+
+def run_soak(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="faults") as work, open(args.out, "w", newline="") as file:
+        make_inputs(Path(work, "inputs"))
+        writer, memory = csv.writer(file, lineterminator="\n"), []
+        writer.writerow(Memory._fields)
+        for now in soak(Path(work, "inputs"), Path(work, "out"), args.epochs):
+            memory.append(now)
+            writer.writerow((now.epochs, f"{now.megabytes:.1f}", f"{now.seconds:.1f}"))
+            file.flush()
+    early, late = growth(memory, args.epochs)
+    change = late / early - 1
+    print(
+        f"{args.epochs} epochs in {memory[-1].seconds:.0f} s: {early:.0f} MB, in the end {late:.0f} MB ({change:+.1%})"
+    )
+    return int(change > 0.05)
+
+
+def run_read(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="faults") as work:
+        for ending in (".h5", ".keras"):
+            opens, versions, writes = read_while_written(Path(work, f"best{ending}"), args.epochs)
+            print(f"{ending}: opened {opens} times, {versions} different models, while it was written {writes} times")
+    return 0
 
 
 def describe(tally: Tally) -> str:
