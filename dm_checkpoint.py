@@ -214,12 +214,18 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
             # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
             model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
             _check_size(model, stored, path)
+            # TensorFlow never gives gradients to a variable that is frozen as it gets its memory.
+            frozen = [layer for layer in leaf_layers(model) if not layer.trainable]
+            for layer in frozen:
+                layer.trainable = True
         except Exception as error:  # whatever a wrong description makes Keras stumble over
             scope.initialize_variables = False
             keras.utils.clear_session()  # forgets the variables, which the next such scope would fill
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: cannot rebuild the model that it describes: {_one_line(error)}") from error
+    for layer in frozen:
+        layer.trainable = False
     return model
 
 

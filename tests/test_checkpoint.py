@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import SHARED
 
-from dm_checkpoint import load_model, load_weights, save_model
+from dm_checkpoint import leaf_layers, load_model, load_weights, save_model
 from dm_files import InputError
 
 # A small writer of Keras 2.0.8 files, after the layout of that program
@@ -731,3 +731,25 @@ def test_golden_checkpoint(golden, tmp_path, name):
         predicted = np.stack([model.predict_on_batch(flip) for flip in flips])
         np.testing.assert_allclose(predicted, values["predict_flips"], rtol=0, atol=1e-4)
         np.testing.assert_allclose(predicted.mean(axis=0), values["predict_flip_mean"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("ending", [".h5", ".keras"])
+def test_layers_saved_frozen_learn_once_they_are_trained(tmp_path, ending):
+    image = keras.Input((4, 4, 1))
+    inner = keras.Model(image, keras.layers.BatchNormalization()(keras.layers.Conv2D(2, 3)(image)))
+    outer_image = keras.Input((4, 4, 1))
+    outer = keras.Model(outer_image, keras.layers.GlobalAveragePooling2D()(inner(outer_image)))
+    inner.trainable = False
+    save_model(outer, tmp_path / f"frozen{ending}")
+    model = load_model(tmp_path / f"frozen{ending}")
+    assert not model.trainable_variables
+    for layer in leaf_layers(model):
+        layer.trainable = True
+    before = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+    assert len(before) == 4
+    model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=False)
+    rng = np.random.default_rng(0)
+    model.fit(rng.random((4, 4, 4, 1), np.float32), 10 * rng.random((4, 2), np.float32), verbose=0)
+    after = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+    moved = [not np.array_equal(old, new) for old, new in zip(before, after, strict=True)]
+    assert moved[0] and moved[2] and moved[3]  # not the bias, which batch normalization takes away
