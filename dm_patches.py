@@ -375,7 +375,7 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     with contextlib.ExitStack() as locks:
         for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
             if names:
-                locks.enter_context(locked(out_dir, "patches.csv"))  # `prepare` locks the folder
+                locks.enter_context(locked(out_dir))
             check_folder(name, names, out_dir, deciding_options(args))
         faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
         if val:

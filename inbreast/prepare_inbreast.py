@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import HelpFormatter, add_preparation_options, complete, run_main
 from dm_dataset import write_csv
-from dm_files import InputError
+from dm_files import InputError, locked
 from dm_inbreast import (
     EXCLUSIONS,
     REPAIRS,
@@ -136,13 +136,14 @@ def run(**options):
     print_split(sets, selection.images.values(), args)
     if args.dry_run:
         return
-    report = prepare_dataset(table, selection, sets, args)
-    if report["featurewise_mean"] is not None:
-        print(
-            f"pixel mean: {report['featurewise_mean']:.2f}; the paper's, {PUBLISHED_MEAN}, is of other patients and "
-            f"another conversion: where they differ much, see --auto-levels, and give the trainer your own"
-        )
-    finish(report, args)
+    with locked(args.out):
+        report = prepare_dataset(table, selection, sets, args)
+        if report["featurewise_mean"] is not None:
+            print(
+                f"pixel mean: {report['featurewise_mean']:.2f}; the paper's, {PUBLISHED_MEAN}, is of other patients "
+                f"and another conversion: where they differ much, see --auto-levels, and give the trainer your own"
+            )
+        finish(report, args)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -41,6 +41,7 @@ from dm_cbis_ddsm import (
     scan_download,
 )
 from dm_dataset import CLASSES, Item, Prepared, write_csv
+from dm_files import locked
 from dm_patches import COLUMNS
 from dm_prepare import (
     FOLDERS,
@@ -164,7 +165,8 @@ def run(**options):
     print_tables(tables, args)
     print_split(sets, images.values(), args)
     if not args.dry_run:
-        finish(prepare_dataset(tables, images, sets, outputs, args), args)
+        with locked(args.out):
+            finish(prepare_dataset(tables, images, sets, outputs, args), args)
 
 
 def make_parser() -> argparse.ArgumentParser:

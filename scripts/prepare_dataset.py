@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import HelpFormatter, add_preparation_options, complete, run_main
-from dm_files import InputError
+from dm_files import InputError, locked
 from dm_inbreast import add_class_options, read_classes
 from dm_own_data import (
     COLUMNS,
@@ -153,14 +153,15 @@ def run(**options):
     print_split(sets, images, args)
     if args.dry_run:
         return
-    report = prepare_dataset(reading, pictures, sets, args)
-    bits = report["stored_bits"]
-    if bits is not None and bits < 15 and not args.auto_levels:
-        print(
-            f"Warning: the pixels of all 16-bit files use {bits} bits, so that the images are dark: after the rescale "
-            f"factor they reach {255 * 2**bits / 2**16:.0f} of 255; --auto-levels stretches them"
-        )
-    finish(report, args)
+    with locked(args.out):
+        report = prepare_dataset(reading, pictures, sets, args)
+        bits = report["stored_bits"]
+        if bits is not None and bits < 15 and not args.auto_levels:
+            print(
+                f"Warning: the pixels of all 16-bit files use {bits} bits, so that the images are dark: after the "
+                f"rescale factor they reach {255 * 2**bits / 2**16:.0f} of 255; --auto-levels stretches them"
+            )
+        finish(report, args)
 
 
 def pattern(text: str) -> re.Pattern:

@@ -163,3 +163,36 @@ def test_other_faults_of_the_lock_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(InputError, match=r"cannot be written to .Input/output error"), locked(tmp_path):
         pass
+
+
+# -------------------------------------------------------------------------------------------- who takes the lock
+
+
+def test_data_are_prepared_by_one_run_at_a_time(tmp_path, holder):
+    from dm_dataset import Item, prepare
+
+    with pytest.raises(InputError, match=f"^{tmp_path}/out: another run .process {holder.pid} on "):
+        prepare([Item("a", (), (), None)], None, tmp_path, tmp_path / "out", ["images"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_the_lock_of_a_preparation_covers_its_report(tmp_path, monkeypatch):
+    """A run of other options that began in between would have its images told by this run's report."""
+    pytest.importorskip("pydicom")
+    from test_resources import varied, write_dicom
+
+    from scripts import dicom_to_png
+
+    write_dicom(pytest.importorskip("pydicom"), tmp_path / "download/a.dcm", varied((8, 8)))
+    written, refused = dicom_to_png.write_text, []
+
+    def attempt_then_write(path, text):
+        refused.append(take(tmp_path / "out").returncode)
+        written(path, text)
+
+    monkeypatch.setattr(dicom_to_png, "write_text", attempt_then_write)
+    assert dicom_to_png.main([str(tmp_path / "download"), str(tmp_path / "out")]) == 0
+    assert refused == [1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "images", "images.csv", "manifest.jsonl", "report.json"
+    ]  # fmt: skip
