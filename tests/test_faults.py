@@ -10,7 +10,11 @@ import pytest
 
 from dm_files import write_img, write_text
 from tests.faults.commands import COMMANDS, ROOT, Command, damaged, differences, make_inputs
+from tests.faults.endure import Memory, growth, read_while_written
 from tests.faults.kill import FaultError, kill_and_compare
+
+# The others import a backend, or share their code with one of these.
+SHORT = ("sampling", "preparation of CBIS-DDSM")
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +25,16 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.name in ("sampling", "preparation")])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.name in SHORT])
 def test_killed_commands_end_with_the_same_files(command, inputs, tmp_path):
     tally = kill_and_compare(command, inputs, tmp_path, kills=2)
     assert (tally.kills, tally.different) == (2, [])
+
+
+@pytest.mark.slow
+def test_the_best_model_opens_while_it_is_written(tmp_path):
+    reading = read_while_written(tmp_path / "best.h5", epochs=12)
+    assert reading.opens >= reading.versions > 2
 
 
 # ------------------------------------------------------------------------------------------------ the harness itself
@@ -81,6 +91,11 @@ def test_a_command_that_ends_with_other_files_is_seen(tmp_path):
 def test_what_a_command_must_not_leave_or_do_is_seen(body, seen, tmp_path):
     with pytest.raises(FaultError, match=seen):
         kill_and_compare(steps(body), tmp_path, tmp_path / "work", kills=4)
+
+
+def test_growth_compares_the_second_stage_alone():
+    memory = [Memory(epochs, 100 if epochs < 50 else 300 + epochs, 0.0) for epochs in range(101)]
+    assert growth(memory, 100) == (357, 397)
 
 
 def test_differences_and_damages_are_named(tmp_path):

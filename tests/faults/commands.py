@@ -42,9 +42,19 @@ def sample(data: Path, out: Path, *options) -> list[str]:
     )  # fmt: skip
 
 
+PREPARING = ("--img-size", 96, 80, "--on-error", "skip", "--jobs", 2)
+
+
 def prepare_cbis(data: Path, out: Path) -> list[str]:
-    options = ("--img-size", 96, 80, "--on-error", "skip", "--jobs", 2)
-    return script("scripts/prepare_cbis_ddsm.py", data / "cbis-ddsm", out, *options)
+    return script("scripts/prepare_cbis_ddsm.py", data / "cbis-ddsm", out, *PREPARING)
+
+
+def prepare_inbreast(data: Path, out: Path) -> list[str]:
+    return script("inbreast/prepare_inbreast.py", data / "inbreast", out, "--roi-masks", *PREPARING)
+
+
+def prepare_own(data: Path, out: Path) -> list[str]:
+    return script("scripts/prepare_dataset.py", data / "phantom", out, "--format", "folders", *PREPARING)
 
 
 def map_lesions(data: Path, out: Path) -> list[str]:
@@ -87,7 +97,9 @@ def saving(train: Callable, every: int) -> Callable[[Path, Path], list]:
 
 COMMANDS = [
     Command("sampling", sample),
-    Command("preparation", prepare_cbis),
+    Command("preparation of CBIS-DDSM", prepare_cbis),
+    Command("preparation of INbreast", prepare_inbreast),
+    Command("preparation of own data", prepare_own),
     Command("heatmaps", map_lesions),
     Command("three-stage training", train_patches),
     Command("three-stage training, --save-every 3", saving(train_patches, 3)),
@@ -100,7 +112,10 @@ def make_inputs(data: Path) -> None:
     """Write what the commands read into the new folder `data`."""
     small = ("--height", 192, "--width", 160, "--jobs", 2)
     phantom = script("scripts/make_phantom.py", data / "phantom", *small, "--patients", 40, "--val-size", 0.2)
-    download = script("scripts/make_phantom.py", data / "cbis-ddsm", *small, "--patients", 24, "--layout", "cbis-ddsm")
+    downloads = [
+        script("scripts/make_phantom.py", data / layout, *small, "--patients", 24, "--layout", layout)
+        for layout in ("cbis-ddsm", "inbreast")
+    ]
     patches = sample(data, data / "patches", "--nb-abn", 4, "--nb-bkg", 4)
     model = [
         sys.executable, "-c",
@@ -109,7 +124,7 @@ def make_inputs(data: Path) -> None:
         f"network = dm_keras_ext.Yaroslav(classes={len(CLASSES)}, nb_init_filter=2)\n"
         f"dm_checkpoint.save_model(network, {str(data / 'patch.h5')!r})",
     ]  # fmt: skip
-    for words in (phantom, download, patches, model):
+    for words in (phantom, *downloads, patches, model):
         subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
