@@ -234,7 +234,7 @@ def _from_dicts(content: list[dict]) -> Heatmaps:
     )
     _check(isinstance(heatmaps.options, dict), "options")
     if "window" in heatmaps.options:
-        _pair("window", heatmaps.options["window"], 0)
+        _pair("window", heatmaps.options["window"], 0, _MAX_SIDE + 1)  # maps are smoothed by a part of it
     for entry in content:
         if "patient_id" in entry:  # else the header of a file without records
             heatmaps.records.append(_record(entry, heatmaps))

@@ -17,7 +17,7 @@ _EXPECTED = (
 
 
 def load_plain(path: str | os.PathLike):
-    """The content of a pickle of lists, dicts, tuples, sets, numbers, texts and NumPy arrays, of Python 2 too.
+    """The content of a pickle of lists, dicts, tuples, numbers, texts and NumPy arrays, of Python 2 too.
 
     Nothing in the file is executed: whatever it names is looked up in a short table of stand-ins here, and arrays are
     made from their bytes. Memory is bounded by a small multiple of the file's size. One object may stand in the
