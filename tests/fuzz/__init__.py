@@ -1,0 +1,1 @@
+"""Mutated files through the command lines, as SECURITY.md counts them; `python -m tests.fuzz --help`."""

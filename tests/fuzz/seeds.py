@@ -1,0 +1,324 @@
+"""Valid small inputs of every command line, made by code: a folder a target, in which its command runs."""
+
+import contextlib
+import csv
+import io
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SIZE = (64, 48)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One command line and the files of its folder that are mutated, one a case.
+
+    module: the script. args: its arguments, in the folder; outputs go to `out`. make: fills the folder with inputs.
+    files: patterns of the files that are mutated. weight: how often it is drawn.
+    """
+
+    name: str
+    module: str
+    args: tuple[str, ...]
+    make: Callable[[Path], None]
+    files: tuple[str, ...]
+    weight: int = 10
+
+
+def mammogram(seed: int = 0, size: tuple[int, int] = SIZE, dtype=np.uint16) -> np.ndarray:
+    """A bright half ellipse on black, with noise."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[: size[0], : size[1]] / np.array(size)[:, np.newaxis, np.newaxis]
+    inside = ((rows - 0.5) / 0.4) ** 2 + (columns / 0.7) ** 2 < 1
+    img = inside * (0.4 + 0.1 * rng.random(size) + 0.3 * rng.random() * rows)
+    return (img * np.iinfo(dtype).max).astype(dtype)
+
+
+def mask() -> np.ndarray:
+    pixels = np.zeros(SIZE, np.uint8)
+    pixels[24:36, 8:20] = 255
+    return pixels
+
+
+def write_image(path: Path, img: np.ndarray) -> None:
+    import cv2
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, img)[1])
+
+
+def write_dicom(path: Path, img: np.ndarray, syntax: str, **tags) -> None:
+    """A DICOM file of one image. syntax: of `pydicom.uid`, or RLELossless, to which it is then compressed."""
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    uid = getattr(pydicom.uid, syntax)
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if uid.is_encapsulated else uid
+    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3.4"
+    dataset.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    dataset.PatientID, dataset.ImageLaterality, dataset.ViewPosition = "P_1", "L", "CC"
+    dataset.Rows, dataset.Columns = img.shape
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
+    dataset.PhotometricInterpretation = "MONOCHROME1"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    dataset.WindowCenter, dataset.WindowWidth = 2048, 4096
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.PixelData = (img >> 4).astype("<u2").tobytes()
+    dataset["PixelData"].VR = "OW"
+    if uid.is_encapsulated:
+        dataset.compress(uid, generate_instance_uid=False)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+SYNTAXES = {
+    "explicit": "ExplicitVRLittleEndian",
+    "implicit": "ImplicitVRLittleEndian",
+    "deflated": "DeflatedExplicitVRLittleEndian",
+    "rle": "RLELossless",
+}
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+def make_images(folder: Path, ending: str = ".png") -> None:
+    dtype = np.uint16 if ending in (".png", ".tif") else np.uint8
+    for i in range(6):
+        write_image(folder / "in" / ("pos" if i % 2 else "neg") / f"P_{i}_LEFT_CC{ending}", mammogram(i, dtype=dtype))
+    write_image(folder / "mask.png", mask())
+
+
+def make_dicoms(folder: Path, syntax: str) -> None:
+    for i in range(3):
+        path = folder / "in" / ("pos" if i % 2 else "neg") / f"P_{i}_LEFT_CC.dcm"
+        write_dicom(path, mammogram(i), SYNTAXES[syntax], PatientID=f"P_{i}")
+
+
+def make_sampling(folder: Path) -> None:
+    rows = ["patient_id,side,view,abn_num,pathology,type"]
+    for i in range(4):
+        malignant = "MALIGNANT" if i % 2 else "BENIGN"
+        rows.append(f"P_{i},LEFT,CC,1,{malignant},{'mass' if i < 2 else 'calc'}")
+        write_image(folder / "full" / f"P_{i}_LEFT_CC.png", mammogram(i))
+        write_image(folder / "roi" / f"{'Mass' if i < 2 else 'Calc'}-Training_P_{i}_LEFT_CC_1.png", mask())
+    (folder / "lesions.csv").write_text("\n".join(rows) + "\n")
+    (folder / "patients.txt").write_text("".join(f"P_{i}\n" for i in range(4)))
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+
+
+def make_phantom(folder: Path, layout: str) -> None:
+    from scripts import make_phantom
+
+    args = [str(folder / "in"), "--layout", layout, "--patients", "10", "--height", "128", "--width", "128"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = make_phantom.main([*args, "--jobs", "1", "--oddities", "none", "--views", "CC"])
+    assert status == 0
+
+
+def make_own_table(folder: Path) -> None:
+    make_images(folder)
+    rows = ["file,label,patient,side,view,set"]
+    for i in range(6):
+        part = ("train", "val", "test")[i // 2]
+        rows.append(f"{'pos' if i % 2 else 'neg'}/P_{i}_LEFT_CC.png,{i % 2},P_{i},LEFT,CC,{part}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    for i, part in enumerate(("train", "val", "test")):
+        (folder / f"{part}.txt").write_text(f"P_{2 * i}\nP_{2 * i + 1}\n")
+
+
+def make_exams(folder: Path) -> None:
+    exams = []
+    for i in range(4):
+        names = {view: [f"{i}_{view.replace('-', '_')}"] for view in ("L-CC", "R-CC", "L-MLO", "R-MLO")}
+        labels = {"left_malignant": i % 2, "right_malignant": 0}
+        exams.append(names | {"cancer_label": labels, "horizontal_flip": "NO"})
+        for [name] in names.values():
+            write_image(folder / "in" / f"{name}.png", mammogram(i))
+    (folder / "exams.pkl").write_bytes(pickle.dumps(exams, 2))
+
+
+def make_mias(folder: Path) -> None:
+    lines = []
+    for i in range(1, 9):
+        lines.append(f"mdb{i:03} D CIRC {'M' if i % 2 else 'B'} 30 30 5" if i < 7 else f"mdb{i:03} D NORM")
+        write_image(folder / "in" / f"mdb{i:03}.pgm", mammogram(i, dtype=np.uint8))
+    (folder / "in" / "Info.txt").write_text("\n".join(lines) + "\n")
+
+
+# ------------------------------------------------------------------------------------ predictions, maps, models
+
+
+def make_predictions(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "predictions.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "label", "patient", "side", "view", "model"])
+        for i in range(24):
+            label = i % 2
+            score = f"{rng.random() * 0.6 + 0.3 * label:.3f}"
+            writer.writerow([f"P_{i // 2}_LEFT_{i}.png", label, f"P_{i // 2}", "LEFT", "CC", score])
+
+
+def make_maps(folder: Path, ending: str) -> None:
+    from dm_heatmap import Grid, HeatmapRecord, save_heatmaps
+
+    rng, records = np.random.default_rng(0), []
+    for i in range(12):
+        path = folder / "full" / f"P_{i}_LEFT_CC.png"
+        write_image(path, mammogram(i))
+        write_image(folder / "roi" / f"Mass-Training_P_{i}_LEFT_CC_1.png", mask())
+        grid = Grid(SIZE, (4.0, 4.0), (8.0, 8.0))
+        heatmap = rng.dirichlet([1, 1], (8, 6)).astype(np.float32)
+        views = {"cc": heatmap, "cc_file": str(Path("full", path.name)), "cc_grid": grid}
+        if i % 3 == 0:
+            views |= {"mlo": heatmap[::-1], "mlo_file": views["cc_file"], "mlo_grid": grid}
+        records.append(HeatmapRecord(f"P_{i}", "LEFT", i % 2, **views))
+    options = {"window": [16.0, 16.0]}
+    save_heatmaps(folder / f"maps{ending}", records, class_names=["bg", "mass"], strides=(8, 8), options=options)
+
+
+def make_trees(folder: Path, kind: str) -> None:
+    import dm_heatmap_clf as clf
+
+    make_maps(folder, ".npz")
+    heatmaps = clf.load_breasts([folder / "maps.npz"])
+    cancer = np.array([record.cancer for record in heatmaps.records])
+    features = clf.feature_table(heatmaps, [0.5], 1)
+    model = clf.make_model(kind, 3, 0)
+    clf.save_classifier(folder / "trees.skops", clf.HeatmapClassifier.fit(model, heatmaps, features, cancer, [0.5], 1))
+
+
+def make_model(folder: Path, ending: str) -> None:
+    """A whole-image classifier on a nested net, as small as can be; with the options of its training beside it."""
+    import keras
+    from keras import layers
+
+    from dm_checkpoint import save_model
+    from dm_preflight import PUBLISHED
+
+    inner = keras.Sequential([layers.Input((None, None, 3)), layers.Conv2D(2, 3, strides=2, padding="same")])
+    patch_in = layers.Input((None, None, 3))
+    patch = keras.Model(patch_in, layers.BatchNormalization()(inner.layers[0](patch_in)), name="patch")
+    whole = layers.Input((*SIZE, 3))
+    x = layers.GlobalAveragePooling2D()(layers.Activation("relu")(patch(whole)))
+    model = keras.Model(whole, layers.Dense(2, activation="softmax")(layers.Dropout(0.1)(x)))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder / f"model{ending}")
+    write_image(folder / "in" / "P_1_LEFT_CC.png", mammogram())
+    options = PUBLISHED | {"img_size": list(SIZE), "featurewise_mean": 50.0}
+    (folder / "model").mkdir()
+    (folder / "model" / "args.json").write_text(json.dumps(options))
+    (folder / "breasts.csv").write_text("patient_id,side,cancer\nP_1,LEFT,1\n")
+
+
+def _prepare(module: str, *args: str) -> tuple[str, tuple[str, ...]]:
+    return module, ("in", "out", *args, "--img-size", "32", "24", "--jobs", "1", "--on-error", "skip")
+
+
+def targets() -> list[Target]:
+    """All of them. The cheap ones are drawn more often."""
+    result = []
+
+    def add(name, command, make, files, weight=10):
+        module, args = command
+        result.append(Target(name, module, args, make, files, weight))
+
+    own = "scripts.prepare_dataset"
+    for ending in (".png", ".jpg", ".tif", ".bmp"):
+
+        def make(folder, ending=ending):
+            make_images(folder, ending)
+
+        file = f"in/neg/P_0_LEFT_CC{ending}"
+        add(f"mean of {ending}", ("scripts.pixel_mean", ("in", "--img-size", "32", "24")), make, (file,), 40)
+        add(
+            f"check of {ending}",
+            ("scripts.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")),
+            make,
+            (file,),
+            40,
+        )
+        add(
+            f"lesion on {ending}",
+            ("scripts.draw_lesions", (file, "out/x.png", "mask.png")),
+            make,
+            (file, "mask.png"),
+            30,
+        )
+        add(f"folders of {ending}", _prepare(own, "--format", "folders"), make, (file,), 15)
+    for syntax in SYNTAXES:
+
+        def make(folder, syntax=syntax):
+            make_dicoms(folder, syntax)
+
+        files = ("in/neg/P_0_LEFT_CC.dcm",)
+        add(
+            f"DICOM {syntax}",
+            ("scripts.dicom_to_png", ("in", "out", "--voi-lut", "--on-error", "skip")),
+            make,
+            files,
+            60,
+        )
+        add(f"mean of {syntax}", ("scripts.pixel_mean", ("in", "--img-size", "32", "24")), make, files, 20)
+        add(
+            f"check of {syntax}", ("scripts.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")), make, files, 20
+        )
+    sample = ("lesions.csv", "roi", "patients.txt", "full", "out/train", "out/val", "--target-height", "64")
+    sample += ("--patch-size", "16", "--nb-bkg", "1", "--nb-abn", "1", "--nb-hns", "1", "--val-size", "0.5")
+    sample += ("--no-segment-breast", "--jobs", "1")
+    command = ("ddsm_train.sample_patches_combined", sample)
+    add("sampling", command, make_sampling, ("lesions.csv", "patients.txt", "full/P_0*.png", "roi/*P_0*.png"), 60)
+    cbis = _prepare("scripts.prepare_cbis_ddsm")
+    add("CBIS-DDSM tables", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.csv",), 50)
+    add("CBIS-DDSM images", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.dcm",), 15)
+    inbreast = _prepare("inbreast.prepare_inbreast", "--roi-masks")
+    add("INbreast tables", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.csv",), 40)
+    add("INbreast XML", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.xml",), 40)
+    add("INbreast images", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.dcm",), 15)
+    table = _prepare(own, "--format", "csv", "--table", "labels.csv")
+    add("own table", table, make_own_table, ("labels.csv",), 40)
+    listed = ("--split", "lists", "--pat-train", "train.txt", "--pat-val", "val.txt", "--pat-test", "test.txt")
+    add("own lists", (own, (*table[1], *listed)), make_own_table, ("train.txt",), 10)
+    add("exams", _prepare(own, "--format", "nyu", "--table", "exams.pkl"), make_exams, ("exams.pkl",), 25)
+    add("MIAS", _prepare(own, "--format", "mias"), make_mias, ("in/Info.txt", "in/mdb001.pgm"), 25)
+    evaluate = ("scripts.evaluate", ("--predictions", "predictions.csv", "--out-dir", "out", "--bootstrap", "20"))
+    add("predictions", evaluate, make_predictions, ("predictions.csv",), 15)
+    for ending in (".npz", ".h5", ".pkl"):
+
+        def make(folder, ending=ending):
+            make_maps(folder, ending)
+
+        localise = ("ddsm_train.localise", (f"maps{ending}", "--roi-mask-dir", "roi", "--out-dir", "out"))
+        add(f"maps {ending}", localise, make, (f"maps{ending}",), 40)
+    for kind in ("rf", "gbt"):
+
+        def make(folder, kind=kind):
+            make_trees(folder, kind)
+
+        score = ("ddsm_train.heatmap_clf_train", ("maps.npz", "--model", "trees.skops", "--out-dir", "out"))
+        add(f"trees {kind}", (score[0], (*score[1], "--bootstrap", "20")), make, ("trees.skops",), 20)
+    for ending in (".h5", ".keras"):
+
+        def make(folder, ending=ending):
+            make_model(folder, ending)
+
+        predict = ("scripts.predict", (f"model{ending}", "in", "--out", "out/p.csv", "--jobs", "1"))
+        add(f"model {ending}", predict, make, (f"model{ending}",), 50)
+    add("options", ("scripts.predict", ("model.h5", "in", "--out", "out/p.csv", "--jobs", "1")),
+        lambda folder: make_model(folder, ".h5"), ("model/args.json",), 10)  # fmt: skip
+    cam = ("in", "model.h5", "--img-size", "64", "48", "--pat-csv", "breasts.csv", "--out", "out/cam.npz")
+    add("breasts", ("ddsm_train.heatmap_score", cam), lambda folder: make_model(folder, ".h5"), ("breasts.csv",), 10)
+    return result
