@@ -72,6 +72,7 @@ def train_patches(data: Path, out: Path, *options) -> list[str]:
     return script(
         "ddsm_train/patch_clf_train.py", *PIXELS, "--img-size", 64, 64, "--class-list", *CLASSES, "--net", "yaroslav",
         "--nb-init-filter", 2, "--top-layer-nb", 30, "--augmentation", "--optimizer", "adam", "--batch-size", 32,
+        "--auto-batch-balance",
         "--nb-epoch", 3, "--top-layer-epochs", 6, "--all-layer-epochs", 9, "--init-learningrate", 0.01,
         "--deterministic", "--best-model", out / "best.h5", "--final-model", out / "final.keras", *options,
         patches / "train", patches / "val", patches / "val",
