@@ -3,7 +3,7 @@
 # patients on phantoms as of a digital detector, against the same network trained from random weights on these few
 # patients, for as many epochs and for twice as many. Three seeds, each with a film classifier and patients of its own.
 #   scripts/transfer_or_scratch.sh [OUTPUT_FOLDER]      default: patch_or_scratch, to share the film classifiers there
-# About an hour and a half on one core, half as much where the film classifiers are there. Leaves transfer.csv (a row a
+# About forty minutes of one free core where the film classifiers are there, else an hour. Leaves transfer.csv (a row a
 # training), transfer.png, and in seed_N/few_patients what inbreast/subset_experiment.sh leaves. Given again, the same
 # command goes on where it was.
 set -euo pipefail
