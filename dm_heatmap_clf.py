@@ -172,7 +172,7 @@ class HeatmapClassifier:
         cls, model, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
     ) -> "HeatmapClassifier":
         """Fit a model of `make_model` to the `feature_table` of heatmaps and cancer (n,) 0 or 1."""
-        return cls(model.fit(features, cancer), list(cutoffs), k, kind_of(heatmaps))
+        return cls(_fit(model, features, cancer), list(cutoffs), k, kind_of(heatmaps))
 
     def predict_maps(self, breasts: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> np.ndarray:
         """Probability of cancer (n,) of n breasts, each the maps (cc, mlo), of which one may be None.
@@ -190,6 +190,12 @@ class HeatmapClassifier:
 
     def _predict(self, features) -> np.ndarray:
         return self.model.predict_proba(np.asarray(features))[:, 1]
+
+
+def _fit(model, features: np.ndarray, cancer: np.ndarray):
+    """Fit a model; boosting fails on features that no breast has, such as those of a missing view: zeros split none."""
+    empty = np.isnan(features).all(axis=0)
+    return model.fit(np.where(empty, 0.0, features), cancer)
 
 
 def make_model(name: str, trees: int, seed: int, jobs: int = 1):
@@ -252,7 +258,7 @@ def cross_validate(
         held_out = fold == i
         if len(set(cancer[~held_out])) < 2:
             raise InputError("a training part without both classes: Expected more patients, or fewer folds")
-        fitted = clone(model).fit(features[~held_out], cancer[~held_out])
+        fitted = _fit(clone(model), features[~held_out], cancer[~held_out])
         probability[held_out] = fitted.predict_proba(features[held_out])[:, 1]
         if hasattr(fitted, "feature_importances_"):
             importances.append(fitted.feature_importances_)

@@ -397,3 +397,13 @@ def test_the_published_programs_files_take_class_names_from_the_option(golden, t
     assert clf.load_breasts([tmp_path / "a.pkl"], list("abcde")).class_names == list("abcde")
     with pytest.raises(InputError, match="Received 5 classes"):
         clf.load_breasts([tmp_path / "a.pkl"], CLASSES)
+
+
+@pytest.mark.parametrize("kind", clf.CLASSIFIERS)
+def test_a_view_that_no_breast_has(kind):
+    records = breasts(20, missing=0)
+    for record in records:
+        record.mlo = None
+    heatmaps, features, cancer = table_of(records)
+    fitted = clf.HeatmapClassifier.fit(clf.make_model(kind, 10, 0), heatmaps, features, cancer, OPTIONS["cutoffs"], 1)
+    assert clf.auc_by_class(cancer, fitted.predict(heatmaps))[0] > 0.8
