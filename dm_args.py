@@ -5,7 +5,9 @@ Only the standard library is imported here, so that `--help` and option errors a
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -19,6 +21,10 @@ _OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUS
 _SMALLER = ("--batch-size", "--train-bs-multiplier", "--img-size", "--target-height", "--patch-size", "--jobs")
 _LEFT_OUT = ("--load-train-ram", "--load-val-ram")
 _ADDED = ("--mixed-precision", "--remat")
+
+
+class Terminated(BaseException):
+    """SIGTERM was received: the machine is wanted by others, or shuts down."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -294,6 +300,22 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_flag(group, "--jit", False, "compile training steps with XLA: slow to begin, faster on GPUs; JAX always does")
 
+    group = parser.add_argument_group("going on after a stop")
+    group.add_argument(
+        "--resume", choices=["auto", "off"], default="auto",
+        help="go on where the same command was stopped, from what it saved in the folder state of --out-dir, or "
+        "neither save nor look",
+    )  # fmt: skip
+    group.add_argument("--fresh", action="store_true", help="start over, whatever was saved")
+    group.add_argument(
+        "--save-every", type=natural_int, default=0, metavar="N",
+        help="save every N training steps too; 0: as each epoch ends, and when stopped by SIGTERM or SIGINT",
+    )  # fmt: skip
+    add_flag(
+        group, "--deterministic", False,
+        "keep to operations that repeat exactly, some of them slower: the same command gives the same weights",
+    )  # fmt: skip
+
     group = parser.add_argument_group("models")
     add_optional(group, "--resume-from", metavar="FILE", help="start from this saved model (.h5 of any age, or .keras)")
     add_optional(
@@ -352,8 +374,10 @@ def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping
         )
 
 
-def start_backend() -> None:
+def start_backend(deterministic: bool = False) -> None:
     """Import Keras, start its backend and seed it with RANDOM_SEED (12345); call before a model is built.
+
+    deterministic: keep to operations that repeat exactly.
 
     TensorFlow's native code writes notices to standard error, where errors of one line belong, before its logging
     can be configured: they are dropped, unless TF_CPP_MIN_LOG_LEVEL is 0.
@@ -367,7 +391,12 @@ def start_backend() -> None:
         except (ImportError, ValueError) as error:
             backend = os.environ.get("KERAS_BACKEND", "tensorflow")
             raise InputError(f"Keras cannot start with the backend {backend} (KERAS_BACKEND): {error}") from error
-        keras.utils.set_random_seed(seed)
+        if deterministic:
+            from dm_multi_gpu import set_determinism
+
+            set_determinism(seed)
+        else:
+            keras.utils.set_random_seed(seed)
         keras.ops.zeros(1)
 
 
@@ -391,26 +420,47 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
     """Parse `argv`, call `run` with the options as keyword arguments, and return the exit status.
 
     0 when all went well, 1 for bad data or a full disk, 2 (argparse's own exit) for bad options, 130 when
-    interrupted. Every failure is one line on standard error.
+    interrupted, 143 when terminated. Every failure is one line on standard error.
     """
     options = vars(parser.parse_args(argv))
     try:
-        return run(**options) or 0
+        with _terminated_by_exception():
+            return run(**options) or 0
     except InputError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except MemoryError as error:
         message = "out of memory" + (f" ({error})" if str(error) else "") + _less_memory(parser)
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{parser.prog}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
+    except Terminated as error:
+        print(f"{parser.prog}: {str(error) or 'terminated'}", file=sys.stderr)
+        return 143
     except Exception as error:
         if not any(name in f"{type(error).__name__} {error}" for name in _OUT_OF_MEMORY):
             raise
         message = "out of memory" + _less_memory(parser)
     print(f"{parser.prog}: error: {one_line(message)}", file=sys.stderr)
     return 1
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Within the block SIGTERM raises Terminated, so that nothing half written stays. Signals are the main thread's."""
+
+    def stop(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _less_memory(parser: argparse.ArgumentParser) -> str:

@@ -31,7 +31,15 @@ class BestModel(keras.callbacks.Callback):
         self.best = -np.inf
         self.best_epoch: int | None = None
         self.model_to_save = model_to_save
-        self._weights: list[np.ndarray] | None = None
+        self.weights: list[np.ndarray] | None = None  # of the best epoch, without a file
+
+    # What `dm_state` needs to go on.
+    kept = ("best", "best_epoch")
+
+    @property
+    def files(self) -> list[str]:
+        """The file of the best model, once there is one."""
+        return [] if self.filepath == "NOSAVE" or self.best_epoch is None else [str(self.filepath)]
 
     def score(self, epoch: int, logs: dict) -> float:
         """Higher is better. Subclasses may compute what Keras does not log."""
@@ -48,14 +56,14 @@ class BestModel(keras.callbacks.Callback):
         self.best, self.best_epoch = score, epoch
         model = self.model_to_save or self.model
         if self.filepath == "NOSAVE":
-            self._weights = model.get_weights()
+            self.weights = model.get_weights()
         else:
             dm_checkpoint.save_model(model, self.filepath)
 
     def restore(self, model: keras.Model) -> None:
         """Give `model` the best weights; without a finished epoch it stays as it is."""
-        if self._weights is not None:
-            model.set_weights(self._weights)
+        if self.weights is not None:
+            model.set_weights(self.weights)
         elif self.best_epoch is not None:
             # The file is ours, so any code in it came with the model that was trained.
             best = dm_checkpoint.load_model(self.filepath, trust_checkpoint=True)
@@ -161,14 +169,16 @@ class HistoryFile(keras.callbacks.Callback):
     each stage began.
     """
 
+    kept = ("rows", "begins")
+
     def __init__(self, filepath):
         super().__init__()
         self.filepath = Path(filepath)
         self.rows: list[dict] = []
-        self._begins: list[int] = []  # epochs run before each stage
+        self.begins: list[int] = []  # epochs run before each stage
 
     def on_train_begin(self, logs=None):
-        self._begins.append(len(self.rows))
+        self.begins.append(len(self.rows))
 
     def on_epoch_end(self, epoch, logs=None):
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -178,7 +188,7 @@ class HistoryFile(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         if self.rows:
-            plot_history(self.filepath.with_suffix(".png"), self._table(), self._begins[1:])
+            plot_history(self.filepath.with_suffix(".png"), self._table(), self.begins[1:])
 
     def _table(self):
         import pandas as pd

@@ -73,7 +73,7 @@ class DMIterator(keras.utils.PyDataset):
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         # Loads the next batch while the network works on this one. Only TensorFlow would do so of itself.
         self._reader = ThreadPoolExecutor(1) if workers > 1 else None
-        self._ahead = None  # (position in the epoch, its future batch)
+        self._ahead = None  # (plan of the epoch, position in it, its future batch)
         if class_mode not in CLASS_MODES:
             raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {class_mode!r}.")
         if n < 1:
@@ -132,19 +132,20 @@ class DMIterator(keras.utils.PyDataset):
         return len(self._batches)
 
     def __getitem__(self, i):
-        position = range(len(self))[i]
+        plan, position = self._batches, range(len(self))[i]
         ahead, self._ahead = self._ahead, None
         try:
-            batch = ahead[1].result() if ahead and ahead[0] == position else self._make(position)
+            is_next = ahead and ahead[0] is plan and ahead[1] == position
+            batch = ahead[2].result() if is_next else self._make(plan, position)
         except InputError as error:
             self.input_error = error
             raise
-        if self._reader and position + 1 < len(self):
-            self._ahead = (position + 1, self._reader.submit(self._make, position + 1))
+        if self._reader and position + 1 < len(plan):
+            self._ahead = (plan, position + 1, self._reader.submit(self._make, plan, position + 1))
         return batch
 
-    def _make(self, position):
-        return self._make_batch(*self._balanced(*self._batches[position]))
+    def _make(self, plan, position):
+        return self._make_batch(*self._balanced(*plan[position]))
 
     def _balanced(self, number, index):
         """The samples of batch `number`, and the generator for what else it draws."""
@@ -169,6 +170,17 @@ class DMIterator(keras.utils.PyDataset):
         if self._next:
             self._epoch += 1
         self._plan_epoch(self.total_batches_seen)
+
+    @property
+    def position(self):
+        """Where the epoch stands in the order of all, for `go_to`: (number of the epoch, batches before it)."""
+        return self._epoch, self._before
+
+    def go_to(self, epoch, batches_before, skip=0):
+        """Take up the epoch at a `position`, without its first `skip` batches."""
+        self._epoch = epoch
+        self._plan_epoch(batches_before)
+        del self._batches[:skip]
 
     @property
     def total_batches_seen(self):

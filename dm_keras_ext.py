@@ -20,6 +20,7 @@ from dm_files import InputError
 from dm_inference import flip_all_img
 from dm_multi_gpu import even_batches, mean_over_devices, training_scope
 from dm_resnet import ResNetBuilder, set_dropout_rate
+from dm_state import TrainingState
 
 __all__ = [
     "DMAucModelCheckpoint",
@@ -426,6 +427,7 @@ def train_stages(
     accumulate: int = 1,
     jit: bool = False,
     fitted: keras.Model | None = None,
+    state: TrainingState | None = None,
 ) -> list[dict]:
     """Run the stages one after the other and return the logs of every epoch.
 
@@ -440,20 +442,25 @@ def train_stages(
         jit: compile the steps with XLA. JAX always does.
         fitted: a model that shares the layers of `model` and is fitted in its place; callbacks see it as theirs, so a
             `BestModel` needs `model_to_save`.
+        state: opened; the training goes on from it and saves it. Without one the training cannot be resumed.
     """
     fitted = fitted or model
+    state = state or TrainingState()
     if accumulate > 1 and accumulate > len(train_set):
         raise InputError(
             f"--accumulate: Expected at most {len(train_set)}, the training batches of an epoch. Received {accumulate}"
         )
-    history: list[dict] = []
-    for stage in stages:
+    state.restore(model, callbacks, train_set)
+    if state.finished:
+        return state.history
+    for number, stage in enumerate(stages):
         freeze_below(model, stage.first_layer, frozen_bn)
-        if stage.end_epoch <= len(history):
+        if state.has_ended(number, stage.end_epoch):
             continue
         early = keras.callbacks.EarlyStopping(monitor="val_loss", patience=es_patience)
         plateau = keras.callbacks.ReduceLROnPlateau(monitor="val_loss", factor=0.5, patience=lr_patience)
         finite = FiniteLoss(train_set)
+        watchers = [finite, early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else []), state]
         with training_scope(model):
             set_regularization(model, stage.weight_decay, stage.dropout)
             fitted.compile(
@@ -462,21 +469,26 @@ def train_stages(
                 metrics=[Accuracy(name="accuracy")],
                 jit_compile=jit or keras.backend.backend() == "jax",
             )
-        with unreadable_images_named(train_set, validation_set):
-            fit = fitted.fit(
-                even_batches(train_set, model),
-                validation_data=even_batches(validation_set, model),
-                initial_epoch=len(history),
-                epochs=stage.end_epoch,
-                class_weight=class_weight,
-                shuffle=False,  # the iterators shuffle by their own seed
-                callbacks=[finite, early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else [])],
-                verbose=1 if sys.stdout.isatty() else 2,
-            )
-        history += [dict(zip(fit.history, row, strict=True)) for row in zip(*fit.history.values(), strict=True)]
+        state.begin_stage(number, fitted, watchers)
+        with unreadable_images_named(train_set, validation_set), state.watching_signals():
+            while not state.has_ended(number, stage.end_epoch):
+                if state.awaits_validation:
+                    state.validate(even_batches(validation_set, model))
+                    continue
+                fitted.fit(
+                    even_batches(train_set, model),
+                    validation_data=even_batches(validation_set, model),
+                    initial_epoch=len(state.history),
+                    # The rest of an interrupted epoch is fitted by itself, since Keras counts its batches once.
+                    epochs=len(state.history) + 1 if state.is_within_epoch else stage.end_epoch,
+                    class_weight=class_weight,
+                    shuffle=False,  # the iterators shuffle by their own seed
+                    callbacks=watchers,
+                    verbose=1 if sys.stdout.isatty() else 2,
+                )
         if finite.failed:
             break
-    return history
+    return state.history
 
 
 @contextmanager

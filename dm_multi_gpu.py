@@ -76,12 +76,19 @@ def mean_over_devices(value):
 
 
 def set_determinism(seed):
-    """Seed Python, NumPy and Keras; keep TensorFlow to operations that repeat exactly, some of them slower."""
+    """Seed Python, NumPy and Keras; keep to operations that repeat exactly, some of them slower.
+
+    On a CPU those of JAX do anyway; on a GPU it needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
+    """
     keras.utils.set_random_seed(seed)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         tf.config.experimental.enable_op_determinism()
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        torch.use_deterministic_algorithms(True)
 
 
 def _same_input(tensor):

@@ -1,9 +1,11 @@
 """What the two trainers' command lines share: the image sets before training, the summary and scores after it."""
 
 import argparse
+import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,9 +17,9 @@ import dm_args
 import dm_checkpoint
 import dm_memory
 from dm_callbacks import BestModel, HistoryFile, tensorboard
-from dm_check_data import TABLE, ImageCheck, check_images, report_faults, warn_of_types
-from dm_files import InputError
-from dm_image import DMImageDataGenerator, check_pixel_stats
+from dm_check_data import TABLE, ImageCheck, accept_constant, check_images, read_table, report_faults, warn_of_types
+from dm_files import InputError, locked, remove_partial
+from dm_image import DMImageDataGenerator, pixel_warnings, sample_images
 from dm_inference import (
     auc_by_class,
     auc_line,
@@ -31,6 +33,17 @@ from dm_inference import (
 from dm_iterators import find_classes
 from dm_keras_ext import Stage, check_outputs, class_weights, train_stages
 from dm_multi_gpu import make_parallel
+from dm_preflight import pixel_statistics
+from dm_state import TrainingState
+
+# Options that do not decide the course of a training, so that a resumed one may have others.
+_FREE_TO_CHANGE = (
+    *("train_dir", "val_dir", "test_dir", "best_model", "final_model", "out_dir", "tensorboard"),
+    *("resume", "fresh", "save_every", "check_data", "load_train_ram", "load_val_ram", "test_augment"),
+    "trust_checkpoint",
+)
+_FILES_READ = ("resume_from", "patch_model_state", "pretrained_weights")
+_ENVIRONMENT = {"RANDOM_SEED": 12345, "NUM_GPU_DEVICES": 1}  # with their defaults
 
 
 @dataclass
@@ -45,18 +58,45 @@ class Training:
     val_set: keras.utils.PyDataset
     test_set: keras.utils.PyDataset
     out_dir: Path | None  # where results are written, or None
+    state: TrainingState
 
 
-def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool = True) -> Training:
+@contextmanager
+def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool = True) -> Iterator[Training]:
     """Check the model against the options and make the training, validation and test sets of a trainer.
 
+    While the block runs, no other training can write to the output folder.
     Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
     channel shift within 20. Constant images are legal among patches; without `allow_constant` they count as unreadable.
-    Raises InputError for data or a model that do not fit the options.
+    Raises InputError for data or a model that do not fit the options, and where the output folder holds the state of
+    a training with other options.
     """
-    seed = dm_args.env_int("RANDOM_SEED", 12345)
     check_options(args, model)
-    model, org_model = make_parallel(model, dm_args.env_int("NUM_GPU_DEVICES", 1))
+    out_dir = _out_dir(args)
+    with nullcontext() if out_dir is None else locked(out_dir):
+        for place in (out_dir, args.best_model, args.final_model):
+            if place not in (None, "NOSAVE"):
+                remove_partial(place)
+        yield _prepare(args, model, allow_constant, out_dir, _open_state(args, out_dir))
+
+
+def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState:
+    epochs = max(args.nb_epoch, args.all_layer_epochs, getattr(args, "top_layer_epochs", 0))
+    is_kept = out_dir is not None and args.resume == "auto" and epochs > 0  # without epochs, models are only scored
+    state = TrainingState(out_dir / "state" if is_kept else None, args.save_every)
+    state.open(args.fresh)
+    options = {name: value for name, value in vars(args).items() if name not in _FREE_TO_CHANGE}
+    for name in _FILES_READ:  # the same file may lie elsewhere on another machine
+        if options.get(name) is not None:
+            options[name] = Path(options[name]).name
+    environment = {name: dm_args.env_int(name, default) for name, default in _ENVIRONMENT.items()}
+    state.check(**options, **environment, KERAS_BACKEND=keras.backend.backend())
+    return state
+
+
+def _prepare(args, model, allow_constant, out_dir, state) -> Training:
+    seed = dm_args.env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"])
+    model, org_model = make_parallel(model, dm_args.env_int("NUM_GPU_DEVICES", _ENVIRONMENT["NUM_GPU_DEVICES"]))
     if args.mixed_precision:
         dm_memory.mixed_precision(model)
     fitted = dm_memory.rematerialize(model, tuple(args.img_size)) if args.remat else model
@@ -83,7 +123,7 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
         "on_error": args.on_error,
         "allow_constant": allow_constant,
     }
-    checked = _check_data(args, _out_dir(args), allow_constant)
+    checked = _check_data(args, out_dir, allow_constant, state.is_resumed)
     train_set = augmented.flow_from_directory(
         args.train_dir,
         batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
@@ -101,26 +141,47 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
     )
     test_set = plain.flow_from_directory(args.test_dir, checked=checked["test_dir"], **scoring)
     _describe_sets(train=train_set, validation=val_set, test=test_set)
-    for message in check_pixel_stats(train_set):
+    images = sample_images(train_set)
+    for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None):
         print(f"warning: {message}", file=sys.stderr)
+    if out_dir is not None:
+        write_json(out_dir / "pixel_stats.json", pixel_statistics(images))
 
     for folder in (*val_set.empty_classes, *test_set.empty_classes):
         print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
     _report_skipped(training=train_set, validation=val_set, test=test_set)
 
-    return Training(args, model, org_model, fitted, train_set, val_set, test_set, _out_dir(args))
+    state.check(training_images=_fingerprint(train_set), validation_images=_fingerprint(val_set))
+    return Training(args, model, org_model, fitted, train_set, val_set, test_set, out_dir, state)
 
 
-def _check_data(args, out_dir: Path | None, allow_constant: bool) -> dict[str, dict[str, ImageCheck] | None]:
+def _fingerprint(image_set) -> str:
+    """Number of the files of a set, and a digest of their names and sizes, in order."""
+    digest = hashlib.sha256()
+    for name, size in zip(image_set.filenames, image_set.file_sizes, strict=True):
+        digest.update(f"{name}\0{size}\0".encode())
+    return f"{image_set.nb_sample} files {digest.hexdigest()[:12]}"
+
+
+def _check_data(
+    args, out_dir: Path | None, allow_constant: bool, resumed: bool
+) -> dict[str, dict[str, ImageCheck] | None]:
     """What is known of the images of each set, by file, or None where it is not checked, or read to RAM anyway.
 
     Raises InputError for images that cannot be used, unless they are skipped.
+
+    A resumed training that skips images takes them for what they were when it began: one that cannot be read since is
+    a lost one, so that the order of the others stays.
     """
     loaded = {"train_dir": args.load_train_ram, "val_dir": args.load_val_ram, "test_dir": False}
     folders = {name: Path(getattr(args, name)).absolute() for name, in_ram in loaded.items() if not in_ram}
     if not args.check_data:
         return dict.fromkeys(loaded)
     table = None if out_dir is None else out_dir / TABLE
+    known = read_table(table) if resumed and args.on_error == "skip" else {}
+    if all(any(Path(file).is_relative_to(folder) for file in known) for folder in folders.values()):
+        known = {file: accept_constant(check) if allow_constant else check for file, check in known.items()}
+        return {name: known if name in folders else None for name in loaded}
     files = [
         folder / name
         for folder in folders.values()
@@ -245,6 +306,7 @@ def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[
         accumulate=args.accumulate,
         jit=args.jit,
         fitted=training.fitted,
+        state=training.state,
     )
 
 
@@ -262,9 +324,10 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
     if best.best_epoch is not None:
         kept = "kept in memory" if args.best_model == "NOSAVE" else f"saved in {args.best_model}"
         print(f"Best model: epoch {best.best_epoch + 1}, {kept}")
-    if args.final_model != "NOSAVE" and history and not np.isfinite(history[-1]["loss"]):
+    diverged = bool(history) and not np.isfinite(history[-1]["loss"])
+    if args.final_model != "NOSAVE" and diverged:
         print("the final model is not saved: its loss is not finite", file=sys.stderr)
-    elif args.final_model != "NOSAVE":
+    elif args.final_model != "NOSAVE" and not training.state.finished:  # the weights of the end are gone by then
         dm_checkpoint.save_model(model, args.final_model)
         print(f"Final model saved in {args.final_model}")
     best.restore(model)
@@ -287,4 +350,8 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
     if training.out_dir is not None:
         write_test_results(training.out_dir, files, y_true, predictions, args.class_list)
         print(f"Results are in {training.out_dir}", flush=True)
+    if diverged:
+        training.state.discard()
+    else:
+        training.state.finish()
     _report_skipped(training=training.train_set, validation=training.val_set, test=training.test_set)

@@ -136,28 +136,28 @@ def build_model(args: argparse.Namespace):
 def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
-    dm_args.start_backend()
+    dm_args.start_backend(args.deterministic)
     import dm_train
     from dm_callbacks import DMAucModelCheckpoint
     from dm_keras_ext import image_stages
 
     model, top_layer_nb = build_model(args)
-    training = dm_train.prepare(args, model, allow_constant=False)
-    stages = image_stages(
-        training.model,
-        top_layer_nb=top_layer_nb,
-        nb_epoch=args.nb_epoch,
-        all_layer_epochs=args.all_layer_epochs,
-        init_lr=args.init_lr,
-        all_layer_multiplier=args.all_layer_multiplier,
-        weight_decay=args.weight_decay,
-        hidden_dropout=args.hidden_dropout,
-        weight_decay2=args.weight_decay2,
-        hidden_dropout2=args.hidden_dropout2,
-    )
-    best = DMAucModelCheckpoint(args.best_model, training.val_set, model_to_save=training.org_model)
-    history = dm_train.train(training, stages, best)
-    dm_train.finish(training, best, history, flips=args.test_augment)
+    with dm_train.prepare(args, model, allow_constant=False) as training:
+        stages = image_stages(
+            training.model,
+            top_layer_nb=top_layer_nb,
+            nb_epoch=args.nb_epoch,
+            all_layer_epochs=args.all_layer_epochs,
+            init_lr=args.init_lr,
+            all_layer_multiplier=args.all_layer_multiplier,
+            weight_decay=args.weight_decay,
+            hidden_dropout=args.hidden_dropout,
+            weight_decay2=args.weight_decay2,
+            hidden_dropout2=args.hidden_dropout2,
+        )
+        best = DMAucModelCheckpoint(args.best_model, training.val_set, model_to_save=training.org_model)
+        history = dm_train.train(training, stages, best)
+        dm_train.finish(training, best, history, flips=args.test_augment)
 
 
 def main(argv=None) -> int:

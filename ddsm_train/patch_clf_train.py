@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
 def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
-    dm_args.start_backend()
+    dm_args.start_backend(args.deterministic)
     import dm_train
     from dm_callbacks import BestModel
     from dm_keras_ext import BUILDER_OPTIONS, get_dl_model, patch_stages
@@ -92,26 +92,26 @@ def run(**options) -> None:
         nb_init_filter=args.nb_init_filter,
         **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
-    training = dm_train.prepare(args, model)
-    stages = patch_stages(
-        training.model,
-        net=args.net,
-        use_pretrained=args.use_pretrained,
-        top_layer_nb=top_layer_nb,
-        nb_epoch=args.nb_epoch,
-        top_layer_epochs=args.top_layer_epochs,
-        all_layer_epochs=args.all_layer_epochs,
-        init_lr=args.init_lr,
-        top_layer_multiplier=args.top_layer_multiplier,
-        all_layer_multiplier=args.all_layer_multiplier,
-        weight_decay=args.weight_decay,
-        hidden_dropout=args.hidden_dropout,
-        weight_decay2=args.weight_decay2,
-        hidden_dropout2=args.hidden_dropout2,
-    )
-    best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
-    history = dm_train.train(training, stages, best)
-    dm_train.finish(training, best, history)
+    with dm_train.prepare(args, model) as training:
+        stages = patch_stages(
+            training.model,
+            net=args.net,
+            use_pretrained=args.use_pretrained,
+            top_layer_nb=top_layer_nb,
+            nb_epoch=args.nb_epoch,
+            top_layer_epochs=args.top_layer_epochs,
+            all_layer_epochs=args.all_layer_epochs,
+            init_lr=args.init_lr,
+            top_layer_multiplier=args.top_layer_multiplier,
+            all_layer_multiplier=args.all_layer_multiplier,
+            weight_decay=args.weight_decay,
+            hidden_dropout=args.hidden_dropout,
+            weight_decay2=args.weight_decay2,
+            hidden_dropout2=args.hidden_dropout2,
+        )
+        best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
+        history = dm_train.train(training, stages, best)
+        dm_train.finish(training, best, history)
 
 
 def main(argv=None) -> int:

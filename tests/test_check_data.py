@@ -286,7 +286,7 @@ def test_each_image_is_read_once_before_training(sets, counted, monkeypatch):
     def stop(*args, **kwargs):
         raise StopHere
 
-    monkeypatch.setattr(dm_train, "check_pixel_stats", stop)  # all sets are made by then
+    monkeypatch.setattr(dm_train, "sample_images", stop)  # all sets are made by then
 
     def begin(**options):
         counted.clear()
@@ -338,3 +338,46 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
           best_model=str(sets / "out/again.h5"))  # fmt: skip
     again = pd.read_csv(sets / "out/again/predictions.csv")
     pd.testing.assert_frame_equal(table, again, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatch):
+    """They are lost for good, so that the order of the others is that of the uninterrupted training."""
+    import pandas as pd
+
+    import dm_train
+
+    start = dm_train.train
+    lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
+    options = {"on_error": "skip", "nb_epoch": 4, "all_layer_epochs": 4}
+    contents = [path.read_bytes() for path in lost]
+
+    def lose_and_train(*args, **kwargs):
+        for path in lost:
+            path.unlink()
+        return start(*args, **kwargs)
+
+    def begin(name, **more):
+        train(sets, best_model=str(sets / f"{name}.h5"), **options | more)
+
+    monkeypatch.setattr(dm_train, "train", lose_and_train)
+    begin("whole")
+    for path, content in zip(lost, contents, strict=True):
+        path.write_bytes(content)
+
+    epoch_begin = dm_train.HistoryFile.on_epoch_begin
+
+    def interrupt(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return epoch_begin(self, epoch, logs)
+
+    with monkeypatch.context() as context:
+        context.setattr(dm_train.HistoryFile, "on_epoch_begin", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            begin("stopped")
+    monkeypatch.setattr(dm_train, "train", start)
+    begin("stopped")
+    for name in ("history.csv", "predictions.csv"):
+        whole, resumed = (pd.read_csv(sets / run / name) for run in ("whole", "stopped"))
+        pd.testing.assert_frame_equal(whole, resumed, rtol=1e-3)

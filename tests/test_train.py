@@ -501,7 +501,7 @@ def test_options_that_save_memory_change_neither_the_steps_nor_the_file(data, pa
     results = data / "out" / "best"
     histories = {}
     for name, more in {"plain": [], "remat": ["--remat"], "mixed": ["--mixed-precision"]}.items():
-        assert train_images(data, *options, *more) == 0
+        assert train_images(data, *options, *more, "--fresh") == 0
         histories[name] = pd.read_csv(results / "history.csv")
     plain = histories.pop("plain")
     pd.testing.assert_frame_equal(histories["remat"], plain, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,234 @@
+"""Trainings that are stopped anywhere and go on as if they had not been."""
+
+import itertools
+import os
+import signal
+
+import cv2
+import h5py
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from keras import layers
+
+import dm_checkpoint
+from ddsm_train import image_clf_train
+from dm_files import locked
+from dm_state import TrainingState
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Image sets of 10, 6 and 4, and a small network with batch normalization."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 3), ("test", 2)):
+        for level, name in enumerate(("neg", "pos")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.integers(0, 30000, (SIZE, SIZE)) + 15000 * level
+                cv2.imwrite(str(folder / part / name / f"{part}{i}.png"), image.astype(np.uint16))
+    keras.utils.set_random_seed(1)
+    image = keras.Input((SIZE, SIZE, 3))
+    x = layers.Activation("relu")(layers.BatchNormalization()(layers.Conv2D(4, 3)(image)))
+    x = layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(x))
+    network = keras.Model(image, layers.Dense(2, "softmax", kernel_regularizer=keras.regularizers.L2(0.1))(x))
+    dm_checkpoint.save_model(network, folder / "network.h5")
+    return folder
+
+
+def train(data, out, *options):
+    """Two stages of 2 and 3 epochs, of three steps each, with dropout; the exit status."""
+    return image_clf_train.main(
+        [
+            *("--resume-from", str(data / "network.h5"), "--top-layer-nb", "4", "--img-size", str(SIZE), str(SIZE)),
+            *("--hidden-dropout", "0.3", "--hidden-dropout2", "0.3", "--rescale-factor", "0.003891"),
+            *("--featurewise-mean", "90", "--batch-size", "4", "--train-bs-multiplier", "1", "--optimizer", "sgd"),
+            *("--lr-patience", "1", "--init-learningrate", "0.01", "--nb-epoch", "2", "--all-layer-epochs", "5"),
+            *("--best-model", str(out / "best.h5"), "--final-model", str(out / "final.h5"), "--deterministic"),
+            *options,
+            *(str(data / part) for part in ("train", "val", "test")),
+        ]
+    )
+
+
+def results(out):
+    """What a training leaves: all weights by name, and its tables as text."""
+    weights = {}
+    for name in ("best", "final"):
+        with h5py.File(out / f"{name}.h5") as h5:
+            keys = []
+            h5.visit(keys.append)
+            weights |= {f"{name} {key}": h5[key][()].tobytes() for key in keys if isinstance(h5[key], h5py.Dataset)}
+    assert weights
+    tables = {name: (out / "best" / name).read_text() for name in ("history.csv", "predictions.csv", "metrics.json")}
+    return weights | tables
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert train(data, out) == 0
+    return out
+
+
+class Killed(BaseException):
+    """Nothing catches this, so what it leaves is what a kill leaves."""
+
+
+def at_batch(monkeypatch, number, action):
+    """Do `action` as batch `number`, counted over training and validation of this process, begins."""
+    count = itertools.count(1)
+
+    def begin(self, batch, logs=None):
+        if next(count) == number:
+            action()
+
+    monkeypatch.setattr(TrainingState, "on_train_batch_begin", begin, raising=False)
+    monkeypatch.setattr(TrainingState, "on_test_batch_begin", begin, raising=False)
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [
+        (2, []),  # nothing was saved yet
+        (9, []),  # in the second epoch: the first is over
+        (9, ["--save-every", "1"]),  # in the middle of an epoch
+        (5, ["--save-every", "3"]),  # in the validation of the first epoch, its steps being done
+        (13, ["--save-every", "2"]),  # in the second stage
+    ],
+)
+def test_killed_training_ends_as_if_it_had_not_been(number, options, data, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_batch(patch, number, kill)
+        with pytest.raises(Killed):
+            train(data, tmp_path, *options)
+    assert train(data, tmp_path, *options) == 0
+    assert results(tmp_path) == results(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "signal_number", "status"),
+    [
+        (8, signal.SIGTERM, 143),  # in a training step
+        (4, signal.SIGINT, 130),  # in validation
+    ],
+)
+def test_signals_save_and_say_how_to_go_on(
+    number, signal_number, status, data, uninterrupted, tmp_path, monkeypatch, capfd
+):
+    with monkeypatch.context() as patch:
+        at_batch(patch, number, lambda: os.kill(os.getpid(), signal_number))
+        assert train(data, tmp_path) == status
+    assert "the same command goes on from there" in capfd.readouterr().err.splitlines()[-1]
+    assert train(data, tmp_path) == 0
+    assert "going on after step 3 of epoch" in capfd.readouterr().out
+    assert results(tmp_path) == results(uninterrupted)
+
+
+def test_the_generation_before_serves_when_the_newest_is_damaged(data, uninterrupted, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        at_batch(patch, 13, kill)
+        with pytest.raises(Killed):
+            train(data, tmp_path, "--save-every", "1")
+    newest = max((tmp_path / "best" / "state").glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert train(data, tmp_path, "--save-every", "1") == 0
+    assert f"{newest}: damaged" in capfd.readouterr().err
+    assert results(tmp_path) == results(uninterrupted)
+
+
+@pytest.fixture
+def stopped(data, tmp_path, monkeypatch):
+    """The folder of a training that was stopped in its second epoch."""
+    with monkeypatch.context() as patch:
+        at_batch(patch, 9, kill)
+        with pytest.raises(Killed):
+            train(data, tmp_path)
+    return tmp_path
+
+
+def test_other_options_are_refused_by_name(data, stopped, capfd):
+    before = (stopped / "best.h5").read_bytes()
+    assert train(data, stopped, "--init-learningrate", "0.02", "--batch-size", "5") == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "init_lr was 0.01, is 0.02" in error and "batch_size was 4, is 5" in error and "--fresh" in error
+    assert "weight_decay" not in error
+    assert (stopped / "best.h5").read_bytes() == before
+    assert train(data, stopped, "--init-learningrate", "0.02", "--fresh", "--all-layer-epochs", "2") == 0
+    assert len(pd.read_csv(stopped / "best" / "history.csv")) == 2
+
+
+def test_other_images_are_refused(data, stopped, capfd):
+    extra = data / "train" / "neg" / "more.png"
+    extra.write_bytes((data / "train" / "neg" / "train0.png").read_bytes())
+    try:
+        assert train(data, stopped) == 1
+    finally:
+        extra.unlink()
+    assert "training_images was 10 files" in capfd.readouterr().err
+
+
+def test_a_state_whose_best_model_is_gone_counts_for_nothing(data, stopped, uninterrupted, capfd):
+    (stopped / "best.h5").unlink()
+    assert train(data, stopped) == 0
+    assert "best.h5 is gone: the training starts anew" in capfd.readouterr().err
+    assert results(stopped) == results(uninterrupted)
+
+
+def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupted, tmp_path, capfd):
+    assert train(data, tmp_path) == 0
+    models = [(tmp_path / name).stat().st_mtime_ns for name in ("best.h5", "final.h5")]
+    (tmp_path / "best" / "predictions.csv").unlink()
+    capfd.readouterr()
+    assert train(data, tmp_path) == 0
+    assert "finished (5 epochs)" in capfd.readouterr().out
+    assert [(tmp_path / name).stat().st_mtime_ns for name in ("best.h5", "final.h5")] == models
+    assert results(tmp_path) == results(uninterrupted)
+    assert sum(path.stat().st_size for path in (tmp_path / "best" / "state").iterdir()) < 20_000  # no weights
+
+
+def test_best_weights_in_memory_survive_too(data, uninterrupted, tmp_path, monkeypatch):
+    options = ("--best-model", "NOSAVE", "--out-dir", str(tmp_path / "best"))
+    with monkeypatch.context() as patch:
+        at_batch(patch, 21, kill)
+        with pytest.raises(Killed):
+            train(data, tmp_path, *options)
+    for _ in range(2):  # to the end, and again after it
+        assert train(data, tmp_path, *options) == 0
+        predictions = (tmp_path / "best" / "predictions.csv").read_text()
+        assert predictions == (uninterrupted / "best" / "predictions.csv").read_text()
+
+
+def test_without_resume_nothing_is_saved_or_looked_for(data, stopped, uninterrupted, capfd):
+    before = sorted((path.name, path.read_bytes()) for path in (stopped / "best" / "state").iterdir())
+    assert train(data, stopped, "--resume", "off", "--init-learningrate", "0.02", "--all-layer-epochs", "2") == 0
+    assert "going on" not in capfd.readouterr().out
+    assert sorted((path.name, path.read_bytes()) for path in (stopped / "best" / "state").iterdir()) == before
+
+
+def test_a_second_training_of_the_same_name_is_refused(data, tmp_path, capfd):
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path / "best"):
+            os.write(ready[1], b"1")
+            os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        assert train(data, tmp_path) == 1
+    finally:
+        os.write(done[1], b"1")
+        os.waitpid(child, 0)
+    assert f"process {child}" in capfd.readouterr().err
+    assert not (tmp_path / "best.h5").exists()
