@@ -346,17 +346,22 @@ def resize_as_asked(fname, img: np.ndarray, target_size=None, target_height=None
     """Resize (bicubic) an image that was read from the file `fname`; see `read_resize_img`."""
     if target_height is not None:
         target_size = target_height, int(float(target_height) / img.shape[0] * img.shape[1])
-    height, width = map(int, target_size)
-    if height < 1 or width < 1:
-        raise InputError(f"{fname}: cannot resize {img.shape[:2]} to {height} rows x {width} columns.")
-    return resize(img, height, width)
+    try:
+        return resize(img, *map(int, target_size))
+    except InputError as error:
+        raise InputError(f"{fname}: {error}") from None
 
 
 def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic resizing in the stored integer type, to the same pixels as the published program.
 
     Intel's library, which OpenCV uses where it is built in, rounds some pixels otherwise; it is no faster here.
+    Raises InputError for no pixels, or more than `dm_limits.max_pixels`, as of a line that shall be an image high.
     """
+    if height < 1 or width < 1 or height * width > max_pixels():
+        raise InputError(
+            f"cannot resize {img.shape[:2]} to {height} rows x {width} columns: Expected 1 to {max_pixels()} pixels."
+        )
     use_ipp = cv2.ipp.useIPP()  # a setting of this thread
     cv2.ipp.setUseIPP(False)
     try:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from dm_args import check_same_options
 from dm_files import InputError, atomic_write, is_file_name, locked, write_img, write_text
+from dm_limits import parse_json
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
@@ -428,7 +429,7 @@ def check_folder(name: str, patients: Sequence[str], out_dir, options: Mapping) 
     split, they could be in both sets.
     """
     with contextlib.suppress(FileNotFoundError):
-        check_same_options(out_dir, json.loads(_read_text(Path(out_dir, OPTIONS))), options)
+        check_same_options(out_dir, parse_json(_read_text(Path(out_dir, OPTIONS))), options)
     matches = (_PATCH_NAME.fullmatch(path.name) for path in Path(out_dir).glob("*/*.png"))
     if others := {match[1] for match in matches if match} - set(patients):
         raise InputError(

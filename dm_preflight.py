@@ -6,14 +6,13 @@ Only the standard library is imported at the start, since command lines take the
 """
 
 import argparse
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dm_args
 from dm_files import InputError
+from dm_limits import parse_json
 
 # What the released models were trained with; their mean is that of the DDSM ones.
 PUBLISHED = {
@@ -129,12 +128,12 @@ def _folder(model_path) -> Path:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # whole ones, too
 
 
 def _read_json(path: Path) -> dict | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:

@@ -5,13 +5,13 @@ makes it (`kind`), and the rows whose results it starts from (`from`); `reproduc
 """
 
 import csv
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dm_files import InputError, atomic_write
+from dm_limits import parse_json
 
 PUBLISHED = Path(__file__).resolve().parent / "ddsm_train" / "published.csv"
 FIGURES = {"accuracy": "accuracy", "auc": "AUC", "auc_flips": "AUC, four flips"}
@@ -70,7 +70,7 @@ def measured(folder: Path) -> tuple[dict[str, float], int]:
     """
     path = Path(folder, "metrics.json")
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores = parse_json(path.read_text(encoding="utf-8"))
         single, flips = scores["single"], scores.get("flips")
         figures = {"accuracy": single["accuracy"], "auc": single["auc"].get("pos")}
         figures["auc_flips"] = flips["auc"].get("pos") if flips else None

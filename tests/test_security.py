@@ -24,7 +24,7 @@ from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_heatmap_clf import load_classifier
 from dm_limits import check_h5, max_pixels, parse_json, read_bytes
 from dm_unpickle import load_plain
-from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom
+from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom, write_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,6 +104,12 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path, monkeypatch):
     monkeypatch.setenv("DM_MAX_PIXELS", "many")
     with pytest.raises(InputError, match="DM_MAX_PIXELS: Expected a whole number"):
         max_pixels()
+
+
+def test_a_line_of_pixels_does_not_become_a_giant(tmp_path, memory):
+    write_image(tmp_path / "a.png", np.zeros((1, 50_000), np.uint8))
+    with pytest.raises(InputError, match=r"a\.png: cannot resize \(1, 50000\) to 4096 rows x 204800000 columns"):
+        dm_image.read_resize_img(tmp_path / "a.png", target_height=4096)
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES.values())
