@@ -8,12 +8,7 @@
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/../ddsm_train/recipe.sh"
 [ $# -ge 3 ] || usage 2
-if [ "${MEAN:-}" = report ]; then
-    report="$2/report.json"
-    [ -f "$report" ] || fail "$report: no such file, so no measured mean. Expected it in DATA_FOLDER, or a number in MEAN"
-    MEAN="$(sed -n 's/^ *"featurewise_mean": \([0-9.]*\),*$/\1/p' "$report")" # one value a line
-    [ -n "$MEAN" ] || fail "$report: no featurewise_mean in it. Expected the report of a preparation script"
-fi
+mean="$(pixel_mean "$2")"
 export RESUME_FROM="$1" TRAIN_DIR="$2/train" VAL_DIR="$2/val" TEST_DIR="$2/test" BEST_MODEL="$3"
 shift 3
-exec "$here/train_image_clf_inbreast.sh" ${MEAN:+--featurewise-mean "$MEAN"} "$@"
+exec "$here/train_image_clf_inbreast.sh" ${mean:+--featurewise-mean "$mean"} "$@"

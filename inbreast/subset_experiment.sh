@@ -10,7 +10,7 @@
 # MODEL adds to what is in OUT, with options of its own: as a baseline, the same network from random weights:
 #          inbreast/subset_experiment.sh INbreast scratch=MODEL.h5 few_patients --from-scratch --all-layer-multiplier 1
 # Environment: PATIENTS ("20 30 40 50 60"; 0 scores the model as it is), RANDOM_SEED (12345), by which the patients are
-#       chosen too, NUM_CPU_CORES (4).
+#       chosen too, MEAN, as of finetune.sh, NUM_CPU_CORES (4).
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/../ddsm_train/recipe.sh"
 words=()
@@ -21,6 +21,7 @@ for part in train val test; do
     [ -d "$data/$part" ] || fail "$data/$part: no such folder. Expected train, val and test, each with neg and pos"
 done
 images="$(images_of "$data")"
+mean="$(pixel_mean "$data")"
 
 names=() files=()
 for word in "${words[@]:1:${#words[@]}-2}"; do
@@ -53,8 +54,9 @@ for i in "${!names[@]}"; do
     for number in "${patients[@]}"; do
         run="${names[i]}-$number-patients" subset="$data" source="" epochs=(--all-layer-epochs 0)
         [ "$number" = 0 ] || subset="$out/$number-patients" source="$number-patients" epochs=()
-        step "$run" "$images $weights" "$source" env "RANDOM_SEED=$seed" "$here/../inbreast/finetune.sh" \
-            "${files[i]}" "$subset" "$out/$run/model.h5" --out-dir "$out/$run" "$@" "${epochs[@]}"
+        step "$run" "$images $weights" "$source" env "RANDOM_SEED=$seed" ${mean:+"MEAN=$mean"} \
+            "$here/../inbreast/finetune.sh" "${files[i]}" "$subset" "$out/$run/model.h5" \
+            --out-dir "$out/$run" "$@" "${epochs[@]}"
     done
 done
 python "$here/published.py" subsets "$out"

@@ -93,7 +93,7 @@ class Shell:
             name: value
             for name, value in put_python(folder, STAND_IN).items()
             if name not in ("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL",
-                            "RANDOM_SEED")
+                            "RANDOM_SEED", "MEAN", "PATIENTS")
         }  # fmt: skip
 
     def __call__(self, recipe, *args, status=0, **env):

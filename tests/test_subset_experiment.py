@@ -93,6 +93,15 @@ def test_the_training_is_the_published_one_with_the_options_given(shell, data): 
     assert (args.nb_epoch, args.all_layer_epochs, args.test_dir) == (0, 0, str(data / "test"))
 
 
+def test_one_mean_for_all_subsets(shell, data):  # noqa: F811
+    """That measured on all images: a subset has no report of its own."""
+    assert "INbreast/report.json: no such file" in run_again(shell, PATIENTS="20", MEAN="report", status=1)[2]
+    (data / "report.json").write_text('{\n  "featurewise_mean": 41.25\n}\n')
+    trained, *_ = run_again(shell, PATIENTS="0 20", MEAN="report")
+    assert [args.featurewise_mean for args in trained] == [41.25, 41.25]
+    assert "hybrid-0-patients: finished with other options" in run_again(shell, PATIENTS="0", status=1)[2]
+
+
 def test_table_and_curve(shell, data, monkeypatch):  # noqa: F811
     """Published figures beside ours, a baseline of another name; the AUC by hand: 3 of 4 pairs are right."""
     run_again(shell, PATIENTS="20 60")
