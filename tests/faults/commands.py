@@ -147,8 +147,14 @@ def content(path: Path) -> object:
 
 
 def differences(one: Path, two: Path) -> list[str]:
-    """Names of the files that are in one of the folders alone, or not equal in both."""
-    first, second = files_below(one), files_below(two)
+    """Names of the files that are in one of the folders alone, or not equal in both.
+
+    What a training keeps to go on is left out: it counts how often it was saved, and signals save it too.
+    """
+    first, second = (
+        {name: path for name, path in files_below(folder).items() if path.parent.name != "state"}
+        for folder in (one, two)
+    )
     return sorted(
         name for name in first | second
         if name not in first or name not in second or content(first[name]) != content(second[name])
