@@ -207,10 +207,10 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
 
     Raises InputError, before any memory is reserved for the weights, where they would be more than these.
     """
-    if not trust_checkpoint:
-        _refuse_code(description, path)
     with keras.StatelessScope() as scope:  # the variables made in it get their memory as it ends
         try:
+            if not trust_checkpoint:
+                _refuse_code(description, path)
             # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
             model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
             _check_size(model, stored, path)

@@ -256,6 +256,7 @@ def function(module: str, name: str) -> str:
         (replaced('"softmax"', function("keras.applications", "VGG16")), "refused"),
         (replaced('"class_name": "Dropout"', '"class_name": "TFSMLayer"'), "TFSMLayer"),
         (replaced('"class_name": "Dropout"', '"class_name": "StringLookup"'), "StringLookup"),
+        (replaced('"class_name": "Dropout"', '"class_name": ["Dropout"]'), "cannot rebuild"),
     ],
 )  # fmt: skip
 def test_descriptions_that_ask_for_too_much(tmp_path, memory, models, ending, change, message):
