@@ -3,6 +3,9 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import h5py
@@ -14,9 +17,9 @@ from keras import layers
 
 import dm_checkpoint
 from ddsm_train import image_clf_train
-from dm_files import locked
 from dm_state import TrainingState
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16
 
 
@@ -217,18 +220,11 @@ def test_without_resume_nothing_is_saved_or_looked_for(data, stopped, uninterrup
 
 
 def test_a_second_training_of_the_same_name_is_refused(data, tmp_path, capfd):
-    ready, done = os.pipe(), os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(tmp_path / "best"):
-            os.write(ready[1], b"1")
-            os.read(done[0], 1)
-        os._exit(0)
-    os.read(ready[0], 1)
-    try:
+    code = "import sys, dm_files\nwith dm_files.locked(sys.argv[1]): print('locked', flush=True); sys.stdin.read()"
+    other = [sys.executable, "-c", code, str(tmp_path / "best")]
+    with subprocess.Popen(other, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
         assert train(data, tmp_path) == 1
-    finally:
-        os.write(done[1], b"1")
-        os.waitpid(child, 0)
-    assert f"process {child}" in capfd.readouterr().err
+        process.stdin.close()
+    assert f"process {process.pid}" in capfd.readouterr().err
     assert not (tmp_path / "best.h5").exists()
