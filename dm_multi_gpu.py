@@ -91,6 +91,30 @@ def set_determinism(seed):
         torch.use_deterministic_algorithms(True)
 
 
+def random_state():
+    """Return the state of the backend's global random generators as arrays: PyTorch draws its dropout from them.
+
+    TensorFlow and JAX draw from generators of Keras's, which a model holds among its variables: an empty list.
+    """
+    if keras.backend.backend() != "torch":
+        return []
+    import torch
+
+    return [state.numpy() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+
+
+def set_random_state(arrays):
+    """Put the generators back into a `random_state`, of as many devices as there are now."""
+    if keras.backend.backend() != "torch":
+        return
+    import torch
+
+    states = [torch.from_numpy(state) for state in arrays]
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+
+
 def _same_input(tensor):
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor._keras_history.operation.name)
 

@@ -24,7 +24,7 @@ from keras import ops
 
 from dm_args import Terminated
 from dm_files import InputError, atomic_write, remove_partial
-from dm_multi_gpu import even_batches, training_scope
+from dm_multi_gpu import even_batches, random_state, set_random_state, training_scope
 
 # What decides how a callback goes on. Callbacks of ours say it themselves.
 _KEPT = {
@@ -116,6 +116,8 @@ class TrainingState(keras.callbacks.Callback):
         if description["variables"] != _kinds(model.variables):
             raise InputError(f"{self.folder}: holds a training of another network. Start over with --fresh")
         _assign(model.variables, self._arrays("model"))
+        self._random = self._arrays("random")
+        set_random_state(self._random)
         train_set.go_to(*self._position, self._step)
         print(f"going on after {self._place()}", flush=True)
 
@@ -182,6 +184,7 @@ class TrainingState(keras.callbacks.Callback):
             if self._step:
                 _assign(self._fitted.metrics_variables, self._arrays("metrics"))
             self._train_set.go_to(*self._position, self._step)  # `fit` began by going on to another epoch
+            set_random_state(self._random)  # and by building what was not yet built
             self._rejoins, self._loaded = False, None
         else:
             self._step, self._position = 0, getattr(self._train_set, "position", None)
@@ -207,7 +210,7 @@ class TrainingState(keras.callbacks.Callback):
         self.history.append({name: float(value) for name, value in (logs or {}).items()})
         self._stage_ended = self.model.stop_training
         self._step, self._position = 0, getattr(self._train_set, "position", None)
-        self._counters, self._metrics = _get_counters(self._watched), []
+        self._counters, self._metrics, self._random = _get_counters(self._watched), [], random_state()
         if all(np.isfinite([logs.get("loss", 0.0), logs.get("val_loss", 0.0)])):
             self._save()
         self._stop_if_asked()
@@ -277,6 +280,7 @@ class TrainingState(keras.callbacks.Callback):
                 "model": _values(self._model.variables),
                 "optimizer": _values(self._fitted.optimizer.variables),
                 "metrics": self._metrics,
+                "random": random_state(),
             }
         description = {
             "number": self._number,
