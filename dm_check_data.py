@@ -40,7 +40,7 @@ def check_image(path, gs_255: bool = False) -> ImageCheck:
     stamp = _stamp(path)
     found, cause, message = ("", 0, 0), "", ""
     try:
-        img = check_grey(path, read_img(path, gs_255))
+        img = check_grey(path, read_img(path, gs_255, dicom_16_bit=True))
         found = img.dtype.name, *img.shape
         check_constant(path, img)
     except ImageError as error:

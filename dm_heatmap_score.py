@@ -79,7 +79,7 @@ class Sweep:
 
     def read(self, fname) -> Scan:
         """Read an image and cut out the breast. Raises InputError."""
-        img = check_grey(fname, read_resize_img(fname, target_height=self.target_height))
+        img = check_grey(fname, read_resize_img(fname, target_height=self.target_height, dicom_16_bit=True))
         half = self.patch_size // 2
         try:
             breast, (left, top, _, _) = DMImagePreprocessor.segment_breast(img)
@@ -145,6 +145,7 @@ class _WholeImage:
             "rescale_factor": rescale_factor,
             "equalize_hist": equalize_hist,
             "dup_3_channels": False,
+            "dicom_16_bit": True,
         }
         self.mean = np.float32(mean)
 

@@ -71,16 +71,20 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
     return images
 
 
-def read_img(fname: str | os.PathLike, gs_255: bool = False, voi_lut: bool = False) -> np.ndarray:
+def read_img(fname: str | os.PathLike, gs_255: bool = False, dicom_16_bit: bool = False) -> np.ndarray:
     """Pixels of a PNG, JPEG, BMP, TIFF or DICOM file in the type they are stored in.
 
     Returns (H, W), or (H, W, C) in OpenCV's channel order for a colour image. `gs_255` asks for 8-bit grey
-    instead (no effect on DICOM, as in the 2017 program). DICOM: see `read_dicom`.
+    instead (no effect on DICOM, as in the 2017 program). DICOM: as stored, see `read_dicom`; with `dicom_16_bit` as
+    the 16-bit PNG file that data preparation makes of it, see `read_dicom_16_bit`, so that networks get the same
+    pixels of either file: that is how trainings, predictions and maps read images.
     Raises InputError for whatever is not one readable image of finite numbers.
     """
     data = _read_image_bytes(fname)
     if data[128:132] == b"DICM" or str(fname).lower().endswith(DICOM_SUFFIXES):
-        img = _decode_dicom(fname, data, voi_lut)[0]
+        img, limits, dataset = _decode_dicom(fname, data, voi_lut=False)
+        if dicom_16_bit:
+            img = _to_16_bit(fname, img, limits, dataset)
     else:
         img = _decode_image(fname, data, gs_255)
     if img.dtype.name not in PIXEL_TYPES:
@@ -310,22 +314,29 @@ def read_dicom_16_bit(fname: str | os.PathLike, voi_lut: bool = False, auto_leve
     The lowest and highest values that its stored bits allow become 0 and 65535, with `auto_levels` the lowest and
     highest that it has. `voi_lut`: see `read_dicom`. Raises InputError for whatever is no such image.
     """
-    img, (lowest, highest), dataset = read_dicom(fname, voi_lut)
+    img, limits, dataset = read_dicom(fname, voi_lut)
+    check_constant(fname, check_grey(fname, img))
+    if auto_levels:
+        limits = int(img.min()), int(img.max())
+    return _to_16_bit(fname, img, limits, dataset), dataset
+
+
+def _to_16_bit(fname, img: np.ndarray, limits: tuple[int, int], dataset) -> np.ndarray:
+    """Grey pixels of a DICOM file as uint16, the (lowest, highest) values of `limits` as 0 and 65535."""
     check_grey(fname, img)
     photometric = dataset.get("PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise InputError(f"{fname}: not a grey image. Expected MONOCHROME1 or MONOCHROME2. Received {photometric}")
-    darkest, brightest = int(img.min()), int(img.max())
-    if darkest == brightest:
-        raise InputError(f"{fname}: the image is constant. Expected a picture. Received the value {darkest} everywhere")
-    if auto_levels:
-        lowest, highest = darkest, brightest
-    elif darkest < lowest or brightest > highest:
-        raise InputError(
-            f"{fname}: pixels do not fit the {dataset.BitsStored} bits that the file's header tells. Expected "
-            f"{lowest}..{highest}. Received {darkest}..{brightest}; use --auto-levels, or leave the file out"
+        raise ImageError(
+            f"{fname}: not a grey image. Expected MONOCHROME1 or MONOCHROME2. Received {photometric}", "wrong type"
         )
-    return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16), dataset
+    (lowest, highest), darkest, brightest = limits, int(img.min()), int(img.max())
+    if darkest < lowest or brightest > highest:
+        raise ImageError(
+            f"{fname}: pixels do not fit the {dataset.BitsStored} bits that the file's header tells. Expected "
+            f"{lowest}..{highest}. Received {darkest}..{brightest}; prepare it with --auto-levels, or leave it out",
+            "damaged",
+        )
+    return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16)
 
 
 def check_constant(fname, img: np.ndarray) -> np.ndarray:
@@ -335,15 +346,15 @@ def check_constant(fname, img: np.ndarray) -> np.ndarray:
     return img
 
 
-def read_resized(fname, target_size=None, target_height=None, gs_255=False) -> np.ndarray:
-    """Read and resize (bicubic) in the stored type, where overshoots saturate."""
-    if target_size is None and target_height is None:
-        raise InputError("One of [target_size, target_height] must not be None")
-    return resize_as_asked(fname, read_img(fname, gs_255), target_size, target_height)
+def read_resized(fname, target_size=None, target_height=None) -> np.ndarray:
+    """Read, DICOM as 16 bits, and resize (bicubic) in the stored type, where overshoots saturate."""
+    return resize_as_asked(fname, read_img(fname, dicom_16_bit=True), target_size, target_height)
 
 
 def resize_as_asked(fname, img: np.ndarray, target_size=None, target_height=None) -> np.ndarray:
     """Resize (bicubic) an image that was read from the file `fname`; see `read_resize_img`."""
+    if target_size is None and target_height is None:
+        raise InputError("One of [target_size, target_height] must not be None")
     if target_height is not None:
         target_size = target_height, int(float(target_height) / img.shape[0] * img.shape[1])
     try:
@@ -388,14 +399,17 @@ def read_resize_img(
     target_scale: float | None = None,
     gs_255: bool = False,
     rescale_factor: float | None = None,
+    dicom_16_bit: bool = False,
 ) -> np.ndarray:
     """Read an image, resize it (bicubic), and return it as float32 (H, W) (golden).
 
     `target_size` is (rows, columns); `target_height` wins over it and keeps the aspect ratio, the width truncated.
     Resizing happens in the stored integer type. `target_scale` maps this image's maximum to that value,
-    `rescale_factor` multiplies; `gs_255` reads as 8-bit grey. A colour file gives (H, W, C). Raises InputError.
+    `rescale_factor` multiplies; `gs_255`, `dicom_16_bit`: see `read_img`. A colour file gives (H, W, C). Raises
+    InputError.
     """
-    return scale_pixels(read_resized(fname, target_size, target_height, gs_255), target_scale, rescale_factor)
+    img = resize_as_asked(fname, read_img(fname, gs_255, dicom_16_bit), target_size, target_height)
+    return scale_pixels(img, target_scale, rescale_factor)
 
 
 def equalize_histogram(img: np.ndarray, name="image") -> np.ndarray:

@@ -1,6 +1,7 @@
 """Batches of images for Keras: one iterator, and what it iterates over (folders, lists, exams, arrays, spots).
 
-`dm_image.DMImageDataGenerator.flow*` make these. They are apart from dm_image because they import Keras.
+`dm_image.DMImageDataGenerator.flow*` make these. All read DICOM files as the 16-bit PNG files that data preparation
+makes of them. They are apart from dm_image because they import Keras.
 """
 
 import os
@@ -439,7 +440,7 @@ class _FileIterator(_SampleIterator):
 
     def _read(self, index):
         path = self._paths[index]
-        img = dm_image.check_grey(path, dm_image.read_img(path, self._gs_255))
+        img = dm_image.check_grey(path, dm_image.read_img(path, self._gs_255, dicom_16_bit=True))
         if self._checks is not None:
             check = self._checks[index]
             if (img.dtype.name, *img.shape) != (check.type, check.rows, check.columns):
@@ -495,7 +496,7 @@ class _FileIterator(_SampleIterator):
         """Allocate the array for all images; return how many threads can read them without adding much to it."""
         for path in self._paths:
             try:
-                source = dm_image.check_grey(path, dm_image.read_img(path, self._gs_255))
+                source = dm_image.check_grey(path, dm_image.read_img(path, self._gs_255, dicom_16_bit=True))
             except InputError:
                 continue
             self._ram = np.empty((len(self._paths), *map(int, self._size_args["target_size"])), source.dtype)
@@ -699,6 +700,7 @@ class ExamIterator(DMIterator):
             "equalize_hist": equalize_hist,
             "dup_3_channels": dup_3_channels,
             "data_format": generator.data_format,
+            "dicom_16_bit": True,
         }
         cancer = np.array([[exam[side].get("cancer") for side in "LR"] for exam in self.exams], np.float64)
         self.cancer = np.nan_to_num(cancer).astype(int)
@@ -829,7 +831,12 @@ class CandidateRoiIterator(DMIterator):
         if one_patch_mode and roi_clf is None:
             raise InputError("one_patch_mode: Expected a classifier (roi_clf) that tells which patch is best.")
         self.filenames = [str(path) for path in img_list]
-        self._read_args = {"target_height": target_height, "target_scale": target_scale, "gs_255": gs_255}
+        self._read_args = {
+            "target_height": target_height,
+            "target_scale": target_scale,
+            "gs_255": gs_255,
+            "dicom_16_bit": True,
+        }
         self._channels = 3 if dup_3_channels else 1
         self.roi_per_img, self.roi_size = roi_per_img, tuple(roi_size)
         self.low_int_threshold = low_int_threshold

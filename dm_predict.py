@@ -77,7 +77,7 @@ class Predictor:
     def read(self, file) -> tuple[np.ndarray, list[str]]:
         """Pixels of an image as the network gets them, before mean subtraction, float32 (H, W), and what is unlike the
         training images; see `dm_preflight.warnings_for`. Raises InputError."""
-        stored = check_grey(file, read_img(file))
+        stored = check_grey(file, read_img(file, dicom_16_bit=True))
         pixels = scale_pixels(
             resize(stored, *self.options["img_size"]), self.options["img_scale"], self.options["rescale_factor"]
         )

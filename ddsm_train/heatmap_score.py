@@ -199,7 +199,7 @@ def warn_of_pixels(files, args: argparse.Namespace) -> None:
     for index in np.linspace(0, len(files) - 1, min(8, len(files))).astype(int):
         with contextlib.suppress(InputError):  # told when it is to be mapped
             images.append(read_resize_img(files[index], None, args.img_height or args.img_size[0], args.img_scale,
-                                          rescale_factor=args.rescale_factor))  # fmt: skip
+                                          rescale_factor=args.rescale_factor, dicom_16_bit=True))  # fmt: skip
     for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None) if images else []:
         print(f"warning: {message}", file=sys.stderr)
 

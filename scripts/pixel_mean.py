@@ -42,7 +42,7 @@ def measure(path, img_size=None):
 
     from dm_image import check_grey, read_img, resize
 
-    img = check_grey(path, read_img(path))
+    img = check_grey(path, read_img(path, dicom_16_bit=True))
     pixel_type, low, high = img.dtype.name, img.min().item(), img.max().item()
     if img_size:
         img = resize(img, *img_size)
@@ -58,7 +58,7 @@ def suggest_factor(pixel_types, low, high):
     if low < 0 or any(name.startswith("float") for name in pixel_types):
         raise InputError(
             f"cannot tell a rescale factor: Expected whole numbers from 0. Received {', '.join(pixel_types)} pixels "
-            f"of {low:g}..{high:g}; give --rescale-factor, or convert signed DICOM files with dicom_to_png.py first"
+            f"of {low:g}..{high:g}; give --rescale-factor"
         )
     bits = next(bits for bits in DEPTHS if high < 2**bits)
     return float(f"{255 / (2**bits - 1):.4g}")

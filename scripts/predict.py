@@ -4,9 +4,10 @@
   python scripts/predict.py image_model.h5 mammogram.dcm > predictions.csv
   python scripts/predict.py image_model.h5 folder more.png --flips --out predictions.json --overlay pictures
 
-Reads DICOM, PNG, JPEG, BMP and TIFF files, and folders of them. Pixel options default to those of the model's training
-(args.json in the folder named as the model without its ending), else to the published ones. Warns of each image that
-does not look like the training's. Research software: no medical device, and no substitute for a radiologist.
+Reads DICOM, PNG, JPEG, BMP and TIFF files, and folders of them; DICOM as the 16-bit PNG that data preparation makes of
+it, so that both give the same. Pixel options default to those of the model's training (args.json in the folder named
+as the model without its ending), else to the published ones. Warns of each image that does not look like the
+training's. Research software: no medical device, and no substitute for a radiologist.
 """
 
 import argparse

@@ -146,7 +146,7 @@ def test_dicom_window_is_applied_when_asked(tmp_path, dtype, slope, intercept):
     pixels = np.array([[0, 1100, 1500], [1501, 2000, 2047]], dtype)
     tags = {"WindowCenter": 1500 * slope + intercept, "WindowWidth": 1000 * slope}
     path = write_dicom(tmp_path / "a.dcm", pixels, **tags, RescaleSlope=slope, RescaleIntercept=intercept)
-    windowed = dm_image.read_img(path, voi_lut=True)
+    windowed = dm_image.read_dicom(path, voi_lut=True)[0]
     assert windowed.dtype == dtype
     values = pixels * float(slope) + intercept
     share = np.clip((values - (tags["WindowCenter"] - 0.5)) / (tags["WindowWidth"] - 1) + 0.5, 0, 1)
@@ -166,7 +166,7 @@ def test_dicom_lookup_table_is_applied_when_asked(tmp_path, bits):
     pixels = np.array([[0, 100, 101], [250, 399, 4000]], np.uint16)
     path = write_dicom(tmp_path / "a.dcm", pixels, VOILUTSequence=[table], PhotometricInterpretation="MONOCHROME1")
     expected = entries[[[0, 0, 1], [150, 299, 299]]] / (2**bits - 1) * 4095
-    np.testing.assert_array_equal(dm_image.read_img(path, voi_lut=True), 4095 - np.rint(expected))
+    np.testing.assert_array_equal(dm_image.read_dicom(path, voi_lut=True)[0], 4095 - np.rint(expected))
 
 
 def test_an_absent_decoder_is_named(tmp_path):

@@ -13,10 +13,11 @@ import cv2
 import keras
 import numpy as np
 import pytest
+from test_scripts import write_dicom
 
 from dm_check_data import check_images
 from dm_files import InputError
-from dm_image import DMImageDataGenerator, check_pixel_stats, read_resize_img
+from dm_image import DMImageDataGenerator, check_pixel_stats, read_img, read_resize_img
 from dm_iterators import batch_weights
 from dm_keras_ext import Accuracy, DMAucModelCheckpoint, WeightedCrossentropy
 from dm_resnet import MultiViewResNetBuilder
@@ -717,3 +718,24 @@ def test_pixel_range_and_mean_are_checked(folders):
     [message] = messages(own_mean + 60, rescale_factor=0.01)
     assert f"{own_mean + 60:.4g}" in message
     assert f"{own_mean:.4g}" in message
+
+
+def test_dicom_files_are_read_as_the_16_bit_images_of_data_preparation(tmp_path):
+    pixels = np.arange(2048, 14336, dtype=np.uint16).reshape(128, 96)
+    write_dicom(tmp_path / "a.dcm", pixels, 14)
+    assert cv2.imwrite(str(tmp_path / "a.png"), read_img(tmp_path / "a.dcm", dicom_16_bit=True))
+    generator, size = DMImageDataGenerator(), {"target_size": (64, 48), "target_scale": None}
+    files = [tmp_path / "a.dcm", tmp_path / "a.png"]
+
+    def exams(file):
+        views = {"CC": [file], "MLO": [file], "cancer": 0}
+        return generator.flow_from_exam_list([("s", "e", {"L": views, "R": views})], **size)
+
+    def read(file):
+        lists = [generator.flow_from_img_list([file], [0], load_to_ram=ram, **size) for ram in (False, True)]
+        return [batches[0][0] for batches in lists] + [exams(file)[0][0][0][:1]]
+
+    dicom, png = map(read, files)
+    for ours, theirs in zip(dicom, png, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert dicom[0].max() == pytest.approx(14335 / 16383 * 65535, rel=0.01)

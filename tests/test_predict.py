@@ -13,7 +13,9 @@ from test_scripts import write_dicom
 
 import dm_checkpoint
 import dm_preflight
+from dm_dataset import make_whole
 from dm_files import InputError
+from dm_own_data import read_mammogram
 from dm_predict import Predictor
 from scripts import predict
 
@@ -114,6 +116,22 @@ def test_every_kind_of_file_gives_the_same_pixels(work, capsys, tmp_path):
     assert status == 0
     assert np.ptp([float(row["pos"]) for row in rows]) < 1e-6
     assert all(row["warnings"] == "" for row in rows)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_dicom_files_give_what_the_prepared_image_gives(work, capsys, tmp_path, photometric):
+    """Of 14 bits, which the rescale factor of 16-bit images would leave dark."""
+    stored = cv2.imread(str(work / "images" / "P_1_RIGHT_CC.png"), -1) >> 2
+    dicom = write_dicom(tmp_path / "a.dcm", stored, 14, PhotometricInterpretation=photometric)
+    png = tmp_path / "prepared.png"
+    assert cv2.imwrite(str(png), make_whole(read_mammogram(dicom)[0], (96, 72)))
+    status, rows, _ = run(capsys, work / "model.h5", dicom, png)
+    assert status == 0
+    assert rows[0]["pos"] == rows[1]["pos"]
+    assert abs(float(rows[0]["pos"]) - by_hand(work, png)) < 1e-5
+    predictor = Predictor(work / "model.h5")
+    for ours, theirs in zip(predictor.explain(dicom)[:2], predictor.explain(png)[:2], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
