@@ -101,19 +101,27 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
 
 
 def save_model(model: keras.Model, path: str | os.PathLike) -> None:
-    """Save a functional model without optimizer state; the name ending chooses the format.
+    """Save a functional or Sequential model without optimizer state; the name ending chooses the format.
 
     `.weights.h5`: weights alone; `.h5`: a full model in the legacy format; `.keras`: a full model in today's
     format. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
     the file correctly, as a model that computes in float32. The file appears only when complete: on any failure an
     old file of this name stays whole.
 
-    Raises InputError for an unknown ending or a file that cannot be written.
+    Raises InputError for an unknown ending, another kind of model or a file that cannot be written.
     """
     path = Path(path)
     check_model_name(path)
     # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
-    bare = keras.Model(model.input, model.output, name=model.name, trainable=model.trainable)
+    try:
+        # What the caller called a Sequential model is read again as a functional one.
+        ends = (model.inputs, model.outputs) if isinstance(model, keras.Sequential) else (model.input, model.output)
+    except (AttributeError, ValueError):
+        raise InputError(
+            f"{path}: cannot be written: Expected a model whose layers are connected from its inputs to its outputs. "
+            f"Received {type(model).__name__} {model.name}"
+        ) from None
+    bare = keras.Model(*ends, name=model.name, trainable=model.trainable)
     try:
         with atomic_write(path) as temporary, _flags_of_layers(bare), _in_float32(bare), _without_legacy_notice():
             if path.name.endswith(".weights.h5"):

@@ -397,6 +397,29 @@ def test_full_model_round_trip(tmp_path, ending, how, caplog):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("ending", [".h5", ".keras"])
+def test_sequential_models_are_saved_whole(tmp_path, ending):
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2, "softmax")]
+    model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    save_model(model, tmp_path / f"m{ending}")
+    x = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype("float32")
+    for load in (load_model, keras.saving.load_model):
+        loaded = load(tmp_path / f"m{ending}")
+        np.testing.assert_allclose(loaded.predict_on_batch(x), model.predict_on_batch(x), atol=1e-6)
+        assert [layer.name for layer in loaded.layers[1:]] == [layer.name for layer in model.layers]
+
+
+def test_models_that_cannot_be_saved_are_refused(tmp_path):
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    for model in (keras.Sequential([keras.layers.Dense(2)]), Own()):
+        with pytest.raises(InputError, match="Expected a model whose layers are connected"):
+            save_model(model, tmp_path / "m.keras")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("how", FREEZING)
 @pytest.mark.parametrize("ending", [".h5", ".keras", ".weights.h5"])
 def test_weights_into_a_model_frozen_otherwise(tmp_path, ending, how):
