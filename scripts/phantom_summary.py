@@ -131,7 +131,7 @@ def plot_transfers(table, path) -> None:
         axes.plot(means.index, means, color=f"C{place}", label=label)
         axes.plot(runs.patients + 0.5 * (place - 1), runs.auc, "o", color=f"C{place}", alpha=0.5, markersize=4)
     axes.set(xlabel="patients in training", ylabel="test AUC", xticks=sorted(set(table.patients)))
-    axes.legend()
+    figure.legend(loc="outside upper left")  # inside it would hide some dots
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
