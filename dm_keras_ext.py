@@ -450,6 +450,9 @@ def train_stages(
         raise InputError(
             f"--accumulate: Expected at most {len(train_set)}, the training batches of an epoch. Received {accumulate}"
         )
+    with training_scope(model):
+        for stage in stages:  # makes the random generators of dropout in any stage, which the state holds
+            set_regularization(model, stage.weight_decay, stage.dropout)
     state.restore(model, callbacks, train_set)
     if state.finished:
         return state.history

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
-from ddsm_train import sample_patches_combined
+import dm_checkpoint
+from ddsm_train import image_clf_train, sample_patches_combined
+from dm_keras_ext import Yaroslav
 from scripts import make_phantom, prepare_cbis_ddsm
 from tests.faults.commands import ENVIRONMENT, ROOT, damaged, differences
 from tests.faults.writers import WRITERS, limited
@@ -104,6 +108,46 @@ def test_a_command_goes_on_when_there_is_room_again(command, inputs, tmp_path, c
     assert len(refused) > 1
     assert command(inputs, out) == 0
     assert not differences(whole, out)
+
+
+@pytest.fixture
+def train(inputs, tmp_path):
+    """Trains an image classifier on the phantoms for two epochs, in either stage one."""
+    patch_model = tmp_path / "patch.h5"
+    keras.utils.set_random_seed(1)
+    dm_checkpoint.save_model(Yaroslav(classes=5, nb_init_filter=4), patch_model)
+    options = {
+        "--img-size": (128, 128), "--rescale-factor": 0.003891, "--featurewise-mean": 44, "--optimizer": "adam",
+        "--patch-model-state": patch_model, "--patch-net": "yaroslav", "--block-type": "vgg", "--top-depths": 4,
+        "--top-repetitions": 1, "--batch-size": 8, "--nb-epoch": 1, "--all-layer-epochs": 2,
+    }  # fmt: skip
+    words = [word for name, values in options.items() for word in (name, *np.atleast_1d(values))]
+    parts = [inputs / "phantom" / part for part in ("train", "test", "test")]
+
+    def run(out):
+        keras.utils.clear_session()  # which numbers the names of layers
+        models = ("--best-model", out / "best.h5", "--final-model", out / "final.keras")
+        return image_clf_train.main([*map(str, (*words, "--deterministic", *models, *parts))])
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_when_there_is_room_again(train, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert train(out) == 0
+    out.rename(tmp_path / "whole")
+    best = (tmp_path / "whole" / "best.h5").stat().st_size
+    # Of an epoch the best model is saved before the state, which has the optimizer's variables too.
+    for room, refused in ((100, "best/"), (best - 1, "best.h5"), (best + best // 5, "best/state/")):
+        capsys.readouterr()
+        with limited(out, room):
+            status = train(out)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert status == 1 and f"{out}/{refused}" in error and "File too large" in error, error
+        assert not damaged(out) and not list(out.rglob(".partial.*")), room
+    assert train(out) == 0
+    assert not differences(tmp_path / "whole", out)
 
 
 @pytest.mark.parametrize("command", [sample, prepare])

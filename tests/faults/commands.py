@@ -85,7 +85,7 @@ def train_images(data: Path, out: Path, *options) -> list[str]:
     return script(
         "ddsm_train/image_clf_train.py", *PIXELS, "--img-size", 192, 160, "--patch-model-state", data / "patch.h5",
         "--patch-net", "yaroslav", "--block-type", "vgg", "--top-depths", 8, "--top-repetitions", 1,
-        "--hidden-dropout", 0.2, "--hidden-dropout2", 0.2, "--optimizer", "adam", "--batch-size", 8, "--nb-epoch", 4,
+        "--hidden-dropout", 0, "--hidden-dropout2", 0.2, "--optimizer", "adam", "--batch-size", 8, "--nb-epoch", 4,
         "--all-layer-epochs", 9, "--init-learningrate", 0.001, "--deterministic", "--best-model", out / "best.h5",
         "--final-model", out / "final.keras", *options, *(phantom / part for part in ("train", "val", "test")),
     )  # fmt: skip
