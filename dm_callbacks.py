@@ -187,6 +187,10 @@ class HistoryFile(keras.callbacks.Callback):
             self._table().to_csv(temporary, index=False)
 
     def on_train_end(self, logs=None):
+        self.draw()
+
+    def draw(self) -> None:
+        """Write the picture, if there are epochs."""
         if self.rows:
             plot_history(self.filepath.with_suffix(".png"), self._table(), self.begins[1:])
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -40,7 +40,7 @@ from dm_state import TrainingState
 _FREE_TO_CHANGE = (
     *("train_dir", "val_dir", "test_dir", "best_model", "final_model", "out_dir", "tensorboard"),
     *("resume", "fresh", "save_every", "check_data", "load_train_ram", "load_val_ram", "test_augment"),
-    "trust_checkpoint",
+    *("trust_checkpoint", "on_error"),
 )
 _FILES_READ = ("resume_from", "patch_model_state", "pretrained_weights")
 _ENVIRONMENT = {"RANDOM_SEED": 12345, "NUM_GPU_DEVICES": 1}  # with their defaults
@@ -65,7 +65,7 @@ class Training:
 def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool = True) -> Iterator[Training]:
     """Check the model against the options and make the training, validation and test sets of a trainer.
 
-    While the block runs, no other training can write to the output folder.
+    While the block runs, no other training can write to the output folder, or the same models.
     Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
     channel shift within 20. Constant images are legal among patches; without `allow_constant` they count as unreadable.
     Raises InputError for data or a model that do not fit the options, and where the output folder holds the state of
@@ -73,10 +73,14 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
     """
     check_options(args, model)
     out_dir = _out_dir(args)
-    with nullcontext() if out_dir is None else locked(out_dir):
-        for place in (out_dir, args.best_model, args.final_model):
-            if place not in (None, "NOSAVE"):
-                remove_partial(place)
+    models = [Path(name) for name in (args.best_model, args.final_model) if name != "NOSAVE"]
+    with ExitStack() as locks:
+        if out_dir is not None:
+            locks.enter_context(locked(out_dir))
+            remove_partial(out_dir)
+        for model_file in models:
+            locks.enter_context(locked(model_file.parent, model_file.name))
+            remove_partial(model_file)
         yield _prepare(args, model, allow_constant, out_dir, _open_state(args, out_dir))
 
 
@@ -86,12 +90,24 @@ def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState
     state = TrainingState(out_dir / "state" if is_kept else None, args.save_every)
     state.open(args.fresh)
     options = {name: value for name, value in vars(args).items() if name not in _FREE_TO_CHANGE}
-    for name in _FILES_READ:  # the same file may lie elsewhere on another machine
+    options["best_model_in_memory"] = args.best_model == "NOSAVE"
+    outputs = [Path(name).resolve() for name in (args.best_model, args.final_model)]
+    for name in _FILES_READ:
         if options.get(name) is not None:
-            options[name] = Path(options[name]).name
+            options[name] = _describe_file(Path(options[name]), outputs)
     environment = {name: dm_args.env_int(name, default) for name, default in _ENVIRONMENT.items()}
     state.check(**options, **environment, KERAS_BACKEND=keras.backend.backend())
     return state
+
+
+def _describe_file(path: Path, outputs: Sequence[Path]) -> str:
+    """Name and digest of a file that a training begins with: the same one may lie elsewhere on another machine, and
+    another one of its name in its place. One of the `outputs`, which the training replaces, goes by its name alone.
+    """
+    if path.resolve() in outputs or not path.is_file():
+        return path.name
+    with open(path, "rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 def _prepare(args, model, allow_constant, out_dir, state) -> Training:
@@ -284,15 +300,17 @@ def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[
     """Run the stages; the logs of every epoch. `args.json`, `history.csv` and its picture go to the output folder."""
     args = training.args
     callbacks: list[keras.callbacks.Callback] = [best]
+    history_file = None
     if training.out_dir is not None:
         write_json(training.out_dir / "args.json", vars(args))
-        callbacks.append(HistoryFile(training.out_dir / "history.csv"))
+        history_file = HistoryFile(training.out_dir / "history.csv")
+        callbacks.append(history_file)
     if args.tensorboard is not None:
         callbacks.append(tensorboard(args.tensorboard))
     weights = None
     if not args.auto_batch_balance:
         weights = class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
-    return train_stages(
+    history = train_stages(
         training.model,
         stages,
         training.train_set,
@@ -308,6 +326,9 @@ def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[
         fitted=training.fitted,
         state=training.state,
     )
+    if history_file is not None and training.state.is_resumed:
+        history_file.draw()  # which a stop at the end of the last stage left undone
+    return history
 
 
 def finish(training: Training, best: BestModel, history: Sequence[dict], flips: bool = False) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from keras import layers
 
+import dm_callbacks
 import dm_checkpoint
 from ddsm_train import image_clf_train
 from dm_state import TrainingState
@@ -136,6 +137,18 @@ def test_signals_save_and_say_how_to_go_on(
     assert results(tmp_path) == results(uninterrupted)
 
 
+def test_the_picture_of_the_last_stage_is_drawn_too(data, tmp_path, monkeypatch):
+    def stop(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dm_callbacks, "plot_history", stop)  # as the first stage ends
+        with pytest.raises(Killed):
+            train(data, tmp_path, "--all-layer-epochs", "2")
+    assert train(data, tmp_path, "--all-layer-epochs", "2") == 0
+    assert (tmp_path / "best" / "history.png").exists()
+
+
 def test_the_generation_before_serves_when_the_newest_is_damaged(data, uninterrupted, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         at_batch(patch, 13, kill)
@@ -181,11 +194,16 @@ def test_other_images_are_refused(data, stopped, capfd):
     assert "training_images was 10 files" in capfd.readouterr().err
 
 
-def test_a_state_whose_best_model_is_gone_counts_for_nothing(data, stopped, uninterrupted, capfd):
-    (stopped / "best.h5").unlink()
-    assert train(data, stopped) == 0
-    assert "best.h5 is gone: the training starts anew" in capfd.readouterr().err
-    assert results(stopped) == results(uninterrupted)
+def test_another_start_model_of_the_same_name_is_refused(data, stopped, capfd):
+    before = (data / "network.h5").read_bytes()
+    network = dm_checkpoint.load_model(data / "network.h5")
+    network.layers[-1].bias.assign([1, 2])
+    dm_checkpoint.save_model(network, data / "network.h5")
+    try:
+        assert train(data, stopped) == 1
+    finally:
+        (data / "network.h5").write_bytes(before)
+    assert "resume_from was network.h5 " in capfd.readouterr().err
 
 
 def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupted, tmp_path, capfd):
@@ -219,9 +237,12 @@ def test_without_resume_nothing_is_saved_or_looked_for(data, stopped, uninterrup
     assert sorted((path.name, path.read_bytes()) for path in (stopped / "best" / "state").iterdir()) == before
 
 
-def test_a_second_training_of_the_same_name_is_refused(data, tmp_path, capfd):
-    code = "import sys, dm_files\nwith dm_files.locked(sys.argv[1]): print('locked', flush=True); sys.stdin.read()"
-    other = [sys.executable, "-c", code, str(tmp_path / "best")]
+@pytest.mark.parametrize("place", ["best", "best.h5"])
+def test_a_second_training_of_the_same_name_is_refused(place, data, tmp_path, capfd):
+    """Also one of another output folder that would write the same models."""
+    code = "import sys, dm_files\nwith dm_files.locked(*sys.argv[1:]): print('locked', flush=True); sys.stdin.read()"
+    locked = [tmp_path / place] if place == "best" else [tmp_path, place]
+    other = [sys.executable, "-c", code, *map(str, locked)]
     with subprocess.Popen(other, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"locked\n"
         assert train(data, tmp_path) == 1
