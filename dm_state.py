@@ -12,10 +12,8 @@ import os
 import signal
 import sys
 import threading
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import keras
@@ -34,7 +32,6 @@ _KEPT = {
 # Written in turn, so that one is whole whatever happens to the other. `atomic_write` protects from a killed process;
 # a machine that loses power may still leave a broken file behind.
 _GENERATIONS = ("state-0.npz", "state-1.npz")
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class TrainingState(keras.callbacks.Callback):
@@ -57,24 +54,23 @@ class TrainingState(keras.callbacks.Callback):
         self._number = 0  # of the next generation
         self._stage, self._stage_ended, self._step = 0, False, 0
         self._signal: int | None = None
+        self._again = "the same command"
 
     # -- before the training
 
     def open(self, fresh: bool = False) -> None:
-        """Look for a state in the folder; `fresh` removes it. One whose best model is gone counts for nothing."""
+        """Look for a state in the folder; `fresh` removes it. InputError where there is one that cannot be read."""
         if self.folder is None:
             return
         if fresh:
             self._remove(_GENERATIONS)
+            self._again = "the same command without --fresh"
         remove_partial(self.folder)
-        found = [(_read_description(self.folder / name), self.folder / name) for name in _GENERATIONS]
-        self._saved = sorted(
-            ((description, path) for description, path in found if description is not None),
-            key=lambda saved: -saved[0]["number"],
-        )
-        if self._saved and (gone := [file for file in self._saved[0][0]["files"] if not Path(file).exists()]):
-            print(f"{gone[0]} is gone: the training starts anew", file=sys.stderr)
-            self._saved = []
+        paths = [self.folder / name for name in _GENERATIONS if (self.folder / name).exists()]
+        found = [(description, path) for path in paths if (description := _read_description(path)) is not None]
+        if paths and not found:
+            raise self._unreadable()
+        self._saved = sorted(found, key=lambda saved: -saved[0]["number"])
 
     @property
     def is_resumed(self) -> bool:
@@ -110,12 +106,18 @@ class TrainingState(keras.callbacks.Callback):
         for callback in callbacks:
             if hasattr(callback, "weights"):
                 callback.weights = self._arrays("best") or None
+            for file in getattr(callback, "files", ()):
+                if not Path(file).exists():
+                    raise InputError(
+                        f"{file}: is gone, the best model of the training that {self.folder} holds. Put it back to go "
+                        "on with it, or start over with --fresh"
+                    )
         if self.finished:
             print(f"this training is finished ({len(self.history)} epochs); --fresh trains anew", flush=True)
             return
         if description["variables"] != _kinds(model.variables):
             raise InputError(f"{self.folder}: holds a training of another network. Start over with --fresh")
-        _assign(model.variables, self._arrays("model"))
+        self._assign(model.variables, "model")
         self._random = self._arrays("random")
         set_random_state(self._random)
         train_set.go_to(*self._position, self._step)
@@ -127,9 +129,14 @@ class TrainingState(keras.callbacks.Callback):
             try:
                 with np.load(path, allow_pickle=False) as archive:
                     return description, {name: archive[name] for name in archive.files}
-            except _DAMAGED as error:
-                print(f"warning: {path}: damaged, the state before it is used ({error})", file=sys.stderr)
-        raise InputError(f"{self.folder}: the saved training cannot be read. Start over with --fresh")
+            except MemoryError:
+                raise
+            except Exception as error:  # whatever a damaged archive makes its readers stumble over
+                _warn_of_damage(path, error)
+        raise self._unreadable()
+
+    def _unreadable(self) -> InputError:
+        return InputError(f"{self.folder}: none of its saved states can be read. Mend that, or start over with --fresh")
 
     # -- the course of a stage
 
@@ -143,10 +150,10 @@ class TrainingState(keras.callbacks.Callback):
         if self._loaded is not None and stage == self._stage and not self._stage_ended:
             with training_scope(self._model):
                 fitted.optimizer.build(fitted.trainable_variables)
-                _assign(fitted.optimizer.variables, self._arrays("optimizer"))
+                self._assign(fitted.optimizer.variables, "optimizer")
             self._metrics = self._arrays("metrics")
         else:
-            self._counters, self._step = None, 0
+            self._counters, self._step, self._loaded = None, 0, None
         self._stage, self._stage_ended = stage, False
 
     @property
@@ -164,7 +171,7 @@ class TrainingState(keras.callbacks.Callback):
         callbacks = keras.callbacks.CallbackList(self._watched, model=self._fitted)
         callbacks.on_train_begin()
         scores = self._fitted.evaluate(validation_set, callbacks=callbacks, return_dict=True)
-        _assign(self._fitted.metrics_variables, self._arrays("metrics"))
+        self._assign(self._fitted.metrics_variables, "metrics")
         logs = self._fitted.get_metrics_result() | {f"val_{name}": value for name, value in scores.items()}
         self._train_set.on_epoch_end()
         self._loaded = None
@@ -182,7 +189,7 @@ class TrainingState(keras.callbacks.Callback):
                 # TensorFlow makes them with the first batch.
                 self._fitted.test_on_batch(*even_batches(self._train_set, self._model)[0])
             if self._step:
-                _assign(self._fitted.metrics_variables, self._arrays("metrics"))
+                self._assign(self._fitted.metrics_variables, "metrics")
             self._train_set.go_to(*self._position, self._step)  # `fit` began by going on to another epoch
             set_random_state(self._random)  # and by building what was not yet built
             self._rejoins, self._loaded = False, None
@@ -231,7 +238,8 @@ class TrainingState(keras.callbacks.Callback):
 
         def remember(number, frame):
             self._signal = number
-            os.write(2, b"\nstopping as soon as this step has ended\n")  # print is not for signal handlers
+            with suppress(OSError):  # Ctrl-C ends the other side of a pipe too
+                os.write(2, b"\nstopping as soon as this step has ended\n")  # print is not for signal handlers
             for each, handler in before.items():
                 signal.signal(each, handler)
 
@@ -239,6 +247,7 @@ class TrainingState(keras.callbacks.Callback):
             for number in before:
                 signal.signal(number, remember)
             yield
+            self._stop_if_asked()  # after the last epoch
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -253,12 +262,13 @@ class TrainingState(keras.callbacks.Callback):
 
     def discard(self) -> None:
         """Remove the state of a training that cannot go on."""
-        self._remove(_GENERATIONS)
+        if self.folder is not None:
+            self._remove(_GENERATIONS)
 
     def _stop_if_asked(self) -> None:
         if self._signal is not None:
             number, self._signal = self._signal, None
-            text = f"stopped after {self._place()}; the same command goes on from there"
+            text = f"stopped after {self._place()}; {self._again} goes on from there"
             raise Terminated(text) if number == signal.SIGTERM else KeyboardInterrupt(text)
 
     def _place(self) -> str:
@@ -286,7 +296,6 @@ class TrainingState(keras.callbacks.Callback):
             "number": self._number,
             "finished": self.finished,
             "options": self._options,
-            "files": [file for callback in self._watched for file in getattr(callback, "files", ())],
             "variables": _kinds(self._model.variables),
             "history": self.history,
             "stage": self._stage,
@@ -309,21 +318,34 @@ class TrainingState(keras.callbacks.Callback):
         names = [name for name in self._loaded if name.startswith(f"{group}_")]
         return [self._loaded[f"{group}_{i}"] for i in range(len(names))]
 
+    def _assign(self, variables, group: str) -> None:
+        """Give the variables the values that were loaded of a group."""
+        values = self._arrays(group)
+        if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
+            raise InputError(
+                f"{self.folder}: the {group} was saved with other variables. Expected those of this version of Keras: "
+                "go on with the version that began the training, or start over with --fresh"
+            )
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
     def _remove(self, names) -> None:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
 
 def _read_description(path: Path) -> dict | None:
-    """What a generation says about itself; None where there is none, or no whole one."""
+    """What a generation says about itself; None where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return json.loads(str(archive["description"]))
-    except FileNotFoundError:
+    except Exception as error:  # as in reading all of it
+        _warn_of_damage(path, error)
         return None
-    except _DAMAGED as error:
-        print(f"warning: {path}: damaged, and not used ({error})", file=sys.stderr)
-        return None
+
+
+def _warn_of_damage(path: Path, error: Exception) -> None:
+    print(f"warning: {path}: damaged, and not used ({error})", file=sys.stderr)
 
 
 def _kinds(variables) -> list[list]:
@@ -333,11 +355,6 @@ def _kinds(variables) -> list[list]:
 
 def _values(variables) -> list[np.ndarray]:
     return [ops.convert_to_numpy(variable) for variable in variables]
-
-
-def _assign(variables, values: Sequence[np.ndarray]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)
 
 
 def _kept(callback) -> Sequence[str]:

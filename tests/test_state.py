@@ -1,6 +1,7 @@
 """Trainings that are stopped anywhere and go on as if they had not been."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from keras import layers
 import dm_callbacks
 import dm_checkpoint
 from ddsm_train import image_clf_train
+from dm_args import Terminated
+from dm_files import InputError
 from dm_state import TrainingState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +140,24 @@ def test_signals_save_and_say_how_to_go_on(
     assert results(tmp_path) == results(uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("fresh", "again"), [(False, "the same command goes on"), (True, "command without --fresh goes")]
+)
+def test_a_signal_after_the_last_step_is_obeyed(fresh, again, tmp_path, monkeypatch):
+    """Also where standard error is a pipe whose other side the same Ctrl-C has ended."""
+
+    def broken(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    state = TrainingState(tmp_path)
+    state.open(fresh)
+    with pytest.raises(Terminated, match=again), state.watching_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        state.history.append({})  # a raise by the signal would leave it out
+    assert len(state.history) == 1
+
+
 def test_the_picture_of_the_last_stage_is_drawn_too(data, tmp_path, monkeypatch):
     def stop(*args):
         raise Killed
@@ -206,6 +227,55 @@ def test_another_start_model_of_the_same_name_is_refused(data, stopped, capfd):
     assert "resume_from was network.h5 " in capfd.readouterr().err
 
 
+def test_a_training_is_not_begun_anew_because_its_best_model_is_elsewhere(data, stopped, uninterrupted, capfd):
+    (stopped / "best.h5").rename(stopped / "else.h5")
+    assert train(data, stopped) == 1
+    assert "best.h5: is gone, the best model of the training" in capfd.readouterr().err.splitlines()[-1]
+    (stopped / "else.h5").rename(stopped / "best.h5")
+    moved = stopped.with_name("moved")
+    stopped.rename(moved)
+    assert train(data, moved, "--on-error", "skip") == 0  # which may be asked for from now on
+    assert results(moved) == results(uninterrupted)
+
+
+def test_a_state_of_another_version_of_keras_is_refused(data, stopped, capfd):
+    for path in (stopped / "best" / "state").iterdir():
+        with np.load(path) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        del arrays[max(name for name in arrays if name.startswith("optimizer_"))]
+        np.savez(path, **arrays)
+    assert train(data, stopped) == 1
+    assert "the optimizer was saved with other variables" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["empty", "compression", "unreadable"])
+def test_a_training_is_not_begun_anew_because_its_states_are_damaged(damage, tmp_path, monkeypatch):
+    def write(number):
+        description = {"number": number, "options": {"kind": number}}
+        np.savez(tmp_path / f"state-{number}.npz", description=np.array(json.dumps(description)))
+
+    def break_it(path):
+        content = path.read_bytes()
+        if damage == "compression":  # zipfile says that it is not implemented
+            method = content.rindex(b"PK\x01\x02") + 10
+            content = content[:method] + b"\x63" + content[method + 1 :]
+        path.write_bytes(content if damage == "compression" else b"")
+        if damage == "unreadable":
+            path.unlink()
+            path.mkdir()
+
+    write(0)
+    write(1)
+    break_it(tmp_path / "state-1.npz")
+    state = TrainingState(tmp_path)
+    state.open()
+    state.check(kind=0)
+    assert state.is_resumed
+    break_it(tmp_path / "state-0.npz")
+    with pytest.raises(InputError, match=r"none of its saved states can be read.*--fresh"):
+        TrainingState(tmp_path).open()
+
+
 def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupted, tmp_path, capfd):
     assert train(data, tmp_path) == 0
     models = [(tmp_path / name).stat().st_mtime_ns for name in ("best.h5", "final.h5")]
@@ -228,6 +298,13 @@ def test_best_weights_in_memory_survive_too(data, uninterrupted, tmp_path, monke
         assert train(data, tmp_path, *options) == 0
         predictions = (tmp_path / "best" / "predictions.csv").read_text()
         assert predictions == (uninterrupted / "best" / "predictions.csv").read_text()
+
+
+def test_without_a_folder_there_is_nothing_to_remove():
+    state = TrainingState()
+    state.open(fresh=True)
+    state.discard()  # of a training that diverged
+    assert not state.is_resumed
 
 
 def test_without_resume_nothing_is_saved_or_looked_for(data, stopped, uninterrupted, capfd):
