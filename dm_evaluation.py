@@ -402,11 +402,14 @@ def add_averages(
 ) -> tuple[pd.DataFrame, list[str], dict[str, dict[str, float]]]:
     """Add the mean of all models, and that of their flip-averaged predictions where there are any, as models.
 
+    Those that were added before, as to a file of predictions, are made anew, and are no members.
+
     fitted_on: a table of other images with the same models, on which the weights of the mean are fitted; default: all
     equal. Returns the table, the models with the new ones after them, and the weights by new model. Raises InputError
     without two models.
     """
     table, weights = table.copy(), {}
+    models = [name for name in models if name.removesuffix(FLIPS) != AVERAGE]
     for way in ("", FLIPS):
         members = [name for name in models if name.endswith(FLIPS) == bool(way)]
         if len(members) > 1:

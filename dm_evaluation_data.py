@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dm_dataset import IMAGE_TABLE, find_columns, open_table, parse_image_name, read_image_table
-from dm_evaluation import COLUMNS, FLIPS
+from dm_evaluation import AVERAGE, COLUMNS, FLIPS
 from dm_files import InputError
 from dm_own_data import COLUMNS as TABLE_COLUMNS
 from dm_own_data import REQUIRED, SET_NAMES, SIDES, read_exams, read_labels
@@ -107,7 +107,10 @@ def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[d
         unnamed = {name: place for place, name in enumerate(header) if place not in places.values()}
         for where, cells in lines:
             row = {name: cells[place].strip() for name, place in places.items()}
-            if SET_NAMES.get(row.get("set", part).lower()) not in (part, None):
+            name = row.get("set", part)
+            if name.lower() not in SET_NAMES:
+                raise InputError(f"{where}: unknown set. Expected {', '.join(SET_NAMES)}. Received {name!r}")
+            if SET_NAMES[name.lower()] != part:
                 continue
             label = labels.is_positive(row["label"], where)
             if label is None:
@@ -190,7 +193,15 @@ def read_predictions(
 
 
 def name_models(paths: Sequence) -> list[str]:
-    """Short names of model files: without folder and ending, or with as many folders as tell them apart."""
+    """Short names of model files: without folder and ending, or with as many folders as tell them apart.
+
+    InputError for a file given twice, or one called as what is none of a model in tables of predictions.
+    """
+    for path in paths:
+        if (name := Path(path).stem) in (*COLUMNS, AVERAGE) or name.endswith(FLIPS):
+            raise InputError(
+                f"{path}: Expected a model file of another name, since {name} means something else in the results"
+            )
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(f"Expected each model once. Received {', '.join(map(str, paths))}")
     parts = [Path(path).with_suffix("").resolve().parts for path in paths]

@@ -284,6 +284,9 @@ def test_the_average_of_three_is_their_mean_flips_apart():
     np.testing.assert_allclose(averaged["average"], (table["a"] + table["b"] + table["c"]) / 3)
     np.testing.assert_allclose(averaged["average_flips"], table[models[3:]].mean(axis=1))
     assert weights["average_flips"] == pytest.approx({"a_flips": 1 / 3, "b_flips": 1 / 3, "c_flips": 1 / 3})
+    again, names_again, _ = evaluation.add_averages(averaged.assign(average=9.0), names)
+    assert names_again == names
+    pd.testing.assert_frame_equal(again, averaged)
     with pytest.raises(InputError, match=r"Expected several models\. Received a, a_flips"):
         evaluation.add_averages(table, ["a", "a_flips"])
 
@@ -426,6 +429,7 @@ def test_exam_lists_of_the_metarepository(tmp_path, capsys):
         (lambda d: write_list(d / "a.csv", []), "a.csv: no images of the set test"),
         (lambda d: write_list(d / "a.csv", ["a.png,maybe"]), "a.csv, line 2: unknown label. Expected one of 0"),
         (lambda d: write_list(d / "a.csv", ["a.png,1,up"], "file,label,side"), "line 2: unknown side. Expected l, "),
+        (lambda d: write_list(d / "a.csv", ["a.png,1,fold3"], "file,label,set"), "line 2: unknown set. Expected tr"),
         (lambda d: write_list(d / "a.csv", ["a.png,1", "b.png,0"]), "a.png: listed in .*a.csv, but not there (2 of 2"),
         (lambda d: write_list(d / "a.csv", ["a.png,1", "a.png,0"], "file,file"), "missing columns label"),
         (lambda d: write_png(d / "x" / "a.png").parent, "neg: no such class folder. Expected neg, pos"),
@@ -716,6 +720,9 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         (["{d}/nothing.h5", "{d}/data"], "{d}/nothing.h5: "),
         (["{d}/one.h5", "{d}/data", "--set", "train"], "no images of the set train"),
         (["{d}/one.h5", "{d}/one.h5", "{d}/data"], "Expected each model once"),
+        (["{d}/label.h5", "{d}/data"], "{d}/label.h5: Expected a model file of another name"),
+        (["{d}/one.h5", "{d}/average.h5", "{d}/data"], "since average means something else in the results"),
+        (["{d}/one_flips.h5", "{d}/data"], "since one_flips means something else in the results"),
         (["{d}/one.h5", "{d}/data", "--average", "fitted"], "--average fitted: Expected --val"),
         (["{d}/one.h5", "{d}/data", "--average", "mean"], "--average: Expected several models. Received {d}/one.h5"),
         (["{d}/one.h5", "{d}/two.h5", "{d}/data", "--metarepository", "{t}/m.csv"], "--metarepository: Expected one"),
