@@ -244,6 +244,11 @@ def _read_excel(path) -> list[list[str]]:
         raise InputError(f"{path}: not a readable table ({type(error).__name__}: {error})") from None
 
 
+def plain_header(name: str) -> str:
+    """The header of a column in small letters, with a space for each "_" or run of spaces."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
 def find_columns(
     path, header: Sequence[str], columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> dict[str, int]:
@@ -252,7 +257,7 @@ def find_columns(
     Spellings are in small letters with spaces; in the header "_" and " " are the same, and so is case. InputError
     names what is missing, but for the `optional` columns, which are left out.
     """
-    names = [" ".join(name.replace("_", " ").lower().split()) for name in header]
+    names = [plain_header(name) for name in header]
     places, missing = {}, []
     for name, spellings in columns.items():
         found = [names.index(spelling) for spelling in spellings if spelling in names]

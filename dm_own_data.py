@@ -22,6 +22,7 @@ from dm_dataset import (
     is_below,
     open_table,
     parse_image_name,
+    plain_header,
 )
 from dm_files import InputError, walk_files
 from dm_inbreast import Classes
@@ -166,7 +167,7 @@ def read_table(root, path, labels: Labels, columns: Mapping[str, str], pattern: 
     InputError names the line of an unknown value, a file outside `root`, or one that stands there twice.
     """
     reading, lines = _start(), {}
-    spellings = COLUMNS | {name: (_normal(header),) for name, header in columns.items()}
+    spellings = COLUMNS | {name: (plain_header(header),) for name, header in columns.items()}
     with open_table(path) as (header, rows):
         places = find_columns(path, header, spellings, COLUMNS.keys() - {*REQUIRED, *columns})
         for where, cells in rows:
@@ -184,10 +185,6 @@ def read_table(root, path, labels: Labels, columns: Mapping[str, str], pattern: 
                 known["set"] = _known(known["set"], SET_NAMES, "set", where)
             reading.pictures.append(Picture(file, positive, **known))
     return reading
-
-
-def _normal(header: str) -> str:
-    return " ".join(header.replace("_", " ").lower().split())
 
 
 def _relative(root, cell: str, where: str) -> str:
