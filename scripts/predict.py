@@ -5,9 +5,9 @@
   python scripts/predict.py image_model.h5 folder more.png --flips --out predictions.json --overlay pictures
 
 Reads DICOM, PNG, JPEG, BMP and TIFF files, and folders of them; DICOM as the 16-bit PNG that data preparation makes of
-it, so that both give the same. Pixel options default to those of the model's training (args.json in the folder named
-as the model without its ending), else to the published ones. Warns of each image that does not look like the
-training's. Research software: no medical device, and no substitute for a radiologist.
+it without --auto-levels or --voi-lut, so that both give the same. Pixel options default to those of the model's
+training (args.json in the folder named as the model without its ending), else to the published ones. Warns of each
+image that does not look like the training's. Research software: no medical device, and no substitute for a radiologist.
 """
 
 import argparse
