@@ -125,7 +125,8 @@ def evaluate(
 
     Raises InputError for tables without both classes, or predictions that are not finite.
     """
-    _check(table, models)
+    check_classes(table)
+    check_finite(table, models)
     points = points or Points()
     levels = at_levels(table, models, patient_score)
     notes = [f"{name} level left out: {_why_missing(table)}" for name in LEVELS if name not in levels]
@@ -165,11 +166,11 @@ def evaluate(
     return {"models": list(models), "data": data, "levels": by_level}
 
 
-def _check(table: pd.DataFrame, models: Sequence[str]) -> None:
+def check_classes(table: pd.DataFrame) -> None:
+    """Raise InputError for a table without positive or without negative images."""
     if table["label"].nunique() < 2:
         label = "none" if table.empty else f"{len(table)} with the label {table['label'].iloc[0]}"
         raise InputError(f"the AUC is undefined: Expected images of both classes. Received {label}")
-    check_finite(table, models)
 
 
 def check_finite(table: pd.DataFrame, models: Sequence[str]) -> None:
@@ -424,8 +425,11 @@ def add_averages(
 # ------------------------------------------------------------------------------------------------------ outputs
 
 
+SCORE_TABLES = ("scores", "points", "comparisons")
+
+
 def score_tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The figures of `evaluate` as tables: "scores", a row a level and model, "points" and "comparisons"."""
+    """The figures of `evaluate` as those of `SCORE_TABLES` that have rows; "scores" has one a level and model."""
     scores, points, comparisons = [], [], []
     for level, found in results["levels"].items():
         counts = {name: found[name] for name in ("samples", "positive", "patients")}
@@ -457,7 +461,7 @@ def score_tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
                 | figures
                 | _ends("difference", comparison["interval"])
             )
-    rows = {"scores": scores, "points": points, "comparisons": comparisons}
+    rows = dict(zip(SCORE_TABLES, (scores, points, comparisons), strict=True))
     return {name: pd.DataFrame(table) for name, table in rows.items() if table}
 
 
@@ -521,8 +525,13 @@ def _aligned(rows: dict[str, dict[str, str]]) -> str:
 
 
 def write_results(out_dir, table: pd.DataFrame, results: dict[str, Any]) -> None:
-    """Write predictions.csv, evaluation.json, each of `score_tables` as CSV, roc.png, pr.png and calibration.png."""
+    """Write predictions.csv, evaluation.json, each of `score_tables` as CSV, roc.png, pr.png and calibration.png.
+
+    Tables of an earlier run that these results have none of are removed.
+    """
     out_dir = Path(out_dir)
+    for name in SCORE_TABLES:
+        Path(out_dir, f"{name}.csv").unlink(missing_ok=True)
     for name, content in {"predictions": table, **score_tables(results)}.items():
         with atomic_write(out_dir / f"{name}.csv") as temporary:
             content.to_csv(temporary, index=False)

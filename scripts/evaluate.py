@@ -100,6 +100,8 @@ def run(**options) -> None:
         raise InputError("Expected MODEL... DATA, or --predictions FILE. Received neither")
     if args.predictions is not None and args.inputs:
         raise InputError(f"Expected MODEL... DATA, or --predictions FILE. Received both, such as {args.inputs[0]}")
+    if args.predictions is not None and args.flips:
+        raise InputError("--flips: Expected MODEL... DATA. Received --predictions, which are scored as they are")
     if args.average == "fitted" and args.val is None:
         raise InputError("--average fitted: Expected --val, the images to fit the weights on. Received none")
     if args.average and len(models) == 1:
@@ -148,6 +150,7 @@ def predict(args: argparse.Namespace, models: list, source):
     """Tables of DATA and of --val, if given, the names of the models, what to say of them in the results, and the
     `Predictor`s by name."""
     import dm_evaluation_data as data
+    from dm_evaluation import check_classes
     from dm_preflight import choose_pixel_options
 
     given = {name: value for name, value in vars(args).items() if name != "class_list" or value is not None}
@@ -164,6 +167,7 @@ def predict(args: argparse.Namespace, models: list, source):
         data.read_images(path, classes[first], args.positive, part, args.image_dir)
         for path, part in sets_of(args, source)
     ]
+    check_classes(tables[0])  # before the hours that predictions may take
     dm_args.start_backend()
     from dm_predict import Predictor
 

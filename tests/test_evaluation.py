@@ -256,6 +256,14 @@ def test_intervals_by_patient_are_those_of_drawing_patients():
             assert intervals["delong"] == pytest.approx([low, high], abs=0.25 * (high - low))
 
 
+def test_tables_of_an_earlier_run_do_not_stay(results, tmp_path):
+    evaluation.write_results(tmp_path, study(), results)
+    assert len(pd.read_csv(tmp_path / "comparisons.csv")) == 3
+    alone = evaluation.evaluate(study(), ["a"], NO_POINTS, replicates=20)
+    evaluation.write_results(tmp_path, study(), alone)
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["predictions.csv", "scores.csv"]
+
+
 def test_models_are_compared_in_pairs():
     table = study(80)
     table["c"], table["better"] = table["a"], table["a"] + table["label"] / 2
@@ -716,6 +724,8 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         ([], "Expected MODEL... DATA, or --predictions FILE. Received neither"),
         (["{d}/data"], "Expected MODEL... DATA, or --predictions FILE. Received neither"),
         (["{d}/one.h5", "{d}/data", "--predictions", "a.csv"], "Received both, such as {d}/one.h5"),
+        (["--predictions", "{d}/good.csv", "--flips"], "--flips: Expected MODEL... DATA"),
+        (["{d}/unread.h5", "{d}/negative.csv"], "Expected images of both classes. Received 12 with the label 0"),
         (["{d}/one.h5", "{d}/nowhere"], "{d}/nowhere: not found"),
         (["{d}/nothing.h5", "{d}/data"], "{d}/nothing.h5: "),
         (["{d}/one.h5", "{d}/data", "--set", "train"], "no images of the set train"),
@@ -748,6 +758,8 @@ def test_what_cannot_be_scored_is_one_line(trained, tmp_path, capsys, options, t
             "good": ["x,1,0.4", "y,0,0.2", "z,0,0.1"],
         }.items():
             write_list(trained / f"{name}.csv", rows, "file,label,net")
+        files = [path.relative_to(trained) for path in sorted((trained / "data/test").rglob("*.png"))]
+        write_list(trained / "negative.csv", [f"{file},0" for file in files])
         write_list(trained / "others.csv", ["x,1,0.4", "y,0,0.2"], "file,label,other")
     places = {"d": trained, "t": tmp_path}
     options = [option.format(**places) for option in options]
