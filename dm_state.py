@@ -53,6 +53,7 @@ class TrainingState(keras.callbacks.Callback):
         self._saved: list[tuple[dict, Path]] = []  # what the folder holds, the newest first
         self._number = 0  # of the next generation
         self._stage, self._stage_ended, self._step = 0, False, 0
+        self._random: list[np.ndarray] = []
         self._signal: int | None = None
         self._again = "the same command"
 
@@ -119,7 +120,6 @@ class TrainingState(keras.callbacks.Callback):
             raise InputError(f"{self.folder}: holds a training of another network. Start over with --fresh")
         self._assign(model.variables, "model")
         self._random = self._arrays("random")
-        set_random_state(self._random)
         train_set.go_to(*self._position, self._step)
         print(f"going on after {self._place()}", flush=True)
 
@@ -191,18 +191,24 @@ class TrainingState(keras.callbacks.Callback):
             if self._step:
                 self._assign(self._fitted.metrics_variables, "metrics")
             self._train_set.go_to(*self._position, self._step)  # `fit` began by going on to another epoch
-            set_random_state(self._random)  # and by building what was not yet built
             self._rejoins, self._loaded = False, None
         else:
             self._step, self._position = 0, getattr(self._train_set, "position", None)
+        self._random = self._random or random_state()
+        set_random_state(self._random)  # whatever building and compiling drew
         self._counters = _get_counters(self._watched)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 0 and self._step:
+            set_random_state(self._random)  # PyTorch's loader draws as it begins, which it did before these steps
 
     def on_train_batch_end(self, batch, logs=None):
         self._step += 1
         is_due = self._signal is not None or (self.save_every and self._step % self.save_every == 0)
-        if self.folder is not None and (is_due or batch + 1 == self.params["steps"]):
+        if is_due or batch + 1 == self.params["steps"]:
             self._synchronize()
-            self._metrics = _values(self.model.metrics_variables)  # validation will begin them anew
+            # Validation will begin the metrics anew, and draw more or less by where it is resumed.
+            self._metrics, self._random = _values(self.model.metrics_variables), random_state()
             if is_due:
                 self._save()
         self._stop_if_asked()
@@ -217,7 +223,7 @@ class TrainingState(keras.callbacks.Callback):
         self.history.append({name: float(value) for name, value in (logs or {}).items()})
         self._stage_ended = self.model.stop_training
         self._step, self._position = 0, getattr(self._train_set, "position", None)
-        self._counters, self._metrics, self._random = _get_counters(self._watched), [], random_state()
+        self._counters, self._metrics = _get_counters(self._watched), []
         if all(np.isfinite([logs.get("loss", 0.0), logs.get("val_loss", 0.0)])):
             self._save()
         self._stop_if_asked()
@@ -290,7 +296,7 @@ class TrainingState(keras.callbacks.Callback):
                 "model": _values(self._model.variables),
                 "optimizer": _values(self._fitted.optimizer.variables),
                 "metrics": self._metrics,
-                "random": random_state(),
+                "random": self._random,
             }
         description = {
             "number": self._number,

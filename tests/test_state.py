@@ -90,12 +90,16 @@ def at_batch(monkeypatch, number, action):
     """Do `action` as batch `number`, counted over training and validation of this process, begins."""
     count = itertools.count(1)
 
-    def begin(self, batch, logs=None):
-        if next(count) == number:
-            action()
+    def before(proceed):
+        def begin(self, batch, logs=None):
+            if next(count) == number:
+                action()
+            proceed(self, batch, logs)
 
-    monkeypatch.setattr(TrainingState, "on_train_batch_begin", begin, raising=False)
-    monkeypatch.setattr(TrainingState, "on_test_batch_begin", begin, raising=False)
+        return begin
+
+    for name in ("on_train_batch_begin", "on_test_batch_begin"):
+        monkeypatch.setattr(TrainingState, name, before(getattr(TrainingState, name)))
 
 
 def kill():
