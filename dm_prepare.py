@@ -135,11 +135,14 @@ def split_patients(
     """Patients of train, val and test by `args.split`: "lists", "official", or any other name for a random one.
 
     official: patients of the data set's own test set, and of its validation set where it has one; all others are for
-    training, part of them for validation where it has none. InputError when a patient is in two sets.
+    training, part of them for validation where it has none. InputError when a patient is in two sets, and for lists
+    of patients without "lists".
     """
     cancer = cancer_patients(images)
+    files = dict(zip(SETS, (args.pat_train, args.pat_val, args.pat_test), strict=True))
+    if args.split != "lists" and (given := [f"--pat-{name}" for name, path in files.items() if path is not None]):
+        raise InputError(f"{', '.join(given)}: Expected --split lists. Received --split {args.split}")
     if args.split == "lists":
-        files = dict(zip(SETS, (args.pat_train, args.pat_val, args.pat_test), strict=True))
         if missing := [f"--pat-{name}" for name, path in files.items() if path is None]:
             raise InputError(f"--split lists: Expected a file for each set. Missing {', '.join(missing)}")
         sets = {name: sorted(read_patient_list(path)) for name, path in files.items()}

@@ -791,6 +791,7 @@ def test_lines_are_counted_with_newlines_in_cells(download):
     [
         ([], "no output folder"),
         (["out", "--split", "lists"], "Missing --pat-train, --pat-val, --pat-test"),
+        (["out", "--pat-test", "test.txt"], "--pat-test: Expected --split lists. Received --split author"),
         (["out", "--csv-dir", "nowhere"], "nowhere: no such folder"),
     ],
 )
