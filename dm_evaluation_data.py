@@ -134,6 +134,7 @@ def _read_exams(path: Path, image_dir) -> list[tuple]:
     images = list(read_exams(path))
     if not images:
         raise InputError(f"{path}: no images in these exams")
+    print(f"warning: {path}: names no patients: each exam counts as a patient of its own", file=sys.stderr)
     if mirrored := sum(image[-1] for image in images):
         print(
             f"warning: {path}: {mirrored} of {len(images)} images are mirrored, and scored as they are", file=sys.stderr

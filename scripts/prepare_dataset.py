@@ -144,6 +144,11 @@ def run(**options):
     reading = read_data(args, output_folders(args))
     pictures, unknown = name_pictures(reading.pictures)
     print_reading(reading, unknown)
+    if args.format == "nyu":
+        print(
+            f"Warning: {args.table} names no patients: each exam counts as one, and images of a patient with several "
+            f"exams may come into several sets"
+        )
     if not pictures:
         raise InputError(f"{args.data}: no images of either class. Expected both, by --format {args.format}")
     images, official = describe(pictures).values(), named_sets(pictures.values())

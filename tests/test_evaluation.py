@@ -425,7 +425,10 @@ def test_exam_lists_of_the_metarepository(tmp_path, capsys):
     assert [Path(file).name for file in positive["file"]] == ["1_R_CC.png", "1_R_MLO.png", "2_L_CC.png"]
     assert positive["side"].tolist() == ["RIGHT", "RIGHT", "LEFT"]
     assert table.groupby("patient").size().tolist() == [4, 4, 1]
-    assert capsys.readouterr().err == f"warning: {exams}: 1 of 9 images are mirrored, and scored as they are\n"
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {exams}: names no patients: each exam counts as a patient of its own",
+        f"warning: {exams}: 1 of 9 images are mirrored, and scored as they are",
+    ]
 
 
 @pytest.mark.parametrize(

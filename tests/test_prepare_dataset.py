@@ -299,7 +299,9 @@ def test_second_run_keeps_all(prepared, capsys):
     made, out, report = prepared
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*.png")}
     run(data=str(made.folder), out=str(out), **made.options, **WHOLE)
-    assert f"{len(made)} of {len(made)} images are there from an earlier run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(made)} of {len(made)} images are there from an earlier run" in printed
+    assert ("names no patients: each exam counts as one" in printed) == (made.options["format"] == "nyu")
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/*.png")} == before
     assert read_report(out) == report
 
