@@ -23,6 +23,8 @@ from dm_region import detect_blobs
 cv2.setNumThreads(1)
 
 _NO_IMAGES = f"no images in this class folder. Expected {', '.join(dm_image.IMAGE_SUFFIXES)}."
+# How often others are tried where no image of a batch can be read: then they are gone with their disk.
+_MAX_ATTEMPTS = 5
 CLASS_MODES = ("categorical", "binary", "sparse", None)
 
 
@@ -277,10 +279,15 @@ class _SampleIterator(DMIterator):
             self._reader = None
 
     def _make_batch(self, index, rng):
-        images = self._map(self.load_or_lose, index)
-        there = [place for place, image in enumerate(images) if image is not None]
-        if not there:
-            raise InputError(f"none of the {len(index)} images of a batch can be read, such as {self._name(index[0])}")
+        drawn = index
+        for attempt in range(_MAX_ATTEMPTS):  # others take the place of a whole batch, such as a batch of one
+            index = (drawn + attempt * len(drawn)) % self.nb_sample
+            images = self._map(self.load_or_lose, index)
+            there = [place for place, image in enumerate(images) if image is not None]
+            if there:
+                break
+        else:
+            raise InputError(f"none of {_MAX_ATTEMPTS * len(drawn)} images can be read, such as {self._name(drawn[0])}")
         _check_one_size([self._name(index[place]) for place in there], [images[place] for place in there])
         batch = dm_image.empty_aligned((len(index), *images[there[0]].shape))
 
@@ -293,7 +300,8 @@ class _SampleIterator(DMIterator):
         self._map(fill, there)
         for place in set(range(len(index))).difference(there):  # a batch keeps its size
             batch[place] = batch[there[place % len(there)]]
-        return self._with_labels(batch, None if self.classes is None else self.classes[index], there)
+        counted = [] if attempt else there
+        return self._with_labels(batch, None if self.classes is None else self.classes[index], counted)
 
     def load(self, index):
         raise NotImplementedError
@@ -356,8 +364,9 @@ class _FileIterator(_SampleIterator):
         load_to_ram: keep the resized images as one array (N, H, W) of the files' integer type, read at once by
             `workers` threads. Batches are the same as from disk.
         on_error: "stop": an unreadable image raises InputError when it is read. "skip": all are read now, and
-            those that cannot be are left out. With one-hot labels, one that cannot be read later is lost: another of
-            its batch, with a label of zeros and no weight, takes its place. `.skipped` lists both, as messages.
+            those that cannot be are left out. With one-hot labels, one that cannot be read later is lost: another, of
+            its batch where one is left, takes its place with a label of zeros and no weight. `.skipped` lists both, as
+            messages.
         checked: what is known of the files, by their absolute names (`dm_check_data.ImageCheck`): "skip" need not read
             them now then. Images that are not what they were are unreadable.
         allow_constant: whether an image whose pixels are all equal is readable. A patch may well be so; a whole

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -528,18 +529,24 @@ def test_where_no_label_can_say_it_a_lost_image_ends_the_run(tmp_path):
         (tmp_path / "away").rename(folder / "neg/00.png")
 
 
-def test_a_batch_without_any_image_left_ends_the_run(tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_others_take_the_place_of_a_lost_batch_until_all_are_gone(tmp_path, batch_size):
     folder = write_noise(tmp_path)
-    iterator = DMImageDataGenerator().flow_from_directory(
-        folder, target_size=(20, 16), batch_size=4, shuffle=False, on_error="skip"
-    )
-    for name in iterator.filenames[4:8]:
+    args = {"target_size": (20, 16), "batch_size": batch_size, "shuffle": False, "auto_batch_balance": True}
+    iterator = DMImageDataGenerator().flow_from_directory(folder, on_error="skip", **args)
+    iterator._reader = None
+    after = iterator[2][0]
+    for name in iterator.filenames[batch_size : 2 * batch_size]:
         (folder / name).unlink()
-    iterator[0]
-    with pytest.raises(InputError, match=r"^none of the 4 images of a batch can be read, such as .*neg/04\.png$"):
-        iterator[1]
-    assert "none of the 4 images" in str(iterator.input_error)
-    assert len(iterator.skipped) == 4
+    x, y, w = iterator[1]
+    np.testing.assert_array_equal(x, after)
+    assert not y.any() and not w.any() and y.shape == (batch_size, 2) and w.shape == (batch_size,)
+    assert len(iterator.skipped) == batch_size
+
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=rf"^none of {5 * batch_size} images can be read, such as .*\.png$"):
+        iterator[0]
+    assert "images can be read" in str(iterator.input_error)
 
 
 def test_checked_images_are_not_read_before_they_are_used(tmp_path, monkeypatch):
