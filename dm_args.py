@@ -16,7 +16,7 @@ from dm_files import InputError, env_int, one_line
 from dm_parallel import BACKENDS
 
 # What the backends' own out-of-memory errors are called, or say: no backend is imported here.
-_OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUSTED")
+_OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUSTED", "DefaultCPUAllocator")
 # Options that decide how much memory a command line takes, where it has them.
 _SMALLER = ("--batch-size", "--train-bs-multiplier", "--img-size", "--target-height", "--patch-size", "--jobs")
 _LEFT_OUT = ("--load-train-ram", "--load-val-ram")

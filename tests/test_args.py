@@ -43,6 +43,7 @@ class ResourceExhaustedError(Exception):
         (MemoryError("of 8 GB"), 1, "out of memory (of 8 GB)\n"),
         (ResourceExhaustedError("OOM when allocating"), 1, "out of memory\n"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 1, "out of memory\n"),  # JAX
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory\n"),  # PyTorch
         (KeyboardInterrupt(), 130, "tool: interrupted"),
     ],
 )
