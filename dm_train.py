@@ -351,6 +351,8 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
     elif args.final_model != "NOSAVE" and not training.state.finished:  # the weights of the end are gone by then
         dm_checkpoint.save_model(model, args.final_model)
         print(f"Final model saved in {args.final_model}")
+    elif args.final_model != "NOSAVE" and not Path(args.final_model).exists():
+        print("the final model is not saved: the training had ended without one; --fresh trains anew", file=sys.stderr)
     best.restore(model)
     dm_memory.full_precision(model)  # as the saved file predicts
 

@@ -285,8 +285,10 @@ def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupte
     models = [(tmp_path / name).stat().st_mtime_ns for name in ("best.h5", "final.h5")]
     (tmp_path / "best" / "predictions.csv").unlink()
     capfd.readouterr()
-    assert train(data, tmp_path) == 0
-    assert "finished (5 epochs)" in capfd.readouterr().out
+    assert train(data, tmp_path, "--final-model", str(tmp_path / "other.h5")) == 0
+    shown = capfd.readouterr()
+    assert "finished (5 epochs)" in shown.out
+    assert "the final model is not saved" in shown.err and not (tmp_path / "other.h5").exists()
     assert [(tmp_path / name).stat().st_mtime_ns for name in ("best.h5", "final.h5")] == models
     assert results(tmp_path) == results(uninterrupted)
     assert sum(path.stat().st_size for path in (tmp_path / "best" / "state").iterdir()) < 20_000  # no weights
