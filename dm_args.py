@@ -304,7 +304,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", choices=["auto", "off"], default="auto",
         help="go on where the same command was stopped, from what it saved in the folder state of --out-dir, or "
-        "neither save nor look",
+        "start over and save nothing to go on from",
     )  # fmt: skip
     group.add_argument("--fresh", action="store_true", help="start over, whatever was saved")
     group.add_argument(

@@ -86,9 +86,12 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
 
 def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState:
     epochs = max(args.nb_epoch, args.all_layer_epochs, getattr(args, "top_layer_epochs", 0))
-    is_kept = out_dir is not None and args.resume == "auto" and epochs > 0  # without epochs, models are only scored
-    state = TrainingState(out_dir / "state" if is_kept else None, args.save_every)
-    state.open(args.fresh)
+    trains = out_dir is not None and epochs > 0  # without epochs, models are only scored
+    state = TrainingState(out_dir / "state" if trains else None, args.save_every)
+    # Without resuming, too, what was saved goes: the models that it belongs to are about to be replaced.
+    state.open(fresh=args.fresh or args.resume == "off")
+    if args.resume == "off":
+        state = TrainingState()
     options = {name: value for name, value in vars(args).items() if name not in _FREE_TO_CHANGE}
     options["best_model_in_memory"] = args.best_model == "NOSAVE"
     outputs = [Path(name).resolve() for name in (args.best_model, args.final_model)]
