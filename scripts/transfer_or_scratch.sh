@@ -3,9 +3,9 @@
 # patients on phantoms as of a digital detector, against the same network trained from random weights on these few
 # patients, for as many epochs and for twice as many. Three seeds, each with a film classifier and patients of its own.
 #   scripts/transfer_or_scratch.sh [OUTPUT_FOLDER]      default: patch_or_scratch, to share the film classifiers there
-# About forty minutes of one free core where the film classifiers are there, else an hour. Leaves transfer.csv (a row a
-# training), transfer.png, and in seed_N/few_patients what inbreast/subset_experiment.sh leaves. Given again, the same
-# command goes on where it was.
+# About half an hour of one free core where the film classifiers are there, else fifty minutes. Leaves transfer.csv (a
+# row a training), transfer.png, and in seed_N/few_patients what inbreast/subset_experiment.sh leaves. Given again, the
+# same command goes on where it was.
 set -euo pipefail
 case "${1:-}" in -*)
     sed -n '2,/^set/s/^# //p' "$0"
@@ -41,9 +41,9 @@ for seed in 1 2 3; do
     export RANDOM_SEED=$seed
     runs="$out/seed_$seed"
     film_classifiers
-    PATIENTS="0 20 40 60" few_patients finetuned
-    PATIENTS="20 40 60" few_patients scratch "${scratch[@]}"
-    PATIENTS="20 40 60" few_patients scratch_long "${scratch[@]}" --all-layer-epochs 20
+    PATIENTS="0 20 60" few_patients finetuned
+    PATIENTS="20 60" few_patients scratch "${scratch[@]}"
+    PATIENTS="20 60" few_patients scratch_long "${scratch[@]}" --all-layer-epochs 20
 done
 
 python scripts/phantom_summary.py transfer "$out"
