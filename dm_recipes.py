@@ -326,7 +326,8 @@ def subset_table(out: Path):
         rows.append(row | {"test_patients": len(set(groups))})
     if not rows:
         raise InputError(f"{out}: no training there. Expected the output folder of inbreast/subset_experiment.sh")
-    return pd.DataFrame(rows).sort_values(["model", "patients"], ignore_index=True)
+    table = pd.DataFrame(rows).astype({"published": float})
+    return table.sort_values(["model", "patients"], ignore_index=True)
 
 
 def _count_images(data: Path) -> int:

@@ -127,7 +127,7 @@ def write_predictions(folder, files, labels, pos):
     (folder / "metrics.json").write_text(json.dumps({}))
 
 
-def test_intervals_are_by_patient(tmp_path):
+def test_intervals_are_by_patient(tmp_path, capsys):
     """Each image twice, under one patient: the interval must be that of the single images, of which there are as many
     patients; counted as independent images it would be narrower."""
     rng = np.random.default_rng(0)
@@ -146,6 +146,9 @@ def test_intervals_are_by_patient(tmp_path):
     np.testing.assert_allclose(table.high["twice"], table.high["once"], rtol=1e-6)
     assert table.low["independent"] > table.low["once"] + 0.02
     assert "auc_flips" not in table
+    assert table.published.isna().all()
+    assert published.main(["subsets", str(tmp_path)]) == 0
+    assert "None" not in capsys.readouterr().out
 
 
 def test_it_goes_on_where_it_was(shell, data):  # noqa: F811
