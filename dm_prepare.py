@@ -6,9 +6,10 @@ A script reads its data set's tables into one `Image` a picture, by the name of 
 
 import functools
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from dm_dataset import (
@@ -23,6 +24,7 @@ from dm_dataset import (
     check_disjoint,
     make_whole,
     prepare,
+    read_image_table,
     read_patient_list,
     split_by_patient,
     split_in_three,
@@ -231,15 +233,40 @@ def write_lists(
 ) -> dict[str, list[str]]:
     """Write pat_train.txt, pat_val.txt, pat_test.txt and images.csv, of the images that were made.
 
-    Returns the patient lists.
+    Warns where the images.csv of an earlier run has images in other sets. Returns the patient lists.
     """
     done = finished(results)
     kept = {images[result.name].patient for result in done}
     lists = {name: [patient for patient in patients if patient in kept] for name, patients in sets.items()}
     for name, patients in lists.items():
         write_text(Path(out, f"pat_{name}.txt"), "".join(f"{patient}\n" for patient in patients))
-    write_image_table(Path(out, IMAGE_TABLE), [to_row(result, images[result.name]) for result in whole_images(done)])
+    rows = [to_row(result, images[result.name]) for result in whole_images(done)]
+    _warn_of_moved(out, rows)
+    write_image_table(Path(out, IMAGE_TABLE), rows)
     return lists
+
+
+def _warn_of_moved(out, rows: Iterable[ImageRow]) -> None:
+    """Say how many images of the earlier images.csv in `out`, if there is one, are in another set now."""
+    path = Path(out, IMAGE_TABLE)
+    if not path.exists():
+        return
+    try:
+        table = read_image_table(path)
+    except InputError as error:  # to be replaced by a good one
+        print(f"warning: {error}; not compared with the new sets", file=sys.stderr)
+        return
+    earlier = {PurePosixPath(file).name: name for file, name in zip(table["file"], table["set"], strict=True)}
+    names = {PurePosixPath(row.file).name: row.set for row in rows}
+    moved = [file for file, name in names.items() if earlier.get(file, name) != name]
+    if moved := sorted(moved, key=lambda file: names[file] != "test"):
+        count = "1 image is" if len(moved) == 1 else f"{len(moved)} images are"
+        seen = ": models trained on the earlier sets have seen some of today's test images"
+        print(
+            f"warning: {out}: {count} in another set than before (such as {moved[0]})"
+            f"{seen if names[moved[0]] == 'test' else ''}",
+            file=sys.stderr,
+        )
 
 
 def whole_images(results: Iterable[Prepared]) -> list[Prepared]:

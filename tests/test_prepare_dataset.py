@@ -371,6 +371,25 @@ def test_sets_that_share_patients_are_refused(table):
     assert not list(table.out.rglob("*.png"))
 
 
+def test_images_that_come_into_other_sets_than_before_are_said(table, capsys):
+    """h, i and j were the test set: a, new there, was trained on. b and e change places between train and val."""
+    seen = ": models trained on the earlier sets have seen some of today's test images"
+    table(rows_of(THREE_SETS))
+    table(rows_of(THREE_SETS))
+    assert capsys.readouterr().err.count("warning") == 0
+    table(rows_of(["test", *THREE_SETS[1:7], "train", "test", "test"]))
+    expected = f"warning: {table.out}: 2 images are in another set than before (such as a.png){seen}\n"
+    assert expected in capsys.readouterr().err
+    table(rows_of(["test", "val", "train", "train", "train", *THREE_SETS[5:7], "train", "test", "test"]))
+    expected = f"warning: {table.out}: 2 images are in another set than before (such as b.png)\n"
+    assert expected in capsys.readouterr().err
+    (table.out / "images.csv").write_text("file,set\n")
+    table(rows_of(THREE_SETS))
+    error = capsys.readouterr().err
+    assert f"warning: {table.out / 'images.csv'}, line 1: missing columns label" in error
+    assert len(read_image_table(table.out / "images.csv")) == 10
+
+
 def test_unknown_patients_are_said(table, capsys):
     table([[f"{n}.png", n % 2] for n in range(10)], header=("file", "label"))
     out = capsys.readouterr().out
