@@ -170,6 +170,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise InputError where no file can be written at `path`, in folders that may be missing; for long work to ask
+    before it begins. Leaves nothing.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written to ({error.strerror})") from error
+
+
 @contextmanager
 def locked(folder: str | os.PathLike, file: str = "") -> Iterator[None]:
     """Keep other runs from writing to `folder` while the block runs; a missing folder is created.

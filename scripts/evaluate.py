@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, locked
+from dm_files import InputError, check_writable, locked
 
 
 def share(text: str) -> float:
@@ -107,6 +107,8 @@ def run(**options) -> None:
     if args.average and len(models) == 1:
         raise InputError(f"--average: Expected several models. Received {models[0]}")
     check_metarepository(args, models)
+    for path in filter(None, (args.report, args.metarepository)):
+        check_writable(path)
     with locked(args.out_dir):
         evaluate(args, models, source)
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
 import dm_preflight
-from dm_files import InputError, atomic_write, write_text
+from dm_files import InputError, atomic_write, check_writable, write_text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,6 +52,8 @@ def run(**options) -> int:
     sources = [args.images] if isinstance(args.images, (str, Path)) else args.images
     files = find_images(sources)
     pictures = {} if args.overlay is None else name_pictures(files, args.overlay)
+    for path in ([] if args.out is None else [args.out]) + list(pictures.values())[:1]:
+        check_writable(path)
     dm_args.start_backend()
     from dm_predict import Predictor
 

@@ -704,6 +704,15 @@ def test_the_report_has_figures_and_mammograms(trained, tmp_path):
     assert f"{auc:.3f}" in page and page.count("data:image/svg") >= 9 and page.count("data:image/jpeg") >= 2
 
 
+@pytest.mark.parametrize("option", ["report", "metarepository"])
+def test_places_that_cannot_be_written_to_are_told_before_the_scoring(trained, tmp_path, option):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "out.html"
+    with pytest.raises(InputError, match=rf"^{path}: cannot be written to \(Not a directory\)$"):
+        evaluate.run(inputs=[trained / "one.h5", trained / "data"], out_dir=tmp_path / "out", **{option: path})
+    assert not (tmp_path / "out").exists()
+
+
 def test_classes_of_patch_models_are_added_up(tmp_path):
     classes = ("background", "mal", "ben", "pos")
     make_model(tmp_path / "patch.h5", classes=classes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dm_files
-from dm_files import InputError, locked
+from dm_files import InputError, check_writable, locked
 
 HERE = Path(dm_files.__file__).parent
 HOLD = (
@@ -121,6 +121,21 @@ def test_places_that_cannot_be_written_to_are_named(tmp_path):
     for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file/out", "Not a directory")):
         with pytest.raises(InputError, match=rf"^{folder}: cannot be written to \({reason}\)$"), locked(folder):
             pass
+
+
+def test_places_are_checked_for_writing_and_left_as_they_were(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "file/out.csv", "Not a directory"),
+        (tmp_path / "file/deep/out.csv", "Not a directory"),
+        (Path("/proc/out.csv"), "No such file or directory"),
+    ):
+        with pytest.raises(InputError, match=rf"^{path}: cannot be written to \({reason}\)$"):
+            check_writable(path)
+    for path in (tmp_path / "file", tmp_path / "new/deep/out.csv"):
+        check_writable(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_read_only_folder_is_named():

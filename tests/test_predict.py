@@ -247,6 +247,8 @@ def test_models_of_two_images_are_refused(tmp_path):
         (["absent.h5", "{images}"], "absent.h5"),
         (["{model}", "{empty}"], "no images here"),
         (["{model}", "{images}", "--out", "out.txt"], ".csv or .json"),
+        (["{model}", "{images}", "--out", "{model}/out.csv"], "out.csv: cannot be written to (Not a directory)"),
+        (["{model}", "{images}", "--overlay", "{model}"], "P_1_RIGHT_CC.png: cannot be written to (Not a directory)"),
     ],
 )
 def test_mistakes_are_one_line(work, tmp_path, capsys, words, message):
