@@ -380,7 +380,9 @@ def fit_weights(table: pd.DataFrame, models: Sequence[str]) -> np.ndarray:
     check_finite(table, models)
     truth, scores = table["label"].to_numpy(), table[list(models)].to_numpy(float)
     if scores.min() < 0 or scores.max() > 1:
-        raise InputError(f"fitted weights: Expected probabilities, 0..1. Received {scores.min():g}..{scores.max():g}")
+        raise InputError(
+            f"fitted weights: Expected probabilities, 0..1. Received {scores.min():.9g}..{scores.max():.9g}"
+        )
     # The probability of what the label says, by model.
     right = np.where(truth[:, None] == 1, scores, 1 - scores)
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 from cycler import cycler
 
-from dm_evaluation import FLIPS, at_levels, band_opacity, draw_calibration, draw_pr, draw_roc
+from dm_evaluation import AVERAGE, FLIPS, at_levels, band_opacity, draw_calibration, draw_pr, draw_roc
 from dm_files import InputError, write_text
 from dm_image import check_grey, read_resized, resize
 
@@ -79,9 +80,17 @@ def write_report(
 
 def _lead(results) -> str:
     data, models = results["data"], results["models"]
-    count = f"{len(models)} models" if len(models) > 1 else f"Model {_text(models[0])}"
+    count = _count_models(models) if len(models) > 1 else f"Model {_text(models[0])}"
     patients = "" if data["patients"] is None else f" of {_count(data['patients'], 'patient')}"
     return f"{count} on {_count(data['images'], 'image')}{patients}, {data['positive']:,} with cancer."
+
+
+def _count_models(columns: Sequence[str]) -> str:
+    """How many models there are, and how many columns of predictions where flips and averages add some."""
+    models = {name.removesuffix(FLIPS) for name in columns} - {AVERAGE}
+    if len(models) in (0, len(columns)):
+        return _count(len(columns), "model")
+    return f"{_count(len(models), 'model')}, {len(columns)} columns of predictions"
 
 
 def _summary(results, table) -> str:
@@ -90,7 +99,7 @@ def _summary(results, table) -> str:
         ("Images", f"{data['images']:,}"),
         ("with cancer", f"{data['positive']:,} ({data['positive'] / data['images']:.1%})"),
         ("Patients", "not known" if data["patients"] is None else f"{data['patients']:,}"),
-        ("Models", f"{len(results['models'])}"),
+        ("Columns of predictions", f"{len(results['models'])}"),
     ]
     facts = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in cards)
     levels = [name for name in _LEVELS if name in results["levels"]]
@@ -128,7 +137,7 @@ def _level(kind: str, level: Mapping[str, Any], samples: pd.DataFrame) -> str:
     rows = [
         [
             f"{name}: {point['name']}",
-            f"{point['threshold']:.3g}",
+            _score(point["threshold"]),
             _estimate(point["sensitivity"], "interval"),
             _estimate(point["specificity"], "interval"),
         ]
@@ -213,14 +222,14 @@ def _error(row, score, threshold, root, predictor, positive) -> str:
             pictures = pictures or _pictures(file, explained, positive)
         except InputError as error:
             notes.append(f"<br>{'No map' if explained else 'No picture'}: {_text(error)}")
-    alternatives = (f"Mammogram {where}, {what}", f"The same with the Grad-CAM map for cancer, scored {score:.3f}")
+    alternatives = (f"Mammogram {where}, {what}", f"The same with the Grad-CAM map for cancer, scored {_score(score)}")
     images = "".join(
         f'<img alt="{_text(text)}" width="{picture.shape[1]}" height="{picture.shape[0]}" '
         f'src="data:image/jpeg;base64,{_jpeg(picture)}">'
         for picture, text in zip(pictures, alternatives, strict=False)
     )
     caption = (
-        f"<strong>{_text(where)}</strong>, {what}, scored {score:.3f} (threshold {threshold:.3g})"
+        f"<strong>{_text(where)}</strong>, {what}, scored {_score(score)} (threshold {_score(threshold)})"
         f'<br><span class="file">{_text(row["file"])}</span>{"".join(notes)}'
     )
     return f'<figure><div class="pair">{images}</div><figcaption>{caption}</figcaption></figure>'
@@ -302,6 +311,12 @@ def _count(number: int, noun: str) -> str:
 
 def _number(value: float | None, sign: str = "") -> str:
     return _NONE if value is None else f"{value:{sign}.3f}".replace("-", "\u2212")
+
+
+def _score(value: float) -> str:
+    """A score or threshold: three digits, and as many more near 1 as tell how near."""
+    digits = 0 if value == 1 else 1 - math.floor(math.log10(abs(1 - value)))
+    return f"{value:.{max(3, digits)}g}"
 
 
 def _interval(pair) -> str:

@@ -238,6 +238,33 @@ def test_errors_are_the_most_confident_ones(data, text):
     assert other.count("data:image/jpeg") == other.count('class="file"')
 
 
+@pytest.mark.parametrize(
+    ("score", "threshold", "shown"),
+    [
+        (0.999994, 0.9999951, "0.999994 (threshold 0.9999951)"),
+        (0.9987, np.nextafter(1, 2), "0.9987 (threshold 1.0000000000000002)"),
+        (0.25, 1, "0.25 (threshold 1)"),
+        (0.0000061, 0.12345, "6.1e-06 (threshold 0.123)"),
+    ],
+)
+def test_scores_near_0_and_1_are_told_from_them(tmp_path, score, threshold, shown):
+    rows = [(f"{i}.png", "", "", "", i % 2, score if i == 1 else 0.0) for i in range(6)]
+    table = pd.DataFrame(rows, columns=[*dm_evaluation.COLUMNS, "m"])
+    results = dm_evaluation.evaluate(table, ["m"], dm_evaluation.Points(False, (), (), (threshold,)), replicates=10)
+    write_report(tmp_path / "a.html", results, table)
+    assert f"scored {shown}" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_flips_and_averages_are_no_models(tmp_path):
+    rows = [(f"{i}.png", "", "", "", i % 2, i / 9, i / 8, i / 9, i / 8) for i in range(6)]
+    table = pd.DataFrame(rows, columns=[*dm_evaluation.COLUMNS, "a", "b", "a_flips", "b_flips"])
+    table, names, _ = dm_evaluation.add_averages(table, ["a", "b", "a_flips", "b_flips"])
+    for models, count in ((names, "2 models, 6 columns of predictions"), (["a", "b"], "2 models"), (["a"], "Model a")):
+        results = dm_evaluation.evaluate(table, models, replicates=10)
+        write_report(tmp_path / "a.html", results, table)
+        assert f'"lead">{count} on 6 images, 3 with cancer.' in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
 def test_map_lies_over_the_mammogram(data):
     _, _, folder = data
     img, _, _ = explain(next(folder.iterdir()))
