@@ -252,6 +252,13 @@ def select(table: Table, download: Download, classes: Classes) -> Selection:
     return selection
 
 
+def parse_dicom_name(stem: str) -> tuple[str, str, str | None] | None:
+    """(patient, side, view) of a DICOM file's name without ending, None for names of another form. view: None where it
+    is neither CC nor MLO."""
+    match = _DICOM_NAME.fullmatch(stem)
+    return match and (match[2].lower(), SIDES[match[3].upper()], VIEWS.get(match[4].upper()))
+
+
 def identify(row: Row, where: str, download: Download) -> tuple[str, list[str]]:
     """Patient and DICOM files of a row, by the names of these. InputError for none, or others than the row tells."""
     form = f"{row.file}_<patient>_MG_{row.side[0]}_{'ML' if row.view == 'MLO' else row.view}_ANON.dcm"
@@ -260,15 +267,15 @@ def identify(row: Row, where: str, download: Download) -> tuple[str, list[str]]:
         raise InputError(f"{where}: no DICOM file: Expected {form} below the download folder")
     patients = set()
     for path in paths:
-        match = _DICOM_NAME.fullmatch(Path(path).stem)
-        if not match:
+        known = parse_dicom_name(Path(path).stem)
+        if known is None:
             raise InputError(f"{path}: the name tells no patient: Expected {form}")
-        side, view = SIDES[match[3].upper()], VIEWS.get(match[4].upper())
+        patient, side, view = known
         if (side, view) != (row.side, row.view):
             raise InputError(
                 f"{where}: says {row.side} {row.view}, but its DICOM file is called {path}: Expected {form}"
             )
-        patients.add(match[2].lower())
+        patients.add(patient)
     if len(patients) > 1:
         raise InputError(f"{where}: DICOM files of {len(patients)} patients: Expected one. Received {', '.join(paths)}")
     return patients.pop(), paths

@@ -25,7 +25,7 @@ from dm_dataset import (
     plain_header,
 )
 from dm_files import InputError, walk_files
-from dm_inbreast import Classes
+from dm_inbreast import Classes, parse_dicom_name
 from dm_limits import check_pixels, read_bytes
 from dm_parallel import run_parallel
 from dm_prepare import Image, sets_of_patients, whole_img_path, write_whole
@@ -59,6 +59,8 @@ SET_NAMES = {
 }
 # Codes of SNOMED (old and new style) in the View Code Sequence.
 VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
+# As in L_MLO, R-CC or LeftCC, with no other letters around it.
+_VIEW_IN_NAME = re.compile(r"(?<![a-z])(?:l|left|r|right)[ _-]?(cc|mlo)(?![a-z])", re.IGNORECASE)
 NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
 MIAS_SEVERITIES = ("B", "M")
 MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
@@ -269,6 +271,25 @@ def dicom_view(dataset) -> str:
 def dicom_side(dataset) -> str:
     """L or R as the header tells; "" for neither."""
     return str(dataset.get("ImageLaterality") or dataset.get("Laterality") or "")
+
+
+def find_view(path) -> str | None:
+    """CC or MLO as the header of a DICOM image tells, else the name of the file: a prepared image's, INbreast's, or one
+    with L_CC, RIGHT-MLO or the like in it. None where neither tells."""
+    from dm_image import read_dicom_header
+
+    if is_dicom(path):
+        try:
+            view = VIEWS.get(dicom_view(read_dicom_header(path)).lower())
+        except Exception:  # pydicom raises many kinds on damaged headers, which the reader of the pixels judges
+            view = None
+        if view:
+            return view
+    stem = Path(path).stem
+    if known := parse_image_name(stem) or parse_dicom_name(stem):
+        return known[2]
+    match = _VIEW_IN_NAME.search(stem)
+    return match and VIEWS[match[1].lower()]
 
 
 def read_cmmd(root, table=None, jobs: int = 1, skip: Iterable = ()) -> Reading:

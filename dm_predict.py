@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import dm_preflight
 from dm_checkpoint import load_model
-from dm_dataset import parse_image_name
 from dm_files import InputError
 from dm_heatmap import Grid
 from dm_image import check_grey, read_img, resize, scale_pixels, to_network_input
 from dm_inference import predict
 from dm_keras_ext import check_outputs
+from dm_own_data import find_view
 from dm_parallel import read_ahead
 
 
@@ -82,9 +81,8 @@ class Predictor:
             resize(stored, *self.options["img_size"]), self.options["img_scale"], self.options["rescale_factor"]
         )
         pixels = to_network_input(file, pixels, self.options["equalize_hist"], "channels_last", False)[..., 0]
-        name = parse_image_name(Path(file).stem)
         mean = self.mean if self.options["featurewise_center"] else None
-        view = name and name[2]
+        view = find_view(file)
         return pixels, dm_preflight.warnings_for(pixels, self.trained, mean=mean, stored_size=stored.shape, view=view)
 
     def _read_or_fault(self, file):
