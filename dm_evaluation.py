@@ -11,7 +11,7 @@ All intervals are 95% ones by patient: see `dm_statistics`.
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -422,6 +422,14 @@ def add_averages(
     if not weights:
         raise InputError(f"--average: Expected several models. Received {', '.join(models)}")
     return table, [*models, *weights], weights
+
+
+def describe_weights(weights: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each average of `add_averages`."""
+    return [
+        f"{name}: " + " + ".join(f"{weight:.3f} x {model}" for model, weight in members.items())
+        for name, members in weights.items()
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ outputs

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from cycler import cycler
 
-from dm_evaluation import AVERAGE, FLIPS, at_levels, band_opacity, draw_calibration, draw_pr, draw_roc
+from dm_evaluation import AVERAGE, FLIPS, at_levels, band_opacity, describe_weights, draw_calibration, draw_pr, draw_roc
 from dm_files import InputError, write_text
 from dm_image import check_grey, read_resized, resize
 
@@ -289,8 +289,7 @@ def _origin(results) -> str:
     for name, file in data.get("model_files", {}).items():
         options = data.get("pixel_options", {}).get(name, {})
         lines.append("; ".join([f"{name}: {file}", *(f"{option} {value}" for option, value in options.items())]))
-    for name, weights in data.get("average_weights", {}).items():
-        lines.append(f"{name}: " + " + ".join(f"{weight:.3f} x {model}" for model, weight in weights.items()))
+    lines += describe_weights(data.get("average_weights", {}))
     if lines:
         content += f"<h3>Models</h3>{_list(lines, 'notes')}"
     if versions := results.get("versions"):

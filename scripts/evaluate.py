@@ -140,7 +140,9 @@ def evaluate(args: argparse.Namespace, models: list, source) -> None:
 
         write_report(args.report, results, table, predictors=predictors, positive=args.positive)
     print(dm_evaluation.describe(results))
-    print(f"Results are in {args.out_dir}")
+    if args.average == "fitted":
+        print(*dm_evaluation.describe_weights(about["average_weights"]), sep="\n")
+    print(f"Results are in {args.out_dir}" + (f", the report in {args.report}" if args.report else ""))
 
 
 def sets_of(args: argparse.Namespace, source) -> list[tuple]:

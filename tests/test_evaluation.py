@@ -667,7 +667,7 @@ def test_the_metarepositorys_breast_scores_are_ours(tmp_path):
         evaluation.write_metarepository(tmp_path / "b.csv", table.assign(file="x/a.png"), "m")
 
 
-def test_thresholds_and_weights_come_from_validation_images(trained, tmp_path):
+def test_thresholds_and_weights_come_from_validation_images(trained, tmp_path, capsys):
     models, data = [str(trained / f"{name}.h5") for name in ("one", "two")], trained / "data"
     evaluate.run(inputs=[*models, data], val=str(data), average="fitted", out_dir=tmp_path, bootstrap=10, threshold=[])
     results = load_strictly(tmp_path / "evaluation.json")
@@ -676,6 +676,8 @@ def test_thresholds_and_weights_come_from_validation_images(trained, tmp_path):
     weights = evaluation.fit_weights(val, ["one", "two"])
     by_model = results["data"]["average_weights"]["average"]
     assert list(by_model.values()) == pytest.approx(weights, abs=1e-3)
+    one, two = by_model.values()
+    assert f"average: {one:.3f} x one + {two:.3f} x two\n" in capsys.readouterr().out
     points = results["levels"]["image"]["models"]["one"]["points"]
     chosen = evaluation.Points(thresholds=()).choose(val["label"].to_numpy(), val["one"].to_numpy())
     assert {point["name"]: point["threshold"] for point in points} == pytest.approx(chosen, abs=1e-5)
@@ -696,9 +698,10 @@ def test_unreadable_images_end_the_run_or_are_left_out(trained, tmp_path, capsys
     assert results["data"]["images"] == 7 and str(bad) in results["data"]["skipped"][0]
 
 
-def test_the_report_has_figures_and_mammograms(trained, tmp_path):
+def test_the_report_has_figures_and_mammograms(trained, tmp_path, capsys):
     path = tmp_path / "report.html"
     evaluate.run(inputs=[trained / "one.h5", trained / "data"], out_dir=tmp_path, report=path, bootstrap=10)
+    assert capsys.readouterr().out.endswith(f"Results are in {tmp_path}, the report in {path}\n")
     page = path.read_text()
     auc = load_strictly(tmp_path / "evaluation.json")["levels"]["breast"]["models"]["one"]["auc"]["value"]
     assert f"{auc:.3f}" in page and page.count("data:image/svg") >= 9 and page.count("data:image/jpeg") >= 2
