@@ -16,6 +16,9 @@ from dm_keras_ext import check_outputs
 from dm_own_data import find_view
 from dm_parallel import read_ahead
 
+# Rows and columns: the paper's patches have 224; whole mammograms as small as that show no lesion.
+_MAX_PATCH_SIZE = 512
+
 
 class Prediction(NamedTuple):
     """What became of one image file. Of one at fault only the file and the fault are known."""
@@ -52,6 +55,14 @@ class Predictor:
         if self.options["featurewise_center"] and self.options["featurewise_mean"] is None:
             raise InputError(f"--featurewise-mean: Expected the mean that {model_path} was trained with. Received none")
         self.mean = self.options["featurewise_mean"] if self.options["featurewise_center"] else 0.0
+
+    @property
+    def is_of_patches(self) -> bool:
+        """Whether the model seems to be a patch classifier: classes other than two, background among them, or a small
+        square image size in a network that takes any size."""
+        rows, columns = self.options["img_size"]
+        small = rows == columns <= _MAX_PATCH_SIZE and None in self.model.input_shape[1:3]
+        return len(self.class_list) != 2 or "background" in self.class_list or small
 
     def predict(self, files: Sequence, flips: bool = False, batch_size: int = 4, jobs: int = 1) -> Iterator[Prediction]:
         """Predictions of image files, in their order; one at fault does not stop the others.

@@ -60,6 +60,11 @@ def run(**options) -> int:
     given = {name: value for name, value in vars(args).items() if name != "class_list" or value is not None}
     predictor = Predictor(args.model, given, args.trust_checkpoint)
     say(f"{args.model}: {predictor.source}")
+    if predictor.is_of_patches:
+        say(
+            f"warning: {args.model}: this seems to be a patch classifier, which is not meant for whole mammograms: "
+            "ddsm_train/heatmap_score.py maps them with it"
+        )
     if predictor.trained is None:
         say("what its training images looked like is not known: checking images by general rules")
     predictions = []

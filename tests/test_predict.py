@@ -271,6 +271,31 @@ def test_options_that_do_not_fit_the_model_are_refused(work, options, message):
         Predictor(work / "model.h5", options)
 
 
+@pytest.mark.parametrize(
+    ("classes", "input_size", "img_size", "told"),
+    [
+        (["background", "calc_mal", "mass_mal"], (None, None), [96, 72], True),
+        (["neg", "pos", "other"], (96, 72), [96, 72], True),
+        (["background", "pos"], (64, 64), [64, 64], True),
+        (["neg", "pos"], (None, None), [64, 64], True),
+        (["neg", "pos"], (64, 64), [64, 64], False),
+        (["neg", "pos"], (None, None), [96, 72], False),
+    ],
+)
+def test_patch_classifiers_are_told(work, capsys, tmp_path, classes, input_size, img_size, told):
+    inputs = keras.Input((*input_size, 1))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(len(classes), activation="softmax")(x))
+    dm_checkpoint.save_model(model, tmp_path / "net.keras")
+    (tmp_path / "net").mkdir()
+    settings = SETTINGS | {"class_list": classes, "img_size": img_size}
+    (tmp_path / "net" / "args.json").write_text(json.dumps(settings))
+    status, rows, err = run(capsys, tmp_path / "net.keras", work / "images" / "odd.png")
+    assert (status, len(rows)) == (0, 1)
+    lines = [line for line in err.splitlines() if "patch classifier" in line and "ddsm_train/heatmap_score.py" in line]
+    assert len(lines) == told
+
+
 def test_models_of_two_images_are_refused(tmp_path):
     inputs = [keras.Input((8, 8, 1)), keras.Input((8, 8, 1))]
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Concatenate()(inputs))
