@@ -367,8 +367,9 @@ def finish(report: dict, args) -> None:
     if pairs:
         across = sum(pair["set"] != pair["other_set"] for pair in pairs)
         at_least = "at least " if len(pairs) == MAX_PAIRS else ""
+        count = "1 pair" if len(pairs) == 1 else f"{at_least}{len(pairs)} pairs"
         print(
-            f"Warning: {at_least}{len(pairs)} pairs of images of different patients look the same, {at_least}{across} "
+            f"Warning: {count} of images of different patients that look the same, {at_least}{across} "
             f"of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}; figures on the test set "
             f"may be too good: see {NEAR_DUPLICATES}"
         )

@@ -409,7 +409,7 @@ def test_near_duplicates_across_sets_are_told(table, capsys):
     assert pair["difference"] < 0.09
     with open(table.out / "near_duplicates.csv", newline="") as file:
         assert list(csv.DictReader(file)) == [{name: str(value) for name, value in pair.items()}]
-    assert "1 pairs of images of different patients look the same, 1 of them across sets" in capsys.readouterr().out
+    assert "1 pair of images of different patients that look the same, 1 of them across sets" in capsys.readouterr().out
 
 
 def test_same_picture_twice_of_one_patient_is_none(table):
