@@ -451,8 +451,9 @@ def train_stages(
             f"--accumulate: Expected at most {len(train_set)}, the training batches of an epoch. Received {accumulate}"
         )
     with training_scope(model):
-        for stage in stages:  # makes the random generators of dropout in any stage, which the state holds
-            set_regularization(model, stage.weight_decay, stage.dropout)
+        for layer in leaf_layers(model):
+            if isinstance(layer, layers.Dropout):
+                set_dropout_rate(layer, layer.rate)  # makes its random generator, which the state holds
     state.restore(model, callbacks, train_set)
     if state.finished:
         return state.history
@@ -482,8 +483,7 @@ def train_stages(
                     even_batches(train_set, model),
                     validation_data=even_batches(validation_set, model),
                     initial_epoch=len(state.history),
-                    # The rest of an interrupted epoch is fitted by itself, since Keras counts its batches once.
-                    epochs=len(state.history) + 1 if state.is_within_epoch else stage.end_epoch,
+                    epochs=stage.end_epoch,
                     class_weight=class_weight,
                     shuffle=False,  # the iterators shuffle by their own seed
                     callbacks=watchers,

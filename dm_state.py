@@ -157,14 +157,9 @@ class TrainingState(keras.callbacks.Callback):
         self._stage, self._stage_ended = stage, False
 
     @property
-    def is_within_epoch(self) -> bool:
-        """Whether the next epoch is one that was interrupted: the training set then holds the rest of its batches."""
-        return self._step > 0
-
-    @property
     def awaits_validation(self) -> bool:
-        """Whether all training steps of that epoch were done."""
-        return self.is_within_epoch and len(self._train_set) == 0
+        """Whether the next epoch is one whose training steps were all done when it was interrupted."""
+        return self._step > 0 and len(self._train_set) == 0
 
     def validate(self, validation_set) -> None:
         """End an epoch that `awaits_validation`, as `fit` would have."""
@@ -175,6 +170,7 @@ class TrainingState(keras.callbacks.Callback):
         logs = self._fitted.get_metrics_result() | {f"val_{name}": value for name, value in scores.items()}
         self._train_set.on_epoch_end()
         self._loaded = None
+        self._is_rest = False
         callbacks.on_epoch_end(len(self.history), logs)
         callbacks.on_train_end()
 
@@ -184,6 +180,7 @@ class TrainingState(keras.callbacks.Callback):
             _set_counters(self._watched, self._counters)  # which Keras's callbacks have just begun anew
 
     def on_epoch_begin(self, epoch, logs=None):
+        self._is_rest = self._rejoins and self._step > 0
         if self._rejoins:
             if self._step and len(self._fitted.metrics_variables) != len(self._arrays("metrics")):
                 # TensorFlow makes them with the first batch.
@@ -222,6 +219,8 @@ class TrainingState(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.history.append({name: float(value) for name, value in (logs or {}).items()})
         self._stage_ended = self.model.stop_training
+        # Keras counts the batches of an epoch once: the rest of an interrupted one is fitted by itself.
+        self.model.stop_training = self._stage_ended or self._is_rest
         self._step, self._position = 0, getattr(self._train_set, "position", None)
         self._counters, self._metrics = _get_counters(self._watched), []
         if all(np.isfinite([logs.get("loss", 0.0), logs.get("val_loss", 0.0)])):
