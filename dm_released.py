@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from dm_recipes import FIGURES, Row, read_published, text_table
 RELEASED = Path(__file__).resolve().parent / "ddsm_train" / "released.csv"
 FOLDER_LINK = "https://drive.google.com/open?id=0B1PVLadG_dCKV2pZem5MTjc1cHc"
 CHECKSUMS = "SHA256SUMS"
+# Convolutions of each kind of patch network.
+CONVOLUTIONS = {"resnet50": 53, "vgg16": 13, "vgg19": 16, "yaroslav": 12}
 
 
 class Released(NamedTuple):
@@ -107,7 +110,7 @@ def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_
     where `dm_preflight.read_settings` finds them.
 
     download: of a Drive id to a file. A file that is there is kept as it is. Returns whether it was downloaded.
-    Raises InputError for a file that cannot be had, does not open, has other classes or is not what it once was;
+    Raises InputError for a file that cannot be had, does not open, is another network or is not what it once was;
     a download at fault leaves nothing.
     """
     path, sums_path = Path(folder, model.file), Path(folder, CHECKSUMS)
@@ -139,8 +142,10 @@ def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_
 
 
 def check(path, model: Released) -> None:
-    """Raise InputError unless the file is a model of the right number of classes."""
-    from dm_checkpoint import load_model
+    """Raise InputError unless the file is a model of the right number of classes, image size and convolutions."""
+    from keras.layers import Conv2D
+
+    from dm_checkpoint import leaf_layers, load_model
 
     with open(path, "rb") as file:
         start = file.read(4096)
@@ -150,14 +155,36 @@ def check(path, model: Released) -> None:
         title = re.search(rb"<title>(.*?)</title>", start, re.DOTALL | re.IGNORECASE)
         said = f", which says {title.group(1).decode(errors='replace').strip()!r}" if title else ""
         raise InputError(f"{path}: a web page instead of the file{said}: try again later, or fetch it with a browser")
-    outputs = load_model(path).output_shape
+    network = load_model(path)
+    outputs = network.output_shape
     if len(outputs) != 2 or outputs[-1] != model.classes:
         raise InputError(f"{path}: Expected a model of {model.classes} classes. Received outputs of shape {outputs}")
+    if len(network.inputs) != 1 or len(network.inputs[0].shape) != 4:
+        raise InputError(f"{path}: Expected a model of one image. Received inputs of shape {network.input_shape}")
+    built, size = network.input_shape[1:3], settings(model)["img_size"]
+    whole = model.row.kind != "patch"
+    if whole and any(have not in (None, published) for have, published in zip(built, size, strict=True)):
+        raise InputError(f"{path}: Expected a model of images {size[0]} x {size[1]}. Received one of {built}")
+    count = sum(isinstance(layer, Conv2D) for layer in leaf_layers(network))
+    net = next(net for net in CONVOLUTIONS if net in model.name)
+    if CONVOLUTIONS[net] > count or count > _most_convolutions(net, whole):
+        body = f"{CONVOLUTIONS[net]} convolutions" + (" and those of the top layers" if whole else "")
+        raise InputError(f"{path}: Expected a network of {net}, with its {body}. Received one of {count}")
+
+
+def _most_convolutions(net: str, whole: bool) -> float:
+    """That a network may have: the top layers of a whole-image one add fewer than make it as deep as ResNet50."""
+    if not whole:
+        return CONVOLUTIONS[net]
+    return math.inf if net == "resnet50" else CONVOLUTIONS["resnet50"] - 1
 
 
 def check_same(path, expected: str) -> None:
     if (digest := sha256(path)) != expected:
-        raise InputError(f"{path}: not the file that was checked: Expected the SHA-256 {expected}. Received {digest}")
+        raise InputError(
+            f"{path}: not the file that was checked: Expected the SHA-256 {expected}. Received {digest}; "
+            f"if this is the right file, delete its line in {CHECKSUMS}"
+        )
 
 
 def read_checksums(path) -> dict[str, str]:

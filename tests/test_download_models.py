@@ -1,5 +1,6 @@
 """The released models: their list, and downloads with a stand-in for gdown that copies files, fails or cheats."""
 
+import gzip
 import hashlib
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 import dm_checkpoint
 import dm_released
+from dm_files import InputError
 from dm_preflight import read_settings
 from dm_recipes import read_published
 from scripts import download_models
@@ -18,15 +20,32 @@ from scripts import download_models
 IMAGE, PATCH = "ddsm-vgg16-512x1", "patch-vgg16-s10"
 
 
+# Convolutions of the whole-image networks: those of the patch network and of the top layers.
+CONVOLUTIONS = {
+    **{"patch-resnet50": 53, "patch-vgg16": 13, "patch-vgg19": 16, "patch-yaroslav": 12},
+    **{"resnet50-512-512-1024x2": 67, "vgg16-512x1": 15, "vgg16-512-512-1024x2": 27, "yaroslav-heatmap": 12},
+}
+
+
+def stand_in(path, classes, size, convolutions):
+    """A network of that kind, one filter wide."""
+    x = inputs = keras.Input((*size, 3))
+    for _ in range(convolutions):
+        x = keras.layers.Conv2D(1, 1)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    dm_checkpoint.save_model(keras.Model(inputs, keras.layers.Dense(classes)(x)), path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Files of small models: by 2, whole-image classifiers, by 5, patch classifiers."""
+    """The file of each model, by its name."""
     folder, files = tmp_path_factory.mktemp("drive"), {}
-    for classes in (2, 5):
-        inputs = keras.Input((8, 8, 3))
-        x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(inputs))
-        files[classes] = folder / f"{classes}.h5"
-        dm_checkpoint.save_model(keras.Model(inputs, keras.layers.Dense(classes)(x)), files[classes])
+    for kind, count in CONVOLUTIONS.items():
+        of_patches = kind.startswith("patch")
+        size = (None, None) if of_patches else (1152, 896)
+        file = stand_in(folder / f"{kind}.h5", 5 if of_patches else 2, size, count)
+        files |= {model.name: file for model in dm_released.read_released() if kind in model.name}
     return files
 
 
@@ -39,7 +58,7 @@ def drive(originals, monkeypatch):
     def download(id, output, quiet):
         model = models[id]
         calls.append(model.name)
-        return behaviour.get(model.name, lambda out: shutil.copy(originals[model.classes], out))(output)
+        return behaviour.get(model.name, lambda out: shutil.copy(originals[model.name], out))(output)
 
     gdown = ModuleType("gdown")
     gdown.download = download
@@ -86,9 +105,9 @@ def test_downloads_are_checked_and_their_checksums_kept(drive, originals, capsys
     status, out, err = fetch(capsys, folder, IMAGE, PATCH)
     assert (status, sorted(calls), err) == (0, [IMAGE, PATCH], "")
     assert visible(folder) == ["SHA256SUMS", f"{IMAGE}.h5", f"{PATCH}.h5"]
-    assert (folder / f"{IMAGE}.h5").read_bytes() == originals[2].read_bytes()
+    assert (folder / f"{IMAGE}.h5").read_bytes() == originals[IMAGE].read_bytes()
     assert f"{IMAGE}.h5: downloaded and checked, 2 classes" in out
-    digest = hashlib.sha256(originals[5].read_bytes()).hexdigest()
+    digest = hashlib.sha256(originals[PATCH].read_bytes()).hexdigest()
     assert f"{digest}  {PATCH}.h5\n" in (folder / "SHA256SUMS").read_text()
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
@@ -118,27 +137,79 @@ def test_all_are_thirteen(drive, capsys, tmp_path):
 
 
 def test_files_put_there_by_hand_are_checked_and_kept(drive, originals, capsys, tmp_path):
-    shutil.copy(originals[2], tmp_path / f"{IMAGE}.h5")
-    shutil.copy(originals[2], tmp_path / f"{PATCH}.h5")
+    shutil.copy(originals[IMAGE], tmp_path / f"{IMAGE}.h5")
+    shutil.copy(originals[IMAGE], tmp_path / f"{PATCH}.h5")
     status, out, err = fetch(capsys, tmp_path, IMAGE, PATCH)
     assert (status, drive[0]) == (1, [])
     assert f"{IMAGE}.h5: is there" in out
     assert f"{PATCH}.h5: Expected a model of 5 classes" in err
     assert "remove the file" in err
-    assert (tmp_path / f"{PATCH}.h5").read_bytes() == originals[2].read_bytes()
+    assert (tmp_path / f"{PATCH}.h5").read_bytes() == originals[IMAGE].read_bytes()
     assert f"{PATCH}.h5" not in (tmp_path / "SHA256SUMS").read_text()
 
 
 def test_changed_files_are_told_and_kept(drive, originals, capsys, tmp_path):
     fetch(capsys, tmp_path, IMAGE)
-    (tmp_path / f"{IMAGE}.h5").write_bytes(originals[5].read_bytes())
+    (tmp_path / f"{IMAGE}.h5").write_bytes(originals[PATCH].read_bytes())
     status, _, err = fetch(capsys, tmp_path, IMAGE)
     assert (status, len(drive[0])) == (1, 1)
     assert "not the file that was checked" in err
-    assert hashlib.sha256(originals[5].read_bytes()).hexdigest() in err
+    assert "if this is the right file, delete its line in SHA256SUMS" in err
+    assert hashlib.sha256(originals[PATCH].read_bytes()).hexdigest() in err
     (tmp_path / f"{IMAGE}.h5").unlink()
     assert fetch(capsys, tmp_path, IMAGE)[0] == 0
-    assert (tmp_path / f"{IMAGE}.h5").read_bytes() == originals[2].read_bytes()
+    assert (tmp_path / f"{IMAGE}.h5").read_bytes() == originals[IMAGE].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "size", "convolutions", "message"),
+    [
+        (IMAGE, 2, (64, 64), 15, "Expected a model of images 1152 x 896. Received one of (64, 64)"),
+        (IMAGE, 2, (1152, 896), 4, "Expected a network of vgg16, with its 13 convolutions and those of the top layers"),
+        (IMAGE, 2, (1152, 896), 67, "Received one of 67"),
+        ("ddsm-resnet50-512-512-1024x2", 2, (1152, 896), 27, "Expected a network of resnet50, with its 53"),
+        (PATCH, 5, (None, None), 16, "Expected a network of vgg16, with its 13 convolutions. Received one of 16"),
+        (PATCH, 5, (64, 64), 13, None),
+        (IMAGE, 2, (None, None), 15, None),
+    ],
+)
+def test_other_networks_put_there_by_hand_are_refused(capsys, tmp_path, name, classes, size, convolutions, message):
+    stand_in(tmp_path / f"{name}.h5", classes, size, convolutions)
+    status, _, err = fetch(capsys, tmp_path, name)
+    assert status == (message is not None)
+    assert (tmp_path / "SHA256SUMS").exists() == (message is None)
+    assert message is None or message in err.splitlines()[0]
+
+
+def test_models_of_anything_but_an_image_are_refused(capsys, tmp_path):
+    inputs = keras.Input((10,))
+    dm_checkpoint.save_model(keras.Model(inputs, keras.layers.Dense(2)(inputs)), tmp_path / f"{IMAGE}.h5")
+    status, _, err = fetch(capsys, tmp_path, IMAGE)
+    assert status == 1
+    assert "Expected a model of one image. Received inputs of shape (None, 10)" in err
+
+
+@pytest.mark.parametrize(
+    ("published", "name"),
+    [
+        ("patch_resnet50", "patch-resnet50-s10"),
+        ("patch_vgg16", PATCH),
+        ("patch_yaroslav", "patch-yaroslav-s10"),
+        ("image_b_vgg16_512x1_1152x896", IMAGE),
+    ],
+)
+def test_networks_of_the_published_program_are_those_expected(golden, tmp_path, published, name):
+    path, [model] = tmp_path / "model.h5", [model for model in dm_released.read_released() if model.name == name]
+    path.write_bytes(gzip.decompress((golden / "checkpoints" / f"{published}.h5.gz").read_bytes()))
+    dm_released.check(path, model)
+    other = next(other for other in dm_released.read_released() if role_but_not_net(model, other))
+    with pytest.raises(InputError, match="Expected a network of"):
+        dm_released.check(path, other)
+
+
+def role_but_not_net(model, other):
+    """Whether two models are for the same use, and one of them alone is built on ResNet50."""
+    return model.classes == other.classes and ("resnet50" in model.name) != ("resnet50" in other.name)
 
 
 def quota_page(out):
@@ -171,13 +242,13 @@ def write(content):
 @pytest.mark.parametrize("kind", ["page", "empty", "truncated", "text", "classes", "refused", "none"])
 def test_bad_downloads_leave_nothing_and_do_not_stop_the_others(drive, originals, capsys, tmp_path, kind):
     calls, behaviour = drive
-    whole = originals[2].read_bytes()
+    whole = originals[IMAGE].read_bytes()
     behaviour[IMAGE], message = {
         "page": (quota_page, "a web page instead of the file, which says 'Google Drive - Quota exceeded'"),
         "empty": (write(b""), "empty"),
         "truncated": (write(whole[: len(whole) // 2]), "not kept: the download: "),
         "text": (write(b"Sorry"), "not kept: the download: "),
-        "classes": (write(originals[5].read_bytes()), "Expected a model of 2 classes"),
+        "classes": (write(originals[PATCH].read_bytes()), "Expected a model of 2 classes"),
         "refused": (failure("FileURLRetrievalError", "Cannot retrieve\n the link"), "Cannot retrieve the link"),
         "none": (lambda out: None, "asked for too often"),
     }[kind]
@@ -195,7 +266,7 @@ def test_bad_downloads_leave_nothing_and_do_not_stop_the_others(drive, originals
 
 def test_without_internet_the_links_are_said_at_once(drive, originals, capsys, tmp_path):
     calls, behaviour = drive
-    shutil.copy(originals[5], tmp_path / f"{PATCH}.h5")
+    shutil.copy(originals[PATCH], tmp_path / f"{PATCH}.h5")
     for model in dm_released.read_released():
         behaviour[model.name] = failure("ConnectionError", "Name or service not known", (OSError,))
     status, out, err = fetch(capsys, tmp_path, "--all")
