@@ -551,7 +551,7 @@ def spoil_image(folder, view, how):
         ("empty", "the image file is empty"),
         ("truncated", "cannot decode this DICOM file"),
         ("text", "this DICOM file holds no pixels"),
-        ("constant", "the image is constant"),
+        ("constant", "constant image: all pixels are "),
         ("more bits than stored", "pixels do not fit the 12 bits"),
         ("name without patient", "AllDICOMs/20586900.dcm: the name tells no patient: Expected 20586900_<patient>_MG_"),
         ("name of another view", "CC, but its DICOM file is called AllDICOMs/20586900_"),
