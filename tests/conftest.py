@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: where the golden data lie, if they do."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,18 @@ def spec():
 def real_mammograms():
     """Four real 16-bit mammograms, inputs only."""
     return sorted(_shared("real_mammograms").glob("*.png"))
+
+
+@pytest.fixture(autouse=True)
+def determinism_ends():
+    """`--deterministic` holds for the rest of a process: in tests, for that of the test."""
+    yield
+    if "tensorflow" in sys.modules:
+        from tensorflow.python.framework import config
+
+        if config.is_op_determinism_enabled():
+            config.disable_op_determinism()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.use_deterministic_algorithms(False)

@@ -150,7 +150,7 @@ def test_conversion_finetuning_and_the_notebook_agree(data, patch_model, capsys)
     first = data / "first.h5"
     (data / "out" / "best.h5").rename(first)
     options = ["--resume-from", str(first), "--nb-epoch", "0", "--all-layer-epochs", "3", "--load-train-ram"]
-    assert train_images(data, *options, "--img-size", "128", "128", "--load-val-ram") == 0
+    assert train_images(data, *options, "--img-size", "128", "128", "--load-val-ram", "--fresh") == 0
     printed = capsys.readouterr().out
     line = re.findall(r"AUROC on test set: neg: \S+, pos: (\S+), mean: \S+", printed)[-1]
     flips = re.findall(r"AUROC on test set, mean of 4 flips: neg: \S+, pos: (\S+), mean", printed)[-1]
