@@ -436,6 +436,8 @@ def describe_weights(weights: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 SCORE_TABLES = ("scores", "points", "comparisons")
+# Of the images that are scored, and of those that thresholds and weights come from.
+PREDICTIONS = ("predictions.csv", "val_predictions.csv")
 
 
 def score_tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
@@ -532,6 +534,16 @@ def _p_text(p: float | None) -> str:
 def _aligned(rows: dict[str, dict[str, str]]) -> str:
     text = pd.DataFrame.from_dict(rows, orient="index").fillna("-").to_string()
     return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def write_predictions(out_dir, name: str, table: pd.DataFrame) -> None:
+    """Write a table as one of `PREDICTIONS`, before it is scored. With the first, what an earlier run left of other
+    predictions is removed: the second, and evaluation.json, which stands for whole results."""
+    with atomic_write(Path(out_dir, name)) as temporary:
+        table.to_csv(temporary, index=False)
+    if name == PREDICTIONS[0]:
+        for other in (PREDICTIONS[1], "evaluation.json"):
+            Path(out_dir, other).unlink(missing_ok=True)
 
 
 def write_results(out_dir, table: pd.DataFrame, results: dict[str, Any]) -> None:

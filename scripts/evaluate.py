@@ -7,7 +7,8 @@
 
 DATA, which comes last, is the output folder of a preparation script, a folder with one sub-folder a class, a table
 (file,label and perhaps patient,side,view,set) or an exam list of the NYU metarepository (.pkl). Intervals are by
-patient. Writes predictions.csv, evaluation.json, scores.csv, points.csv, comparisons.csv and pictures to --out-dir.
+patient. Writes predictions.csv, evaluation.json, scores.csv, points.csv, comparisons.csv and pictures to --out-dir,
+and val_predictions.csv of --val. Predictions are there before they are scored: --predictions scores them again.
 """
 
 import argparse
@@ -19,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
 from dm_files import InputError, check_writable, locked
+
+# Options that say how models predict; the pixel options do, too.
+OF_MODELS = ("flips", "image_dir", "on_error", "batch_size", "trust_checkpoint")
 
 
 def share(text: str) -> float:
@@ -94,14 +98,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(**options) -> None:
     """Write the results; keyword arguments are the option names of `make_parser`."""
-    args = dm_args.complete(make_parser(), options)
+    from dm_preflight import PUBLISHED
+
+    parser = make_parser()
+    args = dm_args.complete(parser, options)
     *models, source = args.inputs or [None]
     if args.predictions is None and not models:
         raise InputError("Expected MODEL... DATA, or --predictions FILE. Received neither")
     if args.predictions is not None and args.inputs:
         raise InputError(f"Expected MODEL... DATA, or --predictions FILE. Received both, such as {args.inputs[0]}")
-    if args.predictions is not None and args.flips:
-        raise InputError("--flips: Expected MODEL... DATA. Received --predictions, which are scored as they are")
+    of_models = [*OF_MODELS, *(name for name in PUBLISHED if name != "class_list")]
+    given = [name.replace("_", "-") for name in of_models if getattr(args, name) != parser.get_default(name)]
+    if args.predictions is not None and given:
+        raise InputError(f"--{given[0]}: Expected MODEL... DATA. Received --predictions, which are scored as they are")
     if args.average == "fitted" and args.val is None:
         raise InputError("--average fitted: Expected --val, the images to fit the weights on. Received none")
     if args.average and len(models) == 1:
@@ -154,7 +163,7 @@ def predict(args: argparse.Namespace, models: list, source):
     """Tables of DATA and of --val, if given, the names of the models, what to say of them in the results, and the
     `Predictor`s by name."""
     import dm_evaluation_data as data
-    from dm_evaluation import check_classes
+    from dm_evaluation import PREDICTIONS, check_classes, write_predictions
     from dm_preflight import choose_pixel_options
 
     given = {name: value for name, value in vars(args).items() if name != "class_list" or value is not None}
@@ -178,10 +187,12 @@ def predict(args: argparse.Namespace, models: list, source):
     predictors = {name: Predictor(file, given, args.trust_checkpoint) for name, file in files.items()}
     for name, predictor in predictors.items():
         print(f"{name}: {predictor.source}", file=sys.stderr)
-    predicted = [
-        data.predict_images(table, predictors, args.positive, args.flips, args.batch_size, args.on_error)
-        for table in tables
-    ]
+    predicted = []
+    for table, name in zip(tables, PREDICTIONS, strict=False):
+        predicted.append(
+            data.predict_images(table, predictors, args.positive, args.flips, args.batch_size, args.on_error)
+        )
+        write_predictions(args.out_dir, name, predicted[-1][0])  # perhaps hours of work
     skipped = [message for _, messages in predicted for message in messages]
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)

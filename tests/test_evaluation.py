@@ -698,6 +698,27 @@ def test_unreadable_images_end_the_run_or_are_left_out(trained, tmp_path, capsys
     assert results["data"]["images"] == 7 and str(bad) in results["data"]["skipped"][0]
 
 
+def test_predictions_are_there_before_they_are_scored(trained, tmp_path, capsys):
+    """So that hours of them are not lost where scoring fails, and none beside the results of others."""
+    data, out = trained / "data", tmp_path / "out"
+    make_model(tmp_path / "diverged.h5", gain=np.nan)
+    command = ["--val", str(data), "--bootstrap", "10", "--out-dir", str(out)]
+    assert evaluate.main([str(trained / "one.h5"), str(data), *command]) == 0
+    scored = load_strictly(out / "evaluation.json")["levels"]
+    for name, part in (("predictions", "test"), ("val_predictions", "val")):
+        table = pd.read_csv(out / f"{name}.csv")
+        assert set(table["file"]) == set(read_images(data, part=part)["file"])
+        np.testing.assert_allclose(table["one"], expected(table["file"])[0], atol=1e-5)
+    again = ["--predictions", f"{out}/predictions.csv", "--val", f"{out}/val_predictions.csv", "--bootstrap", "10"]
+    assert evaluate.main([*again, "--out-dir", f"{tmp_path}/again"]) == 0
+    assert load_strictly(tmp_path / "again/evaluation.json")["levels"] == scored
+
+    assert evaluate.main([str(tmp_path / "diverged.h5"), str(data), "--out-dir", str(out)]) == 1
+    assert "diverged: Expected finite predictions. Received NaN or infinity for 12" in capsys.readouterr().err
+    assert pd.read_csv(out / "predictions.csv")["diverged"].isna().sum() == 12
+    assert not (out / "val_predictions.csv").exists() and not (out / "evaluation.json").exists()
+
+
 def test_the_report_has_figures_and_mammograms(trained, tmp_path, capsys):
     path = tmp_path / "report.html"
     evaluate.run(inputs=[trained / "one.h5", trained / "data"], out_dir=tmp_path, report=path, bootstrap=10)
@@ -740,6 +761,11 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         (["{d}/data"], "Expected MODEL... DATA, or --predictions FILE. Received neither"),
         (["{d}/one.h5", "{d}/data", "--predictions", "a.csv"], "Received both, such as {d}/one.h5"),
         (["--predictions", "{d}/good.csv", "--flips"], "--flips: Expected MODEL... DATA"),
+        (["--predictions", "{d}/good.csv", "--image-dir", "{d}"], "--image-dir: Expected MODEL... DATA"),
+        (["--predictions", "{d}/good.csv", "--on-error", "skip"], "--on-error: Expected MODEL... DATA"),
+        (["--predictions", "{d}/good.csv", "--batch-size", "2"], "--batch-size: Expected MODEL... DATA"),
+        (["--predictions", "{d}/good.csv", "--featurewise-mean", "44"], "--featurewise-mean: Expected MODEL... DATA"),
+        (["--predictions", "{d}/good.csv", "--no-img-scale"], "--img-scale: Expected MODEL... DATA"),
         (["{d}/unread.h5", "{d}/negative.csv"], "Expected images of both classes. Received 12 with the label 0"),
         (["{d}/one.h5", "{d}/nowhere"], "{d}/nowhere: not found"),
         (["{d}/nothing.h5", "{d}/data"], "{d}/nothing.h5: "),
@@ -755,7 +781,6 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         (["{d}/one.h5", "{d}/data", "--img-size", "9", "9"], "--img-size 8 6, for which it is built. Received 9 9"),
         (["{d}/one.h5", "{d}/other.h5", "{d}/data"], "other: Expected the classes of one, neg pos. Received a b pos"),
         (["{d}/one.h5", "{d}/data/test", "--class-list", "neg", "maybe"], "maybe: no such class folder"),
-        (["{d}/diverged.h5", "{d}/data"], "diverged: Expected finite predictions. Received NaN or infinity for 12"),
         (["--predictions", "{d}/one_class.csv"], "Expected images of both classes. Received 2 with the label 1"),
         (["--predictions", "{d}/nan.csv"], "net: Expected finite predictions. Received NaN or infinity for 1 of 3"),
         (["--predictions", "{d}/good.csv", "--val", "{d}/nan.csv"], "net: Expected finite predictions"),
@@ -766,7 +791,6 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
 def test_what_cannot_be_scored_is_one_line(trained, tmp_path, capsys, options, text):
     if not (trained / "other.h5").exists():
         make_model(trained / "other.h5", classes=("a", "b", "pos"))
-        make_model(trained / "diverged.h5", gain=np.nan)
         for name, rows in {
             "one_class": ["x,1,0.3", "y,1,0.2"],
             "nan": ["x,1,nan", "y,0,0.2", "z,0,0.1"],
