@@ -123,7 +123,12 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
         ) from None
     bare = keras.Model(*ends, name=model.name, trainable=model.trainable)
     try:
-        with atomic_write(path) as temporary, _flags_of_layers(bare), _in_float32(bare), _without_legacy_notice():
+        with (
+            atomic_write(path, durable=True) as temporary,
+            _flags_of_layers(bare),
+            _in_float32(bare),
+            _without_legacy_notice(),
+        ):
             if path.name.endswith(".weights.h5"):
                 _save_weights(bare, temporary)
             elif path.suffix == ".keras":

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Reading the umask means setting it, for all threads: done once, while there is one.
@@ -76,13 +76,15 @@ def walk_files(root: str | os.PathLike, skip: Iterable[str | os.PathLike] = ()) 
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, renamed to `path` when the block ends without error.
 
     The temporary name keeps the suffix of `path`, since writers choose their format by it. A reader of `path`
     sees the old file or the new one, never a part. On error the old file stays and the temporary one is
     removed; only a killed process leaves it (`remove_partial`). Missing parent folders are created. An OSError
     that names no file (a full disk), or the temporary one, gets `path` as its `filename`.
+
+    durable: also when the machine loses power. For what took hours: it waits for the disk.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,9 +95,23 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         try:
             yield temporary
             _copy_permissions(temporary, path)
+            if durable:
+                _sync(temporary)
             os.replace(temporary, path)
+            if durable:
+                with suppress(OSError):  # of file systems that keep folders in another way; the file is written
+                    _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:

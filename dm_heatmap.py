@@ -138,7 +138,7 @@ def save_heatmaps(
         "options": options or {},
     }
     suffix = Path(path).suffix
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=True) as temporary:
         if suffix == ".pkl":
             content = [_to_dict(record) | header for record in records]
             temporary.write_bytes(pickle.dumps(content, protocol=2))  # which Python 2 reads too

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from dm_args import Terminated
+from dm_args import Terminated, check_same_options
 from dm_files import InputError, atomic_write, remove_partial
 from dm_multi_gpu import even_batches, random_state, set_random_state, training_scope
 
@@ -29,8 +29,7 @@ _KEPT = {
     "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch"),
     "ReduceLROnPlateau": ("wait", "cooldown_counter", "best"),
 }
-# Written in turn, so that one is whole whatever happens to the other. `atomic_write` protects from a killed process;
-# a machine that loses power may still leave a broken file behind.
+# Written in turn, so that one is whole whatever a disk does to the other.
 _GENERATIONS = ("state-0.npz", "state-1.npz")
 
 
@@ -80,17 +79,12 @@ class TrainingState(keras.callbacks.Callback):
 
     def check(self, **options) -> None:
         """Note what decides the course of the training; InputError where the state was begun with other values."""
-        self._options |= json.loads(json.dumps(options))
-        if not self._saved:
-            return
-        before = self._saved[0][0]["options"]
-        changed = [name for name in options if before.get(name) != self._options[name]]
-        if changed:
-            listed = "; ".join(f"{name} was {before.get(name)}, is {self._options[name]}" for name in changed)
-            raise InputError(
-                f"{self.folder}: holds a training begun with other options ({listed}). Give the options of that "
-                "training to go on with it, another --best-model or --out-dir for a new one, or --fresh to replace it"
-            )
+        options = json.loads(json.dumps(options))
+        self._options |= options
+        if self._saved:
+            before = self._saved[0][0]["options"]
+            theirs = {name: before.get(name) for name in options}
+            check_same_options(self.folder, theirs, options, "another --best-model or --out-dir, or --fresh")
 
     def restore(self, model: keras.Model, callbacks: Sequence[keras.callbacks.Callback], train_set) -> None:
         """Bring model, callbacks and data to where the saved training was; without one, nothing changes."""
@@ -147,6 +141,9 @@ class TrainingState(keras.callbacks.Callback):
     def begin_stage(self, stage: int, fitted: keras.Model, callbacks: Sequence[keras.callbacks.Callback]) -> None:
         """Take up a stage whose model is compiled; `callbacks` are all those of the stage."""
         self._fitted, self._watched = fitted, callbacks
+        for callback in callbacks:
+            if hasattr(callback, "on_batch"):
+                callback.on_batch = self.stop_between_batches
         if self._loaded is not None and stage == self._stage and not self._stage_ended:
             with training_scope(self._model):
                 fitted.optimizer.build(fitted.trainable_variables)
@@ -211,6 +208,13 @@ class TrainingState(keras.callbacks.Callback):
         self._stop_if_asked()
 
     def on_test_batch_end(self, batch, logs=None):
+        self.stop_between_batches()
+
+    def stop_between_batches(self) -> None:
+        """Once the steps of an epoch are done: obey a signal, and let validation begin anew when resumed.
+
+        For callbacks that predict as an epoch ends, in their `on_batch`.
+        """
         if self._signal is not None:
             self._synchronize()
             self._save()
@@ -311,10 +315,8 @@ class TrainingState(keras.callbacks.Callback):
         }
         named = {f"{group}_{i}": value for group, values in arrays.items() for i, value in enumerate(values)}
         name = _GENERATIONS[self._number % len(_GENERATIONS)]
-        with atomic_write(self.folder / name) as temporary, open(temporary, "wb") as file:
-            np.savez(file, description=np.array(json.dumps(description)), **named)
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_write(self.folder / name, durable=True) as temporary:
+            np.savez(temporary, description=np.array(json.dumps(description)), **named)
         self._number += 1
         return name
 

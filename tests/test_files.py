@@ -211,3 +211,28 @@ def test_the_lock_of_a_preparation_covers_its_report(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "images", "images.csv", "manifest.jsonl", "report.json"
     ]  # fmt: skip
+
+
+def test_what_took_hours_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """Else a machine that loses power may keep the new name and not its content."""
+    calls, sync, replace = [], os.fsync, os.replace
+
+    def log_sync(handle):
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        calls.append(("sync", "content" if name.startswith(".partial.") else name))
+        sync(handle)
+
+    def log_replace(source, target):
+        calls.append(("replace", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", log_sync)
+    monkeypatch.setattr(os, "replace", log_replace)
+    for durable, expected in (
+        (False, [("replace", "model.h5")]),
+        (True, [("sync", "content"), ("replace", "model.h5"), ("sync", tmp_path.name)]),
+    ):
+        calls.clear()
+        with dm_files.atomic_write(tmp_path / "model.h5", durable) as temporary:
+            temporary.write_bytes(b"weights")
+        assert calls == expected
