@@ -364,13 +364,18 @@ def complete(parser: argparse.ArgumentParser, given: dict, positional: Sequence 
     return argparse.Namespace(**{name: given.get(name, parser.get_default(name)) for name in actions})
 
 
-def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping) -> None:
-    """Raise InputError, naming them, for options other than those of the run that began its work in `folder`."""
+def check_same_options(
+    folder: str | os.PathLike, theirs: Mapping, ours: Mapping, instead: str = "name another place, or remove the folder"
+) -> None:
+    """Raise InputError, naming them, for options other than those of the run that began its work in `folder`.
+
+    instead: what to do without the same options.
+    """
     if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         changes = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in different)
         raise InputError(
             f"{folder}: has the work of a run with other options ({changes}): Expected the same, to go on. "
-            "Give these, or name another place, or remove the folder"
+            f"Give these, or {instead}"
         )
 
 

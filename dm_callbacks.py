@@ -4,6 +4,7 @@ All are Keras callbacks. One instance serves all stages of a training, and the o
 """
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,13 +83,13 @@ class DMAucModelCheckpoint(BestModel):
         self.test_data = test_data
         self.test_samples = test_samples
         self.batch_size = batch_size
+        self.on_batch: Callable[[], None] | None = None  # called after each batch of a prediction; may raise
         self._warned = False
 
     def score(self, epoch, logs):
         try:
-            auc = self.calc_test_auc(
-                self.test_data, self.model_to_save or self.model, self.batch_size, self.test_samples
-            )
+            model = self.model_to_save or self.model
+            auc = self.calc_test_auc(self.test_data, model, self.batch_size, self.test_samples, on_batch=self.on_batch)
         except NotFiniteError as error:
             print(f"epoch {epoch + 1}: {error}; lower --init-learningrate", file=sys.stderr)
             logs["val_auc"] = np.nan
@@ -108,19 +109,22 @@ class DMAucModelCheckpoint(BestModel):
         return super().score(epoch, logs)
 
     @staticmethod
-    def calc_test_auc(test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False):
+    def calc_test_auc(
+        test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False, on_batch=None
+    ):
         """AUC of `model` on a set.
 
         Args:
             test_set: a `PyDataset`, or arrays (x, y) or (x, y, sample weights); one-hot or 0/1 labels.
             test_samples: use this many samples; default all, each once.
             test_augment: score the mean prediction of the four flips.
+            on_batch: called after each batch.
 
         Returns:
             (C,) AUC by class, NaN where undefined, or a float for a single output; with `return_y_res`
             (auc, y_true, y_pred). Lost images are left out.
         """
-        results = predict(model, test_set, batch_size, test_samples, test_augment)
+        results = predict(model, test_set, batch_size, test_samples, test_augment, on_batch=on_batch)
         y_true, y_pred, weights, y_flips = without_lost(*results)
         if test_augment:
             y_pred = y_flips

@@ -6,7 +6,7 @@ Averaging the predictions of the four flips of an image is the paper's inference
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ def flip_all_img(x: np.ndarray) -> list[np.ndarray]:
 
 
 def predict(
-    model, data, batch_size: int | None = None, samples: int | None = None, flips: bool = False, progress: bool = False
+    model,
+    data,
+    batch_size: int | None = None,
+    samples: int | None = None,
+    flips: bool = False,
+    progress: bool = False,
+    on_batch: Callable[[], None] | None = None,
 ):
     """Predict every sample of `data` once.
 
@@ -40,6 +46,7 @@ def predict(
         samples: stop after this many samples; default all.
         flips: also predict the mean of the four flips.
         progress: show a bar.
+        on_batch: called after each batch.
 
     Returns:
         (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where
@@ -65,6 +72,8 @@ def predict(
             flipped = [map_structure(lambda v, k=k: np.ascontiguousarray(flip_all_img(v)[k]), x) for k in (1, 2, 3)]
             columns[3].append(np.mean([plain, *map(np.asarray, map(predict_batch, flipped))], axis=0))
         seen += len(y)
+        if on_batch is not None:
+            on_batch()
     if not seen:
         raise InputError("Expected at least one image to predict. Received an empty set")
     y_true, y_pred, weights, y_flips = (np.concatenate(c) if c else None for c in columns)

@@ -144,6 +144,27 @@ def test_signals_save_and_say_how_to_go_on(
     assert results(tmp_path) == results(uninterrupted)
 
 
+def test_a_signal_while_the_auc_is_computed_saves_too(data, uninterrupted, tmp_path, monkeypatch, capfd):
+    predict, calls = dm_callbacks.predict, itertools.count(1)
+
+    def interrupted(model, data, *args, on_batch, **kwargs):
+        if next(calls) == 4:  # in the second epoch of the second stage
+
+            def on_batch(proceed=on_batch):
+                os.kill(os.getpid(), signal.SIGTERM)
+                proceed()
+                pytest.fail("the other batches were predicted")
+
+        return predict(model, data, *args, on_batch=on_batch, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dm_callbacks, "predict", interrupted)
+        assert train(data, tmp_path) == 143
+    assert "stopped after step 3 of epoch 4" in capfd.readouterr().err
+    assert train(data, tmp_path) == 0
+    assert results(tmp_path) == results(uninterrupted)
+
+
 @pytest.mark.parametrize(
     ("fresh", "again"), [(False, "the same command goes on"), (True, "command without --fresh goes")]
 )
@@ -202,7 +223,7 @@ def test_other_options_are_refused_by_name(data, stopped, capfd):
     before = (stopped / "best.h5").read_bytes()
     assert train(data, stopped, "--init-learningrate", "0.02", "--batch-size", "5") == 1
     error = capfd.readouterr().err.splitlines()[-1]
-    assert "init_lr was 0.01, is 0.02" in error and "batch_size was 4, is 5" in error and "--fresh" in error
+    assert "init_lr 0.01 there, 0.02 now" in error and "batch_size 4 there, 5 now" in error and "--fresh" in error
     assert "weight_decay" not in error
     assert (stopped / "best.h5").read_bytes() == before
     assert train(data, stopped, "--init-learningrate", "0.02", "--fresh", "--all-layer-epochs", "2") == 0
@@ -216,7 +237,7 @@ def test_other_images_are_refused(data, stopped, capfd):
         assert train(data, stopped) == 1
     finally:
         extra.unlink()
-    assert "training_images was 10 files" in capfd.readouterr().err
+    assert "training_images 10 files" in capfd.readouterr().err
 
 
 def test_another_start_model_of_the_same_name_is_refused(data, stopped, capfd):
@@ -228,7 +249,7 @@ def test_another_start_model_of_the_same_name_is_refused(data, stopped, capfd):
         assert train(data, stopped) == 1
     finally:
         (data / "network.h5").write_bytes(before)
-    assert "resume_from was network.h5 " in capfd.readouterr().err
+    assert "resume_from network.h5 " in capfd.readouterr().err
 
 
 def test_a_training_is_not_begun_anew_because_its_best_model_is_elsewhere(data, stopped, uninterrupted, capfd):
