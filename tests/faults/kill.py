@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from tests.faults.commands import ENVIRONMENT, Command, damaged, differences
 
 # What a command may answer to a signal: nothing, while Python still starts or to SIGKILL, else as a shell reports it.
@@ -66,6 +68,7 @@ def kill_and_compare(
     _check(out, finished=True)
     out.rename(reference)
 
+    bar = tqdm(total=kills, desc=command.name, unit="kill")
     while tally.kills < kills:
         tally.trials += 1
         moment = (tally.kills + rng.random()) / kills * duration
@@ -75,6 +78,7 @@ def kill_and_compare(
                 duration = min(duration, moment)  # another load of the machine than at first
                 break
             tally.kills += 1
+            bar.update()
             _check(out)
             tally.restarts += 1
             moment = rng.random() * duration if tally.kills < kills and rng.random() < 0.5 else None
@@ -87,6 +91,7 @@ def kill_and_compare(
         else:
             tally.equal += 1
             shutil.rmtree(out)
+    bar.close()
     return tally
 
 
