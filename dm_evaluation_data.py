@@ -1,7 +1,7 @@
 """What is to be evaluated: labelled images in any layout, and what models say of them, in one table.
 
 The table has the columns of `dm_evaluation.COLUMNS`: file (where it can be opened from here), patient ("" where not
-known), side (LEFT, RIGHT or ""), view ("" where not known) and label (1 for the positive classes, 0 for others). One
+known), side (LEFT, RIGHT or ""), view (CC, MLO or "") and label (1 for the positive classes, 0 for others). One
 column a model follows: its probability of the positive classes.
 """
 
@@ -16,7 +16,7 @@ from dm_dataset import IMAGE_TABLE, find_columns, open_table, parse_image_name, 
 from dm_evaluation import AVERAGE, COLUMNS, FLIPS
 from dm_files import InputError
 from dm_own_data import COLUMNS as TABLE_COLUMNS
-from dm_own_data import REQUIRED, SET_NAMES, SIDES, read_exams, read_labels
+from dm_own_data import REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
 
 
 def read_images(
@@ -93,8 +93,9 @@ def _from_name(file) -> tuple[str, str, str]:
 def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
     """The rows of a table, as of `COLUMNS`, and all other cells of each by column.
 
-    Columns have the spellings of `dm_own_data.COLUMNS`, and labels those of `dm_own_data.read_labels` or the names of
-    classes. Patient, side and view are read from the file's name where they have no column. Of sets, `part` is taken.
+    Columns, sets, sides and views have the spellings of `dm_own_data`, and labels those of `dm_own_data.read_labels` or
+    the names of classes. Patient, side and view are read from the file's name where they have no column. Of sets,
+    `part` is taken.
     """
     labels = read_labels()
     if set(classes) != {"neg", "pos"} or list(positive) != ["pos"]:
@@ -107,10 +108,7 @@ def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[d
         unnamed = {name: place for place, name in enumerate(header) if place not in places.values()}
         for where, cells in lines:
             row = {name: cells[place].strip() for name, place in places.items()}
-            name = row.get("set", part)
-            if name.lower() not in SET_NAMES:
-                raise InputError(f"{where}: unknown set. Expected {', '.join(SET_NAMES)}. Received {name!r}")
-            if SET_NAMES[name.lower()] != part:
+            if known_value(row.get("set", part), SET_NAMES, "set", where) != part:
                 continue
             label = labels.is_positive(row["label"], where)
             if label is None:
@@ -118,10 +116,9 @@ def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[d
                     f"{where}: unknown label. Expected 0, 1 or {', '.join(classes)}. Received {row['label']!r}"
                 )
             known = dict(zip(("patient", "side", "view"), _from_name(row["file"]), strict=True)) | row
-            side = SIDES.get(known["side"].lower(), "")
-            if known["side"] and not side:
-                raise InputError(f"{where}: unknown side. Expected {', '.join(SIDES)}. Received {known['side']!r}")
-            rows.append((row["file"], known["patient"], side, known["view"], int(label)))
+            for column, allowed in (("side", SIDES), ("view", VIEWS)):
+                known[column] = known[column] and known_value(known[column], allowed, column, where)
+            rows.append((row["file"], known["patient"], known["side"], known["view"], int(label)))
             others.append({name: cells[place].strip() for name, place in unnamed.items()})
     if not rows:
         raise InputError(f"{path}: no images of the set {part}. Expected rows below the header; see --set")

@@ -52,7 +52,11 @@ VINDR_COLUMNS = {
     "set": ("split",),
 }
 SIDES = {"l": "LEFT", "left": "LEFT", "r": "RIGHT", "right": "RIGHT"}
-VIEWS = {"cc": "CC", "mlo": "MLO"}
+# Short, and as the DICOM standard calls them.
+VIEWS = {
+    **{"cc": "CC", "craniocaudal": "CC", "cranio-caudal": "CC"},
+    **{"mlo": "MLO", "mediolateral oblique": "MLO", "medio-lateral oblique": "MLO"},
+}
 SET_NAMES = {
     **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
     **{"test": "test", "testing": "test"},
@@ -130,8 +134,8 @@ def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = No
     return Labels(*classes, strict)
 
 
-def _known(value: str, allowed: Mapping[str, str], name: str, where: str) -> str:
-    """What a value means; InputError, which says `where`, for an unknown one."""
+def known_value(value: str, allowed: Mapping[str, str], name: str, where: str) -> str:
+    """What a cell of a table means, such as a side by `SIDES`; InputError, which says `where`, for an unknown one."""
     if value.strip().lower() not in allowed:
         raise InputError(f"{where}: unknown {name}. Expected {', '.join(allowed)}. Received {value!r}")
     return allowed[value.strip().lower()]
@@ -182,9 +186,9 @@ def read_table(root, path, labels: Labels, columns: Mapping[str, str], pattern: 
                 continue
             known = _from_name(file, pattern) | {name: cell for name, cell in row.items() if cell or name == "set"}
             for name, allowed in (("side", SIDES), ("view", VIEWS)):
-                known[name] = known[name] and _known(known[name], allowed, name, where)
+                known[name] = known[name] and known_value(known[name], allowed, name, where)
             if "set" in known:
-                known["set"] = _known(known["set"], SET_NAMES, "set", where)
+                known["set"] = known_value(known["set"], SET_NAMES, "set", where)
             reading.pictures.append(Picture(file, positive, **known))
     return reading
 
@@ -303,7 +307,7 @@ def read_cmmd(root, table=None, jobs: int = 1, skip: Iterable = ()) -> Reading:
         places = find_columns(path, header, CMMD_COLUMNS)
         for where, cells in rows:
             row = {name: cells[place].strip() for name, place in places.items()}
-            breast = row["patient"], _known(row["side"], SIDES, "side", where)
+            breast = row["patient"], known_value(row["side"], SIDES, "side", where)
             if row["label"].lower() not in ("benign", "malignant"):
                 raise InputError(
                     f"{where}: unknown classification. Expected Benign or Malignant. Received {row['label']!r}"
@@ -335,7 +339,7 @@ def _read_cmmd_header(root, ids: set[str], file: str) -> tuple[str, str, str, st
 
     try:
         header = read_dicom_header(Path(root, file))
-        side = _known(dicom_side(header), SIDES, "ImageLaterality", "header")
+        side = known_value(dicom_side(header), SIDES, "ImageLaterality", "header")
     except InputError as error:
         return "", "", "", str(error)
     folders = (part for part in file.split("/") if part in ids)
@@ -361,8 +365,10 @@ def read_vindr(root, classes: Classes, table=None) -> Reading:
                 raise InputError(
                     f"{where}: unknown breast_birads. Expected as in BI-RADS 4. Received {row['birads']!r}"
                 )
-            side, view = (_known(row[name], known, name, where) for name, known in (("side", SIDES), ("view", VIEWS)))
-            name = _known(row["set"], SET_NAMES, "split", where)
+            side, view = (
+                known_value(row[name], known, name, where) for name, known in (("side", SIDES), ("view", VIEWS))
+            )
+            name = known_value(row["set"], SET_NAMES, "split", where)
             if label := classes.label(birads[1]):
                 reading.pictures.append(Picture(file, label == "pos", row["study"], side, view, name))
             else:

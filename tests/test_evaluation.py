@@ -393,6 +393,10 @@ def test_lists_in_csv_files(tmp_path):
     assert table["label"].tolist() == [1, 0, 1]
     assert table["patient"].tolist() == ["7", "7", "8"]
     assert table["side"].tolist() == ["LEFT", "RIGHT", ""]
+    assert table["view"].tolist() == ["CC", "", "MLO"]
+    rows = ["img/a.png,1,7,Left,cranio-caudal,", "img/b.png,0,7, R ,mlo ,"]
+    table = read_images(write_list(tmp_path / "a.csv", rows, header))
+    assert list(zip(table["side"], table["view"], strict=True)) == [("LEFT", "CC"), ("RIGHT", "MLO")]
     listed = write_list(tmp_path / "b.csv", ["P_7_RIGHT_MLO.png,0", "a.png,1"])
     table = read_images(listed, image_dir=tmp_path / "img")
     rows = ["img/a.png,pos,training", "img/b.png,pos,test"]
@@ -440,6 +444,7 @@ def test_exam_lists_of_the_metarepository(tmp_path, capsys):
         (lambda d: write_list(d / "a.csv", []), "a.csv: no images of the set test"),
         (lambda d: write_list(d / "a.csv", ["a.png,maybe"]), "a.csv, line 2: unknown label. Expected one of 0"),
         (lambda d: write_list(d / "a.csv", ["a.png,1,up"], "file,label,side"), "line 2: unknown side. Expected l, "),
+        (lambda d: write_list(d / "a.csv", ["a.png,1,XCCL"], "file,label,view"), "line 2: unknown view. Expected cc, "),
         (lambda d: write_list(d / "a.csv", ["a.png,1,fold3"], "file,label,set"), "line 2: unknown set. Expected tr"),
         (lambda d: write_list(d / "a.csv", ["a.png,1", "b.png,0"]), "a.png: listed in .*a.csv, but not there (2 of 2"),
         (lambda d: write_list(d / "a.csv", ["a.png,1", "a.png,0"], "file,file"), "missing columns label"),

@@ -519,6 +519,11 @@ def test_patient_from_the_name_of_a_file(tmp_path, name, pattern, patient):
 def test_empty_cells_are_filled_from_the_name_of_the_file(tmp_path):
     header, rows = ["file", "label", "patient", "side", "view"], [["P_1_LEFT_CC.png", 1, "", "", "MLO"]]
     assert pictures_of(read_rows(tmp_path, header, rows)) == [("P_1_LEFT_CC.png", True, "P_1", "LEFT", "MLO", "")]
+    rows = [["a.png", 1, "7", " R ", "cc "], ["b.png", 0, "7", "Left", "Medio-lateral oblique"]]
+    assert [picture[3:5] for picture in pictures_of(read_rows(tmp_path, header, rows))] == [
+        ("RIGHT", "CC"),
+        ("LEFT", "MLO"),
+    ]
 
 
 def test_files_are_found_by_absolute_names_below_the_folder(tmp_path):
@@ -664,7 +669,7 @@ CMMD = "CMMD_clinicaldata_revision.csv"
         ("csv", "t.csv", "file,label\n/etc/a.png,1\n", "t.csv, line 2: Expected a file below the folder"),
         ("csv", "t.csv", "file,label\n,1\n", "t.csv, line 2: Expected a file below the folder"),
         ("csv", "t.csv", "file,label,side\na.png,1,both\n", "t.csv, line 2: unknown side. Expected l, left, r, right"),
-        ("csv", "t.csv", "file,label,view\na.png,1,XCCL\n", "t.csv, line 2: unknown view. Expected cc, mlo"),
+        ("csv", "t.csv", "file,label,view\na.png,1,XCCL\n", "t.csv, line 2: unknown view. Expected cc, cranio"),
         ("csv", "t.csv", "file,label,set\na.png,1,\n", "t.csv, line 2: unknown set. Expected train"),
         ("csv", "t.csv", "file,label\na.png,1\nb.png,0\nc.png,0\n", "none of the 3 files is there. Expected the"),
         ("csv", "nowhere.csv", None, "No such file or directory"),
