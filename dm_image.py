@@ -336,7 +336,10 @@ def _to_16_bit(fname, img: np.ndarray, limits: tuple[int, int], dataset) -> np.n
             f"{lowest}..{highest}. Received {darkest}..{brightest}; prepare it with --auto-levels, or leave it out",
             "damaged",
         )
-    return np.rint((img - float(lowest)) * (65535 / (highest - lowest))).astype(np.uint16)
+    scaled = np.empty(img.shape, np.uint16)
+    for row, target in zip(img, scaled, strict=True):  # by rows, since float64 takes eight bytes a pixel
+        target[...] = np.rint((row - float(lowest)) * (65535 / (highest - lowest)))
+    return scaled
 
 
 def check_constant(fname, img: np.ndarray) -> np.ndarray:
