@@ -5,6 +5,7 @@ Mammography Database), VinDr-Mammo, MIAS (the small version) and exam lists of t
 """
 
 import functools
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -401,13 +402,18 @@ def read_mias(root, table=None, skip: Iterable = ()) -> Reading:
         images[words[0]] = images.get(words[0], False) or severity == "M"
     if not images:
         raise InputError(f"{path}: no images in it. Expected lines such as mdb003 D NORM")
-    files = {Path(file).stem: file for file in _list_files(root, skip, (".pgm", ".png", ".jpg", ".jpeg", ".tif"))}
+    files = defaultdict(list)
+    for file in _list_files(root, skip, (".pgm", ".png", ".jpg", ".jpeg", ".tif")):
+        files[Path(file).stem].append(file)
     for name, positive in sorted(images.items()):
         index = int(name.removeprefix("mdb"))
         right = index - 1 + index % 2
         patient, side = f"mdb{right:03}-{right + 1:03}", "RIGHT" if index == right else "LEFT"
-        reading.pictures.append(Picture(files.pop(name, f"{name}.pgm"), positive, patient, side, "MLO"))
-    reading.excluded["file_without_row"] += sorted(files.values())
+        found = files.pop(name, [f"{name}.pgm"])
+        if len(found) > 1:
+            raise InputError(f"{root}: Expected one file of {name}. Received {', '.join(found)}; remove the others")
+        reading.pictures.append(Picture(found[0], positive, patient, side, "MLO"))
+    reading.excluded["file_without_row"] += sorted(itertools.chain(*files.values()))
     return reading
 
 

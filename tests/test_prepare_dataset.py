@@ -583,6 +583,9 @@ def test_mias_pairs_are_patients_left_even_and_right_odd(tmp_path):
         ("mdb245.pgm", True, "mdb245-246", "RIGHT", "MLO", ""),
     ]
     assert reading.excluded["file_without_row"] == ["mdb322.pgm"]
+    make_files(tmp_path, "mdb005.png")
+    with pytest.raises(InputError, match=r"Expected one file of mdb005\. Received mdb005\.pgm, mdb005\.png; remove"):
+        read_mias(tmp_path)
 
 
 def test_cmmd_breast_is_positive_when_any_of_its_rows_is(tmp_path):
