@@ -7,6 +7,7 @@ A script reads its data set's tables into one `Image` a picture, by the name of 
 import functools
 import json
 import sys
+from argparse import ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -131,20 +132,31 @@ def cancer_patients(images: Iterable[Image]) -> dict[str, bool]:
     return dict(cancer)
 
 
+def _check_drawn(name: str, args, parser: ArgumentParser) -> None:
+    """InputError where a share of patients was given for a set that `args.split` does not draw."""
+    if getattr(args, f"{name}_size") != parser.get_default(f"{name}_size"):
+        raise InputError(
+            f"--{name}-size: Expected a --split that draws the {name} set. Received --split {args.split}, by which its "
+            f"patients are given"
+        )
+
+
 def split_patients(
-    images: Iterable[Image], args, official: Mapping[str, Iterable[str]] | None = None
+    images: Iterable[Image], args, parser: ArgumentParser, official: Mapping[str, Iterable[str]] | None = None
 ) -> dict[str, list[str]]:
     """Patients of train, val and test by `args.split`: "lists", "official", or any other name for a random one.
 
-    official: patients of the data set's own test set, and of its validation set where it has one; all others are for
-    training, part of them for validation where it has none. InputError when a patient is in two sets, and for lists
-    of patients without "lists".
+    parser: that of `args`, which knows the defaults. official: patients of the data set's own test set, and of its
+    validation set where it has one; all others are for training, part of them for validation where it has none.
+    InputError when a patient is in two sets, and for lists of patients, or shares, that this split does not use.
     """
     cancer = cancer_patients(images)
     files = dict(zip(SETS, (args.pat_train, args.pat_val, args.pat_test), strict=True))
     if args.split != "lists" and (given := [f"--pat-{name}" for name, path in files.items() if path is not None]):
         raise InputError(f"{', '.join(given)}: Expected --split lists. Received --split {args.split}")
     if args.split == "lists":
+        for name in ("test", "val"):
+            _check_drawn(name, args, parser)
         if missing := [f"--pat-{name}" for name, path in files.items() if path is None]:
             raise InputError(f"--split lists: Expected a file for each set. Missing {', '.join(missing)}")
         sets = {name: sorted(read_patient_list(path)) for name, path in files.items()}
@@ -154,6 +166,8 @@ def split_patients(
     elif args.split == "official":
         check_disjoint(official)
         named = {name: sorted(official.get(name, ())) for name in ("val", "test")}
+        for name in ("test", *(["val"] if named["val"] else [])):
+            _check_drawn(name, args, parser)
         rest = {patient: label for patient, label in cancer.items() if patient not in {*named["val"], *named["test"]}}
         if not rest:
             raise InputError("--split official: no training patients: Expected the tables of both sets")

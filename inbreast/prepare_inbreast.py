@@ -117,7 +117,8 @@ def run(**options):
     Raises InputError for a bad table or options, and, once all other images are done, for images or masks at fault
     unless `on_error` is "skip".
     """
-    args = complete(make_parser(), options)
+    parser = make_parser()
+    args = complete(parser, options)
     outputs = output_folders(args)
     classes = read_classes(args.neg_birads, args.pos_birads)
     download = scan_download(args.download, outputs)
@@ -132,7 +133,7 @@ def run(**options):
     print_selection(selection)
     if not selection.images:
         raise InputError(f"{args.download}: no images of either class: Expected some. What is wrong is said above")
-    sets = split_patients(selection.images.values(), args)
+    sets = split_patients(selection.images.values(), args, parser)
     print_split(sets, selection.images.values(), args)
     if args.dry_run:
         return

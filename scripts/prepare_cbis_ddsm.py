@@ -157,11 +157,12 @@ def run(**options):
     Raises InputError for bad tables or options, and, once all other images are done, for images or masks at fault
     unless `on_error` is "skip".
     """
-    args = complete(make_parser(), options)
+    parser = make_parser()
+    args = complete(parser, options)
     outputs = output_folders(args, OUTPUT_FOLDERS)
     tables = read_tables(find_tables(args.csv_dir or args.download))
     images = list_images(tables)
-    sets = split_patients(images.values(), args, {"test": official_test(tables)})
+    sets = split_patients(images.values(), args, parser, {"test": official_test(tables)})
     print_tables(tables, args)
     print_split(sets, images.values(), args)
     if not args.dry_run:

@@ -154,7 +154,7 @@ def run(**options):
     images, official = describe(pictures).values(), named_sets(pictures.values())
     if args.split == "official" and official is None:
         args.split = "random"
-    sets = split_patients(images, args, official)
+    sets = split_patients(images, args, parser, official)
     print_split(sets, images, args)
     if args.dry_run:
         return

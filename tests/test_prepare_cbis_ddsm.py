@@ -78,9 +78,10 @@ def test_dry_run_on_the_real_tables(real_tables, capsys, split, test_patients):
 
 
 def split_tables(tables, *options):
-    args = prepare_cbis_ddsm.make_parser().parse_args(["x", "y", *options])
+    parser = prepare_cbis_ddsm.make_parser()
+    args = parser.parse_args(["x", "y", *options])
     images = prepare_cbis_ddsm.list_images(tables).values()
-    return split_patients(images, args, {"test": prepare_cbis_ddsm.official_test(tables)})
+    return split_patients(images, args, parser, {"test": prepare_cbis_ddsm.official_test(tables)})
 
 
 def test_author_split_of_the_real_tables_is_stratified(real_tables):

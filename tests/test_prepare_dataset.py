@@ -365,6 +365,25 @@ def test_sets_of_the_table_are_not_used_when_others_are_asked_for(table):
     assert len(patients_of(table.out)["test"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("sets", "options", "size"),
+    [
+        (TWO_SETS, {"test_size": 0.2}, "test"),
+        (THREE_SETS, {"test_size": 0.2}, "test"),
+        (THREE_SETS, {"val_size": 0.2}, "val"),
+        (TWO_SETS, {"val_size": 0.2, "split": "lists"}, "val"),
+    ],
+)
+def test_shares_that_a_split_does_not_use_are_refused(table, sets, options, size):
+    lists = {f"pat_{name}": "list.txt" for name in ("train", "val", "test")} if "split" in options else {}
+    split = options.get("split", "official")
+    with pytest.raises(
+        InputError, match=rf"--{size}-size: Expected a --split that draws the {size} set\. Received --split {split}"
+    ):
+        table(rows_of(sets), **options, **lists)
+    assert not table.out.exists()
+
+
 def test_sets_that_share_patients_are_refused(table):
     with pytest.raises(InputError, match="2 patients are in both train and test, such as a, b: Expected all images"):
         table(rows_of(THREE_SETS, patients="abcdefgabh"))

@@ -113,14 +113,15 @@ def test_dry_run_needs_the_table_alone(real_form, tmp_path, capsys):
 
 def split(folder, *options):
     """Patients of each set, and whether a patient has a positive image."""
-    args = prepare_inbreast.make_parser().parse_args([str(folder), "out", *options])
+    parser = prepare_inbreast.make_parser()
+    args = parser.parse_args([str(folder), "out", *options])
     download = scan_download(folder)
     table = read_table(download.find_table(folder))
     images = select(table, download, read_classes(args.neg_birads, args.pos_birads)).images
     cancer = defaultdict(bool)
     for image in images.values():
         cancer[image.patient] |= image.positive
-    return prepare_inbreast.split_patients(images.values(), args), cancer
+    return prepare_inbreast.split_patients(images.values(), args, parser), cancer
 
 
 def test_split_is_by_patient_and_stratified(real_form):
