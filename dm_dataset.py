@@ -444,12 +444,12 @@ def _prepare(items, function, download, out, folders, jobs, backend, on_error, d
             tqdm.write("\n".join([*result.log, *result.faults]))
         records[item.name] = {"stamp": stamps[item.name], "checksums": checksums, **asdict(result)}
         del records[item.name]["log"]
-        append_text(manifest, json.dumps(records[item.name]) + "\n")
+        append_text(manifest, _to_line(records[item.name]))
     ordered = [records[item.name] for item in items]
     ours.update(path for item in items for path in item.outputs)
     for path in ours.difference(*(record["outputs"] for record in ordered)):
         Path(out, path).unlink(missing_ok=True)
-    write_text(manifest, "".join(json.dumps(record) + "\n" for record in ordered))
+    write_text(manifest, "".join(map(_to_line, ordered)))
     return [_to_prepared(record) for record in ordered]
 
 
@@ -486,22 +486,32 @@ def _to_prepared(record: dict) -> Prepared:
     return Prepared(**fields | {"repairs": [tuple(repair) for repair in record["repairs"]]})
 
 
+def _to_line(record: dict) -> str:
+    """A record as a line of the manifest, with a checksum of itself: damaged ones are made anew."""
+    return json.dumps(record | {"checksum": _checksum_of_record(record)}) + "\n"
+
+
+def _checksum_of_record(record: dict) -> int:
+    return zlib.crc32(json.dumps(record).encode())
+
+
 def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
     """The last record of each item by its name, and all outputs that were ever announced or made."""
     records, outputs = {}, set()
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+    lines = path.read_bytes().splitlines() if path.exists() else ()
     for line in lines:
         try:
             record = parse_json(line)
-        except ValueError:  # a line cut off when the run was killed
+        except ValueError:  # a line cut off when the run was killed, or damaged
             continue
         if not isinstance(record, dict):
             continue
-        paths = [*record.get("to_come", ()), *record.get("outputs", ())]
+        listed = [record.get(name) for name in ("to_come", "outputs")]
+        paths = [name for names in listed if isinstance(names, list) for name in names]
         # What is listed and no longer wanted is removed.
-        if others := [name for name in paths if Path(name).is_absolute() or ".." in Path(name).parts]:
+        if others := [name for name in paths if not (isinstance(name, str) and is_below(name))]:
             raise InputError(f"{path}: lists {others[0]!r}. Expected files of its own folder alone; remove the list")
         outputs.update(paths)
-        if "stamp" in record:
+        if record.pop("checksum", None) == _checksum_of_record(record):
             records[record["name"]] = record
     return records, outputs

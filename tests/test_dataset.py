@@ -376,6 +376,12 @@ def read_folder(out):
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def replace(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 def test_second_run_keeps_everything(run, tmp_path):
     out = tmp_path / "out"
     first = run(out)
@@ -394,6 +400,8 @@ def test_second_run_keeps_everything(run, tmp_path):
         lambda download, out: (out / "one/b.txt").write_text("content of B"),
         lambda download, out: os.utime(download / "b", ns=(1, 1)),
         lambda download, out: (download / "b").write_text("another size"),
+        lambda download, out: replace(out / dm_dataset.MANIFEST, '["copied", "b"]', "7"),
+        lambda download, out: replace(out / dm_dataset.MANIFEST, '"name": "b"', '"nome": "b"'),
     ],
 )
 def test_only_what_is_not_whole_and_current_is_made_again(run, tmp_path, disturb):

@@ -542,12 +542,12 @@ def test_names_that_lead_elsewhere(name):
     assert is_file_name("P_00001") and is_file_name("Mühle 7.a")
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "{}/evil.txt", "a/../../evil.txt"])
+@pytest.mark.parametrize("name", ["../evil.txt", "{}/evil.txt", "a/../../evil.txt", "a\0", "", 5, None])
 def test_the_list_of_an_earlier_run_removes_nothing_elsewhere(tmp_path, name):
-    out, name = tmp_path / "out", name.format(tmp_path)
+    out, name = tmp_path / "out", name.format(tmp_path) if isinstance(name, str) else name
     out.mkdir()
     (tmp_path / "evil.txt").write_text("whole")
-    (out / "manifest.jsonl").write_text(json.dumps({"to_come": [name]}) + "\n")
+    (out / "manifest.jsonl").write_bytes(b'\xa2"}\n7\n{"outputs": 7}\n' + json.dumps({"to_come": [name]}).encode())
     with pytest.raises(InputError, match="Expected files of its own folder alone"):
         prepare([], print, tmp_path, out, ["train"])
     assert (tmp_path / "evil.txt").read_text() == "whole"
