@@ -85,18 +85,19 @@ class Heatmaps:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def resample(heatmap: np.ndarray, grid: Grid) -> np.ndarray:
+def resample(heatmap: np.ndarray, grid: Grid, to_edges: bool = False) -> np.ndarray:
     """One class of a map (rows, columns) at every pixel of the scored image: float32 of `grid.image_size`.
 
-    Linear between the centres of the cells, constant in the outer halves of the outermost cells; NaN beyond them,
-    where nothing was scored.
+    Linear between the centres of the cells, constant in the outer halves of the outermost cells; beyond them NaN, since
+    nothing was scored there, or with `to_edges` constant too, since the outermost cells see it.
     """
 
     def weights(length, first, stride, cells):
         position = (np.arange(length) + 0.5 - first) / stride
         inside = np.clip(position, 0, cells - 1)
         matrix = np.maximum(0, 1 - np.abs(inside[:, np.newaxis] - np.arange(cells)))
-        matrix[(position < -0.5) | (position > cells - 0.5)] = np.nan
+        if not to_edges:
+            matrix[(position < -0.5) | (position > cells - 0.5)] = np.nan
         return matrix.astype(np.float32)
 
     rows, columns = map(weights, grid.image_size, grid.first, grid.strides, heatmap.shape)

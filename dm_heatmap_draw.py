@@ -79,8 +79,12 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
 
 
 def share_of_largest(heatmap: np.ndarray, grid: Grid) -> np.ndarray:
-    """One class of a map without upper limit (rows, columns) at every pixel of the image, 0..1 of its largest value."""
-    return resample(heatmap, grid) / max(heatmap.max(), np.finfo(np.float32).tiny)
+    """One class of a Grad-CAM map (rows, columns) at every pixel of the image, 0..1 of its largest value.
+
+    Features see more than the pixels nearest to them: those of the border see what is beyond them, but for the last
+    pixels, one to three, that some networks never read.
+    """
+    return resample(heatmap, grid, to_edges=True) / max(heatmap.max(), np.finfo(np.float32).tiny)
 
 
 def blend(img: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
@@ -89,7 +93,7 @@ def blend(img: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
     grey = np.clip(img.astype(np.float32) * (255 / max(_white(img), np.finfo(np.float32).tiny)), 0, 255)
     picture = grey[..., np.newaxis].repeat(3, axis=-1)
     if values is not None:
-        colours = _colours()(np.nan_to_num(values)).astype(np.float32)
+        colours = _colours()(values).astype(np.float32)
         opacity = colours[..., 3:]
         picture = picture * (1 - opacity) + 255 * colours[..., 2::-1] * opacity
     return np.rint(picture).astype(np.uint8)

@@ -25,6 +25,7 @@ from ddsm_train import heatmap_score
 from dm_checkpoint import save_model
 from dm_files import InputError
 from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+from dm_heatmap_draw import share_of_largest
 from dm_heatmap_score import ForwardPropagation, GradCam, Scan, Sweep
 from dm_patches import read_lesion_masks
 from dm_resnet import add_top_layers
@@ -289,6 +290,11 @@ def test_cells_of_grad_cam_are_the_middles_of_what_features_see(net, size):
     middle = (sees.sum(1) @ (np.arange(size[0]) + 0.5), sees.sum(0) @ (np.arange(size[1]) + 0.5)) / sees.sum()
     # Exact but for the branches of Inception, of which some reach the image's border.
     assert (rows[i], columns[j]) == pytest.approx(tuple(middle), abs=1)
+    # Pictures show the outermost cells up to the edges: the last feature sees all but what convolutions without padding
+    # leave over.
+    feature = keras.Model(cam.trunk.inputs, cam.trunk.outputs[0][:, -1, -1, :])
+    sees = np.abs(keras.ops.convert_to_numpy(dm_heatmap_score._gradient(feature, x, 0)))[0].sum(axis=-1)
+    assert sees[-4, -4] > 0
 
 
 def test_grad_cam_refuses_layers_whose_features_it_cannot_place():
@@ -318,6 +324,17 @@ def test_resampling_is_linear_between_cells_and_nowhere_else():
     np.testing.assert_allclose(drawn[inside], (2 * row[:, None] + 3 * column)[inside], rtol=1e-6)
     shown = np.ix_((row >= 4) & (row <= 16), (column >= 3) & (column <= 13))
     assert np.isfinite(drawn[shown]).all() and np.isfinite(drawn).sum() == drawn[shown].size
+
+
+def test_grad_cam_is_drawn_to_the_edges_of_the_image():
+    """Second implementation: NumPy's interpolation, which is constant beyond the first and the last point. The grid is
+    that of ResNet50, of stride 32 from the first pixel on."""
+    grid, heatmap = Grid((96, 70), (0.5, 0.5), (32.0, 32.0)), np.outer([1, 5, 2], [4, 0, 2.0])
+    rows, columns = grid.centres(heatmap.shape)
+    drawn = share_of_largest(heatmap, grid)
+    along = [np.interp(np.arange(n) + 0.5, *axis) for n, axis in ((96, (rows, [1, 5, 2])), (70, (columns, [4, 0, 2])))]
+    np.testing.assert_allclose(drawn, np.outer(*along) / 20, rtol=1e-6)
+    assert np.isnan(dm_heatmap.resample(heatmap, grid)).mean() == 15 / 96
 
 
 # --------------------------------------------------------------------------------- one pass against the windows
