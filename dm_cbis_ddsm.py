@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_dataset import Prepared, find_columns, open_csv, to_uint16
+from dm_dataset import Prepared, find_columns, missing_columns, open_csv, to_uint16
 from dm_files import InputError, walk_files, write_img
 from dm_prepare import whole_img_path, write_whole
 
@@ -345,7 +345,7 @@ def read_dicom_info(path) -> tuple[dict[str, str], dict[str, str]]:
     """PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
     with open_csv(path) as (header, rows):
         if missing := [name for name in DICOM_INFO_COLUMNS if name not in header]:
-            raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}")
+            raise missing_columns(path, missing, header)
         columns = [header.index(name) for name in DICOM_INFO_COLUMNS]
         patients, descriptions = {}, {}
         for _, cells in rows:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dm_files import InputError, append_text, atomic_write, locked, remove_partial, write_text
+from dm_files import InputError, append_text, atomic_write, locked, one_line, remove_partial, write_text
 from dm_limits import check_archive, parse_json, read_bytes
 from dm_parallel import run_parallel
 
@@ -255,7 +255,7 @@ def find_columns(
     """Where in `header` each column is. columns: spellings of each, of which one must be there.
 
     Spellings are in small letters with spaces; in the header "_" and " " are the same, and so is case. InputError
-    names what is missing, but for the `optional` columns, which are left out.
+    names what is missing, by the first spelling, but for the `optional` columns, which are left out.
     """
     names = [plain_header(name) for name in header]
     places, missing = {}, []
@@ -264,12 +264,16 @@ def find_columns(
         if found:
             places[name] = found[0]
         elif name not in optional:
-            missing.append(" or ".join(spellings))
+            missing.append(spellings[0])
     if missing:
-        raise InputError(
-            f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300] or 'nothing'}"
-        )
+        raise missing_columns(path, missing, header)
     return places
+
+
+def missing_columns(path, missing: Iterable[str], header: Sequence[str]) -> InputError:
+    """The error of a table that lacks columns: which, and what there is, cut where it is long."""
+    received = one_line(", ".join(header), 100) or "nothing"
+    return InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {received}")
 
 
 def is_below(name: str) -> bool:
@@ -318,7 +322,7 @@ def read_image_table(path):
     rows, lines = [], {}
     with open_csv(path) as (header, cells_of):
         if missing := [name for name in ImageRow._fields if name not in header]:
-            raise InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {','.join(header)[:300]}")
+            raise missing_columns(path, missing, header)
         for where, cells in cells_of:
             row = dict(zip(header, cells, strict=True))
             for name, allowed in _ALLOWED.items():

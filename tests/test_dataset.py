@@ -289,8 +289,9 @@ def test_bad_row_of_an_image_table_is_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "line 1: missing columns file, set, label, patient, side, view, source"),
-        (b"file,set,label,patient,side,view\n", "line 1: missing columns source. Received file,set"),
+        (b"", "line 1: missing columns file, set, label, patient, side, view, source. Received nothing"),
+        (b",".join([b"age"] * 999), "view, source. Received " + 20 * "age, " + " ..."),
+        (b"file,set,label,patient,side,view\n", "line 1: missing columns source. Received file, set"),
         (b"file,set,label,patient,side,view,source\n", "no images below the header"),
         (b"file,set,label,patient,side,view,source\n\na,train\n", "line 3: Expected 7 cells. Received 2"),
         (b'file,set,label,patient,side,view,source\n"a,train\n', "not a CSV file"),

@@ -741,7 +741,7 @@ def rewrite(folder, name, change):
     "change, message",
     [
         (lambda t: t.replace("pathology", "outcome"), "line 1: missing columns pathology"),
-        (lambda t: t.replace("image file path", "x", 1), "line 1: missing columns image file path or od img path"),
+        (lambda t: t.replace("image file path", "x", 1), "line 1: missing columns image file path. Received "),
         (lambda t: t.replace(",LEFT,", ",LFET,", 1), "unknown side: Expected LEFT or RIGHT. Received 'LFET'"),
         (lambda t: t.replace(",CC,", ",XCCL,", 1), "line 2: unknown view: Expected CC or MLO. Received 'XCCL'"),
         (lambda t: t.replace(",BENIGN", ",HARMLESS", 1), "unknown pathology: Expected MALIGNANT"),
