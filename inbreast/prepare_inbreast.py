@@ -7,6 +7,7 @@ annotations. Writes below the output folder
     train|val|test/neg|pos/<patient>_<LEFT|RIGHT>_<CC|MLO>.png     16-bit whole images of --img-size
     images.csv             file, set, label, patient, side, view and source of each
     pat_train.txt pat_val.txt pat_test.txt      patients, none in two of them
+    near_duplicates.csv    pairs of images of different patients that look the same
     report.json            counts, every image left out and why, every repair, and the --featurewise-mean to use
 
 and with --roi-masks, for images of either class,

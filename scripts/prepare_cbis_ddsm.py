@@ -11,6 +11,7 @@ description files. Writes below the output folder
     pat_side_cancer.csv    1 where a breast has a malignant finding
     train|val|test/neg|pos/<patient>_<side>_<view>.png      16-bit whole images of --img-size
     images.csv             file, set, label, patient, side, view and source of the whole images
+    near_duplicates.csv    pairs of images of different patients that look the same
     report.json            counts, every repair, every image left out and why, and the --featurewise-mean to use
 
 An image is positive when any of its findings is malignant. An interrupted run goes on where it was. The folders of
