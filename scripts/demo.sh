@@ -4,17 +4,7 @@
 # score it with and without flips, map where both see lesions. Real CBIS-DDSM takes the same path from step 2 on.
 #   scripts/demo.sh [OUTPUT_FOLDER]      default: demo
 set -euo pipefail
-case "${1:-}" in -*)
-    sed -n '2,/^set/s/^# //p' "$0"
-    exit 0
-    ;;
-esac
-out="$(realpath -m -- "${1:-demo}")"
-cd "$(dirname "$0")/.."
-source scripts/activate.sh
-export TF_CPP_MIN_LOG_LEVEL=2 NUM_CPU_CORES="${NUM_CPU_CORES:-2}"
-data="$out/prepared"
-patches="$out/patches"
+source "$(dirname "$0")/phantom_steps.sh" "${1:-demo}"
 started=$SECONDS
 step() { printf '\n=== %s (%d s so far)\n' "$1" $((SECONDS - started)); }
 
@@ -22,8 +12,6 @@ if [ -e "$out" ] && [ -n "$(ls -A "$out")" ]; then
     echo "demo.sh: error: $out is not empty; remove it, or name another folder: scripts/demo.sh FOLDER" >&2
     exit 1
 fi
-
-source scripts/phantom_steps.sh
 
 step "1/7 Making a download: 200 phantom patients in the layout and with the faults of CBIS-DDSM"
 make_data "$out/download"

@@ -6,18 +6,7 @@
 # Leaves results.csv (a row a run), results.png and every run's own files. Given again, the same command goes on where
 # it was: runs that are done are not done again.
 set -euo pipefail
-case "${1:-}" in -*)
-    sed -n '2,/^set/s/^# //p' "$0"
-    exit 0
-    ;;
-esac
-out="$(realpath -m -- "${1:-patch_or_scratch}")"
-cd "$(dirname "$0")/.."
-source scripts/activate.sh
-source scripts/phantom_steps.sh
-export TF_CPP_MIN_LOG_LEVEL=2 NUM_CPU_CORES="${NUM_CPU_CORES:-2}"
-data="$out/prepared"
-patches="$out/patches"
+source "$(dirname "$0")/phantom_steps.sh" "${1:-patch_or_scratch}"
 
 film_sets
 

@@ -1,5 +1,18 @@
-# Sourced by the scripts that show the method on made mammograms: its steps, as functions. $data and $patches are the
-# folders of prepared images and of patches.
+# shellcheck shell=bash
+# Sourced with OUTPUT_FOLDER by the scripts that show the method on made mammograms: its steps, as functions. From here
+# on the root of the project is the current folder, and $data and $patches, in $out, are those of prepared images and of
+# patches. An option instead of the folder prints the comment at the head of the script.
+case "$1" in -*)
+    sed -n '2,/^set/s/^# //p' "$0"
+    exit 0
+    ;;
+esac
+out="$(realpath -m -- "$1")"
+cd "$(dirname "$0")/.."
+source scripts/activate.sh
+export TF_CPP_MIN_LOG_LEVEL=2 NUM_CPU_CORES="${NUM_CPU_CORES:-2}"
+data="$out/prepared"
+patches="$out/patches"
 
 make_data() { # DOWNLOAD_FOLDER: 200 phantom patients in the layout and with the faults of CBIS-DDSM
     python scripts/make_phantom.py "$1" --layout cbis-ddsm --patients 200 --height 480 --width 384

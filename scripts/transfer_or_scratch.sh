@@ -7,18 +7,7 @@
 # row a training), transfer.png, and in seed_N/few_patients what inbreast/subset_experiment.sh leaves. Given again, the
 # same command goes on where it was.
 set -euo pipefail
-case "${1:-}" in -*)
-    sed -n '2,/^set/s/^# //p' "$0"
-    exit 0
-    ;;
-esac
-out="$(realpath -m -- "${1:-patch_or_scratch}")"
-cd "$(dirname "$0")/.."
-source scripts/activate.sh
-source scripts/phantom_steps.sh
-export TF_CPP_MIN_LOG_LEVEL=2 NUM_CPU_CORES="${NUM_CPU_CORES:-2}"
-data="$out/prepared"
-patches="$out/patches"
+source "$(dirname "$0")/phantom_steps.sh" "${1:-patch_or_scratch}"
 digital="$out/digital"
 
 film_sets
