@@ -80,6 +80,19 @@ def parse_json(text: str | bytes):
         raise ValueError("JSON nested too deeply") from None
 
 
+def read_json(path: str | os.PathLike) -> dict | None:
+    """The object in a JSON file that may be missing: None. Raises InputError for a damaged file, or another content."""
+    try:
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file: {error}; remove it to do without") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: Expected a JSON object. Received {type(content).__name__}; remove it to do without")
+    return content
+
+
 def check_archive(path: str | os.PathLike, compressed: bool = False) -> None:
     """Raise InputError for a zip archive that claims too much memory, or whose members are compressed.
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from dm_args import check_same_options
 from dm_files import InputError, atomic_write, is_file_name, locked, write_img, write_text
-from dm_limits import parse_json
+from dm_limits import read_json
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
@@ -428,8 +428,8 @@ def check_folder(name: str, patients: Sequence[str], out_dir, options: Mapping) 
     """Refuse what a run with other options has left in `out_dir`, or patches of other patients: of a run with another
     split, they could be in both sets.
     """
-    with contextlib.suppress(FileNotFoundError):
-        check_same_options(out_dir, parse_json(_read_text(Path(out_dir, OPTIONS))), options)
+    if (earlier := read_json(Path(out_dir, OPTIONS))) is not None:
+        check_same_options(out_dir, earlier, options)
     matches = (_PATCH_NAME.fullmatch(path.name) for path in Path(out_dir).glob("*/*.png"))
     if others := {match[1] for match in matches if match} - set(patients):
         raise InputError(

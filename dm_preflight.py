@@ -12,7 +12,7 @@ from typing import Any
 
 import dm_args
 from dm_files import InputError
-from dm_limits import parse_json
+from dm_limits import read_json
 
 # What the released models were trained with; their mean is that of the DDSM ones.
 PUBLISHED = {
@@ -78,7 +78,7 @@ def read_settings(model_path) -> dict[str, Any] | None:
     They are in `<model without ending>/args.json`, which the trainers write. Raises InputError for a damaged file.
     """
     path = _folder(model_path) / "args.json"
-    content = _read_json(path)
+    content = read_json(path)
     if content is None:
         return None
     settings = {name: content[name] for name in PUBLISHED if name in content}
@@ -106,7 +106,7 @@ def read_pixel_stats(model_path) -> dict[str, Any] | None:
     It is in `<model without ending>/pixel_stats.json`, which the trainers write. Raises InputError for a damaged file.
     """
     path = _folder(model_path) / "pixel_stats.json"
-    content = _read_json(path)
+    content = read_json(path)
     if content is None:
         return None
     ranges = content.get("of_images")
@@ -129,18 +129,6 @@ def _folder(model_path) -> Path:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # whole ones, too
-
-
-def _read_json(path: Path) -> dict | None:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON file: {error}; remove it to do without") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: Expected a JSON object. Received {type(content).__name__}; remove it to do without")
-    return content
 
 
 # ------------------------------------------------------------------------------------------- measuring images

@@ -23,6 +23,7 @@ from dm_files import InputError, is_file_name, one_line
 from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_heatmap_clf import load_classifier
 from dm_limits import check_h5, max_pixels, parse_json, read_bytes
+from dm_patches import check_folder
 from dm_unpickle import load_plain
 from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom, write_image
 
@@ -551,6 +552,13 @@ def test_the_list_of_an_earlier_run_removes_nothing_elsewhere(tmp_path, name):
     with pytest.raises(InputError, match="Expected files of its own folder alone"):
         prepare([], print, tmp_path, out, ["train"])
     assert (tmp_path / "evil.txt").read_text() == "whole"
+
+
+@pytest.mark.parametrize("content", [b"7", b"{", b"[" * 100_000, b"\xa2"])
+def test_options_of_an_earlier_run_that_are_damaged(tmp_path, content):
+    (tmp_path / "args.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"args\.json: (not a JSON file|Expected a JSON object)"):
+        check_folder("train", [], tmp_path, {})
 
 
 def test_errors_are_printed_without_control_characters():
