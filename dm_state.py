@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from keras import ops
 
 from dm_args import Terminated, check_same_options
 from dm_files import InputError, atomic_write, remove_partial
+from dm_limits import check_archive
 from dm_multi_gpu import even_batches, random_state, set_random_state, training_scope
 
 # What decides how a callback goes on. Callbacks of ours say it themselves.
@@ -67,7 +69,7 @@ class TrainingState(keras.callbacks.Callback):
             self._again = "the same command without --fresh"
         remove_partial(self.folder)
         paths = [self.folder / name for name in _GENERATIONS if (self.folder / name).exists()]
-        found = [(description, path) for path in paths if (description := _read_description(path)) is not None]
+        found = [(read[0], path) for path in paths if (read := _read(path)) is not None]
         if paths and not found:
             raise self._unreadable()
         self._saved = sorted(found, key=lambda saved: -saved[0]["number"])
@@ -91,7 +93,9 @@ class TrainingState(keras.callbacks.Callback):
         self._model, self._train_set, self._watched, self._loaded = model, train_set, callbacks, None
         if not self._saved:
             return
-        description, self._loaded = self._read()
+        if (read := _read(self._saved[0][1])) is None:
+            raise self._unreadable()
+        description, self._loaded = read
         self.history, self.finished = description["history"], description["finished"]
         self._number = description["number"] + 1
         self._stage, self._stage_ended = description["stage"], description["stage_ended"]
@@ -116,18 +120,6 @@ class TrainingState(keras.callbacks.Callback):
         self._random = self._arrays("random")
         train_set.go_to(*self._position, self._step)
         print(f"going on after {self._place()}", flush=True)
-
-    def _read(self) -> tuple[dict, dict[str, np.ndarray]]:
-        """The newest generation that is whole."""
-        for description, path in self._saved:
-            try:
-                with np.load(path, allow_pickle=False) as archive:
-                    return description, {name: archive[name] for name in archive.files}
-            except MemoryError:
-                raise
-            except Exception as error:  # whatever a damaged archive makes its readers stumble over
-                _warn_of_damage(path, error)
-        raise self._unreadable()
 
     def _unreadable(self) -> InputError:
         return InputError(f"{self.folder}: none of its saved states can be read. Mend that, or start over with --fresh")
@@ -315,8 +307,7 @@ class TrainingState(keras.callbacks.Callback):
         }
         named = {f"{group}_{i}": value for group, values in arrays.items() for i, value in enumerate(values)}
         name = _GENERATIONS[self._number % len(_GENERATIONS)]
-        with atomic_write(self.folder / name, durable=True) as temporary:
-            np.savez(temporary, description=np.array(json.dumps(description)), **named)
+        _write(self.folder / name, description, named)
         self._number += 1
         return name
 
@@ -341,18 +332,35 @@ class TrainingState(keras.callbacks.Callback):
             (self.folder / name).unlink(missing_ok=True)
 
 
-def _read_description(path: Path) -> dict | None:
-    """What a generation says about itself; None where it is damaged."""
+def _write(path: Path, description: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Write a generation: what it says about itself, and its arrays."""
+    arrays = {"description": np.array(json.dumps(description)), **arrays}
+    with atomic_write(path, durable=True) as temporary:
+        np.savez(temporary, checksum=_checksum(arrays), **arrays)
+
+
+def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
+    """What `_write` wrote; None where it is damaged, which is said."""
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
-            return json.loads(str(archive["description"]))
-    except Exception as error:  # as in reading all of it
-        _warn_of_damage(path, error)
+            arrays = dict(archive)
+        if arrays.pop("checksum") != _checksum(arrays):
+            raise ValueError("its content has another checksum")
+        return json.loads(str(arrays.pop("description"))), arrays
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged archive makes its readers stumble over
+        print(f"warning: {path}: damaged, and not used ({error})", file=sys.stderr)
         return None
 
 
-def _warn_of_damage(path: Path, error: Exception) -> None:
-    print(f"warning: {path}: damaged, and not used ({error})", file=sys.stderr)
+def _checksum(arrays: dict[str, np.ndarray]) -> int:
+    """Of the names, shapes and bytes: an archive can be whole and hold what no training saved."""
+    checksum = 0
+    for name, values in sorted(arrays.items()):
+        checksum = zlib.crc32(f"{name} {values.shape}".encode() + values.tobytes(), checksum)
+    return checksum
 
 
 def _kinds(variables) -> list[list]:

@@ -1,7 +1,6 @@
 """Trainings that are stopped anywhere and go on as if they had not been."""
 
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from keras import layers
 
 import dm_callbacks
 import dm_checkpoint
+import dm_state
 from ddsm_train import image_clf_train
 from dm_args import Terminated
 from dm_files import InputError
@@ -265,22 +265,27 @@ def test_a_training_is_not_begun_anew_because_its_best_model_is_elsewhere(data, 
 
 def test_a_state_of_another_version_of_keras_is_refused(data, stopped, capfd):
     for path in (stopped / "best" / "state").iterdir():
-        with np.load(path) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        description, arrays = dm_state._read(path)
         del arrays[max(name for name in arrays if name.startswith("optimizer_"))]
-        np.savez(path, **arrays)
+        dm_state._write(path, description, arrays)
     assert train(data, stopped) == 1
     assert "the optimizer was saved with other variables" in capfd.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("damage", ["empty", "compression", "unreadable"])
+@pytest.mark.parametrize("damage", ["empty", "compression", "unreadable", "description", "weights"])
 def test_a_training_is_not_begun_anew_because_its_states_are_damaged(damage, tmp_path, monkeypatch):
     def write(number):
         description = {"number": number, "options": {"kind": number}}
-        np.savez(tmp_path / f"state-{number}.npz", description=np.array(json.dumps(description)))
+        dm_state._write(tmp_path / f"state-{number}.npz", description, {"model_0": np.ones(3)})
 
     def break_it(path):
         content = path.read_bytes()
+        if damage in ("description", "weights"):  # an archive that is whole
+            with np.load(path) as archive:
+                arrays = dict(archive)
+            other = {"description": np.array('{"number": 1}'), "weights": np.zeros(3)}[damage]
+            np.savez(path, **arrays | {"description" if damage == "description" else "model_0": other})
+            return
         if damage == "compression":  # zipfile says that it is not implemented
             method = content.rindex(b"PK\x01\x02") + 10
             content = content[:method] + b"\x63" + content[method + 1 :]
