@@ -1,6 +1,5 @@
 """Images checked before a training: every cause found and counted, each file read once, by any number of threads."""
 
-import csv
 import itertools
 import os
 import subprocess
@@ -15,6 +14,7 @@ import dm_check_data
 from dm_check_data import check_image, check_images, report_faults, warn_of_types
 from dm_files import InputError
 from scripts import check_data
+from tests.outputs import read_csv
 
 HERE = Path(check_data.__file__).parents[1]
 
@@ -67,11 +67,6 @@ def folder(tmp_path):
     for name, (content, _) in FAULTS.items():
         write(tmp_path / "images" / "bad" / name, content)
     return tmp_path / "images"
-
-
-def read_table(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -139,7 +134,7 @@ def test_files_are_read_once_until_they_change(folder, tmp_path, counted):
     assert [(check.rows, check.columns, check.cause) for check in checks] == [
         (50, 60, ""), (40, 30, ""), (0, 0, "unreadable")
     ]  # fmt: skip
-    rows = read_table(table)
+    rows = read_csv(table)
     assert [(row["file"], row["rows"], row["cause"]) for row in rows] == [
         (check.file, str(check.rows), check.cause) for check in checks
     ]
@@ -167,7 +162,7 @@ def test_what_was_read_is_kept_when_interrupted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(dm_check_data, "check_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_images(paths, table, jobs=1)
-    assert [Path(row["file"]).name for row in read_table(table)] == ["a.png", "b.png"]
+    assert [Path(row["file"]).name for row in read_csv(table)] == ["a.png", "b.png"]
 
 
 def test_faults_are_listed_by_cause(folder, capsys):
@@ -215,7 +210,7 @@ def test_the_script_lists_faults_and_fails(folder, tmp_path):
     assert run.stdout.startswith("pixel types: uint16 (2), uint8 (1)\nsizes: 40 x 30 (3)\n11 images are listed in ")
     assert "8 of 11 images cannot be used:" in run.stdout
     assert run.stderr.splitlines()[-1].startswith("check_data.py: error: 8 images cannot be used; data_check.csv lists")
-    assert len(read_table(tmp_path / "data_check.csv")) == 11
+    assert len(read_csv(tmp_path / "data_check.csv")) == 11
 
 
 def test_the_script_accepts_good_images(folder, tmp_path, capsys):
@@ -269,7 +264,7 @@ def test_training_does_not_begin_with_faults_in_any_set(sets, capsys):
         train(sets)
     shown = capsys.readouterr().out
     assert "2 of 33 images cannot be used:\n  empty: 1, such as\n" in shown and "  wrong type: 1, such as\n" in shown
-    assert {row["file"]: row["cause"] for row in read_table(table) if row["cause"]} == {
+    assert {row["file"]: row["cause"] for row in read_csv(table) if row["cause"]} == {
         str(sets / "train/neg/empty.png"): "empty", str(sets / "val/pos/text.png"): "wrong type",
         str(sets / "test/neg/constant.png"): "constant",
     }  # fmt: skip

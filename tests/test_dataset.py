@@ -32,6 +32,7 @@ from dm_dataset import (
 )
 from dm_files import InputError, walk_files, write_img
 from dm_image import read_img, read_resize_img
+from tests.outputs import read_folder
 
 # ------------------------------------------------------------------------------------------- splits by patient
 
@@ -371,10 +372,6 @@ class Run:
 @pytest.fixture
 def run(tmp_path):
     return Run(tmp_path)
-
-
-def read_folder(out):
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def replace(path, old, new):

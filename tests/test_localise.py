@@ -1,7 +1,5 @@
 """Pointing game and free-response ROC on cases worked out by hand."""
 
-import csv
-
 import cv2
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from ddsm_train import localise
 from dm_files import InputError
 from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_localise import Marked, find_marks, froc, mark_image, summarise
+from tests.outputs import read_csv
 
 GRID = Grid((40, 60), (5.0, 5.0), (10.0, 10.0))  # 4 x 6 cells of 10 pixels
 
@@ -137,27 +136,22 @@ def study(tmp_path):
     return tmp_path
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_results_of_map_files(study, capsys):
     args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz", study / "maps.pkl"]
     assert localise.main([*map(str, args)]) == 0
     said = capsys.readouterr().out
     assert "points at a lesion in 1 of 2 images (0.500; chance 0.1" in said
-    npz, pkl = rows(study / "out" / "localisation.csv")
+    npz, pkl = read_csv(study / "out" / "localisation.csv")
     assert npz.pop("maps") == str(study / "maps.npz") and pkl.pop("maps") == str(study / "maps.pkl")
     assert npz == pkl and float(npz["sensitivity_at_8"]) == 0.5 and npz["lesions"] == "2"
-    curve = [row for row in rows(study / "out" / "froc.csv") if row["maps"].endswith("npz")]
+    curve = [row for row in read_csv(study / "out" / "froc.csv") if row["maps"].endswith("npz")]
     assert [float(row["sensitivity"]) for row in curve] == [0, 0.5, 0.5]
     assert [float(row["fp_per_image"]) for row in curve] == [0, 0.5, 1.5]
     assert cv2.imread(str(study / "out" / "froc.png")) is not None
 
     args += ["--malignant", study / "rois.csv", "--classes", "a"]
     assert localise.main([*map(str, args)]) == 0
-    row = rows(study / "out" / "localisation.csv")[0]
+    row = read_csv(study / "out" / "localisation.csv")[0]
     assert (row["lesions"], row["images"], row["pointing_accuracy"]) == ("1", "2", "1.0")
 
 
@@ -168,7 +162,7 @@ def test_lesions_are_found_by_type_image_and_number_whatever_the_set(study, caps
     args += ["--malignant", study / "rois.csv"]
     assert localise.main([*map(str, args)]) == 0
     assert "Warning" not in capsys.readouterr().out
-    assert rows(study / "out" / "localisation.csv")[0]["lesions"] == "1"
+    assert read_csv(study / "out" / "localisation.csv")[0]["lesions"] == "1"
 
 
 def test_lesions_without_masks_are_counted(study, capsys):

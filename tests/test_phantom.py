@@ -1,6 +1,5 @@
 """The phantom: its texture's spectrum, lesions inside their masks, files that agree, and its splits."""
 
-import csv
 import json
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -18,6 +17,7 @@ from dm_phantom_cbis import ODDITIES, make_download
 from dm_preprocess import DMImagePreprocessor
 from dm_region import split_patients
 from scripts.make_phantom import main, make_phantom
+from tests.outputs import read_csv, read_folder
 
 HEIGHT, WIDTH = 192, 144
 PATHOLOGIES = ["BENIGN", "MALIGNANT"]
@@ -225,15 +225,6 @@ def phantom(tmp_path_factory):
     return out, people
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def read_rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_shares_are_exact(phantom):
     _, people = phantom
     assert sum(p.malignant for p in people) == 12
@@ -246,7 +237,7 @@ def test_tables_masks_and_images_agree(phantom):
     views = ("CC", "MLO")
     names = {f"{p.name}_{p.side}_{view}.png" for p in people for view in views}
     assert {path.name for path in (out / "full_img").iterdir()} == names
-    rows = read_rows(out / "roi_mask_path.csv")
+    rows = read_csv(out / "roi_mask_path.csv")
     assert list(rows[0]) == ["patient_id", "side", "view", "abn_num", "pathology", "type"]
     assert len(rows) == 2 * sum(len(p.findings) for p in people)
     masks = set()
@@ -261,7 +252,7 @@ def test_tables_masks_and_images_agree(phantom):
         assert img.dtype == dtype
         assert img.shape == (HEIGHT, WIDTH)
     positive = {(row["patient_id"], row["side"]) for row in rows if row["pathology"] == "MALIGNANT"}
-    cancers = read_rows(out / "pat_side_cancer.csv")
+    cancers = read_csv(out / "pat_side_cancer.csv")
     assert {(row["patient_id"], row["side"]) for row in cancers if row["cancer"] == "1"} == positive
     assert len(cancers) == len(people)
     whole = {folder: {p.name for p in out.glob(f"*/{folder}/*.png")} for folder in ("neg", "pos")}
@@ -276,7 +267,7 @@ def test_patients_are_divided_as_the_patch_sampler_divides_them(phantom):
     assert sum(map(len, found.values())) == len(people)
     assert found["train"] | found["val"] == set(listed["train"])
     assert found["test"] == set(listed["test"])
-    rows = read_rows(out / "roi_mask_path.csv")
+    rows = read_csv(out / "roi_mask_path.csv")
     annotated = {row["patient_id"] for row in rows}
     cancer = {row["patient_id"] for row in rows if row["pathology"] == "MALIGNANT"}
     patients = [patient for patient in listed["train"] if patient in annotated]
@@ -292,7 +283,7 @@ def test_same_seed_same_bytes_for_any_number_of_jobs(tmp_path):
     options = {"patients": 12, "height": HEIGHT, "width": WIDTH, "views": ["CC"], "test_size": 0, "val_size": 0}
     for name, seed, jobs in (("one", 7, 1), ("two", 7, 2), ("other", 8, 1)):
         make_phantom(tmp_path / name, seed=seed, jobs=jobs, **options)
-    one, two, other = (contents(tmp_path / name) for name in ("one", "two", "other"))
+    one, two, other = (read_folder(tmp_path / name) for name in ("one", "two", "other"))
     assert one == two
     assert not {v for k, v in one.items() if "full_img" in k} & {v for k, v in other.items() if "full_img" in k}
 
@@ -376,7 +367,7 @@ def headers_of(out, tree):
                 row["SeriesDescription"] or None,
                 row["PhotometricInterpretation"],
             )
-            for row in read_rows(out / "csv" / "dicom_info.csv")
+            for row in read_csv(out / "csv" / "dicom_info.csv")
         }
     import pydicom
 
@@ -395,7 +386,7 @@ def test_description_files_look_like_the_real_ones(download):
     for name, path in tables_of(out, tree).items():
         kind, division = TABLES[name]
         text = path.read_bytes()
-        found = read_rows(path)
+        found = read_csv(path)
         assert text.startswith(HEADERS[kind].encode() + b"\r\n")
         assert text.count(b"\r\n") == len(found) + 1
         assert text.count(b"\n") == 2 * len(found) + 1
@@ -472,7 +463,7 @@ def test_oddities_are_those_of_the_list(download):
     sets, kinds, pathologies, numbers, masks = (defaultdict(set) for _ in range(5))
     for name, path in tables_of(out, tree).items():
         kind, division = TABLES[name]
-        table = read_rows(path)
+        table = read_csv(path)
         lines = Counter(tuple(row.values()) for row in table)
         for row in table:
             key = "_".join(row[cell] for cell in ("patient_id", "left or right breast", "image view"))
@@ -530,7 +521,7 @@ def test_a_download_without_oddities(tmp_path):
     assert {name for name, found in listed.items() if found} <= of_people
     for path in tmp_path.rglob("*.dcm"):
         read_img(path)
-    table = read_rows(tmp_path / "mass_case_description_train_set.csv")
+    table = read_csv(tmp_path / "mass_case_description_train_set.csv")
     columns = (
         "patient_id,breast_density,side,view,abn_num,abnormality_type,mass_shape,mass_margins,assessment,pathology,"
         "subtlety,od_img_path,od_crop_path,mask_path"
@@ -554,7 +545,7 @@ def test_downloads_are_the_same_for_any_number_of_jobs(tmp_path):
     for jobs in (1, 2):
         options = f"--layout cbis-ddsm --tree jpeg --patients 10 --height 128 --width 128 --views CC --jobs {jobs}"
         assert main([f"{tmp_path}/{jobs}", *options.split()]) == 0
-    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert read_folder(tmp_path / "1") == read_folder(tmp_path / "2")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
 """CBIS-DDSM from its download to prepared folders: the real tables, every layout, every oddity, bad input."""
 
 import csv
+import functools
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +22,7 @@ from dm_phantom_cbis import TREES, make_download, write_dicom
 from dm_prepare import split_patients
 from scripts import prepare_cbis_ddsm
 from scripts.prepare_cbis_ddsm import main, run
+from tests.outputs import check_going_on, files_of, read_csv, read_folder, read_png, read_report
 
 SIZE = 144, 128  # of the phantoms
 WHOLE = {"img_size": [72, 56]}
@@ -119,28 +116,11 @@ def prepared(request, tmp_path_factory):
     return folder / "download", rows, odd, folder / "out", read_report(folder / "out")
 
 
-def read_report(out):
-    return json.loads((out / "report.json").read_text())
-
-
-def read_png(path):
-    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-
-
-def read_csv(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def by_key(rows):
     groups = defaultdict(list)
     for row in rows:
         groups[row.key].append(row)
     return groups
-
-
-def read_folder(out):
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_full_images_and_masks_are_those_drawn(prepared):
@@ -291,12 +271,6 @@ def prepare(folder, out, **options):
 def single(folder, pattern):
     (path,) = folder.glob(f"CBIS-DDSM/{pattern}")
     return path
-
-
-def files_of(out):
-    """What the trainers and the sampler read, without what names sources."""
-    others = ("report.json", "manifest.jsonl", "images.csv")
-    return {name: data for name, data in read_folder(out).items() if name not in others}
 
 
 def test_folders_without_names_are_told_by_their_patient_id(download, plain, tmp_path):
@@ -902,20 +876,9 @@ def test_any_number_of_jobs_gives_the_same_files(plain, tmp_path, jobs, backend)
 
 
 def test_killed_process_goes_on_and_ends_with_the_same_files(plain, tmp_path):
-    script = Path(prepare_cbis_ddsm.__file__)
-    command = [sys.executable, script, plain[0], tmp_path / "out", "--img-size", "1152", "896"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "out/full_img").exists() or len(list((tmp_path / "out/full_img").glob("P_*.png"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out/report.json").exists()
-    kept = {path: os.stat(path).st_mtime_ns for path in (tmp_path / "out/full_img").glob("P_*.png")}
-    prepare(plain[0], tmp_path / "out", img_size=[1152, 896])
-    assert any(os.stat(path).st_mtime_ns == changed for path, changed in kept.items())
-    prepare(plain[0], tmp_path / "fresh", img_size=[1152, 896])
-    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
+    options = ["--img-size", "1152", "896"]
+    here = functools.partial(prepare, plain[0], img_size=[1152, 896])
+    check_going_on(prepare_cbis_ddsm, plain[0], options, here, tmp_path)
 
 
 def test_sampler_takes_what_is_prepared(plain, tmp_path):

@@ -1,7 +1,6 @@
 """Data of one's own, and public data sets, from their files to prepared folders: every format, bad input."""
 
 import csv
-import json
 import pickle
 import re
 from pathlib import Path
@@ -31,6 +30,7 @@ from dm_own_data import (
 from dm_phantom import draw_patients, draw_view
 from dm_phantom_cbis import write_dicom
 from scripts.prepare_dataset import main, run
+from tests.outputs import read_csv, read_png, read_report
 
 SIZE = 144, 128  # of the phantoms
 WHOLE = {"img_size": [72, 56]}
@@ -233,14 +233,6 @@ def prepared(request, drawn, tmp_path_factory):
     return made, folder / "out", read_report(folder / "out")
 
 
-def read_report(out):
-    return json.loads((out / "report.json").read_text())
-
-
-def read_png(path):
-    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-
-
 def images_of(out):
     """Paths below the output folder by the name of the image."""
     return {path.stem: path.relative_to(out).as_posix() for path in out.glob("*/*/*.png")}
@@ -426,8 +418,7 @@ def test_near_duplicates_across_sets_are_told(table, capsys):
     (pair,) = report["near_duplicates"]
     assert (pair["file"], pair["other_file"]) == ("train/neg/a.png", "test/neg/j.png")
     assert pair["difference"] < 0.09
-    with open(table.out / "near_duplicates.csv", newline="") as file:
-        assert list(csv.DictReader(file)) == [{name: str(value) for name, value in pair.items()}]
+    assert read_csv(table.out / "near_duplicates.csv") == [{name: str(value) for name, value in pair.items()}]
     assert "1 pair of images of different patients that look the same, 1 of them across sets" in capsys.readouterr().out
 
 

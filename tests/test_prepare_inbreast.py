@@ -1,15 +1,13 @@
 """INbreast from its download to prepared folders: the counts of its table, every oddity, annotations, bad input."""
 
-import csv
+import functools
 import json
 import os
 import plistlib
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -38,6 +36,7 @@ from dm_phantom_inbreast import HEADER, ODDITIES, make_inbreast, write_dicom
 from inbreast import prepare_inbreast
 from inbreast.prepare_inbreast import main, run
 from scripts import make_phantom
+from tests.outputs import check_going_on, files_of, read_csv, read_folder, read_png, read_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 
@@ -211,24 +210,6 @@ def prepared(tmp_path_factory):
     return folder / "download", views, odd, folder / "out", read_report(folder / "out")
 
 
-def read_report(out):
-    return json.loads((out / "report.json").read_text())
-
-
-def read_png(path):
-    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-
-
-def read_folder(out):
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def files_of(out):
-    """What the trainers read, without what names sources."""
-    others = ("report.json", "manifest.jsonl", "images.csv")
-    return {name: data for name, data in read_folder(out).items() if name not in others}
-
-
 def draw(view, seed=9):
     """The picture as stored in 14 bits and scaled to 16, and the masks."""
     img, masks = draw_view(view.breast, view.view, seed, *SIZE, style="digital")
@@ -325,8 +306,7 @@ def test_masks_are_those_drawn(prepared):
             if kind == "Calc":  # points are drawn somewhere in a cluster
                 inside = cv2.dilate(np.maximum.reduce(drawn), np.ones((2 * POINT_RADIUS + 1,) * 2)) > 0
                 assert read_png(path).any() and not (read_png(path) > 0)[~inside].any()
-    with open(out / "roi_masks.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "roi_masks.csv")
     assert sorted(row["file"] for row in rows) == sorted(
         f"roi_mask/{path.name}" for m in found.values() for *_, path in m
     )
@@ -771,22 +751,9 @@ def test_any_number_of_jobs_gives_the_same_files(plain, tmp_path, jobs, backend)
 
 
 def test_killed_process_goes_on_and_ends_with_the_same_files(plain, tmp_path):
-    script = Path(prepare_inbreast.__file__)
     options = ["--img-size", "1152", "896", "--roi-masks"]
-    command = [sys.executable, script, plain[0], tmp_path / "out", *options]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    made = tmp_path / "out/full_img"
-    while not made.exists() or len(list(made.glob("*_CC.png"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out/report.json").exists()
-    kept = {path: os.stat(path).st_mtime_ns for path in made.glob("*_CC.png")}
-    prepare(plain[0], tmp_path / "out", img_size=[1152, 896], roi_masks=True)
-    assert any(os.stat(path).st_mtime_ns == changed for path, changed in kept.items())
-    prepare(plain[0], tmp_path / "fresh", img_size=[1152, 896], roi_masks=True)
-    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
+    here = functools.partial(prepare, plain[0], img_size=[1152, 896], roi_masks=True)
+    check_going_on(prepare_inbreast, plain[0], options, here, tmp_path)
 
 
 def test_help_loads_nothing_heavy():
@@ -850,13 +817,11 @@ def test_finetuning_runs_on_what_is_prepared(plain, tmp_path):
     assert done.returncode == 0, done.stderr
     args = json.loads((tmp_path / "models/best/args.json").read_text())
     assert args["featurewise_mean"] == report["featurewise_mean"]
-    with open(tmp_path / "models/best/history.csv", newline="") as file:
-        rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
+    rates = [float(row["learning_rate"]) for row in read_csv(tmp_path / "models/best/history.csv")]
     assert rates == pytest.approx([1e-6] * 2)
     tuned = keras.models.load_model(tmp_path / "models/best.h5", compile=False)
     assert all((a != b).any() for a, b in zip(model.get_weights(), tuned.get_weights(), strict=True))
-    with open(tmp_path / "models/best/predictions.csv", newline="") as file:
-        files = [row["file"] for row in csv.DictReader(file)]
+    files = [row["file"] for row in read_csv(tmp_path / "models/best/predictions.csv")]
     assert sorted(files) == sorted(
         path.relative_to(tmp_path / "data/test").as_posix() for path in (tmp_path / "data/test").rglob("*.png")
     )

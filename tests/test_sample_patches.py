@@ -1,6 +1,5 @@
 """The patch samplers' command lines: golden runs, bad input, and what the output folders hold."""
 
-import csv
 import hashlib
 import json
 import os
@@ -20,13 +19,13 @@ from ddsm_train import sample_patches_combined, sample_patches_main
 from dm_dataset import MANIFEST
 from dm_files import InputError
 from dm_patches import OPTIONS, TABLES, read_lesions
+from tests.outputs import read_csv, read_folder
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
 
 
 def read_rows(folder):
-    with open(folder / "patches.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "patches.csv")
 
 
 def sampled_events(out):
@@ -189,17 +188,13 @@ def sample(study, out=None, **options):
     return out
 
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("backend", ["loky", "threading", pytest.param("dask", marks=pytest.mark.slow)])
 def test_output_does_not_depend_on_who_works(study, backend):
     if backend == "dask":
         pytest.importorskip("distributed")
     one, two = sample(study, study / "one"), sample(study, study / "two", jobs=2, backend=backend)
-    assert contents(one) == contents(two)
-    assert len(contents(one)) == 5 * 3 + 4 * 4 + 2 * len((*TABLES, OPTIONS, MANIFEST))
+    assert read_folder(one) == read_folder(two)
+    assert len(read_folder(one)) == 5 * 3 + 4 * 4 + 2 * len((*TABLES, OPTIONS, MANIFEST))
 
 
 def test_a_killed_run_started_again_ends_with_the_same_files(study):
@@ -221,7 +216,7 @@ def test_a_killed_run_started_again_ends_with_the_same_files(study):
     (out / "train/background/.partial.P_1_LEFT_CC.abc.png").write_bytes(b"half")
 
     assert sample_patches_combined.main([*arguments(study, out), *options]) == 0
-    assert contents(out) == contents(whole)
+    assert read_folder(out) == read_folder(whole)
 
 
 def test_hard_negatives_lie_beside_their_lesion(study):
@@ -447,7 +442,7 @@ def test_patient_lists_may_have_a_header(study, capsys):
     without = sample(study, study / "without")
     path = study / "pat_train.txt"
     path.write_text("patient_id\n" + path.read_text())
-    assert contents(sample(study)) == contents(without)
+    assert read_folder(sample(study)) == read_folder(without)
     assert "listed patients have no lesion" not in capsys.readouterr().out
 
 
@@ -467,19 +462,19 @@ def test_lesions_that_would_share_file_names_are_refused(study):
 def test_patches_of_patients_of_the_other_set_are_refused(study, killed):
     """Of an earlier run with another split: whether it has written its tables or not."""
     out = sample(study)
-    before = contents(out)
+    before = read_folder(out)
     if killed:
         for path in out.rglob("patches.csv"):
             path.unlink()
     with pytest.raises(InputError, match=r"out/val: has patches of 2 patients, such as P_.*new folders"):
         sample(study, out, val_size=0)
     sample(study, out)
-    assert contents(out) == before
+    assert read_folder(out) == before
     other, *rest = {row["patient"] for row in read_rows(out / "train")}
     (study / "pat_train.txt").write_text("\n".join(rest))
     with pytest.raises(InputError, match=rf"out/train: has patches of 1 patients, such as {other}, .* the train set"):
         sample_patches_combined.run(*arguments(study, out)[:5], study / "new", **SMALL | {"val_size": 0})
-    assert contents(out) == before and not (study / "new").exists()
+    assert read_folder(out) == before and not (study / "new").exists()
 
 
 def test_pictures_of_others_are_refused_in_class_folders_and_kept_elsewhere(study):
@@ -503,10 +498,10 @@ def test_pictures_of_others_are_refused_in_class_folders_and_kept_elsewhere(stud
 )
 def test_patches_of_other_options_are_not_mixed(study, options, named):
     out = sample(study)
-    before = contents(out)
+    before = read_folder(out)
     with pytest.raises(InputError, match=rf"out/train: has the work of a run with other options \({named}"):
         sample(study, out, **options)
-    assert contents(out) == before
+    assert read_folder(out) == before
 
 
 @pytest.mark.parametrize("change", ["patch gone", "patch damaged", "patch replaced", "image changed", "other lesions"])
@@ -531,7 +526,7 @@ def test_what_is_whole_is_not_sampled_again(study, change):
     sample(study, val_size=0.0)
     again = {path.name[:3] for path in (out / "train").glob("*/*.png") if path.stat().st_mtime_ns != 1}
     assert again == {"P_0"}
-    assert contents(out) == contents(sample(study, study / "new", val_size=0.0))
+    assert read_folder(out) == read_folder(sample(study, study / "new", val_size=0.0))
 
 
 @pytest.mark.parametrize("script", [sample_patches_combined, sample_patches_main])

@@ -1,6 +1,5 @@
 """The small scripts: DICOM files to PNG, the pixel mean, lesions drawn; by closed forms and on every bad input."""
 
-import csv
 import json
 import os
 
@@ -11,6 +10,7 @@ import pytest
 from dm_files import InputError
 from dm_image import read_dicom_16_bit, read_img
 from scripts import dicom_to_png, draw_lesions, pixel_mean
+from tests.outputs import read_csv
 
 pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
@@ -45,11 +45,6 @@ def write_png(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), pixels)
     return path
-
-
-def table_of(out):
-    with open(out / "images.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ----------------------------------------------------------------------------------------------- dicom_to_png
@@ -90,7 +85,7 @@ def test_windows_are_applied_on_request(tmp_path):
     stored = np.rint(np.clip((pixels.astype(float) - 1000) / 1000, 0, 1) * 4095)
     np.testing.assert_array_equal(read_img(tmp_path / "out/images/a.png"), np.rint((4095 - stored) * (65535 / 4095)))
     np.testing.assert_array_equal(read_img(tmp_path / "out/images/b.png"), np.rint(pixels * (65535 / 4095)))
-    assert [row["window"] for row in table_of(tmp_path / "out")] == ["1", "0"]
+    assert [row["window"] for row in read_csv(tmp_path / "out" / "images.csv")] == ["1", "0"]
     assert json.loads((tmp_path / "out/report.json").read_text())["without_window"] == ["images/b.png"]
     plain, _ = read_dicom_16_bit(path)
     np.testing.assert_array_equal(plain, np.rint((4095 - pixels) * (65535 / 4095)))
@@ -126,7 +121,7 @@ def test_folders_are_kept_and_the_table_has_a_row_for_each_image(downloads, tmp_
         [names[1], "D1-0001", "R", "MLO", "40", "30", "8", "MONOCHROME2", "0"],
         [names[2], "abc", "L", "CC", "40", "30", "12", "MONOCHROME2", "0"],
     ]
-    rows = table_of(out)
+    rows = read_csv(out / "images.csv")
     assert list(rows[0]) == columns.split()
     assert [list(row.values()) for row in rows] == expected
     for name, img, highest in zip(names, (pixels, pixels >> 4, pixels), (16383, 255, 4095), strict=True):
@@ -205,7 +200,7 @@ def test_unusable_dicom_files_are_named(tmp_path, capsys, kind, cause):
     assert str(path) in error
     assert cause in error
     assert dicom_to_png.main([str(path), str(good), str(out), "--on-error", "skip"]) == 0
-    assert [row["file"] for row in table_of(out)] == ["images/good.png"]
+    assert [row["file"] for row in read_csv(out / "images.csv")] == ["images/good.png"]
     report = json.loads((out / "report.json").read_text())
     assert (report["images"], len(report["skipped"])) == (1, 1)
     assert str(path) in capsys.readouterr().out
