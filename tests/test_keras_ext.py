@@ -491,6 +491,16 @@ def test_best_weights_are_restored(ending, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ([] if ending == "NOSAVE" else [ending])
 
 
+def test_another_network_in_place_of_the_best_model_is_refused(tmp_path):
+    model = small_net()
+    keeper = BestModel(tmp_path / "best.h5")
+    offer(keeper, model, [0.5])
+    inputs = keras.Input((2,))
+    dm_checkpoint.save_model(keras.Model(inputs, layers.Dense(7)(inputs)), tmp_path / "best.h5")
+    with pytest.raises(InputError, match=r"best\.h5: Expected the best model of this training"):
+        keeper.restore(model)
+
+
 def test_undefined_auc_keeps_the_lowest_loss_and_says_so(capsys):
     model = small_net()
     x = np.zeros((4, 10, 10, 2), "float32")
