@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dm_files import InputError, atomic_write, env_int
+from dm_files import InputError, atomic_write, counted, env_int
 from dm_image import CAUSES, ImageError, check_constant, check_grey, read_img
 from dm_parallel import run_parallel
 
@@ -118,7 +118,7 @@ def report_faults(checks: Sequence[ImageCheck], table=None, on_error: str = "sto
         print(f"  {cause}: {len(files)}, such as", *files[:NB_EXAMPLES], sep="\n    ")
     if on_error == "stop":
         listed = "" if table is None else f"; {table} lists all"
-        raise InputError(f"{len(faults)} images cannot be used{listed}. The first: {faults[0].message}")
+        raise InputError(f"{counted(len(faults), 'image')} cannot be used{listed}. The first: {faults[0].message}")
 
 
 def warn_of_types(checks: Sequence[ImageCheck]) -> None:

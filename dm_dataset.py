@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dm_files import InputError, append_text, atomic_write, locked, one_line, remove_partial, write_text
+from dm_files import InputError, append_text, atomic_write, counted, locked, one_line, remove_partial, write_text
 from dm_limits import check_archive, parse_json, read_bytes
 from dm_parallel import run_parallel
 
@@ -58,7 +58,7 @@ def split_by_patient(cancer: Mapping[str, bool], share: float, seed: int) -> tup
     try:
         first, second = split_patients(patients, [cancer[patient] for patient in patients], share, seed)
     except InputError:
-        print(f"{len(patients)} patients ({sum(cancer.values())} with cancer) are few: divided class by class")
+        print(f"only {counted(len(patients), 'patient')} ({sum(cancer.values())} with cancer): divided class by class")
         rng = np.random.RandomState(seed)
         second = []
         for label in (False, True):
@@ -98,7 +98,7 @@ def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
     for (name, patients), (other_name, others) in combinations(sets.items(), 2):
         if shared := sorted(set(patients) & set(others)):
             raise InputError(
-                f"{len(shared)} patients are in both {name} and {other_name}, such as {', '.join(shared[:10])}: "
+                f"{counted(len(shared), 'patient')} in both {name} and {other_name}, such as {', '.join(shared[:10])}: "
                 f"Expected all images of a patient in one set"
             )
 

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import dm_statistics as stats
-from dm_files import InputError, atomic_write
+from dm_files import InputError, atomic_write, counted
 from dm_inference import write_json
 
 COLUMNS = ("file", "patient", "side", "view", "label")
@@ -143,7 +143,7 @@ def evaluate(
                 f"they are judged. Received {'none' if name not in others else 'one class'}"
             )
     if chosen_on is not None and (shared := sorted(set(table["patient"]) & set(chosen_on["patient"]) - {""})):
-        notes.append(f"{len(shared)} patients, such as {shared[0]}, are among the images of the thresholds too")
+        notes.append(f"among the images of the thresholds too: {counted(len(shared), 'patient')}, such as {shared[0]}")
     by_level = {
         name: _evaluate_level(level, others[name], models, points, replicates, seed) for name, level in levels.items()
     }
@@ -486,8 +486,8 @@ def describe(results: dict[str, Any]) -> str:
     """The main figures of `evaluate` as text to read."""
     parts = []
     for level, found in results["levels"].items():
-        patients = "" if found["patients"] is None else f" of {found['patients']} patients"
-        parts.append(f"{level} level: {found['samples']} samples{patients}, {found['positive']} positive")
+        patients = "" if found["patients"] is None else f" of {counted(found['patients'], 'patient')}"
+        parts.append(f"{level} level: {counted(found['samples'], 'sample')}{patients}, {found['positive']} positive")
         rows, points = {}, {}
         for model, result in found["models"].items():
             auc, precision = result["auc"], result["average_precision"]

@@ -34,6 +34,11 @@ def one_line(text: str, length: int = 2000) -> str:
     return line if len(line) <= length else line[:length] + " ..."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, with an s but for one: "1 image", "1,566 patients"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def is_file_name(text: str) -> bool:
     """Whether a text can be part of a file's name, and leads to no other folder."""
     return text.isprintable() and text.strip(" .") != "" and not any(part in text for part in ("/", "\\", "..", ":"))

@@ -22,7 +22,7 @@ from dm_limits import check_pixels, max_pixels, read_bytes, too_many_pixels
 import cv2
 import numpy as np
 
-from dm_files import InputError, walk_files
+from dm_files import InputError, counted, walk_files
 
 # What a decoder has to say about a broken file goes into our one-line error.
 (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
@@ -1017,7 +1017,7 @@ def pixel_warnings(images, mean=None) -> list[str]:
     low = min(float(x.min()) for x in images)
     high = max(float(x.max()) for x in images)
     own = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {len(images)} image{'s' if len(images) > 1 else ''}"
+    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {counted(len(images), 'image')}"
     messages = []
     if low < -64 or high > 320 or high < 32:
         messages.append(

@@ -385,7 +385,7 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
         if args.on_error != "skip":
             raise InputError(
-                f"{len(faults)} images or masks at fault, all others sampled; mend them, or leave them out with "
+                f"images or masks at fault: {len(faults)}, all others sampled; mend them, or leave them out with "
                 f"--on-error skip. The first: {faults[0]}"
             )
 

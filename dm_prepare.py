@@ -34,7 +34,7 @@ from dm_dataset import (
     write_image_table,
 )
 from dm_duplicates import MAX_PAIRS, find_near_duplicates, fingerprint
-from dm_files import InputError, write_img, write_text
+from dm_files import InputError, counted, write_img, write_text
 
 # Options of all preparation scripts that decide what the outputs are.
 OPTIONS = (
@@ -162,7 +162,7 @@ def split_patients(
         sets = {name: sorted(read_patient_list(path)) for name, path in files.items()}
         for name, path in files.items():
             if unknown := [patient for patient in sets[name] if patient not in cancer]:
-                raise InputError(f"{path}: {len(unknown)} patients are not in the tables, such as {unknown[0]}")
+                raise InputError(f"{path}: {counted(len(unknown), 'patient')} not in the tables, such as {unknown[0]}")
     elif args.split == "official":
         check_disjoint(official)
         named = {name: sorted(official.get(name, ())) for name in ("val", "test")}
@@ -217,7 +217,7 @@ def print_split(sets: Mapping[str, Sequence[str]], images: Iterable[Image], args
     placed = [patient for patients in sets.values() for patient in patients]
     print(f"no patient is in two sets: {len(placed)} places, {len(set(placed))} patients")
     if left := count_left_patients(sets, images):
-        print(f"in no set: {left} patients")
+        print(f"in no set: {counted(left, 'patient')}")
 
 
 # ---------------------------------------------------------------------------------------- lists and the report
@@ -227,9 +227,9 @@ def print_exclusions(excluded: Mapping[str, Sequence[str]], reasons: Mapping[str
     """Say what is left out and why. excluded: what is, by kind. reasons: why, by kind. faults: see `prepare_items`."""
     for kind, listed in excluded.items():
         if listed:
-            print(f"left out: {len(listed)} images such as {listed[0]}, since {reasons[kind]}")
+            print(f"left out: {counted(len(listed), 'image')} such as {listed[0]}, since {reasons[kind]}")
     if faults:
-        print(f"at fault: {len(faults)} images, such as {faults[0].faults[0]}")
+        print(f"at fault: {counted(len(faults), 'image')}, such as {faults[0].faults[0]}")
 
 
 def report_exclusions(excluded: Mapping[str, Sequence[str]], reasons: Mapping[str, str]) -> dict[str, dict]:
@@ -274,10 +274,9 @@ def _warn_of_moved(out, rows: Iterable[ImageRow]) -> None:
     names = {PurePosixPath(row.file).name: row.set for row in rows}
     moved = [file for file, name in names.items() if earlier.get(file, name) != name]
     if moved := sorted(moved, key=lambda file: names[file] != "test"):
-        count = "1 image is" if len(moved) == 1 else f"{len(moved)} images are"
         seen = ": models trained on the earlier sets have seen some of today's test images"
         print(
-            f"warning: {out}: {count} in another set than before (such as {moved[0]})"
+            f"warning: {out}: {counted(len(moved), 'image')} now in another set than before (such as {moved[0]})"
             f"{seen if names[moved[0]] == 'test' else ''}",
             file=sys.stderr,
         )
@@ -364,11 +363,11 @@ def finish(report: dict, args) -> None:
     write_csv(Path(args.out, NEAR_DUPLICATES), _PAIR_COLUMNS, [pair.values() for pair in pairs])
     write_text(Path(args.out, REPORT), json.dumps(report, indent=2) + "\n")
     counts, repairs, skipped = report["counts"], report["repairs"], report["skipped"]
-    masks = f" and {counts['masks_prepared']} masks" if "masks_prepared" in counts else ""
-    print(f"prepared {counts['images_prepared']} images{masks}")
+    masks = f" and {counted(counts['masks_prepared'], 'mask')}" if "masks_prepared" in counts else ""
+    print(f"prepared {counted(counts['images_prepared'], 'image')}{masks}")
     for name, numbers in report["sets"].items():
         images, positive = numbers["images"], numbers["positive_images"]
-        print(f"  {name:5} {numbers['patients']} patients, {images} images ({positive} positive)")
+        print(f"  {name:5} {counted(numbers['patients'], 'patient')}, {counted(images, 'image')} ({positive} positive)")
         if not images:
             print(f"Warning: {name} has no images")
         elif positive in (0, images):
@@ -381,11 +380,10 @@ def finish(report: dict, args) -> None:
     if pairs:
         across = sum(pair["set"] != pair["other_set"] for pair in pairs)
         at_least = "at least " if len(pairs) == MAX_PAIRS else ""
-        count = "1 pair" if len(pairs) == 1 else f"{at_least}{len(pairs)} pairs"
         print(
-            f"Warning: {count} of images of different patients that look the same, {at_least}{across} "
-            f"of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}; figures on the test set "
-            f"may be too good: see {NEAR_DUPLICATES}"
+            f"Warning: {at_least}{counted(len(pairs), 'pair')} of images of different patients that look the same, "
+            f"{at_least}{across} of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}; figures "
+            f"on the test set may be too good: see {NEAR_DUPLICATES}"
         )
     if skipped:
         print(f"{len(skipped)} left out:", *(fault["reason"] for fault in skipped), sep="\n  ")
@@ -394,6 +392,6 @@ def finish(report: dict, args) -> None:
     print(f"details: {Path(args.out, REPORT)}")
     if skipped and args.on_error != "skip":
         raise InputError(
-            f"{len(skipped)} images or masks at fault, all others done; mend them and run this again, or "
+            f"images or masks at fault: {len(skipped)}, all others done; mend them and run this again, or "
             f"leave them out with --on-error skip. The first: {skipped[0]['reason']}"
         )

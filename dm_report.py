@@ -14,7 +14,7 @@ import pandas as pd
 from cycler import cycler
 
 from dm_evaluation import AVERAGE, FLIPS, at_levels, band_opacity, describe_weights, draw_calibration, draw_pr, draw_roc
-from dm_files import InputError, write_text
+from dm_files import InputError, counted, write_text
 from dm_image import check_grey, read_resized, resize
 
 # The palette of Okabe and Ito 2008, told apart by colour-blind readers too, less its yellow; dark enough on white.
@@ -81,16 +81,16 @@ def write_report(
 def _lead(results) -> str:
     data, models = results["data"], results["models"]
     count = _count_models(models) if len(models) > 1 else f"Model {_text(models[0])}"
-    patients = "" if data["patients"] is None else f" of {_count(data['patients'], 'patient')}"
-    return f"{count} on {_count(data['images'], 'image')}{patients}, {data['positive']:,} with cancer."
+    patients = "" if data["patients"] is None else f" of {counted(data['patients'], 'patient')}"
+    return f"{count} on {counted(data['images'], 'image')}{patients}, {data['positive']:,} with cancer."
 
 
 def _count_models(columns: Sequence[str]) -> str:
     """How many models there are, and how many columns of predictions where flips and averages add some."""
     models = {name.removesuffix(FLIPS) for name in columns} - {AVERAGE}
     if len(models) in (0, len(columns)):
-        return _count(len(columns), "model")
-    return f"{_count(len(models), 'model')}, {len(columns)} columns of predictions"
+        return counted(len(columns), "model")
+    return f"{counted(len(models), 'model')}, {len(columns)} columns of predictions"
 
 
 def _summary(results, table) -> str:
@@ -120,8 +120,8 @@ def _summary(results, table) -> str:
 
 def _level(kind: str, level: Mapping[str, Any], samples: pd.DataFrame) -> str:
     models = level["models"]
-    patients = "" if level["patients"] is None or kind == "patient" else f" of {_count(level['patients'], 'patient')}"
-    intro = f"<p>{_count(level['samples'], kind)}{patients}, {level['positive']:,} with cancer.</p>"
+    patients = "" if level["patients"] is None or kind == "patient" else f" of {counted(level['patients'], 'patient')}"
+    intro = f"<p>{counted(level['samples'], kind)}{patients}, {level['positive']:,} with cancer.</p>"
     rows = [
         [
             name,
@@ -302,10 +302,6 @@ def _origin(results) -> str:
 
 def _text(value) -> str:
     return html.escape(str(value))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _number(value: float | None, sign: str = "") -> str:

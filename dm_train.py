@@ -18,7 +18,7 @@ import dm_checkpoint
 import dm_memory
 from dm_callbacks import BestModel, HistoryFile, tensorboard
 from dm_check_data import TABLE, ImageCheck, accept_constant, check_images, read_table, report_faults, warn_of_types
-from dm_files import InputError, locked, remove_partial
+from dm_files import InputError, counted, locked, remove_partial
 from dm_image import DMImageDataGenerator, pixel_warnings, sample_images
 from dm_inference import (
     auc_by_class,
@@ -220,12 +220,12 @@ def _describe_sets(**sets) -> None:
     for name, image_set in sets.items():
         counts = np.bincount(image_set.classes, minlength=image_set.nb_class)
         by_class = ", ".join(f"{label} {count}" for label, count in zip(image_set.class_indices, counts, strict=True))
-        print(f"{name} set: {image_set.nb_sample} images ({by_class})")
+        print(f"{name} set: {counted(image_set.nb_sample, 'image')} ({by_class})")
     for (name, one), (other, two) in combinations(sets.items(), 2):
         shared = {Path(file).name for file in one.filenames} & {Path(file).name for file in two.filenames}
         if shared:
             print(
-                f"warning: {len(shared)} file names are in both the {name} and the {other} set, such as "
+                f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set, such as "
                 f"{min(shared)}: no image or patient should be",
                 file=sys.stderr,
             )

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, locked, remove_partial
+from dm_files import InputError, counted, locked, remove_partial
 
 # Usual class names, by their number.
 CLASSES = {
@@ -154,7 +154,7 @@ def run(*paths, **options) -> None:
     faults += scoring_faults
     nb_map = sum(1 for record in records for _ in record.views())
     window, strides = (" x ".join(f"{size:g}" for size in sizes) for sizes in (scorer.window, scorer.strides))
-    print(f"{nb_map} maps of {len(records)} breasts are in {args.out} ({scorer.mode})")
+    print(f"{counted(nb_map, 'map')} of {counted(len(records), 'breast')} in {args.out} ({scorer.mode})")
     print(f"Their cells stand for {window} pixels of the scored image and are {strides} pixels apart")
     if args.overlay is not None:
         draw = functools.partial(
@@ -169,7 +169,7 @@ def run(*paths, **options) -> None:
             remove_partial(args.overlay)
             drawn = list(run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"))
         faults += [fault for fault in drawn if fault is not None]
-        print(f"Pictures of {drawn.count(None)} breasts are in {args.overlay}")
+        print(f"Pictures of {counted(drawn.count(None), 'breast')} are in {args.overlay}")
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
 

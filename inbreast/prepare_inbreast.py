@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import HelpFormatter, add_preparation_options, complete, run_main
 from dm_dataset import write_csv
-from dm_files import InputError, locked
+from dm_files import InputError, counted, locked
 from dm_inbreast import (
     EXCLUSIONS,
     REPAIRS,
@@ -84,7 +84,8 @@ def print_selection(selection: Selection) -> None:
     print_exclusions(selection.excluded, EXCLUSIONS, selection.faults)
     patients = {image.patient for image in selection.images.values()}
     positive = sum(image.positive for image in selection.images.values())
-    print(f"used: {len(selection.images)} images ({positive} positive) of {len(patients)} patients")
+    images = counted(len(selection.images), "image")
+    print(f"used: {images} ({positive} positive) of {counted(len(patients), 'patient')}")
 
 
 def prepare_dataset(table: Table, selection: Selection, sets: Mapping[str, Sequence[str]], args) -> dict:

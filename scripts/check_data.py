@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
+from dm_files import counted
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,7 +44,7 @@ def run(**options) -> None:
         common = Counter(values).most_common(5)
         more = f" and {len(set(values)) - 5} others" if len(set(values)) > 5 else ""
         print(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in common) + more)
-    print(f"{len(checks)} images are listed in {args.table}")
+    print(f"{counted(len(checks), 'image')} listed in {args.table}")
     warn_of_types(checks)
     report_faults(checks, args.table)
 

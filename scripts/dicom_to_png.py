@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError, locked, walk_files, write_img, write_text
+from dm_files import InputError, counted, locked, walk_files, write_img, write_text
 
 COLUMNS = [
     *("file", "patient_id", "laterality", "view", "rows", "columns"),
@@ -131,13 +131,13 @@ def run(**options) -> None:
         faults = [fault for result in results for fault in result.faults]
         write_csv(out / "images.csv", COLUMNS, [row.values() for row in rows])
         report = {"images": len(rows), "skipped": faults}
-        print(f"{len(rows)} images in {out / 'images'}, listed in {out / 'images.csv'}")
+        print(f"{counted(len(rows), 'image')} in {out / 'images'}, listed in {out / 'images.csv'}")
         if args.voi_lut:
             report["without_window"] = [row["file"] for row in rows if not row["window"]]
             print(f"{len(report['without_window'])} of them have no display window and are scaled by their stored bits")
         write_text(out / REPORT, json.dumps(report | settings, indent=2) + "\n")
     if faults:
-        print(f"{len(faults)} files are left out:", *faults, sep="\n  ")
+        print(f"{counted(len(faults), 'file')} left out:", *faults, sep="\n  ")
     if not rows:
         raise InputError("none of the files could be converted")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dm_args
-from dm_files import InputError
+from dm_files import InputError, counted
 
 DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
 
@@ -109,7 +109,7 @@ def run(**options) -> None:
         print(json.dumps(figures, indent=2))
         return
     stored = f"pixels {figures['min']:g}..{high:g}, mean {figures['mean']:.6g}"
-    print(f"{figures['images']} images ({', '.join(types)}), {stored}")
+    print(f"{counted(figures['images'], 'image')} ({', '.join(types)}), {stored}")
     print(f"--rescale-factor {factor:g} --featurewise-mean {figures['featurewise_mean']:.2f}")
 
 

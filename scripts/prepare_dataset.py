@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from dm_args import HelpFormatter, add_preparation_options, complete, run_main
-from dm_files import InputError, locked
+from dm_files import InputError, counted, locked
 from dm_inbreast import add_class_options, read_classes
 from dm_own_data import (
     COLUMNS,
@@ -102,15 +102,15 @@ def read_data(args, skip: Sequence[Path]) -> Reading:
 def print_reading(reading: Reading, unknown: Sequence[str]) -> None:
     """Say what there is, what is left out and why, and of how many images the patient is not known."""
     positive = sum(picture.positive for picture in reading.pictures)
-    print(f"found: {len(reading.pictures)} images ({positive} positive)")
+    print(f"found: {counted(len(reading.pictures), 'image')} ({positive} positive)")
     print_exclusions(reading.excluded, EXCLUSIONS, reading.faults)
     for kind, listed in reading.repairs.items():
         if listed:
             print(f"{kind.replace('_', ' ')}: {len(listed)}, such as {listed[0]}")
     if unknown:
         print(
-            f"Warning: the patient of {len(unknown)} images, such as {unknown[0]}, is not known: each counts as a "
-            f"patient of its own, and images of one patient may come into several sets"
+            f"Warning: the patient of {counted(len(unknown), 'image')}, such as {unknown[0]}, is not known: each "
+            f"counts as a patient of its own, and images of one patient may come into several sets"
         )
 
 

@@ -207,7 +207,7 @@ def run_script(*arguments, **options):
 def test_the_script_lists_faults_and_fails(folder, tmp_path):
     run = run_script(folder, cwd=tmp_path)
     assert run.returncode == 1
-    assert run.stdout.startswith("pixel types: uint16 (2), uint8 (1)\nsizes: 40 x 30 (3)\n11 images are listed in ")
+    assert run.stdout.startswith("pixel types: uint16 (2), uint8 (1)\nsizes: 40 x 30 (3)\n11 images listed in ")
     assert "8 of 11 images cannot be used:" in run.stdout
     assert run.stderr.splitlines()[-1].startswith("check_data.py: error: 8 images cannot be used; data_check.csv lists")
     assert len(read_csv(tmp_path / "data_check.csv")) == 11
@@ -217,7 +217,7 @@ def test_the_script_accepts_good_images(folder, tmp_path, capsys):
     table = tmp_path / "t.csv"
     given = [folder / "a.png", folder / "bad/constant.png"]
     assert check_data.main([*map(str, given), "--table", str(table), "--allow-constant", "--jobs", "2"]) == 0
-    assert capsys.readouterr() == (f"pixel types: uint16 (2)\nsizes: 40 x 30 (2)\n2 images are listed in {table}\n", "")
+    assert capsys.readouterr() == (f"pixel types: uint16 (2)\nsizes: 40 x 30 (2)\n2 images listed in {table}\n", "")
     assert check_data.main([*map(str, given), "--table", str(table)]) == 1
     assert "constant image: all pixels are 7" in capsys.readouterr().err
 

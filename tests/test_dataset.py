@@ -79,7 +79,7 @@ def test_few_patients_are_divided_with_both_classes_where_there_are_two_of_each(
 
 def test_disjoint_check_names_patient_and_sets():
     check_disjoint({"train": ["a"], "val": ["b"], "test": ["c"]})
-    with pytest.raises(InputError, match="2 patients are in both val and test, such as b, d:"):
+    with pytest.raises(InputError, match="2 patients in both val and test, such as b, d:"):
         check_disjoint({"train": ["a"], "val": ["d", "b"], "test": ["c", "b", "d"]})
 
 

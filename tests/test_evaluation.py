@@ -145,7 +145,7 @@ def test_sensitivity_and_specificity_at_thresholds_of_other_images(results):
     found = evaluation.evaluate(table, ["a"], points, others, replicates=200)
     assert found["data"]["thresholds_from"] == "other images"
     # By their names these are the same patients.
-    assert found["data"]["notes"] == ["40 patients, such as P_000, are among the images of the thresholds too"]
+    assert found["data"]["notes"] == ["among the images of the thresholds too: 40 patients, such as P_000"]
     for name, level in evaluation.at_levels(table, ["a"]).items():
         other = evaluation.at_levels(others, ["a"])[name]
         expected = points.choose(other["label"].to_numpy(), other["a"].to_numpy())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dm_files
-from dm_files import InputError, check_writable, locked
+from dm_files import InputError, check_writable, counted, locked
 
 HERE = Path(dm_files.__file__).parent
 HOLD = (
@@ -236,3 +236,12 @@ def test_what_took_hours_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
         with dm_files.atomic_write(tmp_path / "model.h5", durable) as temporary:
             temporary.write_bytes(b"weights")
         assert calls == expected
+
+
+def test_one_is_counted_without_an_s():
+    assert [counted(number, "image") for number in (0, 1, 2, 1566)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,566 images",
+    ]

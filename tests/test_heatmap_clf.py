@@ -319,7 +319,7 @@ def relabel(records, cancer):
         (
             lambda d: {"maps": [save(d / "a.npz", breasts(20))], "test": [save(d / "b.npz", breasts(3, first=19))]},
             {},
-            "1 patients are in both MAPS and --test, such as P_19",
+            "1 patient in both MAPS and --test, such as P_19",
         ),
         (lambda d: {"maps": [save(d / "a.npz", breasts(9))] * 2}, {}, "P_0 LEFT stands there 2 times"),
         (

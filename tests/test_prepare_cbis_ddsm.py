@@ -833,7 +833,7 @@ def test_split_by_lists(plain, tmp_path):
     assert [path.parent.name for path in (tmp_path / "out").rglob(f"{left.key}.png")] == ["full_img"]
 
 
-@pytest.mark.parametrize("fault, message", [("twice", "are in both train and test"), ("unknown", "P_99999")])
+@pytest.mark.parametrize("fault, message", [("twice", "1 patient in both train and test"), ("unknown", "P_99999")])
 def test_lists_with_faults_are_refused(plain, tmp_path, fault, message):
     patients = sorted({row.patient.name for row in plain[1]})
     lists = {"train": patients[:2], "val": patients[2:3], "test": patients[3:]}

@@ -377,7 +377,7 @@ def test_shares_that_a_split_does_not_use_are_refused(table, sets, options, size
 
 
 def test_sets_that_share_patients_are_refused(table):
-    with pytest.raises(InputError, match="2 patients are in both train and test, such as a, b: Expected all images"):
+    with pytest.raises(InputError, match="2 patients in both train and test, such as a, b: Expected all images"):
         table(rows_of(THREE_SETS, patients="abcdefgabh"))
     assert not list(table.out.rglob("*.png"))
 
@@ -389,10 +389,10 @@ def test_images_that_come_into_other_sets_than_before_are_said(table, capsys):
     table(rows_of(THREE_SETS))
     assert capsys.readouterr().err.count("warning") == 0
     table(rows_of(["test", *THREE_SETS[1:7], "train", "test", "test"]))
-    expected = f"warning: {table.out}: 2 images are in another set than before (such as a.png){seen}\n"
+    expected = f"warning: {table.out}: 2 images now in another set than before (such as a.png){seen}\n"
     assert expected in capsys.readouterr().err
     table(rows_of(["test", "val", "train", "train", "train", *THREE_SETS[5:7], "train", "test", "test"]))
-    expected = f"warning: {table.out}: 2 images are in another set than before (such as b.png)\n"
+    expected = f"warning: {table.out}: 2 images now in another set than before (such as b.png)\n"
     assert expected in capsys.readouterr().err
     (table.out / "images.csv").write_text("file,set\n")
     table(rows_of(THREE_SETS))
@@ -773,7 +773,7 @@ def test_bad_image_is_named_and_all_others_are_done(table, capsys, kind):
     suffix, make, message = BAD_IMAGES[kind]
     make(table.data / f"bad.{suffix}")
     rows = [*rows_of(THREE_SETS), [f"bad.{suffix}", 1, "z", "train"]]
-    with pytest.raises(InputError, match="1 images or masks at fault, all others done") as error:
+    with pytest.raises(InputError, match="images or masks at fault: 1, all others done") as error:
         table(rows)
     report = read_report(table.out)
     (skipped,) = report["skipped"]

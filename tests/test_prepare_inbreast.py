@@ -400,7 +400,7 @@ def test_patients_in_no_set_are_left_out(plain, tmp_path):
     assert (tmp_path / "out/pat_train.txt").read_text().split() == patients[:5]
     assert not list((tmp_path / "out").rglob(f"{patients[9]}*"))
     (tmp_path / "test").write_text(f"{patients[0]}\n{patients[8]}\n")
-    with pytest.raises(InputError, match=f"1 patients are in both train and test, such as {patients[0]}"):
+    with pytest.raises(InputError, match=f"1 patient in both train and test, such as {patients[0]}"):
         prepare(folder, tmp_path / "out", split="lists", **files)
 
 
@@ -705,7 +705,7 @@ def test_damaged_annotations_cost_the_masks_alone(download, tmp_path, content):
     folder, views = download
     view = next(view for view in used(views) if view.breast.findings)
     (folder / view.annotation).write_bytes(content)
-    with pytest.raises(InputError, match="1 images or masks at fault"):
+    with pytest.raises(InputError, match="images or masks at fault: 1, all"):
         prepare(folder, tmp_path / "out", roi_masks=True)
     report = read_report(tmp_path / "out")
     (skipped,) = report["skipped"]

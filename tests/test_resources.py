@@ -176,7 +176,7 @@ def test_images_that_may_not_be_read_are_listed(tmp_path, forbidding):
     table = tmp_path / "t.csv"
     process = run("scripts.check_data", tmp_path / "images", "--table", table, **forbidding)
     message = f"The first: {tmp_path}/images/b.png: cannot be read: Permission denied"
-    assert error_line(process) == f"1 images cannot be used; {table} lists all. {message}"
+    assert error_line(process) == f"1 image cannot be used; {table} lists all. {message}"
     assert "  unreadable: 1, such as\n" in process.stdout
     (tmp_path / "images/b.png").chmod(0o600)
     assert run("scripts.check_data", tmp_path / "images", "--table", table, **forbidding).returncode == 0
