@@ -826,7 +826,7 @@ def test_a_bad_mask_ends_the_run_before_the_work_or_leaves_out_its_picture(tmp_p
         assert not (tmp_path / "maps.npz").exists() and not (tmp_path / "pictures").exists()
     assert command(folder, models / "patch.h5", tmp_path / "maps.npz", *args, "--on-error", "skip") == 0
     said = capsys.readouterr().out
-    assert "1 left out:" in said and bad.name in said and "Pictures of 1 breasts" in said
+    assert "1 left out:" in said and bad.name in said and "Pictures of 1 breast" in said
     assert len(load_heatmaps(tmp_path / "maps.npz").records) == 2
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["P_1_LEFT_CC.png", "P_1_LEFT_MLO.png"]
     # Once mended, nothing is computed again.
