@@ -8,7 +8,7 @@ from tests.fuzz import worker
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.seeds import targets
 
-CASES = 120
+CASES = 60
 
 
 def test_mutated_files_do_no_harm():
@@ -33,10 +33,13 @@ def test_mutated_files_do_no_harm():
         ("Path('out/.partial.a.png').touch(); return 0", "partial output"),
         ("Path('../evil').touch(); return 0", "output outside its folder: evil"),
         ("Path('evil').touch(); return 0", "output outside its folder: case/evil"),
-        ("Path('out/a.png').touch(); return 0", "is not whole: no image"),
-        ("Path('out/a.json').write_text('{'); return 0", "is not whole: JSONDecodeError"),
-        ("Path('out/a.csv').write_text('a,b'); return 0", "is not whole: no end of line"),
+        ("Path('out/a.png').touch(); return 0", "is not whole: a.png: ValueError no whole picture"),
+        ("Path('out/a.json').write_text('{'); return 0", "is not whole: a.json: JSONDecodeError"),
+        ("Path('out/a.csv').write_text('a,b'); return 0", "is not whole: a.csv: no end of line"),
+        ("Path('out/a.h5').touch(); return 0", "is not whole: a.h5: OSError"),
+        ("Path('in.png').write_text('b'); return 0", "output outside its folder: case/in.png"),
         ("os.write(2, b'a: error: wrong'); return 1", ""),
+        ("os.write(2, b'1 image at fault:\\n  in.png: wrong'); return 1", ""),
         ("sys.exit(2)", ""),
     ],
 )
@@ -47,8 +50,9 @@ def test_harm_is_seen(tmp_path, monkeypatch, body, finding):
     (tmp_path / f"{name}.py").write_text(f"import os, sys\nfrom pathlib import Path\ndef main(argv):\n    {body}\n")
     folder = tmp_path / "place" / "case"
     (folder / "out").mkdir(parents=True)
+    (folder / "in.png").touch()
     before = worker._listing(folder.parent)
-    found = worker.judge(folder, before, *worker.run_command(name, [], folder))
+    found = worker.judge(folder, before, *worker.run_command(name, [], folder), error="at fault:")
     sys.modules.pop(name, None)
     assert finding in found
     assert bool(found) == bool(finding)

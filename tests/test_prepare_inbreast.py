@@ -5,7 +5,6 @@ import json
 import os
 import plistlib
 import shutil
-import struct
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -36,6 +35,7 @@ from dm_phantom_inbreast import HEADER, ODDITIES, make_inbreast, write_dicom
 from inbreast import prepare_inbreast
 from inbreast.prepare_inbreast import main, run
 from scripts import make_phantom
+from tests.fuzz.seeds import as_biff2
 from tests.outputs import check_going_on, files_of, read_csv, read_folder, read_png, read_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
@@ -133,19 +133,6 @@ def test_split_is_by_patient_and_stratified(real_form):
         assert sum(cancer[patient] for patient in patients) == pytest.approx(expected, abs=1)
     assert split(real_form[0])[0] == sets
     assert split(real_form[0], "--random-state", "1")[0] != sets
-
-
-def as_biff2(lines):
-    """An .xls file of the oldest kind, of text and numbers."""
-    records = [(9, struct.pack("<HH", 7, 16))]
-    for row, cells in enumerate(lines):
-        for column, cell in enumerate(cells):
-            place = struct.pack("<HH3x", row, column)
-            if cell.isdecimal():
-                records.append((3, place + struct.pack("<d", float(cell))))
-            elif cell:
-                records.append((4, place + struct.pack("B", len(cell)) + cell.encode()))
-    return b"".join(struct.pack("<HH", kind, len(data)) + data for kind, data in [*records, (10, b"")])
 
 
 def test_excel_table_holds_the_same(real_form, tmp_path):

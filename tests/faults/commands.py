@@ -192,7 +192,9 @@ def damaged(folder: Path) -> list[str]:
         ".h5": read_h5,
         ".keras": read_archive,
         ".npz": read_archive,
+        ".skops": read_archive,
         ".txt": lambda path: path.read_text(),
+        ".html": lambda path: path.read_text(),
     }
     faults = []
     for name, path in sorted(files_below(folder).items()):

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 
 from dm_args import HelpFormatter, natural_int, positive_int
+from tests.fuzz.seeds import targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,17 +29,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--first", type=natural_int, default=0, help="number of the first")
     parser.add_argument("--seed", type=natural_int, default=0, help="of all cases")
     parser.add_argument("--jobs", type=positive_int, default=1, help="processes")
+    names = [target.name for target in targets()]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", default=(), help=", ".join(names))
     parser.add_argument("--out", metavar="FILE", help="list of all outcomes, a line of JSON each")
     return parser
 
 
-def fuzz(cases, seed: int, jobs: int = 1, report=None) -> list[dict]:
-    """Outcomes of the cases of these numbers, in no order. report: called with each, as it is there."""
+def fuzz(cases, seed: int, jobs: int = 1, report=None, only=()) -> list[dict]:
+    """Outcomes of the cases of these numbers, in no order. report: called with each, as it is there. only: names of
+    targets, which then are drawn from these."""
     from tests.fuzz.worker import prepare
 
     waiting, outcomes, lock = collections.deque(cases), [], threading.Lock()
     with tempfile.TemporaryDirectory(prefix="fuzz-inputs") as folder:
-        prepare(Path(folder))
+        prepare(Path(folder), only)
 
         def work():
             process, case = None, None
@@ -47,7 +51,7 @@ def fuzz(cases, seed: int, jobs: int = 1, report=None) -> list[dict]:
                     if not waiting:
                         break
                     case = waiting.popleft()
-                process = process or start(folder, seed)
+                process = process or start(folder, seed, only)
                 try:
                     process.stdin.write(f"{case}\n")
                     process.stdin.flush()
@@ -59,7 +63,7 @@ def fuzz(cases, seed: int, jobs: int = 1, report=None) -> list[dict]:
                 else:  # the interpreter itself came to its end
                     from tests.fuzz.worker import draw
 
-                    name = draw(case, seed)[0].name
+                    name = draw(case, seed, only)[0].name
                     status = end(process)
                     outcome = {"case": case, "target": name, "finding": f"crash: exit status {status}"}
                     outcome |= {"mutation": "", "status": None, "seconds": 0.0, "message": ""}
@@ -79,8 +83,8 @@ def fuzz(cases, seed: int, jobs: int = 1, report=None) -> list[dict]:
     return outcomes
 
 
-def start(folder: str, seed: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.fuzz.worker", folder, str(seed)]
+def start(folder: str, seed: int, only) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.fuzz.worker", folder, str(seed), *only]
     return subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -102,7 +106,7 @@ def main(argv=None) -> int:
                 f"case {outcome['case']}, {outcome['target']}, {outcome['mutation']}:\n{outcome['finding']}", flush=True
             )
 
-    outcomes = fuzz(range(args.first, args.first + args.cases), args.seed, args.jobs, report)
+    outcomes = fuzz(range(args.first, args.first + args.cases), args.seed, args.jobs, report, args.only)
     if args.out:
         lines = (json.dumps(outcome) + "\n" for outcome in sorted(outcomes, key=lambda outcome: outcome["case"]))
         Path(args.out).write_text("".join(lines))

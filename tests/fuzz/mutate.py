@@ -221,6 +221,16 @@ def dicom_syntax(data, rng):
     )[:length].ljust(length, b"\0")  # fmt: skip
 
 
+@_of_bytes
+def xls_record(data, rng):
+    """A record of an old Excel file with another kind, length or content."""
+    records, position = [], 0
+    while position + 4 <= len(data):
+        records.append(position)
+        position += 4 + struct.unpack_from("<H", data, position + 2)[0]
+    struct.pack_into("<H", data, rng.choice(records) + rng.choice((0, 2, 4, 6, 8)), rng.choice(NUMBERS) % 65536)
+
+
 # -------------------------------------------------------------------------------------------------------- texts
 
 
@@ -329,6 +339,13 @@ def json_file(path, rng):
     path.write_text(json_text(path.read_text(), rng))
 
 
+def json_line(path, rng):
+    lines = path.read_text().splitlines()
+    number = rng.randrange(len(lines))
+    lines[number] = json_text(lines[number], rng)
+    path.write_text("\n".join(lines) + "\n")
+
+
 # ----------------------------------------------------------------------------------------------------- archives
 
 
@@ -387,16 +404,31 @@ def archive_weights(path, rng):
     _repack(path, change)
 
 
-def map_arrays(path, rng):
-    """Arrays and the header of a `.npz` map file."""
+def archive_xml(path, rng):
+    """A part of an Excel file."""
+    inner = path.with_suffix(".inner.xml")
+
+    def change(members):
+        name = rng.choice([name for name in members if name.endswith(".xml")])
+        inner.write_bytes(members[name])
+        xml_parts(inner, rng)
+        members[name] = inner.read_bytes()
+        inner.unlink()
+
+    _repack(path, change)
+
+
+def npz_arrays(path, rng):
+    """Arrays and the header of a map file, or the state of a training."""
     import numpy as np
 
     with np.load(path) as archive:
         arrays = dict(archive)
+    header = "header" if "header" in arrays else "description"
     if rng.random() < 0.6:
-        arrays["header"] = np.array(json_text(str(arrays["header"]), rng))
+        arrays[header] = np.array(json_text(str(arrays[header]), rng))
     else:
-        name = rng.choice(sorted(set(arrays) - {"header"}))
+        name = rng.choice(sorted(set(arrays) - {header}))
         arrays[name] = _other_array(arrays[name], rng)
     np.savez_compressed(path, **arrays)
 
@@ -483,13 +515,18 @@ FIELDS = {
     ".bmp": [bmp_header],
     ".pgm": [pgm_header],
     ".dcm": [dicom_tags, dicom_tags, dicom_syntax],
+    ".dicom": [dicom_tags, dicom_tags, dicom_syntax],
     ".csv": [table_cells],
+    ".xls": [xls_record],
+    ".xlsx": [archive_members, archive_xml, archive_xml],
     ".txt": [text_lines],
+    "": [text_lines],
     ".xml": [xml_parts],
     ".json": [json_file],
+    ".jsonl": [json_line],
     ".h5": [h5_content, h5_content],
     ".keras": [archive_members, archive_json, archive_weights],
-    ".npz": [map_arrays, archive_members, npy_header],
+    ".npz": [npz_arrays, archive_members, npy_header],
     ".pkl": [pickled_values],
     ".skops": [archive_members, archive_json, archive_json],
 }

@@ -2,16 +2,25 @@
 
 import contextlib
 import csv
+import functools
+import hashlib
+import importlib
 import io
 import json
 import pickle
-from collections.abc import Callable
+import shutil
+import signal
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 SIZE = (64, 48)
+PARTS = ("train", "val", "test")
+RELEASED = "ddsm-vgg16-512-512-1024x2-extended.h5"
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,8 @@ class Target:
     """One command line and the files of its folder that are mutated, one a case.
 
     module: the script. args: its arguments, in the folder; outputs go to `out`. make: fills the folder with inputs.
-    files: patterns of the files that are mutated. weight: how often it is drawn.
+    files: patterns of the files that are mutated. weight: how often it is drawn. error: what is on standard error where
+    files are at fault, if there is no last line for it.
     """
 
     name: str
@@ -28,6 +38,7 @@ class Target:
     make: Callable[[Path], None]
     files: tuple[str, ...]
     weight: int = 10
+    error: str = ""
 
 
 def mammogram(seed: int = 0, size: tuple[int, int] = SIZE, dtype=np.uint16) -> np.ndarray:
@@ -127,6 +138,56 @@ def make_phantom(folder: Path, layout: str) -> None:
     assert status == 0
 
 
+def as_biff2(lines: Sequence[Sequence[str]]) -> bytes:
+    """An .xls file of the oldest kind, of text and numbers."""
+    records = [(9, struct.pack("<HH", 7, 16))]
+    for row, cells in enumerate(lines):
+        for column, cell in enumerate(cells):
+            place = struct.pack("<HH3x", row, column)
+            if cell.isdecimal():
+                records.append((3, place + struct.pack("<d", float(cell))))
+            elif cell:
+                records.append((4, place + struct.pack("B", len(cell)) + cell.encode()))
+    return b"".join(struct.pack("<HH", kind, len(data)) + data for kind, data in [*records, (10, b"")])
+
+
+def write_excel(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    """By the name's ending: .xls or .xlsx."""
+    if path.suffix == ".xls":
+        path.write_bytes(as_biff2(lines))
+    else:
+        import pandas as pd
+
+        pd.DataFrame(lines).to_excel(path, header=False, index=False)
+
+
+def make_excel(folder: Path, ending: str) -> None:
+    """INbreast with its table in an Excel file."""
+    make_phantom(folder, "inbreast")
+    [table] = folder.rglob("INbreast.csv")
+    write_excel(table.with_suffix(ending), list(csv.reader(table.read_text().splitlines(), delimiter=";")))
+    table.unlink()
+
+
+def make_cmmd(folder: Path) -> None:
+    lines = [["ID1", "LeftRight", "Age", "number", "abnormality", "classification", "subtype"]]
+    for i in range(6):
+        patient = f"D1-000{i}"
+        lines.append([patient, "L", "50", "2", "mass", "Malignant" if i % 2 else "Benign", ""])
+        path = folder / "in" / "CMMD" / patient / "1-1.dcm"
+        write_dicom(path, mammogram(i), SYNTAXES["explicit"], PatientID=patient)
+    write_excel(folder / "in" / "CMMD_clinicaldata_revision.xlsx", lines)
+
+
+def make_vindr(folder: Path) -> None:
+    rows = ["study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"]
+    for i in range(8):
+        part = "test" if i > 5 else "training"
+        rows.append(f"study{i},series{i},image{i},L,CC,64,48,BI-RADS {4 if i % 2 else 1},DENSITY C,{part}")
+        write_dicom(folder / "in" / "images" / f"study{i}" / f"image{i}.dicom", mammogram(i), SYNTAXES["explicit"])
+    (folder / "in" / "breast-level_annotations.csv").write_text("\n".join(rows) + "\n")
+
+
 def make_own_table(folder: Path) -> None:
     make_images(folder)
     rows = ["file,label,patient,side,view,set"]
@@ -224,6 +285,133 @@ def make_model(folder: Path, ending: str) -> None:
     (folder / "breasts.csv").write_text("patient_id,side,cancer\nP_1,LEFT,1\n")
 
 
+def make_images_to_predict(folder: Path) -> None:
+    from dm_preflight import pixel_statistics
+
+    make_model(folder, ".h5")
+    statistics = pixel_statistics([mammogram(i).astype(np.float32) * 0.003891 for i in range(20)])
+    (folder / "model" / "pixel_stats.json").write_text(json.dumps(statistics))
+
+
+def make_mapped(module: str, args: Sequence[str], folder: Path) -> None:
+    """A model, what to map with it, the maps of an earlier run, and those of one that was stopped."""
+
+    def make(folder):
+        make_model(folder, ".h5")
+        write_image(folder / "roi" / "Mass-Training_P_1_LEFT_CC_1.png", mask())
+
+    make_again(make, module, args, folder)
+    parts = folder / "out" / "cam.npz.parts"
+    parts.mkdir()
+    shutil.copy(folder / "out" / "cam.npz", parts / "P_1_LEFT.npz")
+
+
+def make_lesions(folder: Path) -> None:
+    make_maps(folder, ".npz")
+    rows = ["patient_id,side,view,abn_num,pathology,type", *(f"P_{i},LEFT,CC,1,MALIGNANT,mass" for i in range(12))]
+    (folder / "lesions.csv").write_text("\n".join(rows) + "\n")
+
+
+def make_two_maps(folder: Path) -> None:
+    from dm_heatmap import load_heatmaps, save_heatmaps
+
+    make_maps(folder, ".npz")
+    maps = load_heatmaps(folder / "maps.npz")
+    for record in maps.records:
+        record.patient_id = f"Q_{record.patient_id}"
+    save_heatmaps(
+        folder / "test.npz", maps.records, class_names=maps.class_names, strides=maps.strides, options=maps.options
+    )
+
+
+def make_scored(folder: Path) -> None:
+    """A model, a table of images, and a prepared folder."""
+    args = ("in", "prepared", "--format", "csv", "--table", "labels.csv", "--img-size", "64", "48", "--jobs", "1")
+    make_again(make_own_table, "scripts.prepare_dataset", args, folder)
+    text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(text.replace(",train", ",test"))
+    make_model(folder, ".h5")
+
+
+def make_downloaded(folder: Path) -> None:
+    (folder / "out").mkdir(parents=True)
+    (folder / "out" / RELEASED).write_bytes(b"a model")
+    (folder / "out" / "SHA256SUMS").write_text(f"{hashlib.sha256(b'a model').hexdigest()}  {RELEASED}\n")
+
+
+# ---------------------------------------------------------------------------------------------------- trainings
+
+
+def make_training(folder: Path, ending: str = ".png") -> None:
+    """Sets of a few images, a patch classifier, and a whole-image classifier in `.h5` and `.keras`."""
+    import keras
+
+    from dm_checkpoint import save_model
+    from dm_keras_ext import Yaroslav
+
+    for part in PARTS:
+        for i in range(4):
+            path = folder / part / ("pos" if i % 2 else "neg") / f"{part}_{i}{ending}"
+            if ending == ".dcm":
+                write_dicom(path, mammogram(i), SYNTAXES["explicit"])
+            else:
+                write_image(path, mammogram(i, dtype=np.uint16 if ending == ".png" else np.uint8))
+    make_model(folder, ".h5")
+    keras.utils.set_random_seed(0)
+    patch = Yaroslav(classes=2, nb_init_filter=2)
+    for kind in (".h5", ".keras"):
+        save_model(keras.saving.load_model(folder / "model.h5", compile=False), folder / f"model{kind}")
+        save_model(patch, folder / f"patch{kind}")
+
+
+def train_images(*options: str, sets: str = ".") -> tuple[str, tuple[str, ...]]:
+    """Command line of the trainer, in a folder of `make_training`. sets: the folder of the sets."""
+    words = "--img-size 64 48 --rescale-factor 0.003891 --batch-size 4 --nb-epoch 0 --all-layer-epochs 0"
+    words += " --no-test-augment --best-model out/best.h5"
+    return "ddsm_train.image_clf_train", (*words.split(), *options, *(f"{sets}/{part}" for part in PARTS))
+
+
+def train_patches(*options: str) -> tuple[str, tuple[str, ...]]:
+    words = "--img-size 128 96 --rescale-factor 0.003891 --batch-size 4 --nb-epoch 0 --all-layer-epochs 0"
+    words += " --top-layer-epochs 0 --top-layer-nb 2 --net yaroslav --class-list neg pos --best-model out/best.keras"
+    return "ddsm_train.patch_clf_train", (*words.split(), *options, *PARTS)
+
+
+# The checks of images name them by their whole path: this one is right in any folder that a command runs in.
+STOPPED = train_images(
+    *("--resume-from", "model.h5", "--top-layer-nb", "2", "--nb-epoch", "1", "--all-layer-epochs", "2"),
+    *("--on-error", "skip"), sets="/proc/self/cwd",
+)  # fmt: skip
+
+
+def make_stopped(folder: Path) -> None:
+    """A training whose first stage has ended, and which was stopped after the first step of the second."""
+    from ddsm_train import image_clf_train
+
+    def stop(callback, batch, logs=None):
+        if callback._epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    make_training(folder)
+    with contextlib.chdir(folder), mock.patch("dm_callbacks.FiniteLoss.on_train_batch_end", stop), quiet():
+        status = image_clf_train.main(STOPPED[1])
+    assert status == 143
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def make_again(make: Callable[[Path], None], module: str, args: Sequence[str], folder: Path) -> None:
+    """Inputs of a command, and what it makes of them."""
+    make(folder)
+    with contextlib.chdir(folder), quiet():
+        status = importlib.import_module(module).main(list(args))
+    assert status == 0
+
+
 def _prepare(module: str, *args: str) -> tuple[str, tuple[str, ...]]:
     return module, ("in", "out", *args, "--img-size", "32", "24", "--jobs", "1", "--on-error", "skip")
 
@@ -232,9 +420,9 @@ def targets() -> list[Target]:
     """All of them. The cheap ones are drawn more often."""
     result = []
 
-    def add(name, command, make, files, weight=10):
+    def add(name, command, make, files, weight=10, error=""):
         module, args = command
-        result.append(Target(name, module, args, make, files, weight))
+        result.append(Target(name, module, args, make, files, weight, error))
 
     own = "scripts.prepare_dataset"
     for ending in (".png", ".jpg", ".tif", ".bmp"):
@@ -321,4 +509,63 @@ def targets() -> list[Target]:
         lambda folder: make_model(folder, ".h5"), ("model/args.json",), 10)  # fmt: skip
     cam = ("in", "model.h5", "--img-size", "64", "48", "--pat-csv", "breasts.csv", "--out", "out/cam.npz")
     add("breasts", ("ddsm_train.heatmap_score", cam), lambda folder: make_model(folder, ".h5"), ("breasts.csv",), 10)
+
+    for ending in (".xls", ".xlsx"):
+        add(f"INbreast {ending}", inbreast, functools.partial(make_excel, ending=ending), (f"in/**/*{ending}",), 20)
+    add("CMMD", _prepare(own, "--format", "cmmd"), make_cmmd, ("in/*.xlsx", "in/**/D1-000[01]/*.dcm"), 20)
+    add("VinDr-Mammo", _prepare(own, "--format", "vindr"), make_vindr, ("in/*.csv", "in/images/study[01]/*"), 20)
+    add("images of exams", _prepare(own, "--format", "nyu", "--table", "exams.pkl"), make_exams, ("in/0*.png",), 10)
+    add("own table again", table, functools.partial(make_again, make_own_table, *table),
+        ("out/manifest.jsonl", "out/images.csv"), 40)  # fmt: skip
+    add("sampling again", command, functools.partial(make_again, make_sampling, *command),
+        ("out/train/manifest.jsonl", "out/train/args.json"), 20)  # fmt: skip
+    check = ("scripts.check_data", ("/proc/self/cwd/in", "--table", "out/t.csv", "--jobs", "1"))
+    add("check again", check, functools.partial(make_again, make_images, *check), ("out/t.csv",), 20)
+    add("sums", ("scripts.download_models", (Path(RELEASED).stem, "--out-dir", "out")), make_downloaded,
+        ("out/SHA256SUMS",), 5, error="Fetch with a browser:")  # fmt: skip
+
+    predict = ("model.h5", "in", "--out", "out/p.json", "--flips", "--overlay", "out/pictures", "--jobs", "1")
+    add("images to predict", ("scripts.predict", predict), make_images_to_predict,
+        ("in/*.png", "model/*.json"), 20, error=" at fault:")  # fmt: skip
+    overlay = ("ddsm_train.heatmap_score", (*cam, "--overlay", "out/pictures", "--roi-mask-dir", "roi"))
+    add("maps again", overlay, functools.partial(make_mapped, *overlay),
+        ("in/*.png", "roi/*.png", "out/*.npz", "out/cam.npz.parts/*.npz"), 20)  # fmt: skip
+    lesions = ("maps.npz", "--roi-mask-dir", "roi", "--malignant", "lesions.csv", "--out-dir", "out")
+    add("lesions", ("ddsm_train.localise", lesions), make_lesions, ("lesions.csv", "roi/*P_1_*.png"), 20)
+    grow = ("maps.npz", "--test", "test.npz", "--trees", "3", "--folds", "2", "--bootstrap", "20", "--cutoffs", "0.5")
+    add("growing trees", ("ddsm_train.heatmap_clf_train", (*grow, "--out-dir", "out")), make_two_maps, ("*.npz",), 20)
+    score = ("--bootstrap", "20", "--out-dir", "out", "--metarepository", "out/m.csv")
+    images = ("model.h5", "labels.csv", "--image-dir", "in", "--val", "labels.csv", "--on-error", "skip", *score)
+    add("scored table", ("scripts.evaluate", images), make_scored, ("labels.csv", "in/*/P_[45]*.png"), 10)
+    add(
+        "scored folder",
+        ("scripts.evaluate", ("model.h5", "prepared", *score, "--report", "out/r.html")),
+        make_scored,
+        ("prepared/images.csv",),
+        15,
+    )
+
+    resume = ("--resume-from", "model.h5")
+    for ending, (trainer, options) in {
+        ".png": (train_images, (*resume, "--load-train-ram", "--load-val-ram")),
+        ".jpg": (train_images, (*resume, "--on-error", "skip")),
+        ".dcm": (train_images, (*resume, "--on-error", "skip", "--no-check-data", "--all-layer-epochs", "1")),
+        ".tif": (train_patches, ("--on-error", "skip", "--equalize-hist")),
+        ".bmp": (train_patches, ("--no-check-data", "--img-scale", "255")),
+    }.items():
+        make = functools.partial(make_training, ending=ending)
+        add(f"training on {ending}", trainer(*options), make, (f"*/*/*_0{ending}",), 10)
+    build = ("--patch-net", "yaroslav", "--block-type", "vgg", "--top-depths", "2", "--top-repetitions", "1")
+    build += ("--img-size", "192", "160")
+    for ending in (".h5", ".keras"):
+        for name, (module, args), file in (
+            ("finetuning", train_images("--resume-from", f"model{ending}", "--all-layer-epochs", "1"), "model"),
+            ("building on", train_images(*build, "--patch-model-state", f"patch{ending}"), "patch"),
+            ("more training of", train_patches("--resume-from", f"patch{ending}"), "patch"),
+        ):
+            add(f"{name} {ending}", (module, args), make_training, (f"{file}{ending}",), 15)
+    kept = ("out/best/state/*.npz", "out/best/data_check.csv")
+    add("stopped training", STOPPED, make_stopped, (*kept, "train/neg/train_0.png"), 30)
+    finished = functools.partial(make_again, make_training, *STOPPED)
+    add("finished training", STOPPED, finished, (*kept, "out/best.h5", "test/neg/test_0.png"), 20)
     return result

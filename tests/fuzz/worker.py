@@ -15,9 +15,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.faults.commands import damaged
 from tests.fuzz.mutate import mutate
 from tests.fuzz.seeds import Target, targets
 
@@ -42,35 +44,35 @@ class Outcome(NamedTuple):
     message: str
 
 
-def prepare(folder: Path) -> dict[str, Path]:
-    """The inputs of all targets, below `folder`, by the name of the target."""
-    made = {}
-    for number, target in enumerate(targets()):
-        made[target.name] = folder / str(number)
-        if not made[target.name].exists():
-            target.make(made[target.name])
-    return made
+def prepare(folder: Path, only: Collection[str] = ()) -> None:
+    """Make the inputs of all targets, or `only` those of these names, in folders of `folder` called as the targets."""
+    for target in chosen(only):
+        target.make(folder / target.name)
 
 
-def draw(case: int, seed: int) -> tuple[Target, random.Random]:
+def chosen(only: Collection[str]) -> list[Target]:
+    return [target for target in targets() if not only or target.name in only]
+
+
+def draw(case: int, seed: int, only: Collection[str] = ()) -> tuple[Target, random.Random]:
     """The target of a case, and the random numbers of its mutations; the same for any number of workers.
 
-    Cases below zero are the targets in their order, whose files stay whole.
+    Cases below zero are the targets in their order, whose files stay whole. only: names of those to draw from.
     """
     rng = random.Random(f"{seed} {case}")
-    everything = targets()
+    everything = chosen(only)
     if case < 0:
         return everything[-1 - case], rng
     [target] = rng.choices(everything, [target.weight for target in everything])
     return target, rng
 
 
-def run_case(case: int, seed: int, inputs: Path) -> Outcome:
-    """Run a case in a folder of its own. inputs: of its target."""
-    target, rng = draw(case, seed)
+def run_case(case: int, seed: int, inputs: Path, only: Collection[str] = ()) -> Outcome:
+    """Run a case in a folder of its own. inputs: of `prepare`."""
+    target, rng = draw(case, seed, only)
     with tempfile.TemporaryDirectory(prefix="fuzz") as place:
         folder = Path(place, "case")
-        shutil.copytree(inputs, folder)
+        shutil.copytree(inputs / target.name, folder)
         files = sorted(path for pattern in target.files for path in folder.glob(pattern))
         file = rng.choice(files)
         mutation = f"{file.relative_to(folder)}: {mutate(file, rng) if case >= 0 else 'none'}"
@@ -78,7 +80,7 @@ def run_case(case: int, seed: int, inputs: Path) -> Outcome:
         start = time.monotonic()
         status, output, trace = run_command(target.module, target.args, folder)
         seconds = time.monotonic() - start
-        finding = judge(folder, before, status, output, trace)
+        finding = judge(folder, before, status, output, trace, target.error)
     return Outcome(case, target.name, mutation, finding, status, seconds, output[-2000:])
 
 
@@ -133,8 +135,8 @@ def _redirected(stream):
             os.close(old)
 
 
-def judge(folder: Path, before: set[str], status, output: str, trace: str) -> str:
-    """What is wrong with the end of a command, or ""."""
+def judge(folder: Path, before: dict[str, int], status, output: str, trace: str, error: str = "") -> str:
+    """What is wrong with the end of a command, or "". error: see `Target`."""
     if trace:
         return trace
     lines = [line for line in output.splitlines() if line.strip()]
@@ -142,42 +144,34 @@ def judge(folder: Path, before: set[str], status, output: str, trace: str) -> st
         return f"exit status {status}"
     if "Traceback" in output:
         return "stack trace in the output"
-    if status == 1 and not any(": error: " in line for line in lines[-1:]):
+    if status == 1 and not any(": error: " in line for line in lines[-1:]) and not (error and error in output):
         return "no line that says what is wrong"
     if status == 1 and "out of memory" in lines[-1]:
         return "memory: " + lines[-1]
     if partial := [path for path in folder.rglob(".partial.*")]:
         return f"partial output {partial[0].name}"
-    if outside := sorted(name for name in _listing(folder.parent) - before if not name.startswith("case/out")):
+    written = {name for name, time in _listing(folder.parent).items() if before.get(name) != time}
+    if outside := sorted(name for name in written if not name.startswith("case/out")):
         return f"output outside its folder: {outside[0]}"
-    for path in folder.joinpath("out").rglob("*"):
-        if path.is_file() and (fault := _damage(path)):
-            return f"output {path.relative_to(folder)} is not whole: {fault}"
+    for fault in (*damaged(folder / "out"), *_cut(folder / "out")):
+        if f"case/out/{fault.partition(': ')[0]}" in written:
+            return f"output is not whole: {fault}"
     return ""
 
 
-def _listing(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.name.startswith(".lock")}
+def _listing(folder: Path) -> dict[str, int]:
+    """When each file below a folder was changed, in nanoseconds; 0 for folders."""
+    return {
+        path.relative_to(folder).as_posix(): 0 if path.is_dir() else path.lstat().st_mtime_ns
+        for path in folder.rglob("*")
+        if not path.name.startswith(".lock")
+    }
 
 
-def _damage(path: Path) -> str:
-    """Why an output cannot be read, or ""."""
-    import cv2
-
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".npz":
-            from dm_heatmap import load_heatmaps
-
-            load_heatmaps(path)
-        elif path.suffix == ".png" and cv2.imread(str(path), cv2.IMREAD_UNCHANGED) is None:
-            return "no image"
-        elif path.suffix in (".csv", ".txt") and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            return "no end of line"
-    except Exception as error:
-        return repr(error)
-    return ""
+def _cut(folder: Path) -> list[str]:
+    """Tables and lists without their last end of line."""
+    texts = [path for path in folder.rglob("*") if path.suffix in (".csv", ".txt")]
+    return [f"{path.relative_to(folder)}: no end of line" for path in texts if path.read_bytes()[-1:] not in b"\n"]
 
 
 def limit_memory() -> None:
@@ -195,24 +189,23 @@ def load_modules() -> None:
     import dm_args
 
     dm_args.start_backend()
-    importlib.import_module("dm_predict")
+    for name in ("dm_predict", "dm_train"):
+        importlib.import_module(name)
 
 
-def main(folder: str, seed: str) -> None:
+def main(folder: str, seed: str, *only: str) -> None:
     """Run the cases whose numbers come on standard input, and answer each with a line of JSON.
 
-    folder: of `prepare`. A limit of memory holds from the first case on.
+    folder: of `prepare`. only: names of the targets to draw from. A limit of memory holds from the first case on.
     """
     import warnings
 
     warnings.simplefilter("ignore")
     answers = os.fdopen(os.dup(1), "w")
     load_modules()
-    inputs = {target.name: Path(folder, str(number)) for number, target in enumerate(targets())}
     limit_memory()
     for number, line in enumerate(sys.stdin):
-        case = int(line)
-        outcome = run_case(case, int(seed), inputs[draw(case, int(seed))[0].name])
+        outcome = run_case(int(line), int(seed), Path(folder), only)
         answers.write(json.dumps(outcome._asdict()) + "\n")
         answers.flush()
         if number % 50 == 49:
