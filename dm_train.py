@@ -163,14 +163,14 @@ def _prepare(args, model, allow_constant, out_dir, state) -> Training:
     images = sample_images(train_set)
     for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None):
         print(f"warning: {message}", file=sys.stderr)
-    if out_dir is not None:
-        write_json(out_dir / "pixel_stats.json", pixel_statistics(images))
 
     for folder in (*val_set.empty_classes, *test_set.empty_classes):
         print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
     _report_skipped(training=train_set, validation=val_set, test=test_set)
 
     state.check(training_images=_fingerprint(train_set), validation_images=_fingerprint(val_set))
+    if out_dir is not None:
+        write_json(out_dir / "pixel_stats.json", pixel_statistics(images))
     return Training(args, model, org_model, fitted, train_set, val_set, test_set, out_dir, state)
 
 

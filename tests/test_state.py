@@ -231,13 +231,14 @@ def test_other_options_are_refused_by_name(data, stopped, capfd):
 
 
 def test_other_images_are_refused(data, stopped, capfd):
-    extra = data / "train" / "neg" / "more.png"
+    extra, before = data / "train" / "neg" / "more.png", (stopped / "best" / "pixel_stats.json").read_bytes()
     extra.write_bytes((data / "train" / "neg" / "train0.png").read_bytes())
     try:
         assert train(data, stopped) == 1
     finally:
         extra.unlink()
     assert "training_images 10 files" in capfd.readouterr().err
+    assert (stopped / "best" / "pixel_stats.json").read_bytes() == before
 
 
 def test_another_start_model_of_the_same_name_is_refused(data, stopped, capfd):
