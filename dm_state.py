@@ -22,7 +22,7 @@ import numpy as np
 from keras import ops
 
 from dm_args import Terminated, check_same_options
-from dm_files import InputError, atomic_write, remove_partial
+from dm_files import InputError, atomic_write, check_writable, remove_partial
 from dm_limits import check_archive
 from dm_multi_gpu import even_batches, random_state, set_random_state, training_scope
 
@@ -61,9 +61,12 @@ class TrainingState(keras.callbacks.Callback):
     # -- before the training
 
     def open(self, fresh: bool = False) -> None:
-        """Look for a state in the folder; `fresh` removes it. InputError where there is one that cannot be read."""
+        """Look for a state in the folder; `fresh` removes it. InputError where there is one that cannot be read, or
+        none can be written.
+        """
         if self.folder is None:
             return
+        check_writable(self.folder / "state.npz")
         if fresh:
             self._remove(_GENERATIONS)
             self._again = "the same command without --fresh"
@@ -116,6 +119,9 @@ class TrainingState(keras.callbacks.Callback):
             return
         if description["variables"] != _kinds(model.variables):
             raise InputError(f"{self.folder}: holds a training of another network. Start over with --fresh")
+        for callback in callbacks:
+            if hasattr(callback, "restore"):
+                callback.restore(model)  # in case its file is damaged, better known now than after days
         self._assign(model.variables, "model")
         self._random = self._arrays("random")
         train_set.go_to(*self._position, self._step)

@@ -257,6 +257,9 @@ def test_a_training_is_not_begun_anew_because_its_best_model_is_elsewhere(data, 
     (stopped / "best.h5").rename(stopped / "else.h5")
     assert train(data, stopped) == 1
     assert "best.h5: is gone, the best model of the training" in capfd.readouterr().err.splitlines()[-1]
+    (stopped / "best.h5").write_bytes((stopped / "else.h5").read_bytes()[:2000])
+    assert train(data, stopped) == 1
+    assert "best.h5: " in capfd.readouterr().err.splitlines()[-1]
     (stopped / "else.h5").rename(stopped / "best.h5")
     moved = stopped.with_name("moved")
     stopped.rename(moved)
@@ -305,6 +308,12 @@ def test_a_training_is_not_begun_anew_because_its_states_are_damaged(damage, tmp
     break_it(tmp_path / "state-0.npz")
     with pytest.raises(InputError, match=r"none of its saved states can be read.*--fresh"):
         TrainingState(tmp_path).open()
+
+
+def test_a_folder_that_takes_no_state_is_said_before_the_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/state\.npz: cannot be written to"):
+        TrainingState(tmp_path / "file").open()
 
 
 def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupted, tmp_path, capfd):
