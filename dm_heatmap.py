@@ -185,7 +185,8 @@ def load_heatmaps(path) -> Heatmaps:
             record | {view: arrays[name] for view in VIEWS if (name := f"{i}_{view}") in arrays}
             for i, record in enumerate(header.pop("records"))
         ]
-        return _from_dicts([record | header for record in dicts] or [header])
+        first, *others = dicts or [{}]  # not into each: both can be many
+        return _from_dicts([first | header, *others])
     except InputError:
         raise
     # What damaged archives, HDF5 files and pickles, or other content than maps, end in: errors of many types.
@@ -236,13 +237,15 @@ def _from_dicts(content: list[dict]) -> Heatmaps:
     _check(isinstance(heatmaps.options, dict), "options")
     if "window" in heatmaps.options:
         _pair("window", heatmaps.options["window"], 0, _MAX_SIDE + 1)  # maps are smoothed by a part of it
+    maps = {}
     for entry in content:
         if "patient_id" in entry:  # else the header of a file without records
-            heatmaps.records.append(_record(entry, heatmaps))
+            heatmaps.records.append(_record(entry, heatmaps, maps))
     return heatmaps
 
 
-def _record(entry: dict, heatmaps: Heatmaps) -> HeatmapRecord:
+def _record(entry: dict, heatmaps: Heatmaps, maps: dict[int, np.ndarray]) -> HeatmapRecord:
+    """maps: those in float32, by the id of the array in the file, which a pickle can name for any number of breasts."""
     cancer = entry.get("cancer")
     _check(cancer in (None, 0, 1), "cancer")
     _check(isinstance(entry["side"], str), "side")
@@ -258,7 +261,9 @@ def _record(entry: dict, heatmaps: Heatmaps) -> HeatmapRecord:
             continue
         # Lists, too, would do; but of few they can make arrays of any size, each standing in others many times.
         _check(isinstance(entry[view], np.ndarray) and entry[view].dtype.kind in "fiub", f"type of {view}")
-        heatmap = entry[view].astype(np.float32)
+        if id(entry[view]) not in maps:
+            maps[id(entry[view])] = entry[view].astype(np.float32)
+        heatmap = maps[id(entry[view])]
         fits = heatmap.ndim == 3 and heatmap.size > 0
         if not fits or len(heatmaps.class_names or heatmap[0, 0]) != heatmap.shape[2]:
             raise ValueError(

@@ -15,13 +15,16 @@ _EXPECTED = (
     "file, convert it with Python: load it, and pickle the same as plain lists and dicts"
 )
 
+# How many times the bytes of a file may be copied into arrays.
+_MAX_COPIES = 4
+
 
 def load_plain(path: str | os.PathLike):
     """The content of a pickle of lists, dicts, tuples, numbers, texts and NumPy arrays, of Python 2 too.
 
     Nothing in the file is executed: whatever it names is looked up in a short table of stand-ins here, and arrays are
-    made from their bytes. Memory is bounded by a small multiple of the file's size. One object may stand in the
-    result many times, so that following all references can take far longer than the file is large.
+    made from their bytes. Memory is bounded by a multiple of the file's size. One object may stand in the result
+    many times, so that following all references can take far longer than the file is large.
     Raises InputError for a file that cannot be read, is no whole pickle, or holds anything else.
     """
     try:
@@ -48,13 +51,22 @@ def _check_memo(data: bytes) -> None:
             raise ValueError(f"object number {argument} after {count} operations")
 
 
-class _Dtype:
-    """Stands for numpy.dtype in a pickle: numbers and texts alone, since other types hold pointers."""
+def _as_bytes(data: bytes | str) -> bytes:
+    """The bytes of an array, which are a text in pickles of Python 2."""
+    return data.encode("latin1") if isinstance(data, str) else data
 
-    def __init__(self, code, *_):
+
+class _Dtype:
+    """Stands for numpy.dtype in a pickle: numbers and texts alone, since other types hold pointers.
+
+    spend: called with the bytes of each array that is made.
+    """
+
+    def __init__(self, code, spend):
         if not re.fullmatch(r"[<>|=]?[fiubSU]\d{1,4}", code):
             raise InputError(f"holds an array of {code}. {_EXPECTED}")
         self.dtype = np.dtype(code)
+        self.spend = spend
 
     def __setstate__(self, state):
         if state[1] in ("<", ">"):  # of the state the byte order alone
@@ -62,8 +74,9 @@ class _Dtype:
 
     def values(self, data, shape, order="C") -> np.ndarray:
         """The array of this type, shape and order with these bytes (of Python 2: a text)."""
-        data = data.encode("latin1") if isinstance(data, str) else data
-        return np.frombuffer(data, self.dtype).reshape(shape, order=order)
+        array = np.frombuffer(_as_bytes(data), self.dtype).reshape(shape, order=order)
+        self.spend(array.nbytes)
+        return array
 
 
 class _Array(np.ndarray):
@@ -74,30 +87,44 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
-        order = "F" if fortran else "C"
-        values = dtype.values(data, shape, order)
-        super().__setstate__((1, values.shape, values.dtype, bool(fortran), values.tobytes(order)))
-
-
-# What pickles of arrays call, by module without "numpy.core." or "numpy._core.", which is so by NumPy's version.
-_STAND_INS = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("multiarray", "_reconstruct"): _Array,
-    ("multiarray", "scalar"): lambda dtype, data: dtype.values(data, ())[()],
-    ("numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.values(data, shape, order),
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes for Python 2
-}
+        data = _as_bytes(data)
+        values = dtype.values(data, shape, "F" if fortran else "C")
+        super().__setstate__((1, values.shape, values.dtype, bool(fortran), data))  # copies the bytes of few arrays
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Calls nothing but `_STAND_INS`."""
+    """Calls nothing but stand-ins for what pickles of arrays call, and copies no more bytes than honest ones ask for.
+
+    The bytes of an honest pickle's array are copied twice: encoded, and as an array. Others can name one text or array
+    again and again, a few bytes for each copy.
+    """
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="latin1")
+        left = _MAX_COPIES * len(data)
+
+        def spend(size: int) -> None:
+            nonlocal left
+            left -= size
+            if left < 0:
+                raise InputError("refused: copies the same bytes many times. Expected each array once")
+
+        def encode(text: str, _) -> bytes:  # how Python 3 writes bytes for Python 2
+            spend(len(text))
+            return text.encode("latin1")
+
+        # By module without "numpy.core." or "numpy._core.", which is so by NumPy's version.
+        self._stand_ins = {
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): lambda code, *_: _Dtype(code, spend),
+            ("multiarray", "_reconstruct"): _Array,
+            ("multiarray", "scalar"): lambda dtype, data: dtype.values(data, ())[()],
+            ("numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.values(data, shape, order),
+            ("_codecs", "encode"): encode,
+        }
 
     def find_class(self, module, name):
         key = module.removeprefix("numpy.core.").removeprefix("numpy._core."), name
-        if key not in _STAND_INS:
+        if key not in self._stand_ins:
             raise InputError(f"holds {module}.{name}. {_EXPECTED}")
-        return _STAND_INS[key]
+        return self._stand_ins[key]

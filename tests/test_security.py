@@ -470,6 +470,53 @@ def test_lists_that_stand_in_each_other_many_times(tmp_path, memory, place):
         load_heatmaps(tmp_path / "a.pkl")
 
 
+def test_what_many_breasts_share_is_kept_once(tmp_path, memory):
+    breast = {"patient_id": "P_1", "side": "LEFT", "cancer": 1, "cc": np.zeros((100, 100, 100), np.uint8), "mlo": None}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([dict(breast) for _ in range(100)]))
+    maps = [record.cc for record in load_heatmaps(tmp_path / "a.pkl").records]
+    assert len(maps) == 100 and maps[-1] is maps[0] and maps[0].dtype == np.float32
+    save_heatmaps(tmp_path / "a.npz", some_maps(), class_names=["a", "b"], strides=(8, 8))
+    records = [{"patient_id": "P_1", "side": "LEFT"}] * 3000
+    change_header(tmp_path / "a.npz", records=records, **{f"key {i}": 0 for i in range(3000)})
+    assert len(load_heatmaps(tmp_path / "a.npz").records) == 3000
+
+
+def binget(place: int) -> bytes:
+    return b"h" + bytes([place])
+
+
+def remembered(code: bytes, place: int) -> bytes:
+    return code + b"q" + bytes([place]) + b"0"
+
+
+def text(size: int) -> bytes:
+    return b"X" + struct.pack("<I", size) + b"x" * size
+
+
+def copied_texts(size: int, times: int) -> bytes:
+    """A pickle that encodes one text many times."""
+    start = remembered(b"c_codecs\nencode\n", 0) + remembered(text(size) + b"N\x86", 1)
+    return b"\x80\x02" + start + b"](" + (binget(0) + binget(1) + b"R") * times + b"e."
+
+
+def copied_arrays(size: int, times: int) -> bytes:
+    """A pickle that makes many arrays of one state."""
+    array = remembered(b"cnumpy.core.multiarray\n_reconstruct\n", 0) + remembered(b")", 1)
+    dtype = remembered(b"cnumpy\ndtype\nX\2\0\0\0u1K\0K\1\x87R", 2)
+    state = remembered(b"(K\1J" + struct.pack("<i", size) + b"\x85" + binget(2) + b"\x89" + text(size) + b"t", 3)
+    make = binget(0) + binget(1) + b"R" + binget(3) + b"b"
+    return b"\x80\x02" + array + dtype + state + b"](" + make * times + b"e."
+
+
+@pytest.mark.parametrize("make", [copied_texts, copied_arrays])
+def test_pickles_that_copy_one_text_many_times(tmp_path, memory, make):
+    (tmp_path / "a.pkl").write_bytes(make(10**6, 1))
+    assert [len(content) for content in load_plain(tmp_path / "a.pkl")] == [10**6]
+    (tmp_path / "a.pkl").write_bytes(make(10**6, 1000))
+    with pytest.raises(InputError, match=r"a\.pkl: refused: copies the same bytes many times"):
+        load_plain(tmp_path / "a.pkl")
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("touch /tmp/dm_security_was_here",)
