@@ -430,6 +430,7 @@ def score_breasts(
     options: dict[str, Any],
     jobs: int = 1,
     on_error: str = "stop",
+    fresh: bool = False,
 ) -> tuple[list[HeatmapRecord], list[str]]:
     """Compute the maps of all breasts and write the map file `out`.
 
@@ -437,13 +438,16 @@ def score_breasts(
     jobs: threads that read images while the network works; the maps are the same for any number.
     on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
 
-    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there. Those
-    that `out` has from a run with the same options are done, too; of other options, it is written anew. Images that
-    are newer than their maps are scored again. Raises InputError when the folder is of a run with other options.
+    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there, unless
+    it is to begin `fresh`. Those that `out` has are done, too. Images that are newer than their maps are scored again.
+    Raises InputError where maps are there of a run with other options, or `out` is no map file.
 
     Returns the records, in the order of `breasts`, and the faults met.
     """
     parts = Path(f"{out}.parts")
+    if fresh:
+        shutil.rmtree(parts, ignore_errors=True)
+        Path(out).unlink(missing_ok=True)
     parts.mkdir(parents=True, exist_ok=True)
     remove_partial(parts)
     remove_partial(out)
@@ -455,7 +459,7 @@ def score_breasts(
     }
     done = _finished(Path(out), breasts, header)
     for breast in breasts:
-        done |= _finished(parts / f"{breast.name}.npz", [breast], header, same_options=True)
+        done |= _finished(parts / f"{breast.name}.npz", [breast], header)
     todo = [breast for breast in breasts if breast.name not in done]
     if done:
         print(f"{len(done)} of {len(breasts)} breasts are done already")
@@ -495,26 +499,17 @@ def score_breasts(
     return records, faults
 
 
-def _finished(path: Path, breasts: Sequence[Breast], header: dict, same_options=False) -> dict[str, HeatmapRecord]:
+def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, HeatmapRecord]:
     """The records of `breasts`, by name, that an earlier run kept in the map file `path`, with today's labels.
 
-    Those of images that have changed since are left out. same_options: raise InputError for a file of other options,
-    or a damaged one, which else has nothing of use.
+    Those of images that have changed since are left out. Raises InputError for maps of other options, or no maps.
     """
     if not path.exists():
         return {}
-    try:
-        kept = load_heatmaps(path)
-    except InputError:
-        if same_options:
-            raise
-        return {}
+    kept = load_heatmaps(path)
     theirs = {"class_names": kept.class_names, "mode": kept.mode} | kept.options
     ours = {"class_names": header["class_names"], "mode": header["mode"]} | header["options"]
-    if same_options:
-        check_same_options(path.parent, theirs, ours)
-    if theirs != ours:
-        return {}
+    check_same_options(path, theirs, ours, "another --out, or --fresh to replace them")
     written, records = path.stat().st_mtime, {f"{record.patient_id}_{record.side}": record for record in kept.records}
     finished = {}
     for breast in breasts:

@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--on-error", choices=["stop", "skip"], default="stop",
         help="what an image at fault, or a patient without images, does: end the run, or be left out and listed",
     )  # fmt: skip
+    add("--fresh", action="store_true", help="start over, and replace the maps of an earlier run")
     add("--jobs", type=dm_args.positive_int, default=2, help="images read at the same time, while the network works")
     add("--trust-checkpoint", action="store_true", help="open a model file even where it holds Python code")
 
@@ -149,8 +150,9 @@ def run(*paths, **options) -> None:
     kept |= {"dl_state": args.dl_state, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
     with locked(Path(args.out).parent, Path(args.out).name):
         records, scoring_faults = dm_heatmap_score.score_breasts(
-            breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error
-        )
+            breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error,
+            fresh=args.fresh,
+        )  # fmt: skip
     faults += scoring_faults
     nb_map = sum(1 for record in records for _ in record.views())
     window, strides = (" x ".join(f"{size:g}" for size in sizes) for sizes in (scorer.window, scorer.strides))

@@ -163,6 +163,7 @@ def test_golden_forward_propagation(golden, golden_models, tmp_path, net):
             img_size=case["image_size"], avg_pool_size=case["avg_pool_size"], hm_strides=case["hm_strides"],
             rescale_factor=case["rescale_factor"], featurewise_center=True, featurewise_mean=case["mean"],
             pat_csv=str(folder / "input" / "pat.csv"), pat_list=str(tmp_path / "list.txt"), out=str(tmp_path / "m.h5"),
+            fresh=True,
         )  # fmt: skip
         [record] = load_heatmaps(tmp_path / "m.h5").records
         for view, array, *_ in record.views():
@@ -685,16 +686,20 @@ def test_what_is_finished_takes_todays_labels_and_is_done(tmp_path):
     assert scorer.read_files == [broken.name]
     assert [record.cancer for record in records] == [1, 1, 0, 1]
     assert [record.cancer for record in load_heatmaps(out).records] == [1, 1, 0, 1]
-    # A finished file is done, too: with other breasts, of them those that it has; with other options, none.
+    # A finished file is done, too: with other breasts, of them those that it has. Other options are refused.
     table.write_text(table.read_text().replace("P_2,LEFT,0", "P_2,LEFT,1"))
     scorer = Means()
     records, _ = score(folder, scorer, out)
     assert scorer.read_files == [] and [record.cancer for record in records] == [1, 1, 1, 1]
-    score(folder, scorer, out, options={"mean": 2.0})
-    assert len(scorer.read_files) == 5
-    out.write_bytes(b"cut")
-    score(folder, scorer, out)
-    assert len(scorer.read_files) == 10
+    with pytest.raises(InputError, match=r"maps\.npz: has the work .* \(mean 1.0 there, 2.0 now\).*--fresh"):
+        score(folder, scorer, out, options={"mean": 2.0})
+    assert scorer.read_files == [] and load_heatmaps(out).options == {"mean": 1.0, "window": [16.0, 16.0]}
+    score(folder, scorer, out, options={"mean": 2.0}, fresh=True)
+    assert len(scorer.read_files) == 5 and load_heatmaps(out).options["mean"] == 2.0
+    out.write_bytes(b"what is no map")
+    with pytest.raises(InputError, match=r"maps\.npz"):
+        score(folder, scorer, out)
+    assert out.read_bytes() == b"what is no map"
 
 
 def test_breasts_of_a_table(tmp_path):
