@@ -36,6 +36,11 @@ _UNSAFE_LAYERS = {
     *("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer"),
     *("StringLookup", "IntegerLookup", "TextVectorization"),
 }
+# What Keras writes for the slices in a network's arithmetic, and for its constants: these with the dtype of numbers,
+# since texts can be of any length.
+_SPECIAL = {"__keras_tensor__", "__ellipsis__", "__slice__"}
+_CONSTANTS = {"__numpy__", "__tensor__"}
+_NUMBERS = re.compile(r"bool|b?float\d+|u?int\d+")
 # Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
 _KERAS1_WEIGHTS = {
     "W": "kernel",
@@ -253,8 +258,8 @@ def _check_size(model, stored: int, path: Path) -> None:
 
 
 def _refuse_code(node: object, path: Path) -> None:
-    """Raise InputError when building the model described would run code stored in the file or named by it, or read
-    files."""
+    """Raise InputError when building the model described would run code stored in the file or named by it, read files,
+    or make texts of any length."""
     if isinstance(node, dict):
         name = node.get("class_name")
         module = node.get("module") or "keras"
@@ -263,6 +268,8 @@ def _refuse_code(node: object, path: Path) -> None:
             code = "Lambda layer, whose Python code is stored in the file"
         elif name in _UNSAFE_LAYERS:
             code = f"{name} layer"
+        elif isinstance(name, str) and name.startswith("__") and name not in _SPECIAL and not _is_constant(node):
+            code = f"{name} other than numbers"
         elif name and not (isinstance(module, str) and _MODULES.fullmatch(module)):
             code = f"object from the Python module {module}"
         elif any(isinstance(text, str) and "." in text for text in names):
@@ -271,13 +278,22 @@ def _refuse_code(node: object, path: Path) -> None:
             code = None
         if code:
             raise InputError(
-                f"{path}: refused, because opening it runs code from outside Keras ({code}). "
+                f"{path}: refused, because opening it runs code from outside Keras, or takes any memory ({code}). "
                 "If you trust where the file comes from, open it with --trust-checkpoint"
             )
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
             _refuse_code(child, path)
+
+
+def _is_constant(node: dict) -> bool:
+    config = node.get("config")
+    return (
+        node["class_name"] in _CONSTANTS
+        and isinstance(config, dict)
+        and _NUMBERS.fullmatch(str(config.get("dtype"))) is not None
+    )
 
 
 def _one_line(error: Exception) -> str:

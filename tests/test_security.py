@@ -243,6 +243,10 @@ def function(module: str, name: str) -> str:
     return json.dumps({"module": module, "class_name": "function", "config": name})
 
 
+def constant(name: str, dtype: str) -> str:
+    return json.dumps({"class_name": name, "config": {"value": ["a"] * 8, "dtype": dtype}})
+
+
 @pytest.mark.parametrize("ending", [".h5", ".keras"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -258,6 +262,9 @@ def function(module: str, name: str) -> str:
         (replaced('"class_name": "Dropout"', '"class_name": "TFSMLayer"'), "TFSMLayer"),
         (replaced('"class_name": "Dropout"', '"class_name": "StringLookup"'), "StringLookup"),
         (replaced('"class_name": "Dropout"', '"class_name": ["Dropout"]'), "cannot rebuild"),
+        (replaced('"softmax"', constant("__numpy__", "U10000000")), "__numpy__ other than numbers"),
+        (replaced('"softmax"', constant("__tensor__", "string")), "__tensor__ other than numbers"),
+        (replaced('"softmax"', constant("__typespec__", "float32")), "__typespec__ other than numbers"),
     ],
 )  # fmt: skip
 def test_descriptions_that_ask_for_too_much(tmp_path, memory, models, ending, change, message):
@@ -269,6 +276,16 @@ def test_descriptions_that_ask_for_too_much(tmp_path, memory, models, ending, ch
     with keras.StatelessScope():  # fills what a scope before it has left
         pass
     assert load_model(models[ending]).count_params() > 0
+
+
+def test_networks_with_slices_and_constants_open(tmp_path):
+    inputs = keras.Input((4, 4, 3))
+    shifted = inputs * np.array([1.0, 2, 3], "float32") - keras.ops.convert_to_tensor([1.0, 2, 3])
+    model = keras.Model(inputs, keras.layers.Flatten()(shifted[..., :2]))
+    model.save(tmp_path / "a.keras")
+    x = np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
+    expected = (x * np.float32([1, 2, 3]) - np.float32([1, 2, 3]))[..., :2].reshape(2, -1)
+    np.testing.assert_allclose(load_model(tmp_path / "a.keras")(x), expected, atol=1e-6)
 
 
 def change_h5(path: Path, change) -> None:
