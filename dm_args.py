@@ -121,6 +121,17 @@ def add_parallel_options(parser: argparse._ActionsContainer, jobs: int = 1) -> N
     )  # fmt: skip
 
 
+def add_prepare_options(parser: argparse._ActionsContainer) -> None:
+    """How `dm_dataset.prepare` works."""
+    parser.add_argument(
+        "--on-error", choices=["stop", "skip"],
+        help="what a bad image or mask does: end the run, or be left out and listed; "
+        "default: be left out and listed, with exit status 1 when all others are done",
+    )  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="start over, and replace the work of an earlier run")
+    add_parallel_options(parser)
+
+
 def add_preparation_options(parser: argparse.ArgumentParser, splits: Mapping[str, str], test_size: float) -> None:
     """How a data set is divided by patient, what its whole images become, and how the work is done.
 
@@ -156,13 +167,7 @@ def add_preparation_options(parser: argparse.ArgumentParser, splits: Mapping[str
         "--face", choices=["left", "right", "as-is"], default="as-is",
         help="mirror whole images so that the breasts point this way (default: as-is)",
     )  # fmt: skip
-    group = parser.add_argument_group("work")
-    group.add_argument(
-        "--on-error", choices=["stop", "skip"],
-        help="what a bad image or mask does: end the run, or be left out and listed; "
-        "default: be left out and listed, with exit status 1 when all others are done",
-    )  # fmt: skip
-    add_parallel_options(group)
+    add_prepare_options(parser.add_argument_group("work"))
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -364,9 +369,7 @@ def complete(parser: argparse.ArgumentParser, given: dict, positional: Sequence 
     return argparse.Namespace(**{name: given.get(name, parser.get_default(name)) for name in actions})
 
 
-def check_same_options(
-    folder: str | os.PathLike, theirs: Mapping, ours: Mapping, instead: str = "name another place, or remove the folder"
-) -> None:
+def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping, instead: str) -> None:
     """Raise InputError, naming them, for options other than those of the run that began its work in `folder`.
 
     instead: what to do without the same options.

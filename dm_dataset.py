@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dm_args import check_same_options
 from dm_files import InputError, append_text, atomic_write, counted, locked, one_line, remove_partial, write_text
-from dm_limits import check_archive, parse_json, read_bytes
+from dm_limits import check_archive, parse_json, read_bytes, read_json
 from dm_parallel import run_parallel
 
 SETS = ("train", "val", "test")
@@ -32,6 +33,7 @@ CLASSES = ("neg", "pos")
 # Brings 16-bit pixels to 0..255: the published value of 255/65535.
 RESCALE_FACTOR = 0.003891
 MANIFEST = "manifest.jsonl"
+OPTIONS = "args.json"
 REPORT = "report.json"
 IMAGE_TABLE = "images.csv"
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
@@ -395,13 +397,14 @@ def prepare(
     jobs: int = 1,
     backend: str = "loky",
     on_error: str | None = None,
+    fresh: bool = False,
     desc: str = "preparing",
 ) -> list[Prepared]:
     """Prepare all items, keeping what an earlier run has made of the same files with the same plans.
 
     function: writes the files of one item below `out`; see `run_parallel`. folders: the folders below `out` that it
     writes to. Nobody else's files may be there, since a trainer would take them for the data set's; hidden files may.
-    on_error: "stop" raises InputError at the first fault. desc: title of the progress bar.
+    on_error: "stop" raises InputError at the first fault. fresh: keep nothing. desc: title of the progress bar.
 
     The manifest in `out` gets a line with all outputs to come, and one as each item is done. What it lists and the
     items no longer have is removed, so that no image stays in the set where an earlier split had put it. An item is
@@ -413,10 +416,21 @@ def prepare(
     run writes to `out`.
     """
     with locked(out):
-        return _prepare(items, function, Path(download), Path(out), folders, jobs, backend, on_error, desc)
+        return _prepare(items, function, Path(download), Path(out), folders, jobs, backend, on_error, fresh, desc)
 
 
-def _prepare(items, function, download, out, folders, jobs, backend, on_error, desc):
+def keep_options(out, options: Mapping, fresh: bool = False) -> None:
+    """Note what decides the files in the folder `out`, for another run to compare with.
+
+    Raises InputError, naming them, where those of an earlier run are other ones, unless it is to begin `fresh`.
+    """
+    path, options = Path(out, OPTIONS), json.loads(json.dumps(options))
+    if not fresh and (earlier := read_json(path)) is not None:
+        check_same_options(out, earlier, options, "another folder, or --fresh to replace the work")
+    write_text(path, json.dumps(options, indent=1) + "\n")
+
+
+def _prepare(items, function, download, out, folders, jobs, backend, on_error, fresh, desc):
     manifest = out / MANIFEST
     records, ours = _read_manifest(manifest)
     present = [path for folder in folders for path in Path(out, folder).rglob("*") if path.is_file()]
@@ -432,6 +446,8 @@ def _prepare(items, function, download, out, folders, jobs, backend, on_error, d
     for folder in folders:
         (out / folder).mkdir(parents=True, exist_ok=True)
     stamps = {item.name: _stamp(download, item) for item in items}
+    if fresh:
+        records = {}
     earlier = [records[name] for name, stamp in stamps.items() if name in records and records[name]["stamp"] == stamp]
     whole = run_parallel(functools.partial(_is_whole, out), earlier, jobs, "threading", "checking")
     records = {record["name"]: record for record, kept in zip(earlier, whole, strict=True) if kept}

@@ -11,7 +11,6 @@ import csv
 import functools
 import glob
 import io
-import json
 import re
 from argparse import Namespace
 from collections import Counter
@@ -20,14 +19,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dm_args import check_same_options
 from dm_files import InputError, atomic_write, is_file_name, locked, write_img, write_text
-from dm_limits import read_json
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
 TABLES = ("pat_lst.txt", "patches.csv")
-OPTIONS = "args.json"
 # Those that decide nothing about a patch.
 _OTHER_OPTIONS = (
     *FOLDERS,
@@ -38,6 +34,7 @@ _OTHER_OPTIONS = (
     "jobs",
     "backend",
     "verbose",
+    "fresh",
 )
 COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
 ALLOWED = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
@@ -351,7 +348,7 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     Lesions of a type without a class folder are not used. Raises InputError for bad tables or options, and, once
     all other images are sampled, for images at fault unless `args.on_error` is "skip".
     """
-    from dm_dataset import read_patient_list
+    from dm_dataset import keep_options, read_patient_list
     from dm_region import split_patients
 
     check_options(args, class_dirs)
@@ -377,7 +374,9 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
         for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
             if names:
                 locks.enter_context(locked(out_dir))
-            check_folder(name, names, out_dir, deciding_options(args))
+                keep_options(out_dir, deciding_options(args), args.fresh)
+            if not (names and args.fresh):  # which removes the others' patches
+                check_patients(name, names, out_dir)
         faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
         if val:
             faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
@@ -405,9 +404,10 @@ def sample_set(name: str, patients: Sequence[str], lesions, args, class_dirs, pr
     sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), out_dir=out_dir)
     for table in TABLES:
         Path(out_dir, table).unlink(missing_ok=True)
-    write_text(Path(out_dir, OPTIONS), json.dumps(deciding_options(args), indent=1) + "\n")
     folders = sorted({args.bkg_dir, *class_dirs.values()})
-    results = prepare(items, sample, "/", out_dir, folders, args.jobs, args.backend, args.on_error, desc=name)
+    results = prepare(
+        items, sample, "/", out_dir, folders, args.jobs, args.backend, args.on_error, args.fresh, desc=name
+    )
 
     with atomic_write(Path(out_dir, "patches.csv")) as temporary, open(temporary, "w", encoding="utf-8") as file:
         # "class" is a word of Python and cannot name a field.
@@ -424,12 +424,8 @@ def deciding_options(args) -> dict:
     return {name: value for name, value in vars(args).items() if name not in _OTHER_OPTIONS}
 
 
-def check_folder(name: str, patients: Sequence[str], out_dir, options: Mapping) -> None:
-    """Refuse what a run with other options has left in `out_dir`, or patches of other patients: of a run with another
-    split, they could be in both sets.
-    """
-    if (earlier := read_json(Path(out_dir, OPTIONS))) is not None:
-        check_same_options(out_dir, earlier, options)
+def check_patients(name: str, patients: Sequence[str], out_dir) -> None:
+    """Refuse patches of other patients in `out_dir`: of a run with another split, they could be in both sets."""
     matches = (_PATCH_NAME.fullmatch(path.name) for path in Path(out_dir).glob("*/*.png"))
     if others := {match[1] for match in matches if match} - set(patients):
         raise InputError(

@@ -23,6 +23,7 @@ from dm_dataset import (
     Item,
     Prepared,
     check_disjoint,
+    keep_options,
     make_whole,
     prepare,
     read_image_table,
@@ -34,12 +35,13 @@ from dm_dataset import (
     write_image_table,
 )
 from dm_duplicates import MAX_PAIRS, find_near_duplicates, fingerprint
-from dm_files import InputError, counted, write_img, write_text
+from dm_files import InputError, counted, locked, write_img, write_text
 
-# Options of all preparation scripts that decide what the outputs are.
-OPTIONS = (
+# Options that decide what the outputs are, where a preparation script has them.
+DECIDING = (
     *("split", "test_size", "val_size", "random_state"),
     *("img_size", "resize", "segment_breast", "auto_levels", "face"),
+    *("format", "voi_lut", "neg_labels", "pos_labels", "neg_birads", "pos_birads", "roi_masks"),
 )
 
 
@@ -117,8 +119,14 @@ def prepare_items(
         raise InputError(faults[0].faults[0])
     # The workers of a cluster start in folders of their own.
     work = functools.partial(function, download=Path(source).resolve(), out=Path(args.out).resolve())
-    done = prepare(items, work, source, args.out, folders, args.jobs, args.backend, args.on_error)
+    with locked(args.out):
+        keep_options(args.out, deciding_options(args), args.fresh)
+        done = prepare(items, work, source, args.out, folders, args.jobs, args.backend, args.on_error, args.fresh)
     return [*faults, *done]
+
+
+def deciding_options(args) -> dict:
+    return {name: getattr(args, name) for name in DECIDING if hasattr(args, name)}
 
 
 # ------------------------------------------------------------------------------------------------------ splits
@@ -325,12 +333,11 @@ def make_report(
     lists: Mapping[str, Sequence[str]],
     results: Sequence[Prepared],
     repairs: Mapping[str, Sequence[str]],
-    options: Iterable[str] = (),
 ) -> dict:
     """What report.json says of any data set; the caller adds what is its own, to `counts` and beside them.
 
     sets: as planned. lists: what `write_lists` returned. repairs: kinds of repairs to be named even where
-    there are none, with those found in the tables. options: names of the script's own that decide on the outputs.
+    there are none, with those found in the tables.
     """
     done = finished(results)
     repairs = {kind: list(listed) for kind, listed in repairs.items()}
@@ -338,7 +345,7 @@ def make_report(
         for kind, what in result.repairs:
             repairs.setdefault(kind, []).append(what)
     return {
-        "options": {name: getattr(args, name) for name in (*OPTIONS, *options)},
+        "options": deciding_options(args),
         "rescale_factor": RESCALE_FACTOR,
         "featurewise_mean": pixel_mean(results, args.img_size),
         "counts": {

@@ -16,7 +16,7 @@ from dm_args import (
     HelpFormatter,
     add_flag,
     add_optional,
-    add_parallel_options,
+    add_prepare_options,
     complete,
     fraction,
     natural_int,
@@ -75,12 +75,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bkg-dir", default="background", help="class folder of background patches")
     add_flag(parser, "--avoid-all-rois", False, "background keeps off all lesions of an image, not only its first")
-    parser.add_argument(
-        "--on-error", choices=["stop", "skip"],
-        help="what a bad image or mask does: end the run, or be left out and listed; "
-        "default: be left out and listed, with exit status 1 when all others are done",
-    )  # fmt: skip
-    add_parallel_options(parser)
+    add_prepare_options(parser)
     add_flag(parser, "--verbose", True, "print what was sampled from each image")
 
 

@@ -96,8 +96,7 @@ def prepare_dataset(table: Table, selection: Selection, sets: Mapping[str, Seque
     lists = write_lists(args.out, sets, selection.images, results)
 
     repairs = dict.fromkeys(REPAIRS, ()) | selection.repairs
-    options = ("neg_birads", "pos_birads", "roi_masks")
-    report = make_report(args, selection.images, sets, lists, results, repairs, options)
+    report = make_report(args, selection.images, sets, lists, results, repairs)
     report["table"] = {"file": table.path.name} | count_rows(table.rows)
     report["excluded"] = report_exclusions(selection.excluded, EXCLUSIONS)
     mask_table = Path(args.out, "roi_masks.csv")

@@ -121,8 +121,7 @@ def prepare_dataset(reading: Reading, pictures: Mapping[str, Picture], sets: Map
     images = describe(pictures)
     lists = write_lists(args.out, sets, images, results)
     repairs = dict.fromkeys(REPAIRS, ()) | reading.repairs
-    options = ("format", "voi_lut", "neg_labels", "pos_labels", "neg_birads", "pos_birads")
-    report = make_report(args, images, sets, lists, results, repairs, options)
+    report = make_report(args, images, sets, lists, results, repairs)
     report["excluded"] = report_exclusions(reading.excluded, EXCLUSIONS)
     report["stored_bits"] = stored_bits(results)
     return report

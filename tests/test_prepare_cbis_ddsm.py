@@ -844,9 +844,14 @@ def test_lists_with_faults_are_refused(plain, tmp_path, fault, message):
 
 def test_another_split_moves_whole_images(plain, tmp_path):
     prepare(plain[0], tmp_path / "out", random_state=1)
-    prepare(plain[0], tmp_path / "out", split="official")
-    prepare(plain[0], tmp_path / "fresh", split="official")
-    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
+    before = read_folder(tmp_path / "out")
+    message = r"out: has the work .* \(random_state 1 there, 12345 now, split \S+ there, official now\).*--fresh"
+    with pytest.raises(InputError, match=message):
+        prepare(plain[0], tmp_path / "out", split="official")
+    assert read_folder(tmp_path / "out") == before
+    prepare(plain[0], tmp_path / "out", split="official", fresh=True)
+    prepare(plain[0], tmp_path / "new", split="official")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "new")
 
 
 def test_whole_image_options_leave_full_images_alone(plain, tmp_path):

@@ -437,7 +437,7 @@ def test_dark_16_bit_files_are_said(table, capsys):
     assert "use 12 bits, so that the images are dark: after the rescale factor they reach 16 of 255" in (
         capsys.readouterr().out
     )
-    table(rows_of(THREE_SETS), auto_levels=True)
+    table(rows_of(THREE_SETS), auto_levels=True, fresh=True)
     assert "are dark" not in capsys.readouterr().out
 
 

@@ -717,12 +717,12 @@ def test_annotations_of_another_image_and_of_muscles(download, tmp_path):
 
 def test_masks_can_be_added_and_taken_away(plain, tmp_path):
     prepare(plain[0], tmp_path / "out")
-    prepare(plain[0], tmp_path / "out", roi_masks=True)
+    prepare(plain[0], tmp_path / "out", roi_masks=True, fresh=True)
     report = prepare(plain[0], tmp_path / "fresh", roi_masks=True)
     assert read_folder(tmp_path / "out") == read_folder(tmp_path / "fresh")
     without = [view for view in used(plain[1]) if not view.breast.findings]
     assert report["counts"]["images_without_annotations"] == len(without)
-    prepare(plain[0], tmp_path / "out")
+    prepare(plain[0], tmp_path / "out", fresh=True)
     prepare(plain[0], tmp_path / "plain")
     assert read_folder(tmp_path / "out") == read_folder(tmp_path / "plain")
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from ddsm_train import sample_patches_combined, sample_patches_main
-from dm_dataset import MANIFEST
+from dm_dataset import MANIFEST, OPTIONS
 from dm_files import InputError
-from dm_patches import OPTIONS, TABLES, read_lesions
+from dm_patches import TABLES, read_lesions
 from tests.outputs import read_csv, read_folder
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
@@ -502,6 +502,12 @@ def test_patches_of_other_options_are_not_mixed(study, options, named):
     with pytest.raises(InputError, match=rf"out/train: has the work of a run with other options \({named}"):
         sample(study, out, **options)
     assert read_folder(out) == before
+
+
+def test_fresh_replaces_patches_of_other_options_and_patients(study):
+    out, options = sample(study, val_size=0.0), {"nb_abn": 2, "val_size": 0.5}
+    sample(study, out, fresh=True, **options)
+    assert read_folder(out) == read_folder(sample(study, study / "new", **options))
 
 
 @pytest.mark.parametrize("change", ["patch gone", "patch damaged", "patch replaced", "image changed", "other lesions"])
