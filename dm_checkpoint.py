@@ -22,7 +22,7 @@ import keras
 import numpy as np
 
 from dm_files import InputError, atomic_write
-from dm_limits import check_archive, check_h5, check_pixels, parse_json
+from dm_limits import check_archive, check_bytes, check_h5, check_pixels, parse_json
 
 # What a .keras archive holds. Others are for layers that this refuses, such as vocabularies.
 _MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
@@ -253,6 +253,9 @@ def _check_size(model, stored: int, path: Path) -> None:
     described = sum(math.prod(weight.shape) for weight in model.weights)
     if described > stored:
         raise InputError(f"{path}: refused: describes {described} weights. Expected at most the {stored} that it holds")
+    # Their values can be stored in less than they take here, or not at all.
+    described = sum(math.prod(weight.shape) * np.dtype(weight.dtype).itemsize for weight in model.weights)
+    check_bytes(path, described, path.stat().st_size)
     for shape in (tensor.shape for tensor in model.inputs):
         check_pixels(path, 1, math.prod(size or 1 for size in shape[1:]))
 

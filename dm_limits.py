@@ -104,10 +104,11 @@ def check_archive(path: str | os.PathLike, compressed: bool = False) -> None:
         members = archive.infolist()
     if not compressed and any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise InputError(f"{path}: refused: compressed. Expected an archive as it was saved; unpack it, and zip -0")
-    _check_bytes(path, sum(member.file_size for member in members), os.path.getsize(path))
+    check_bytes(path, sum(member.file_size for member in members), os.path.getsize(path))
 
 
-def _check_bytes(path, claimed: int, file_size: int) -> None:
+def check_bytes(path, claimed: int, file_size: int) -> None:
+    """Raise InputError where a file of `file_size` bytes claims to hold more bytes than `max_bytes`."""
     if claimed > max_bytes(file_size):
         raise InputError(
             f"{path}: refused: {file_size} bytes that claim to hold {claimed}. Expected at most {max_bytes(file_size)}"
@@ -152,5 +153,5 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
                 refuse(name, "has references")
             if holder.dtype.kind == "O":  # texts of any length, which may all be at one place of the file
                 texts = max(texts, math.prod(holder.shape))
-    _check_bytes(path, claimed, file_size)
-    _check_bytes(path, texts * (file_size - stored), file_size)
+    check_bytes(path, claimed, file_size)
+    check_bytes(path, texts * (file_size - stored), file_size)

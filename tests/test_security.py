@@ -356,6 +356,18 @@ H5_TRICKS = {
 }
 
 
+@pytest.mark.parametrize(("policy", "size"), [("float32", 4), ("float64", 8)])
+def test_weights_that_are_stored_in_less_than_they_take(tmp_path, memory, models, policy, size):
+    units, path = 2**29 // size, tmp_path / "a.h5"  # of 2 inputs and a bias
+    change = replaced('"units": 2', f'"units": {units}')
+    with_description(models[".h5"], path, lambda text: change(text).replace('"name": "float32"', f'"name": "{policy}"'))
+    change_h5(path, lambda h5: h5.create_dataset("never written", (2**29,), "i1"))
+    with pytest.raises(
+        InputError, match=rf"a\.h5: refused: \d+ bytes that claim to hold {3 * units * size + 64 * size}"
+    ):
+        load_model(path)
+
+
 @pytest.mark.parametrize("trick", H5_TRICKS)
 @pytest.mark.parametrize("kind", [".h5", ".keras", ".weights.h5", "maps"])
 def test_hdf5_files_that_lead_elsewhere_or_claim_too_much(tmp_path, memory, models, kind, trick):
