@@ -18,12 +18,11 @@ import pytest
 
 import dm_image
 from dm_checkpoint import load_model, load_weights
-from dm_dataset import prepare
+from dm_dataset import keep_options, prepare
 from dm_files import InputError, is_file_name, one_line
 from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_heatmap_clf import load_classifier
 from dm_limits import check_h5, max_pixels, parse_json, read_bytes
-from dm_patches import check_folder
 from dm_unpickle import load_plain
 from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom, write_image
 
@@ -634,7 +633,7 @@ def test_the_list_of_an_earlier_run_removes_nothing_elsewhere(tmp_path, name):
 def test_options_of_an_earlier_run_that_are_damaged(tmp_path, content):
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(InputError, match=r"args\.json: (not a JSON file|Expected a JSON object)"):
-        check_folder("train", [], tmp_path, {})
+        keep_options(tmp_path, {})
 
 
 def test_errors_are_printed_without_control_characters():
