@@ -11,6 +11,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 from dm_files import InputError, env_int
@@ -120,7 +121,8 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
 
     path: its name, for the error. h5: h5py.File. file_size: bytes of the file.
     Refused are links but those that any object has in its group, data of other files, groups within more groups than
-    Keras makes, references, and so many texts that the file would be far larger if each were another one.
+    Keras makes, references, so many texts that the file would be far larger if each were another one, and chunks that
+    unpack to more than they should.
     """
     import h5py
 
@@ -143,15 +145,48 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
                 refuse(name, "has its data in another file")
             claimed += item.nbytes
             stored += item.id.get_storage_size()
+            if stored > file_size:
+                refuse(name, "claims bytes beyond the end of the file")
+            if item.chunks:
+                chunk = math.prod(item.chunks) * item.dtype.itemsize
+                check_bytes(path, chunk, file_size)  # which HDF5 reads as a whole
+                if not _are_chunks(item, chunk):
+                    refuse(name, "is compressed by other than gzip, or unpacks to another size than it claims")
             holders.append(item)
         elif isinstance(item, h5py.Group):
             if depth == _MAX_DEPTH:
                 refuse(name, f"is a group within {depth} others")
             waiting += [(item, child, depth + 1) for child in item]
         for holder in holders:
-            if holder.dtype.kind == "O" and h5py.check_string_dtype(holder.dtype) is None:
+            if holder.dtype.hasobject and h5py.check_string_dtype(holder.dtype) is None:
                 refuse(name, "has references")
-            if holder.dtype.kind == "O":  # texts of any length, which may all be at one place of the file
+            if holder.dtype.hasobject:  # texts of any length, which may all be at one place of the file
                 texts = max(texts, math.prod(holder.shape))
     check_bytes(path, claimed, file_size)
     check_bytes(path, texts * (file_size - stored), file_size)
+
+
+def _are_chunks(dataset, size: int) -> bool:
+    """Whether all chunks of an HDF5 data set unpack to `size` bytes, and are compressed by gzip, once, or not at all.
+
+    HDF5 itself reserves memory for whatever the stream in a chunk makes, a thousand times its bytes.
+    """
+    from h5py import h5z
+
+    settings = dataset.id.get_create_plist()
+    filters = [settings.get_filter(i)[0] for i in range(settings.get_nfilters())]
+    gzip = h5z.FILTER_DEFLATE
+    if not {gzip, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32}.issuperset(filters) or filters.count(gzip) > 1:
+        return False
+    chunks = []
+    if gzip in filters:
+        dataset.id.chunk_iter(chunks.append)
+    for chunk in chunks:
+        if not chunk.filter_mask >> filters.index(gzip) & 1:  # else left as it is, since it would have grown
+            _, data = dataset.id.read_direct_chunk(chunk.chunk_offset)
+            try:
+                if len(zlib.decompressobj().decompress(data, size + 1)) != size:
+                    return False
+            except zlib.error:
+                return False
+    return True

@@ -1,6 +1,7 @@
 """Files from strangers: refused with the reason, before memory is reserved, and without running anything in them."""
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import h5py
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -344,6 +346,50 @@ def texts(h5):
     h5.create_dataset("many", (2000,), h5py.string_dtype())
 
 
+def within(h5):
+    dtype = np.dtype([("a", h5py.string_dtype())])
+    h5.create_dataset("many", (2000,), dtype)
+
+
+def remade(h5, chunks, content: bytes | None, *filters: int) -> None:
+    """Put another data set in the place of one, whose first chunk holds `content`."""
+    name = place(h5)
+    shape = h5[name].shape
+    del h5[name]
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_chunk((chunks, *shape[1:]))
+    for code in filters:
+        settings.set_filter(code, h5py.h5z.FLAG_OPTIONAL, (9,))
+    space = h5py.h5s.create_simple(shape, (h5py.h5s.UNLIMITED, *shape[1:]))
+    made = h5py.h5d.create(h5.id, name.encode(), h5py.h5t.IEEE_F32LE, space, settings)
+    if content is not None:
+        made.write_direct_chunk((0,) * len(shape), content, 0)
+
+
+def huge_chunk(h5):
+    remade(h5, 2**31 // (4 * math.prod(h5[place(h5)].shape[1:])), None)
+
+
+def longer_chunk(h5):
+    remade(h5, 100, zlib.compress(bytes(10**6)), h5py.h5z.FILTER_DEFLATE)
+
+
+def shorter_chunk(h5):
+    remade(h5, 100, zlib.compress(bytes(10)), h5py.h5z.FILTER_DEFLATE)
+
+
+def no_stream(h5):
+    remade(h5, 100, bytes(10), h5py.h5z.FILTER_DEFLATE)
+
+
+def twice_packed(h5):
+    remade(h5, 100, zlib.compress(zlib.compress(bytes(10**6))), h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_DEFLATE)
+
+
+def other_compression(h5):
+    remade(h5, 100, None, h5py.h5z.FILTER_LZF)
+
+
 H5_TRICKS = {
     link: "link to another place",
     soft_link: "link to another place",
@@ -352,6 +398,13 @@ H5_TRICKS = {
     huge: "bytes that claim to hold",
     deep: "group within 64 others",
     texts: "bytes that claim to hold",
+    within: "has references",
+    huge_chunk: "bytes that claim to hold",
+    longer_chunk: "unpacks to another size",
+    shorter_chunk: "unpacks to another size",
+    no_stream: "unpacks to another size",
+    twice_packed: "unpacks to another size",
+    other_compression: "other than gzip",
 }
 
 
@@ -396,6 +449,25 @@ def test_many_short_texts_in_hdf5_files_are_no_claim(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as h5:
         h5.attrs["layer_names"] = [f"layer_{i}" for i in range(1000)]
         h5["x"] = np.zeros(1000)
+    with h5py.File(tmp_path / "a.h5") as h5:
+        check_h5("a.h5", h5, (tmp_path / "a.h5").stat().st_size)
+
+
+def test_whole_compressed_data_sets_are_read(tmp_path):
+    content = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
+    with h5py.File(tmp_path / "a.h5", "w") as h5:
+        for name, options in {
+            "gzip": {"compression": "gzip"},
+            "all": {"compression": "gzip", "shuffle": True, "fletcher32": True, "chunks": (64, 5)},
+            "plain": {"chunks": (64, 5)},
+            "resizable": {"maxshape": (None, None), "compression": "gzip"},
+        }.items():
+            h5.create_dataset(name, data=content, **options)
+        h5.create_dataset(
+            "noise", data=np.frombuffer(np.random.default_rng(0).bytes(1000), np.uint8), compression="gzip"
+        )
+        h5.create_dataset("empty", (0,), maxshape=(None,), compression="gzip")
+        h5.create_dataset("half", data=np.zeros(5, ml_dtypes.bfloat16))
     with h5py.File(tmp_path / "a.h5") as h5:
         check_h5("a.h5", h5, (tmp_path / "a.h5").stat().st_size)
 
