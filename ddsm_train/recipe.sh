@@ -36,6 +36,16 @@ pixel_mean() {
 
 # Of recipes of several steps, whose outputs are sub-folders of $out:
 
+# Takes --fresh out of the options, which go to `words`: each step of this run is then to begin anew.
+declare -A renewed=()
+read_options() {
+    local word
+    fresh="" words=()
+    for word in "$@"; do
+        if [ "$word" = --fresh ]; then fresh=yes; else words+=("$word"); fi
+    done
+}
+
 # One run at a time works there: two at once could make the same folder.
 lock_out() {
     command -v flock > /dev/null || return 0
@@ -58,6 +68,8 @@ step() {
     for source in $sources; do record+="$(cat "$out/$source/command.txt")"$'\n'; done
     record+="${inputs:+[$inputs] }$(printf '%q ' "${@//"$out/"/OUT/}")"
     record="${record//"$here/"/}"
+    if [ -n "$fresh" ] && [ -z "${renewed[$name]:-}" ]; then rm -rf "$folder"; fi
+    renewed[$name]=yes
     if [ "$record" = "$(cat "$folder/command.txt" 2> /dev/null)" ]; then
         if [ -e "$folder/done" ]; then
             echo "=== $name: finished before"
@@ -67,7 +79,7 @@ step() {
         [ ! -e "$folder/state" ] || kept="begun to train"
         [ ! -e "$folder/done" ] || kept="finished"
         [ -z "$kept" ] || fail "$folder: $kept with other options or data (see command.txt there). Expected the same," \
-            "another OUT, or that you remove the folder. Received: ${record##*$'\n'}"
+            "another OUT, that you remove the folder, or --fresh. Received: ${record##*$'\n'}"
         [ ! -e "$folder/command.txt" ] || rm -r "$folder"
         mkdir -p "$folder"
         echo "$record" > "$folder/.command.txt" && mv "$folder/.command.txt" "$folder/command.txt"

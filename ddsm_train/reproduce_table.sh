@@ -13,7 +13,8 @@
 # Given again, the same command does what is not finished; rows share patches, patch classifiers and DDSM models. A step
 # whose command ended well leaves a file `done`. One that is done, but with other options, another RANDOM_SEED, other
 # patients in DATA's sets or other images in INBREAST, is refused: remove its folder, or name another OUT; so is a
-# training that has begun. One that was interrupted goes on where it was.
+# training that has begun. One that was interrupted goes on where it was. --fresh starts over with all steps of ROW,
+# those that it shares included.
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/recipe.sh"
 [ "${1:-}" != --list ] || exec python "$here/published.py" list
@@ -27,7 +28,8 @@ case "${1:-}" in
 esac
 all=() sample=() patch=() image=() inbreast=()
 declare -n section=all
-for word in "$@"; do
+read_options "$@"
+for word in "${words[@]}"; do
     case "$word" in
         --sample | --patch | --image | --inbreast) declare -n section="${word#--}" ;;
         *) section+=("$word") ;;

@@ -6,13 +6,15 @@
 # MODEL  a saved model, FILE or NAME=FILE; those named resnet50, vgg16 and hybrid stand beside their published figures:
 #          inbreast/subset_experiment.sh INbreast 'hybrid=ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5' few_patients
 # OUT    gets a sub-folder a training, and subset_auc.csv and subset_auc.png of all trainings in it
-# Given again, the same command does what is not finished, and refuses other data or options for what is. A further
-# MODEL adds to what is in OUT, with options of its own: as a baseline, the same network from random weights:
+# Given again, the same command does what is not finished, and refuses other data or options for what is; --fresh starts
+# over. A further MODEL adds to what is in OUT, with options of its own: as a baseline, the same from random weights:
 #          inbreast/subset_experiment.sh INbreast scratch=MODEL.h5 few_patients --from-scratch --all-layer-multiplier 1
 # Environment: PATIENTS ("20 30 40 50 60"; 0 scores the model as it is), RANDOM_SEED (12345), by which the patients are
 #       chosen too, MEAN, as of finetune.sh, NUM_CPU_CORES (4).
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/../ddsm_train/recipe.sh"
+read_options "$@"
+set -- "${words[@]}"
 words=()
 while [ $# -gt 0 ] && [[ "$1" != -* ]]; do words+=("$1") && shift; done
 [ ${#words[@]} -ge 3 ] || usage 2

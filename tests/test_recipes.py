@@ -456,6 +456,12 @@ def test_resuming(shell, prepared):
     (out / row / "state").rmdir()
     assert again("--image", "--batch-size", "8")[0] == [row]
     assert not (out / row / "left over").exists()
+    # Unless all begins anew.
+    (out / patch / "left over").touch()
+    assert again("--fresh")[0] == [*sampled, patch, row]
+    assert not (out / patch / "left over").exists()
+    assert again()[0] == []
+    assert again("--image", "--fresh", "--batch-size", "8")[0] == [*sampled, patch, row]
     # A patch classifier trained anew with other options makes what stands on it out of date.
     (out / patch / "done").unlink()
     names, _, error = again("--patch", "--trust-checkpoint", "--image", "--batch-size", "8", status=1)

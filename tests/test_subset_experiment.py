@@ -80,6 +80,8 @@ def test_the_seed_draws_the_patients(shell, data):  # noqa: F811
     # Other seeds are refused where they would mix.
     _, _, error = run_again(shell, PATIENTS="20", RANDOM_SEED="1", status=1)
     assert "few/20-patients: finished with other options" in error
+    assert len(run_again(shell, "--fresh", PATIENTS="20", RANDOM_SEED="1")[0]) == 1
+    assert (shell.folder / "few" / "20-patients" / "patients.txt").read_text().split() == drawn[0]
 
 
 def test_the_training_is_the_published_one_with_the_options_given(shell, data):  # noqa: F811
