@@ -214,6 +214,13 @@ class DMIterator(keras.utils.PyDataset):
     def _name(self, index):
         return f"sample {index}"
 
+    def close(self):
+        """End the threads. Batches can still be drawn, by the caller's own."""
+        for pool in (self._pool, self._reader):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        self._pool = self._reader = self._ahead = None
+
     def _map(self, function, *items):
         """List of function(item), or of several, on this iterator's threads."""
         return list((self._pool.map if self._pool else map)(function, *items))

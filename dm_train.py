@@ -74,14 +74,17 @@ def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool =
     check_options(args, model)
     out_dir = _out_dir(args)
     models = [Path(name) for name in (args.best_model, args.final_model) if name != "NOSAVE"]
-    with ExitStack() as locks:
+    with ExitStack() as stack:
         if out_dir is not None:
-            locks.enter_context(locked(out_dir))
+            stack.enter_context(locked(out_dir))
             remove_partial(out_dir)
         for model_file in models:
-            locks.enter_context(locked(model_file.parent, model_file.name))
+            stack.enter_context(locked(model_file.parent, model_file.name))
             remove_partial(model_file)
-        yield _prepare(args, model, allow_constant, out_dir, _open_state(args, out_dir))
+        training = _prepare(args, model, allow_constant, out_dir, _open_state(args, out_dir))
+        for image_set in (training.train_set, training.val_set, training.test_set):
+            stack.callback(image_set.close)
+        yield training
 
 
 def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState:

@@ -290,6 +290,18 @@ def write_noise(folder):
     return folder
 
 
+def test_a_closed_iterator_has_no_threads_and_the_same_batches():
+    before = set(threading.enumerate())
+    x = np.random.default_rng(0).random((9, 4, 4, 1))
+    iterator = DMImageDataGenerator().flow(x, np.zeros(9), batch_size=2, seed=3, auto_batch_balance=False, workers=3)
+    first = [iterator[i][0] for i in range(2)]  # and the third is being read
+    assert set(threading.enumerate()) - before
+    iterator.close()
+    assert not set(threading.enumerate()) - before
+    for one, two in zip(first, (iterator[i][0] for i in range(2)), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
 def digests(folder, case, workers):
     """SHA-256 of the bytes of each batch."""
     generator_args, args = RECORDED[case]
