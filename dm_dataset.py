@@ -11,10 +11,11 @@ import importlib.util
 import io
 import json
 import re
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -37,6 +38,9 @@ OPTIONS = "args.json"
 REPORT = "report.json"
 IMAGE_TABLE = "images.csv"
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
+# What an Excel table may have: cells, also empty ones, and tags in its XML, of which a cell takes four.
+_MAX_CELLS = 2**24
+_MAX_TAGS = 2**22
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
 RULES = 4
 _IMAGE_NAME = re.compile(r"(.+)_(LEFT|RIGHT)_(CC|MLO)(?:_([2-9]|[1-9]\d+))?", re.DOTALL)
@@ -231,19 +235,57 @@ def _read_excel(path) -> list[list[str]]:
         raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv")
     try:
         if package == "openpyxl":
-            check_archive(path, compressed=True)
-            import pandas as pd
+            return _read_xlsx(path)
+        import xlrd
 
-            return pd.read_excel(path, header=None, dtype=str, keep_default_na=False).values.tolist()
-        import xlrd  # itself, since pandas gives up reading .xls by it
-
-        rows = xlrd.open_workbook(path, logfile=io.StringIO()).sheet_by_index(0).get_rows()
+        # The first sheet alone: each can claim all cells that the format has.
+        rows = xlrd.open_workbook(path, logfile=io.StringIO(), on_demand=True).sheet_by_index(0).get_rows()
         number = xlrd.XL_CELL_NUMBER
         return [[f"{cell.value:.15g}" if cell.ctype == number else str(cell.value) for cell in row] for row in rows]
     except (OSError, InputError):
         raise
     except Exception as error:  # the packages raise many kinds
         raise InputError(f"{path}: not a readable table ({type(error).__name__}: {error})") from None
+
+
+def _read_xlsx(path) -> list[list[str]]:
+    """Cells of the first sheet as text, in rows of one length, or none.
+
+    Raises InputError where they would fill the memory: one cell far below and to the right makes all those before it,
+    and each XML tag an object, of which an archive holds thousands in a few bytes.
+    """
+    import openpyxl
+
+    check_archive(path, compressed=True)
+    with zipfile.ZipFile(path) as archive:
+        tags = 0
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                tags += sum(part.count(b"<") for part in iter(functools.partial(member.read, 2**20), b""))
+    if tags > _MAX_TAGS:
+        raise InputError(f"{path}: refused: a table of {tags} XML tags. Expected at most {_MAX_TAGS}; save it as .csv")
+    rows, width, empty = [], 1, []  # of which there may be millions
+    with closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # the file's own claim
+        for row in sheet.iter_rows(values_only=True):
+            cells = list(map(_cell_text, row))
+            while cells and not cells[-1]:
+                cells.pop()
+            width = max(width, len(cells))
+            rows.append(cells or empty)
+            if len(rows) * max(width, 16) > _MAX_CELLS:  # the format itself has 2**20 rows
+                raise InputError(
+                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. Expected the table alone on the first "
+                    "sheet, from its first row and column on; save it as .csv"
+                )
+    return [cells + [""] * (width - len(cells)) if cells else cells for cells in rows]
+
+
+def _cell_text(value) -> str:
+    if value is None:
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def plain_header(name: str) -> str:

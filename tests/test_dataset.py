@@ -1,5 +1,6 @@
 """Splits by patient, whole images, and preparation that goes on where it was."""
 
+import datetime
 import functools
 import json
 import os
@@ -8,6 +9,7 @@ import zipfile
 
 import cv2
 import numpy as np
+import pandas
 import pytest
 
 import dm_dataset
@@ -193,6 +195,26 @@ def test_excel_table_is_read_as_text(tmp_path):
     with open_table(path) as (header, rows):
         assert header == ["file", "number", "note"]
         assert list(rows) == [(f"{path}, row 2", ["001", "2", ""]), (f"{path}, row 4", ["NA", "4", "x"])]
+
+
+def test_excel_cells_of_all_kinds_become_the_text_that_pandas_makes(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book, path = openpyxl.Workbook(), tmp_path / "table.xlsx"
+    day = datetime.datetime(2020, 1, 2)
+    for row in (
+        ["a", "b"],
+        [1, 2.0, 2.5, True, 1e20, " x ", None],
+        [None, day, day.date(), day.time()],
+        [],
+        ["=1+1", -3],
+    ):
+        book.active.append(row)
+    book.active["J2"].font = openpyxl.styles.Font(bold=True)  # a cell without a value
+    book.save(path)
+    header, *lines = pandas.read_excel(path, header=None, dtype=str, keep_default_na=False).values.tolist()
+    with open_table(path) as (found, rows):
+        assert found == header == ["a", "b", "", "", "", ""]
+        assert [cells for _, cells in rows] == [line for line in lines if any(line)]
 
 
 @pytest.mark.parametrize(

@@ -731,6 +731,37 @@ def test_one_cell_as_large_as_the_file(tmp_path):
         list(rows)
 
 
+def excel(path: Path, sheet: bytes) -> None:
+    """An Excel file with these rows, in XML, on its sheet."""
+    openpyxl = pytest.importorskip("openpyxl")
+    openpyxl.Workbook().save(path)
+    start = b'<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main">'
+    repack(path, zipfile.ZIP_DEFLATED, {"xl/worksheets/sheet1.xml": start + sheet + b"</sheetData></worksheet>"})
+    assert path.stat().st_size < 50_000
+
+
+ROW = b'<row r="1"><c r="A1"><v>1</v></c></row>'
+
+
+def test_excel_tables_that_claim_to_be_giants(tmp_path, memory, monkeypatch):
+    from dm_dataset import open_table
+
+    monkeypatch.setattr("dm_dataset._MAX_CELLS", 2**15)
+    monkeypatch.setattr("dm_dataset._MAX_TAGS", 2**13)
+    path = tmp_path / "a.xlsx"
+    excel(path, b'<dimension ref="A1:XFD1048576"/><sheetData>' + ROW + b'<row r="3"><c r="B3"><v>2</v></c></row>')
+    with open_table(path) as (header, rows):
+        assert header == ["1", ""] and list(rows) == [(f"{path}, row 3", ["", "2"])]
+    for sheet, message in (
+        (ROW + b'<row r="1000"><c r="GJH1000"><v>1</v></c></row>', "more than 32768 cells"),
+        (ROW + b'<row r="99999999999"/>', "more than 32768 cells"),
+        (b'<row r="1">' + b"<c/>" * 2**13 + b"</row>", r"\d+ XML tags"),
+    ):
+        excel(path, b"<sheetData>" + sheet)
+        with pytest.raises(InputError, match=rf"a\.xlsx: refused: a table of {message}"), open_table(path):
+            pass
+
+
 def test_documents_with_entities_are_refused(tmp_path):
     from dm_inbreast import read_annotation
 
