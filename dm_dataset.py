@@ -557,6 +557,14 @@ def _checksum_of_record(record: dict) -> int:
     return zlib.crc32(json.dumps(record).encode())
 
 
+def _is_own_file(name: object) -> bool:
+    """Whether an output that the manifest lists is below its folder. Names of images may hold any character."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
 def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
     """The last record of each item by its name, and all outputs that were ever announced or made."""
     records, outputs = {}, set()
@@ -571,7 +579,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
         listed = [record.get(name) for name in ("to_come", "outputs")]
         paths = [name for names in listed if isinstance(names, list) for name in names]
         # What is listed and no longer wanted is removed.
-        if others := [name for name in paths if not (isinstance(name, str) and is_below(name))]:
+        if others := [name for name in paths if not _is_own_file(name)]:
             raise InputError(f"{path}: lists {others[0]!r}. Expected files of its own folder alone; remove the list")
         outputs.update(paths)
         if record.pop("checksum", None) == _checksum_of_record(record):

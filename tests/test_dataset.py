@@ -412,6 +412,15 @@ def test_second_run_keeps_everything(run, tmp_path):
     assert read_folder(out) == content
 
 
+@pytest.mark.parametrize("name", ["a\u00a0b", "e\u200b"])
+def test_images_of_any_name_are_kept(run, tmp_path, name):
+    """Such as with a space that does not break, of which a terminal would show nothing."""
+    (run.download / name).write_text("content")
+    first = run(tmp_path / "out", names=[name])
+    assert run(tmp_path / "out", names=[name]) == first
+    assert run.log.read_text() == ""
+
+
 @pytest.mark.parametrize(
     "disturb",
     [
