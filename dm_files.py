@@ -99,20 +99,20 @@ def atomic_write(path: str | os.PathLike, durable: bool = False) -> Iterator[Pat
         temporary = Path(name)
         try:
             yield temporary
-            _copy_permissions(temporary, path)
             if durable:
-                _sync(temporary)
+                _sync(temporary, os.O_RDWR)  # older SMB clients refuse it where a file is open for reading alone
+            _copy_permissions(temporary, path)
             os.replace(temporary, path)
             if durable:
                 with suppress(OSError):  # of file systems that keep folders in another way; the file is written
-                    _sync(path.parent)
+                    _sync(path.parent, os.O_RDONLY)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, mode: int) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, mode)
     try:
         os.fsync(handle)
     finally:
