@@ -18,6 +18,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dm_args import HelpFormatter, natural_int, positive_int
 from tests.fuzz.seeds import targets
 
@@ -105,14 +107,15 @@ def end(process: subprocess.Popen) -> int:
 
 def main(argv=None) -> int:
     args = make_parser().parse_args(argv)
+    bar = tqdm(total=args.cases, unit="case", disable=None)
 
     def report(outcome):
+        bar.update()
         if outcome["finding"]:
-            print(
-                f"case {outcome['case']}, {outcome['target']}, {outcome['mutation']}:\n{outcome['finding']}", flush=True
-            )
+            bar.write(f"case {outcome['case']}, {outcome['target']}, {outcome['mutation']}:\n{outcome['finding']}")
 
-    outcomes = fuzz(range(args.first, args.first + args.cases), args.seed, args.jobs, report, args.only)
+    with bar:
+        outcomes = fuzz(range(args.first, args.first + args.cases), args.seed, args.jobs, report, args.only)
     if args.out:
         lines = (json.dumps(outcome) + "\n" for outcome in sorted(outcomes, key=lambda outcome: outcome["case"]))
         Path(args.out).write_text("".join(lines))
