@@ -466,10 +466,16 @@ def keep_options(out, options: Mapping, fresh: bool = False) -> None:
 
     Raises InputError, naming them, where those of an earlier run are other ones, unless it is to begin `fresh`.
     """
-    path, options = Path(out, OPTIONS), json.loads(json.dumps(options))
-    if not fresh and (earlier := read_json(path)) is not None:
-        check_same_options(out, earlier, options, "another folder, or --fresh to replace the work")
-    write_text(path, json.dumps(options, indent=1) + "\n")
+    if not fresh:
+        check_kept_options(out, options)
+    write_text(Path(out, OPTIONS), json.dumps(options, indent=1) + "\n")
+
+
+def check_kept_options(out, options: Mapping) -> None:
+    """The check of `keep_options` alone: a run that writes to several folders makes it before it notes any."""
+    if (earlier := read_json(Path(out, OPTIONS))) is not None:
+        ours = json.loads(json.dumps(options))
+        check_same_options(out, earlier, ours, "another folder, or --fresh to replace the work")
 
 
 def _prepare(items, function, download, out, folders, jobs, backend, on_error, fresh, desc):

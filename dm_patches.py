@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dm_files import InputError, atomic_write, is_file_name, locked, write_img, write_text
+from dm_files import InputError, atomic_write, counted, is_file_name, locked, write_img, write_text
 
 FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 # Written when a set is complete.
@@ -348,7 +348,7 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
     Lesions of a type without a class folder are not used. Raises InputError for bad tables or options, and, once
     all other images are sampled, for images at fault unless `args.on_error` is "skip".
     """
-    from dm_dataset import keep_options, read_patient_list
+    from dm_dataset import check_kept_options, keep_options, read_patient_list
     from dm_region import split_patients
 
     check_options(args, class_dirs)
@@ -370,13 +370,18 @@ def sample_dataset(args, class_dirs: Mapping[tuple[str, bool], str], prefix: str
         print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
     malignant = {lesion.patient for lesion in lesions if lesion.malignant}
     train, val = split_patients(patients, [patient in malignant for patient in patients], args.val_size)
+    sets = (("train", train, args.train_out_dir), ("val", val, args.val_out_dir))
     with contextlib.ExitStack() as locks:
-        for name, names, out_dir in (("train", train, args.train_out_dir), ("val", val, args.val_out_dir)):
+        for name, names, out_dir in sets:
             if names:
                 locks.enter_context(locked(out_dir))
-                keep_options(out_dir, deciding_options(args), args.fresh)
+            if names and not args.fresh:
+                check_kept_options(out_dir, deciding_options(args))
             if not (names and args.fresh):  # which removes the others' patches
                 check_patients(name, names, out_dir)
+        for _, names, out_dir in sets:
+            if names:
+                keep_options(out_dir, deciding_options(args), args.fresh)
         faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
         if val:
             faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
@@ -429,8 +434,8 @@ def check_patients(name: str, patients: Sequence[str], out_dir) -> None:
     matches = (_PATCH_NAME.fullmatch(path.name) for path in Path(out_dir).glob("*/*.png"))
     if others := {match[1] for match in matches if match} - set(patients):
         raise InputError(
-            f"{out_dir}: has patches of {len(others)} patients, such as {min(others)}, who are not in the {name} set "
-            f"of this run: use new folders, or remove the patches of the earlier run"
+            f"{out_dir}: has patches of {counted(len(others), 'patient')}, such as {min(others)}, not in the {name} "
+            f"set of this run: use new folders, {'--fresh, ' if patients else ''}or remove those of the earlier run"
         )
 
 

@@ -472,7 +472,9 @@ def test_patches_of_patients_of_the_other_set_are_refused(study, killed):
     assert read_folder(out) == before
     other, *rest = {row["patient"] for row in read_rows(out / "train")}
     (study / "pat_train.txt").write_text("\n".join(rest))
-    with pytest.raises(InputError, match=rf"out/train: has patches of 1 patients, such as {other}, .* the train set"):
+    with pytest.raises(
+        InputError, match=rf"out/train: has patches of 1 patient, such as {other}, not in the train set"
+    ):
         sample_patches_combined.run(*arguments(study, out)[:5], study / "new", **SMALL | {"val_size": 0})
     assert read_folder(out) == before and not (study / "new").exists()
 
@@ -501,6 +503,11 @@ def test_patches_of_other_options_are_not_mixed(study, options, named):
     before = read_folder(out)
     with pytest.raises(InputError, match=rf"out/train: has the work of a run with other options \({named}"):
         sample(study, out, **options)
+    assert read_folder(out) == before
+    shutil.rmtree(out / "train")
+    with pytest.raises(InputError, match=rf"out/val: has the work of a run with other options \({named}"):
+        sample(study, out, **options)
+    sample(study, out)
     assert read_folder(out) == before
 
 

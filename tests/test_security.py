@@ -20,7 +20,7 @@ import pytest
 
 import dm_image
 from dm_checkpoint import load_model, load_weights
-from dm_dataset import keep_options, prepare
+from dm_dataset import check_kept_options, prepare
 from dm_files import InputError, is_file_name, one_line
 from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_heatmap_clf import load_classifier
@@ -705,7 +705,7 @@ def test_the_list_of_an_earlier_run_removes_nothing_elsewhere(tmp_path, name):
 def test_options_of_an_earlier_run_that_are_damaged(tmp_path, content):
     (tmp_path / "args.json").write_bytes(content)
     with pytest.raises(InputError, match=r"args\.json: (not a JSON file|Expected a JSON object)"):
-        keep_options(tmp_path, {})
+        check_kept_options(tmp_path, {})
 
 
 def test_errors_are_printed_without_control_characters():
