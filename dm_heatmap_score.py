@@ -448,7 +448,6 @@ def score_breasts(
     if fresh:
         shutil.rmtree(parts, ignore_errors=True)
         Path(out).unlink(missing_ok=True)
-    parts.mkdir(parents=True, exist_ok=True)
     remove_partial(parts)
     remove_partial(out)
     header = {
@@ -461,6 +460,7 @@ def score_breasts(
     for breast in breasts:
         done |= _finished(parts / f"{breast.name}.npz", [breast], header)
     todo = [breast for breast in breasts if breast.name not in done]
+    parts.mkdir(parents=True, exist_ok=True)
     if done:
         print(f"{len(done)} of {len(breasts)} breasts are done already")
 
