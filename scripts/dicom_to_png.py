@@ -6,7 +6,7 @@
 The PNG files lie in OUT/images, in the folders of the source; OUT/images.csv has a row for each, with patient, side
 and view from its header, and OUT/report.json the counts. Pixels are scaled so that the range of the stored bits (12,
 14, 16, signed or not) becomes 0..65535, so the rescale factor 0.003891 brings all of them to 0..255. MONOCHROME1 is
-inverted. An interrupted run goes on where it was.
+inverted. An interrupted run goes on where it was; other options are refused there.
 """
 
 import argparse
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--on-error", choices=["stop", "skip"], default="stop",
         help="what an unusable file does: end the run, or be left out and listed (stop)",
     )  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="start over, and replace the images of an earlier run")
     dm_args.add_parallel_options(parser)
     return parser
 
@@ -116,7 +117,7 @@ def run(**options) -> None:
     """Convert; keyword arguments are the option names of `make_parser`."""
     args = dm_args.complete(make_parser(), options)
     sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
-    from dm_dataset import REPORT, Item, prepare, write_csv
+    from dm_dataset import REPORT, Item, keep_options, prepare, write_csv
 
     settings = {"voi_lut": args.voi_lut, "auto_levels": args.auto_levels}
     items = [
@@ -124,9 +125,11 @@ def run(**options) -> None:
     ]
     out = Path(args.out)
     with locked(out):
+        keep_options(out, settings, args.fresh)
         results = prepare(
-            items, functools.partial(convert, out=out), "/", out, ["images"], args.jobs, args.backend, args.on_error
-        )
+            items, functools.partial(convert, out=out), "/", out, ["images"], args.jobs, args.backend, args.on_error,
+            args.fresh,
+        )  # fmt: skip
         rows = [result.facts for result in results if not result.faults]
         faults = [fault for result in results for fault in result.faults]
         write_csv(out / "images.csv", COLUMNS, [row.values() for row in rows])

@@ -143,7 +143,10 @@ def test_a_run_goes_on_where_it_was(downloads, tmp_path, capsys):
     assert "2 of 3 images are there" in capsys.readouterr().out
     for path in [*(out / "images").rglob("*.png"), out / "images.csv"]:
         assert path.read_bytes() == (plain / path.relative_to(out)).read_bytes()
-    dicom_to_png.run(sources=[folder], out=out, auto_levels=True)
+    with pytest.raises(InputError, match=r"other options \(auto_levels False there, True now\).*--fresh"):
+        dicom_to_png.run(sources=[folder], out=out, auto_levels=True)
+    assert whole.stat().st_mtime == 1
+    dicom_to_png.run(sources=[folder], out=out, auto_levels=True, fresh=True)
     assert read_img(whole).min() == 0
     assert read_img(whole).max() == 65535
 
