@@ -6,6 +6,7 @@ makes it (`kind`), and the rows whose results it starts from (`from`); `reproduc
 
 import csv
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -301,6 +302,7 @@ def subset_table(out: Path):
     the test set with its 95% interval `low` to `high` (DeLong, on the logit scale, clustered by patient), and the same
     of the mean of four flips, `auc_flips`, `low_flips`, `high_flips`; `published`, for the models of the paper, else
     NaN; `test_images`, `test_patients`.
+    Left out, with a warning, are trainings on patients that `--fresh` has replaced by others.
     Raises InputError where there is none, and for files that a trainer did not write.
     """
     import pandas as pd
@@ -314,9 +316,15 @@ def subset_table(out: Path):
         if match is None or not (folder / "metrics.json").exists():
             continue
         model, patients = match[1], int(match[2])
+        subset = Path(out, f"{patients}-patients")
+        if not _command(folder).startswith(_command(subset)):
+            print(
+                f"warning: {folder}: left out: trained on others than {subset} has now; train it anew", file=sys.stderr
+            )
+            continue
         table = _read_predictions(folder / "predictions.csv")
         groups = [patient_of(file) for file in table.index]
-        row = {"model": model, "patients": patients, "images": _count_images(Path(out, f"{patients}-patients"))}
+        row = {"model": model, "patients": patients, "images": _count_images(subset)}
         for way in ("", "_flips"):
             if f"pos{way}" in table:
                 [auc], [[variance]] = delong(table.label == "pos", table[f"pos{way}"], groups)
@@ -328,6 +336,12 @@ def subset_table(out: Path):
         raise InputError(f"{out}: no training there. Expected the output folder of inbreast/subset_experiment.sh")
     table = pd.DataFrame(rows).astype({"published": float})
     return table.sort_values(["model", "patients"], ignore_index=True)
+
+
+def _command(folder: Path) -> str:
+    """By which commands and inputs a step of a recipe made its folder, those of its sources first."""
+    path = folder / "command.txt"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _count_images(data: Path) -> int:

@@ -2,6 +2,7 @@
 trainer, as in `test_recipes`, and once by the real one."""
 
 import json
+import shutil
 import subprocess
 
 import numpy as np
@@ -80,8 +81,11 @@ def test_the_seed_draws_the_patients(shell, data):  # noqa: F811
     # Other seeds are refused where they would mix.
     _, _, error = run_again(shell, PATIENTS="20", RANDOM_SEED="1", status=1)
     assert "few/20-patients: finished with other options" in error
-    assert len(run_again(shell, "--fresh", PATIENTS="20", RANDOM_SEED="1")[0]) == 1
-    assert (shell.folder / "few" / "20-patients" / "patients.txt").read_text().split() == drawn[0]
+    few = shell.folder / "few"
+    shutil.copytree(few / "hybrid-20-patients", few / "other-20-patients")
+    [_], _, error = run_again(shell, "--fresh", PATIENTS="20", RANDOM_SEED="1")
+    assert (few / "20-patients" / "patients.txt").read_text().split() == drawn[0]
+    assert "few/other-20-patients: left out: trained on others than " in error and error.count("left out") == 1
 
 
 def test_the_training_is_the_published_one_with_the_options_given(shell, data):  # noqa: F811
