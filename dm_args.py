@@ -438,6 +438,11 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
         message = str(error)
     except OSError as error:
         message = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    except UnicodeEncodeError as error:
+        if error.reason != "surrogates not allowed":  # by which Python stands for bytes of names that are no text
+            raise
+        name = error.object[max(0, error.start - 80) : error.end + 80]
+        message = f"{name}: Expected file names in UTF-8. Received other bytes in one; rename it"
     except MemoryError as error:
         message = "out of memory" + (f" ({error})" if str(error) else "") + _less_memory(parser)
     except KeyboardInterrupt as error:

@@ -213,6 +213,15 @@ def test_the_script_lists_faults_and_fails(folder, tmp_path):
     assert len(read_csv(tmp_path / "data_check.csv")) == 11
 
 
+def test_a_name_that_is_no_text_is_one_line(folder, tmp_path, capsys):
+    (folder / "a.png").rename(folder / os.fsdecode(b"M\xfcller.png"))
+    assert check_data.main([str(folder), "--table", str(tmp_path / "t.csv")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "M?ller.png" in line and line.endswith(
+        "Expected file names in UTF-8. Received other bytes in one; rename it"
+    )
+
+
 def test_the_script_accepts_good_images(folder, tmp_path, capsys):
     table = tmp_path / "t.csv"
     given = [folder / "a.png", folder / "bad/constant.png"]
