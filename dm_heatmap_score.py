@@ -447,7 +447,6 @@ def score_breasts(
     parts = Path(f"{out}.parts")
     if fresh:
         shutil.rmtree(parts, ignore_errors=True)
-        Path(out).unlink(missing_ok=True)
     remove_partial(parts)
     remove_partial(out)
     header = {
@@ -456,7 +455,13 @@ def score_breasts(
         "mode": scorer.mode,
         "options": json.loads(json.dumps(options | {"window": [float(size) for size in scorer.window]})),
     }
-    done = _finished(Path(out), breasts, header)
+    done = {}
+    if not fresh:
+        try:
+            done = _finished(Path(out), breasts, header)
+        except InputError:
+            if not any(parts.glob("*.npz")):  # else these are to replace it
+                raise
     for breast in breasts:
         done |= _finished(parts / f"{breast.name}.npz", [breast], header)
     todo = [breast for breast in breasts if breast.name not in done]

@@ -41,7 +41,7 @@ from dm_files import InputError, counted, locked, write_img, write_text
 DECIDING = (
     *("split", "test_size", "val_size", "random_state"),
     *("img_size", "resize", "segment_breast", "auto_levels", "face"),
-    *("format", "voi_lut", "neg_labels", "pos_labels", "neg_birads", "pos_birads", "roi_masks"),
+    *("format", "voi_lut", "neg_labels", "pos_labels", "neg_birads", "pos_birads", "patient_regex", "roi_masks"),
 )
 
 
@@ -126,7 +126,7 @@ def prepare_items(
 
 
 def deciding_options(args) -> dict:
-    return {name: getattr(args, name) for name in DECIDING if hasattr(args, name)}
+    return {name: value for name, value in vars(args).items() if name in DECIDING or name.endswith("_column")}
 
 
 # ------------------------------------------------------------------------------------------------------ splits

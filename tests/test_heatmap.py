@@ -694,8 +694,14 @@ def test_what_is_finished_takes_todays_labels_and_is_done(tmp_path):
     with pytest.raises(InputError, match=r"maps\.npz: has the work .* \(mean 1.0 there, 2.0 now\).*--fresh"):
         score(folder, scorer, out, options={"mean": 2.0})
     assert scorer.read_files == [] and load_heatmaps(out).options == {"mean": 1.0, "window": [16.0, 16.0]}
-    score(folder, scorer, out, options={"mean": 2.0}, fresh=True)
-    assert len(scorer.read_files) == 5 and load_heatmaps(out).options["mean"] == 2.0
+    # The earlier maps stay until the new ones are whole; a stopped run goes on without being told to begin anew.
+    broken.write_bytes(b"")
+    with pytest.raises(InputError, match="unreadable"):
+        score(folder, Means(), out, options={"mean": 2.0}, fresh=True)
+    assert load_heatmaps(out).options["mean"] == 1.0
+    broken.write_bytes(whole)
+    score(folder, scorer, out, options={"mean": 2.0})
+    assert scorer.read_files == [broken.name] and load_heatmaps(out).options["mean"] == 2.0
     out.write_bytes(b"what is no map")
     with pytest.raises(InputError, match=r"maps\.npz"):
         score(folder, scorer, out)
