@@ -459,6 +459,8 @@ def train_stages(
         return state.history
     for number, stage in enumerate(stages):
         freeze_below(model, stage.first_layer, frozen_bn)
+        with training_scope(model):
+            set_regularization(model, stage.weight_decay, stage.dropout)
         if state.has_ended(number, stage.end_epoch):
             continue
         early = keras.callbacks.EarlyStopping(monitor="val_loss", patience=es_patience)
@@ -466,7 +468,6 @@ def train_stages(
         finite = FiniteLoss(train_set)
         watchers = [finite, early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else []), state]
         with training_scope(model):
-            set_regularization(model, stage.weight_decay, stage.dropout)
             fitted.compile(
                 optimizer=create_optimizer(optim, stage.lr, accumulate),
                 loss=WeightedCrossentropy(),

@@ -1,6 +1,7 @@
 """Trainings that are stopped anywhere and go on as if they had not been."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from keras import layers
 import dm_callbacks
 import dm_checkpoint
 import dm_state
+import dm_train
 from ddsm_train import image_clf_train
 from dm_args import Terminated
 from dm_files import InputError
@@ -183,6 +185,24 @@ def test_a_signal_after_the_last_step_is_obeyed(fresh, again, tmp_path, monkeypa
     assert len(state.history) == 1
 
 
+def test_a_training_killed_after_its_last_epoch_saves_the_final_model_of_its_last_stage(data, tmp_path, monkeypatch):
+    """Its dropout and weight decay are in the file, though no stage is left to set them."""
+    options = ("--hidden-dropout2", "0.5", "--weight-decay2", "0.02", "--nb-epoch", "1", "--all-layer-epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(dm_train, "finish", lambda *args, **kwargs: kill())
+        with pytest.raises(Killed):
+            train(data, tmp_path / "killed", *options)
+    files = {}
+    for name in ("killed", "whole"):
+        assert train(data, tmp_path / name, *options) == 0
+        with h5py.File(tmp_path / name / "final.h5") as h5:
+            files[name] = json.loads(h5.attrs["model_config"])
+    assert files["killed"] == files["whole"]
+    assert [layer["config"]["rate"] for layer in files["whole"]["config"]["layers"] if "rate" in layer["config"]] == [
+        0.5
+    ]
+
+
 def test_the_picture_of_the_last_stage_is_drawn_too(data, tmp_path, monkeypatch):
     def stop(*args):
         raise Killed
@@ -265,6 +285,19 @@ def test_a_training_is_not_begun_anew_because_its_best_model_is_elsewhere(data, 
     stopped.rename(moved)
     assert train(data, moved, "--on-error", "skip") == 0  # which may be asked for from now on
     assert results(moved) == results(uninterrupted)
+
+
+def test_a_best_model_of_another_training_is_not_replaced(data, stopped, uninterrupted, capfd):
+    """Another output folder for the same best model: the first training would go on with, and score, that of this."""
+    before = (stopped / "best.h5").read_bytes()
+    other = ("--out-dir", str(stopped / "other"), "--init-learningrate", "0.02")
+    assert train(data, stopped, *other) == 1
+    assert f"{stopped / 'best.h5'}: is there already" in capfd.readouterr().err.splitlines()[-1]
+    assert (stopped / "best.h5").read_bytes() == before
+    assert train(data, stopped) == 0
+    assert results(stopped) == results(uninterrupted)
+    assert train(data, stopped, *other, "--fresh", "--nb-epoch", "1", "--all-layer-epochs", "1") == 0
+    assert (stopped / "best.h5").read_bytes() != before
 
 
 def test_a_state_of_another_version_of_keras_is_refused(data, stopped, capfd):
