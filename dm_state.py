@@ -67,6 +67,7 @@ class TrainingState(keras.callbacks.Callback):
         if self.folder is None:
             return
         check_writable(self.folder / "state.npz")
+        self.folder.mkdir(parents=True, exist_ok=True)  # says whose the best model is, as soon as there is one
         if fresh:
             self._remove(_GENERATIONS)
             self._again = "the same command without --fresh"
@@ -89,7 +90,7 @@ class TrainingState(keras.callbacks.Callback):
         if self._saved:
             before = self._saved[0][0]["options"]
             theirs = {name: before.get(name) for name in options}
-            check_same_options(self.folder, theirs, options, "another --best-model or --out-dir, or --fresh")
+            check_same_options(self.folder, theirs, options, "another --best-model, or --fresh to replace it")
 
     def restore(self, model: keras.Model, callbacks: Sequence[keras.callbacks.Callback], train_set) -> None:
         """Bring model, callbacks and data to where the saved training was; without one, nothing changes."""
@@ -120,8 +121,14 @@ class TrainingState(keras.callbacks.Callback):
         if description["variables"] != _kinds(model.variables):
             raise InputError(f"{self.folder}: holds a training of another network. Start over with --fresh")
         for callback in callbacks:
-            if hasattr(callback, "restore"):
-                callback.restore(model)  # in case its file is damaged, better known now than after days
+            if hasattr(callback, "restore"):  # better known now than after days
+                try:
+                    callback.restore(model)
+                except InputError as error:
+                    raise InputError(
+                        f"{error}. It should be the best model of the training that {self.folder} holds: put that back "
+                        "to go on, or start over with --fresh"
+                    ) from error
         self._assign(model.variables, "model")
         self._random = self._arrays("random")
         train_set.go_to(*self._position, self._step)

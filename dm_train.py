@@ -91,8 +91,11 @@ def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState
     epochs = max(args.nb_epoch, args.all_layer_epochs, getattr(args, "top_layer_epochs", 0))
     trains = out_dir is not None and epochs > 0  # without epochs, models are only scored
     state = TrainingState(out_dir / "state" if trains else None, args.save_every)
+    fresh = args.fresh or args.resume == "off"
+    if trains and not fresh:
+        _check_best_model(args, state.folder)
     # Without resuming, too, what was saved goes: the models that it belongs to are about to be replaced.
-    state.open(fresh=args.fresh or args.resume == "off")
+    state.open(fresh)
     if args.resume == "off":
         state = TrainingState()
     options = {name: value for name, value in vars(args).items() if name not in _FREE_TO_CHANGE}
@@ -104,6 +107,17 @@ def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState
     environment = {name: dm_args.env_int(name, default) for name, default in _ENVIRONMENT.items()}
     state.check(**options, **environment, KERAS_BACKEND=keras.backend.backend())
     return state
+
+
+def _check_best_model(args: argparse.Namespace, state_folder: Path) -> None:
+    """Raise InputError where the best model is of a training with another output folder, or of none that is known."""
+    best, read = Path(args.best_model), [getattr(args, name, None) for name in _FILES_READ]
+    going_on = any(name is not None and Path(name).resolve() == best.resolve() for name in read)
+    if best.exists() and not state_folder.exists() and not going_on:
+        raise InputError(
+            f"--best-model {best}: is there already, of a training whose state is not in {state_folder}. Give the "
+            "--out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
+        )
 
 
 def _describe_file(path: Path, outputs: Sequence[Path]) -> str:
@@ -153,15 +167,13 @@ def _prepare(args, model, allow_constant, out_dir, state) -> Training:
         seed=seed,
         auto_batch_balance=args.auto_batch_balance,
         load_to_ram=args.load_train_ram,
-        checked=checked["train_dir"],
+        checked=checked,
         **pixels,
     )
     # A class may be absent where nothing is learned: its scores are then undefined, which is said.
     scoring = {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True, **pixels}
-    val_set = plain.flow_from_directory(
-        args.val_dir, load_to_ram=args.load_val_ram, checked=checked["val_dir"], **scoring
-    )
-    test_set = plain.flow_from_directory(args.test_dir, checked=checked["test_dir"], **scoring)
+    val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, checked=checked, **scoring)
+    test_set = plain.flow_from_directory(args.test_dir, checked=checked, **scoring)
     _describe_sets(train=train_set, validation=val_set, test=test_set)
     images = sample_images(train_set)
     for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None):
@@ -185,28 +197,24 @@ def _fingerprint(image_set) -> str:
     return f"{image_set.nb_sample} files {digest.hexdigest()[:12]}"
 
 
-def _check_data(
-    args, out_dir: Path | None, allow_constant: bool, resumed: bool
-) -> dict[str, dict[str, ImageCheck] | None]:
-    """What is known of the images of each set, by file, or None where it is not checked, or read to RAM anyway.
+def _check_data(args, out_dir: Path | None, allow_constant: bool, resumed: bool) -> dict[str, ImageCheck] | None:
+    """What is known of the images of all sets, by file, or None where they are not checked.
 
     Raises InputError for images that cannot be used, unless they are skipped.
 
     A resumed training that skips images takes them for what they were when it began: one that cannot be read since is
     a lost one, so that the order of the others stays.
     """
-    loaded = {"train_dir": args.load_train_ram, "val_dir": args.load_val_ram, "test_dir": False}
-    folders = {name: Path(getattr(args, name)).absolute() for name, in_ram in loaded.items() if not in_ram}
     if not args.check_data:
-        return dict.fromkeys(loaded)
+        return None
+    folders = [Path(folder).absolute() for folder in (args.train_dir, args.val_dir, args.test_dir)]
     table = None if out_dir is None else out_dir / TABLE
     known = read_table(table) if resumed and args.on_error == "skip" else {}
-    if all(any(Path(file).is_relative_to(folder) for file in known) for folder in folders.values()):
-        known = {file: accept_constant(check) if allow_constant else check for file, check in known.items()}
-        return {name: known if name in folders else None for name in loaded}
+    if all(any(Path(file).is_relative_to(folder) for file in known) for folder in folders):
+        return {file: accept_constant(check) if allow_constant else check for file, check in known.items()}
     files = [
         folder / name
-        for folder in folders.values()
+        for folder in folders
         for names in find_classes(folder, args.class_list).values()
         for name in names
     ]
@@ -214,8 +222,7 @@ def _check_data(
     if args.img_scale is None:
         warn_of_types(checks)
     report_faults(checks, table, args.on_error)
-    checked = {check.file: check for check in checks}
-    return {name: checked if name in folders else None for name in loaded}
+    return {check.file: check for check in checks}
 
 
 def _describe_sets(**sets) -> None:

@@ -147,7 +147,8 @@ def run(*paths, **options) -> None:
     if len(set(class_names)) < len(class_names):
         raise InputError(f"--class-list: Expected different names. Received {' '.join(class_names)}")
     kept = {name: getattr(args, name) for name in (*PIXEL_OPTIONS, *MODE_OPTIONS[scorer.mode])}
-    kept |= {"dl_state": args.dl_state, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
+    # The same model may lie elsewhere on another machine.
+    kept |= {"dl_state": Path(args.dl_state).name, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
     with locked(Path(args.out).parent, Path(args.out).name):
         records, scoring_faults = dm_heatmap_score.score_breasts(
             breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error,
