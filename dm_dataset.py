@@ -34,7 +34,7 @@ CLASSES = ("neg", "pos")
 # Brings 16-bit pixels to 0..255: the published value of 255/65535.
 RESCALE_FACTOR = 0.003891
 MANIFEST = "manifest.jsonl"
-OPTIONS = "args.json"
+OPTIONS = "options.json"
 REPORT = "report.json"
 IMAGE_TABLE = "images.csv"
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")

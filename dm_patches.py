@@ -3,7 +3,7 @@
 Where patches are cut is decided in `dm_region`. Output folders: one sub-folder a class with the patches as 16-bit
 PNG, `patches.csv` (a row a patch, see `PatchRow`) and `pat_lst.txt` (the patients of the set). The two tables are
 there when a set is complete; the same run started again after it was killed goes on and ends with the same files
-(`dm_dataset.prepare`). `args.json` holds the options that decide them, and a run with others is refused.
+(`dm_dataset.prepare`). `options.json` holds the options that decide them, and a run with others is refused.
 """
 
 import contextlib

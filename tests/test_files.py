@@ -210,7 +210,7 @@ def test_the_lock_of_a_preparation_covers_its_report(tmp_path, monkeypatch):
     assert dicom_to_png.main([str(tmp_path / "download"), str(tmp_path / "out")]) == 0
     assert refused == [1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "args.json", "images", "images.csv", "manifest.jsonl", "report.json"
+        "images", "images.csv", "manifest.jsonl", "options.json", "report.json"
     ]  # fmt: skip
 
 

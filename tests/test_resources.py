@@ -112,7 +112,7 @@ def test_preparation_says_that_memory_is_short(tmp_path):
                       imports=imports, extra=40)  # fmt: skip
         assert error_line(process).startswith("out of memory")
         left = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
-        assert sorted(left) == ["args.json", "manifest.jsonl"]
+        assert sorted(left) == ["manifest.jsonl", "options.json"]
     assert run("scripts.dicom_to_png", tmp_path / "download", tmp_path / "out").returncode == 0
 
 

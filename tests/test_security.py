@@ -703,8 +703,8 @@ def test_the_list_of_an_earlier_run_removes_nothing_elsewhere(tmp_path, name):
 
 @pytest.mark.parametrize("content", [b"7", b"{", b"[" * 100_000, b"\xa2"])
 def test_options_of_an_earlier_run_that_are_damaged(tmp_path, content):
-    (tmp_path / "args.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"args\.json: (not a JSON file|Expected a JSON object)"):
+    (tmp_path / "options.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"options\.json: (not a JSON file|Expected a JSON object)"):
         check_kept_options(tmp_path, {})
 
 

@@ -518,7 +518,7 @@ def targets() -> list[Target]:
     add("own table again", table, functools.partial(make_again, make_own_table, *table),
         ("out/manifest.jsonl", "out/images.csv"), 40)  # fmt: skip
     add("sampling again", command, functools.partial(make_again, make_sampling, *command),
-        ("out/train/manifest.jsonl", "out/train/args.json"), 20)  # fmt: skip
+        ("out/train/manifest.jsonl", "out/train/options.json"), 20)  # fmt: skip
     check = ("scripts.check_data", ("/proc/self/cwd/in", "--table", "out/t.csv", "--jobs", "1"))
     add("check again", check, functools.partial(make_again, make_images, *check), ("out/t.csv",), 20)
     add("sums", ("scripts.download_models", (Path(RELEASED).stem, "--out-dir", "out")), make_downloaded,
