@@ -187,7 +187,8 @@ def test_workers_and_memory_change_nothing(data, monkeypatch):
     for workers, memory in (("1", []), ("3", ["--load-train-ram", "--load-val-ram"])):
         monkeypatch.setenv("NUM_CPU_CORES", workers)
         out = data / f"run{workers}"
-        assert train_patches(data, "--nb-epoch", "2", "--augmentation", "--out-dir", str(out), *memory) == 0
+        files = ("--best-model", f"{out}.h5", "--out-dir", str(out))
+        assert train_patches(data, "--nb-epoch", "2", "--augmentation", *files, *memory) == 0
         runs.append(pd.read_csv(out / "history.csv"))
     np.testing.assert_allclose(runs[0].to_numpy(), runs[1].to_numpy(), rtol=1e-4)
 
