@@ -527,7 +527,7 @@ def targets() -> list[Target]:
     predict = ("model.h5", "in", "--out", "out/p.json", "--flips", "--overlay", "out/pictures", "--jobs", "1")
     add("images to predict", ("scripts.predict", predict), make_images_to_predict,
         ("in/*.png", "model/*.json"), 20, error=" at fault:")  # fmt: skip
-    overlay = ("ddsm_train.heatmap_score", (*cam, "--overlay", "out/pictures", "--roi-mask-dir", "roi"))
+    overlay = ("ddsm_train.heatmap_score", (*cam, "--overlay", "out/pictures", "--roi-mask-dir", "roi", "--jobs", "1"))
     add("maps again", overlay, functools.partial(make_mapped, *overlay),
         ("in/*.png", "roi/*.png", "out/*.npz", "out/cam.npz.parts/*.npz"), 20)  # fmt: skip
     lesions = ("maps.npz", "--roi-mask-dir", "roi", "--malignant", "lesions.csv", "--out-dir", "out")
