@@ -21,7 +21,7 @@ import h5py
 import keras
 import numpy as np
 
-from dm_files import InputError, atomic_write
+from dm_files import InputError, atomic_write, one_line
 from dm_limits import check_archive, check_bytes, check_h5, check_pixels, parse_json
 
 # What a .keras archive holds. Others are for layers that this refuses, such as vocabularies.
@@ -232,6 +232,7 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
             # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
             model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
             _check_size(model, stored, path)
+            _check_name(model, path)
             # TensorFlow never gives gradients to a variable that is frozen as it gets its memory.
             frozen = [layer for layer in leaf_layers(model) if not layer.trainable]
             for layer in frozen:
@@ -245,6 +246,14 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
     for layer in frozen:
         layer.trainable = False
     return model
+
+
+def _check_name(model, path: Path) -> None:
+    """TensorFlow takes no others, and says so only when the model is run."""
+    if not re.fullmatch(r"[A-Za-z0-9.][\w.\\/>-]*", model.name, re.ASCII):
+        raise InputError(
+            f"{path}: Expected a model's name of letters, digits, '_', '.', '-'. Received {one_line(model.name, 100)!r}"
+        )
 
 
 def _check_size(model, stored: int, path: Path) -> None:

@@ -7,6 +7,7 @@ Images are (rows, columns), or (rows, columns, channels) with `data_format="chan
 """
 
 import io
+import logging
 import math
 import os
 import struct
@@ -174,6 +175,8 @@ def _parse_dicom(fname, file, **options):
     import pydicom
     from pydicom.filereader import _read_file_meta_info, read_preamble
 
+    # Of a broken file it logs whole stack traces, besides raising what goes into our one-line error.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     read_preamble(file, force=True)
     if _read_file_meta_info(file).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
         _check_size(fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), _max_size() + 1)))

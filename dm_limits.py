@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from dm_files import InputError, env_int
+from dm_files import InputError, env_int, one_line
 
 # More than any mammogram has (films at 42 micrometres have 40 million), and so few that copies in float32 fit.
 _MAX_PIXELS = 2**27
@@ -71,6 +71,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         if error.errno in _SHORTAGES:
             raise
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a name that tables or maps give, with characters that no name has
+        raise InputError(f"{one_line(str(path))}: cannot be read: {error}") from error
 
 
 def parse_json(text: str | bytes):

@@ -586,6 +586,14 @@ def test_weights_that_do_not_pair_up(tmp_path, change):
 # Refusals
 
 
+@pytest.mark.parametrize("ending", [".h5", ".keras"])
+def test_names_that_tensorflow_cannot_run_are_refused(tmp_path, ending):
+    inputs = keras.Input((3,))
+    save_model(keras.Model(inputs, keras.layers.Dense(2)(inputs), name="٣;"), tmp_path / f"a{ending}")
+    with pytest.raises(InputError, match=r"Expected a model's name of letters.*٣;"):
+        load_model(tmp_path / f"a{ending}")
+
+
 def lambda_model():
     inputs = keras.Input((3,))
     return keras.Model(inputs, keras.layers.Lambda(lambda x: x * 2, output_shape=(3,))(inputs))

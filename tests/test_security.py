@@ -771,3 +771,16 @@ def test_documents_with_entities_are_refused(tmp_path):
     )
     with pytest.raises(InputError, match="entity declarations"):
         read_annotation(tmp_path / "a.xml")
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(InputError, match=r"a\?b\.png: cannot be read"):
+        dm_image.read_img(f"{tmp_path}/a\0b.png")
+
+
+def test_pydicom_does_not_log_what_becomes_one_line(tmp_path, caplog):
+    """It logs the whole stack trace of a decoder that fails."""
+    encapsulated(tmp_path / "a.dcm", "RLELossless", struct.pack("<16I", 1, 64, *[0] * 14) + b"\x00")
+    with pytest.raises(InputError, match=r"a\.dcm: "):
+        dm_image.read_img(tmp_path / "a.dcm")
+    assert caplog.records == []
