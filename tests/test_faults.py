@@ -53,7 +53,7 @@ sys.exit(run_main(parser, run))
 BODIES = {
     "goes on": "not (out / f'{step}.txt').exists() and (write_text(out / f'{step}.txt', 'x') or True)",
     "appends again": "append_text(out / '0.txt', 'x') or True",
-    "leaves a half": "(out / 'a.json').write_text('[') and not time.sleep(0.1) and (out / 'a.json').write_text('[1]')",
+    "leaves a half": "(out / 'a.json').write_text('[') and not time.sleep(0.4) and (out / 'a.json').write_text('[1]')",
     "leaves a hidden file": "(out / f'.partial.{step}.txt').write_text('x') and step",
     "refuses": "next(iter(() if list(out.iterdir()) else [True])) and write_text(out / '0.txt', 'x') or True",
 }
@@ -81,8 +81,8 @@ def test_a_command_that_ends_with_other_files_is_seen(tmp_path):
     [("leaves a half", "not whole: a.json"), ("leaves a hidden file", "left behind"), ("refuses", "exit status 1")],
 )
 def test_what_a_command_must_not_leave_or_do_is_seen(body, seen, tmp_path):
-    with pytest.raises(FaultError, match=seen):
-        kill_and_compare(steps(body), tmp_path, tmp_path / "work", kills=4)
+    with pytest.raises(FaultError, match=seen):  # by the first of the kills that meets it
+        kill_and_compare(steps(body), tmp_path, tmp_path / "work", kills=20)
 
 
 def test_growth_compares_the_second_stage_alone():
