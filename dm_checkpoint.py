@@ -309,7 +309,7 @@ def _is_constant(node: dict) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return one_line(str(error), 400) or type(error).__name__
 
 
 # What Keras 2 wrote and Keras 3 does not read: all changes are made to the description in memory.
