@@ -1,21 +1,21 @@
-"""How good are the predictions of whole-image classifiers: images, breasts and patients scored with intervals.
+"""Score the predictions of whole-image classifiers for images, breasts and patients, with intervals.
 
-A *table* has a row an image and the columns of `COLUMNS`, then one column a model: its probability of cancer.
-`evaluate` makes *results* from it, in types that JSON can hold; its docstring lists them. `dm_evaluation_data` makes
-tables, `scripts/evaluate.py` is the command line.
+A *table* has a row for each image: the columns of `IMAGE_COLUMNS`, then one column for each model, its probability of
+cancer. `evaluate_models` makes *results* from it, in types that JSON can hold; its docstring lists them.
+`dm_evaluation_data` makes tables, `scripts/evaluate.py` is the command line.
 
-Levels: a breast's score is the mean of its images' (both views), its label whether any of them is positive; a
-patient's score is that of the more suspicious breast (or the mean of both), the label whether either has cancer.
-All intervals are 95% ones by patient: see `dm_statistics`.
+Levels: the score of a breast is the mean over its images (both views), and its label whether any of them is positive.
+The score of a patient is the score of the more suspicious breast (or the mean of both), and the label whether either
+has cancer. All intervals hold 95% and are by patient: see `dm_statistics`.
 """
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -24,32 +24,29 @@ import dm_statistics as stats
 from dm_files import InputError, atomic_write, counted
 from dm_inference import write_json
 
-COLUMNS = ("file", "patient", "side", "view", "label")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+IMAGE_COLUMNS = ("file", "patient", "side", "view", "label")
 LEVELS = ("image", "breast", "patient")
-# What the name of a model's column ends in where it holds means over four flips.
-FLIPS = "_flips"
+FLIPS = "_flips"  # ends the name of a column that holds means over four flips of the image
 AVERAGE = "average"
 NB_BIN, MIN_IN_BIN = 10, 10  # of the calibration curve: bins at most, and samples in each at least
-_PRINTED = 6  # comparisons of AUCs: those of four models
-# Replicates times samples worked on at a time: bounds the memory.
-_CHUNK = 4_000_000
+_PRINTED = 6  # comparisons of AUCs: as many as four models have
+_CHUNK = 4_000_000  # replicates times samples worked on at a time: bounds the memory
 
 
 @dataclass(frozen=True)
-class Points:
-    """At which thresholds sensitivity and specificity are given: a sample counts as positive from the threshold on.
+class OperatingPoints:
+    """Thresholds at which sensitivity and specificity are given: a sample counts as positive from the threshold on."""
 
-    youden: where their sum is largest. sensitivities, specificities: the highest threshold with at least this
-    sensitivity, the lowest with at least this specificity. thresholds: as they are.
-    """
-
-    youden: bool = True
-    sensitivities: Sequence[float] = (0.9,)
-    specificities: Sequence[float] = (0.9,)
-    thresholds: Sequence[float] = (0.5,)
+    youden: bool = True  # where the sum of both is largest
+    sensitivities: Sequence[float] = (0.9,)  # the highest threshold with at least this sensitivity
+    specificities: Sequence[float] = (0.9,)  # the lowest threshold with at least this specificity
+    thresholds: Sequence[float] = (0.5,)  # as they are
 
     def choose(self, truth: np.ndarray, score: np.ndarray) -> dict[str, float]:
-        """Thresholds by the names of their points, chosen on these samples, which hold both classes."""
+        """Return thresholds by the names of their points, chosen on these samples, which hold both classes."""
         thresholds, true, false = stats.cumulative_counts(truth, score)
         # Above all scores nothing is positive.
         thresholds = np.append(np.nextafter(thresholds[0], np.inf), thresholds)
@@ -65,10 +62,10 @@ class Points:
 
 
 def at_levels(table: pd.DataFrame, models: Sequence[str], patient_score: str = "max") -> dict[str, pd.DataFrame]:
-    """Tables of patient, label and one column a model, by level.
+    """Return tables of patient, label and one column for each model, by level.
 
-    patient_score: "max" or "mean" of a patient's breasts. Without patients there is only the image level; where a
-    side is missing there are no breasts, and a patient's score is made from the images.
+    Without patients there is only the image level. Where a side is missing there are no breasts, and the score of a
+    patient is made from the images. patient_score: "max" or "mean" of a patient's breasts.
     """
     columns = ["label", *models]
     levels = {"image": table[["patient", *columns]]}
@@ -84,26 +81,31 @@ def at_levels(table: pd.DataFrame, models: Sequence[str], patient_score: str = "
 
 
 def has_patients(table: pd.DataFrame) -> bool:
+    """Return whether the patient of every image is known."""
     return bool((table["patient"] != "").all())
 
 
-def evaluate(
+def evaluate_models(
     table: pd.DataFrame,
     models: Sequence[str],
-    points: Points | None = None,
+    points: OperatingPoints | None = None,
     chosen_on: pd.DataFrame | None = None,
     patient_score: str = "max",
     replicates: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Results of all models at all levels.
+    """Compute the results of all models at all levels.
 
     Args:
-        table: see the module's text; every patient "" when they are not known, and images are then taken as
-            independent. models: names of its prediction columns.
-        points: see `Points`. chosen_on: a table of other images, such as the validation set's, on which their
-            thresholds are chosen; default: `table` itself, which flatters what they give.
-        patient_score: see `at_levels`. replicates, seed: of the bootstrap, whose draws all models and levels share.
+        table: see the top of this module. Where the patients are not known, all are "", and images count as
+            independent.
+        models: names of the prediction columns.
+        points: where sensitivity and specificity are given.
+        chosen_on: a table of other images, such as the validation set, on which the thresholds are chosen. By default
+            they are chosen on `table` itself, which flatters the figures.
+        patient_score: see `at_levels`.
+        replicates: draws of the bootstrap, which all models and levels share.
+        seed: of these draws.
 
     Returns:
         A dict; an interval is [low, high], and it or any figure is None where it is undefined::
@@ -123,27 +125,25 @@ def evaluate(
                     pr: {recall, precision, low, high}
                 comparisons: [{models: [a, b], difference (of AUC, a - b), interval, p, bootstrap}]
 
-    Raises InputError for tables without both classes, or predictions that are not finite.
+    Raises:
+        InputError: the table, or a level of `chosen_on`, lacks one of the classes, or predictions are not finite.
     """
     check_classes(table)
     check_finite(table, models)
-    points = points or Points()
+    points = points or OperatingPoints()
     levels = at_levels(table, models, patient_score)
-    notes = [f"{name} level left out: {_why_missing(table)}" for name in LEVELS if name not in levels]
-    for name in [name for name, level in levels.items() if level["label"].nunique() == 1]:
-        notes.append(f"{name} level left out: all have the label {levels.pop(name)['label'].iloc[0]}")
+    notes = _drop_levels(levels, table)
     others = levels
     if chosen_on is not None:
         check_finite(chosen_on, models)
         others = at_levels(chosen_on, models, patient_score)
+        notes += _note_shared_patients(table, chosen_on)
     for name in levels:
         if name not in others or others[name]["label"].nunique() == 1:
             raise InputError(
                 f"the {name} level has no thresholds: Expected {name}s of both classes where they are chosen, as where "
                 f"they are judged. Received {'none' if name not in others else 'one class'}"
             )
-    if chosen_on is not None and (shared := sorted(set(table["patient"]) & set(chosen_on["patient"]) - {""})):
-        notes.append(f"among the images of the thresholds too: {counted(len(shared), 'patient')}, such as {shared[0]}")
     by_level = {
         name: _evaluate_level(level, others[name], models, points, replicates, seed) for name, level in levels.items()
     }
@@ -166,6 +166,23 @@ def evaluate(
     return {"models": list(models), "data": data, "levels": by_level}
 
 
+def _drop_levels(levels: dict[str, pd.DataFrame], table: pd.DataFrame) -> list[str]:
+    """Drop the levels of one class alone, and say why these and others are missing."""
+    why = "the side of some images is not known" if has_patients(table) else "patients are not known"
+    notes = [f"{name} level left out: {why}" for name in LEVELS if name not in levels]
+    for name in list(levels):
+        if levels[name]["label"].nunique() == 1:
+            notes.append(f"{name} level left out: all have the label {levels.pop(name)['label'].iloc[0]}")
+    return notes
+
+
+def _note_shared_patients(table: pd.DataFrame, chosen_on: pd.DataFrame) -> list[str]:
+    shared = sorted(set(table["patient"]) & set(chosen_on["patient"]) - {""})
+    if not shared:
+        return []
+    return [f"among the images of the thresholds too: {counted(len(shared), 'patient')}, such as {shared[0]}"]
+
+
 def check_classes(table: pd.DataFrame) -> None:
     """Raise InputError for a table without positive or without negative images."""
     if table["label"].nunique() < 2:
@@ -184,10 +201,6 @@ def check_finite(table: pd.DataFrame, models: Sequence[str]) -> None:
             )
 
 
-def _why_missing(table: pd.DataFrame) -> str:
-    return "the side of some images is not known" if has_patients(table) else "patients are not known"
-
-
 def _evaluate_level(level, other, models, points, replicates, seed) -> dict[str, Any]:
     truth, scores = level["label"].to_numpy(), level[list(models)].to_numpy(float).T
     groups = level["patient"].to_numpy() if has_patients(level) else np.arange(len(level))
@@ -198,6 +211,17 @@ def _evaluate_level(level, other, models, points, replicates, seed) -> dict[str,
         thresholds = points.choose(other["label"].to_numpy(), other[name].to_numpy(float))
         by_model[name], drawn = _evaluate_model(truth, score, variance, groups, counts, thresholds)
         drawn_auc.append(drawn)
+    return {
+        "samples": len(truth),
+        "positive": int(truth.sum()),
+        "patients": len(np.unique(groups)) if has_patients(level) else None,
+        "models": by_model,
+        "comparisons": _compare(models, auc, covariance, drawn_auc),
+    }
+
+
+def _compare(models, auc, covariance, drawn_auc) -> list[dict[str, Any]]:
+    """Compare the AUCs of each two models. drawn_auc: of each model, the AUC of each replicate."""
     comparisons = []
     for a, b in combinations(range(len(models)), 2):
         difference = float(auc[a] - auc[b])
@@ -212,17 +236,11 @@ def _evaluate_level(level, other, models, points, replicates, seed) -> dict[str,
                 "bootstrap": _interval(stats.percentile_interval(drawn_auc[a] - drawn_auc[b])),
             }
         )
-    return {
-        "samples": len(truth),
-        "positive": int(truth.sum()),
-        "patients": len(np.unique(groups)) if has_patients(level) else None,
-        "models": by_model,
-        "comparisons": comparisons,
-    }
+    return comparisons
 
 
 def _evaluate_model(truth, score, variance, groups, counts, thresholds) -> tuple[dict[str, Any], np.ndarray]:
-    """Results of one model, and the AUC of each replicate. variance: of its AUC."""
+    """Compute the results of one model, and the AUC of each replicate. variance: of its AUC."""
     roc, pr, drawn_auc, drawn_precision = _curves(truth, score, counts)
     _, true, false = stats.cumulative_counts(truth, score)
     auc = float(stats.roc_area(true, false))
@@ -249,7 +267,7 @@ def _evaluate_model(truth, score, variance, groups, counts, thresholds) -> tuple
 
 
 def _at_threshold(truth, called, groups, counts) -> dict[str, Any]:
-    """Sensitivity and specificity of calling these samples positive."""
+    """Compute sensitivity and specificity where the samples `called` count as positive."""
     result = {}
     for name, side, right in (("sensitivity", truth == 1, called), ("specificity", truth == 0, ~called)):
         drawn = counts[:, side]
@@ -264,9 +282,12 @@ def _at_threshold(truth, called, groups, counts) -> dict[str, Any]:
 
 
 def _calibration(truth, probability, groups, counts) -> dict[str, Any] | None:
-    """Brier score, calibration in the large (the intercept of a logistic regression of the labels with the logit as
-    its offset), calibration slope (of one on the logit; Cox 1958, Van Calster et al. 2019), and the observed share in
-    bins of about as many samples each. None for scores that are no probabilities."""
+    """Compute the Brier score, calibration in the large, the calibration slope and the calibration curve.
+
+    Calibration in the large is the intercept of a logistic regression of the labels with the logit as its offset, the
+    slope the coefficient of one on the logit (Cox 1958, Van Calster et al. 2019). None for scores that are no
+    probabilities.
+    """
     if probability.min() < 0 or probability.max() > 1:
         return None
     errors = (probability - truth) ** 2
@@ -276,20 +297,6 @@ def _calibration(truth, probability, groups, counts) -> dict[str, Any] | None:
     # Where the classes do not overlap the likelihood has no maximum.
     if positive.min() < negative.max() and negative.min() < positive.max():
         slope = (fit[1] for fit in stats.logistic_fit(np.column_stack([ones, logits]), truth, groups=groups))
-    nb_bin = min(NB_BIN, max(1, len(truth) // MIN_IN_BIN))
-    # Equal probabilities stay together.
-    edges = np.unique(np.quantile(probability, np.arange(1, nb_bin) / nb_bin))
-    bin_of = np.searchsorted(edges, probability, side="right")
-    bins = []
-    for index in (np.flatnonzero(bin_of == i) for i in np.unique(bin_of)):
-        bins.append(
-            {
-                "predicted": float(probability[index].mean()),
-                "observed": float(truth[index].mean()),
-                "interval": _interval(stats.proportion_interval(truth[index], groups[index])),
-                "count": len(index),
-            }
-        )
     return {
         "brier": {
             "value": float(errors.mean()),
@@ -297,12 +304,30 @@ def _calibration(truth, probability, groups, counts) -> dict[str, Any] | None:
         },
         "intercept": _estimate(*(fit[0] for fit in intercept)),
         "slope": _estimate(*slope),
-        "bins": bins,
+        "bins": _calibration_bins(truth, probability, groups),
     }
 
 
+def _calibration_bins(truth, probability, groups) -> list[dict[str, Any]]:
+    """Compute the share of positives in bins of about as many samples each; equal probabilities stay together."""
+    nb_bin = min(NB_BIN, max(1, len(truth) // MIN_IN_BIN))
+    edges = np.unique(np.quantile(probability, np.arange(1, nb_bin) / nb_bin))
+    bin_of = np.searchsorted(edges, probability, side="right")
+    bins = []
+    for inside in (bin_of == number for number in np.unique(bin_of)):
+        bins.append(
+            {
+                "predicted": float(probability[inside].mean()),
+                "observed": float(truth[inside].mean()),
+                "interval": _interval(stats.proportion_interval(truth[inside], groups[inside])),
+                "count": int(inside.sum()),
+            }
+        )
+    return bins
+
+
 def _curves(truth, score, counts) -> tuple[dict, dict, np.ndarray, np.ndarray]:
-    """The ROC and the precision-recall curve with their bands, and of each replicate the areas below them.
+    """Compute the ROC and the precision-recall curve with their bands, and the areas below them of each replicate.
 
     Bands hold the middle 95% of the replicates' sensitivities at each false positive rate, and of their precisions
     where they first reach each recall.
@@ -336,7 +361,7 @@ def _curves(truth, score, counts) -> tuple[dict, dict, np.ndarray, np.ndarray]:
 
 
 def _roc_points(true, false) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the ROC curve, and points every hundredth between them, where its band may bend."""
+    """Return the corners of the ROC curve, and points every hundredth between them, where its band may bend."""
     corner = np.append((np.diff(true, 2, prepend=0) != 0) | (np.diff(false, 2, prepend=0) != 0), True)
     x, y = (np.append(0, part[corner] / part[-1]) for part in (false, true))
     between = np.setdiff1d(np.linspace(0, 1, 101), x)
@@ -352,7 +377,7 @@ def _band(rows: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _number(value) -> float | None:
-    """For JSON, which has no NaN."""
+    """Return None for NaN and infinity, which JSON has not."""
     return float(value) if np.isfinite(value) else None
 
 
@@ -361,7 +386,7 @@ def _interval(pair) -> list[float] | None:
 
 
 def _estimate(value, error) -> dict[str, Any]:
-    """A coefficient and its normal interval."""
+    """Return a coefficient and its normal interval."""
     half = stats.z_value() * error
     return {"value": _number(value), "interval": _interval((value - half, value + half))}
 
@@ -370,10 +395,10 @@ def _estimate(value, error) -> dict[str, Any]:
 
 
 def fit_weights(table: pd.DataFrame, models: Sequence[str]) -> np.ndarray:
-    """Weights (M,) of the mean of models' probabilities that fits the labels of a table best: not negative, of sum 1.
+    """Fit the weights (M,) of a mean of models' probabilities to the labels of a table: not negative, of sum 1.
 
-    They have the highest likelihood of the labels (a convex problem; van der Laan, Polley and Hubbard 2007), and belong
-    to be fitted on images that are not judged, such as the validation set's.
+    They have the highest likelihood of the labels (a convex problem; van der Laan, Polley and Hubbard 2007). Fit them
+    on images that are not judged, such as the validation set. Raises InputError for scores that are no probabilities.
     """
     from scipy.optimize import minimize
 
@@ -403,13 +428,13 @@ def fit_weights(table: pd.DataFrame, models: Sequence[str]) -> np.ndarray:
 def add_averages(
     table: pd.DataFrame, models: Sequence[str], fitted_on: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, list[str], dict[str, dict[str, float]]]:
-    """Add the mean of all models, and that of their flip-averaged predictions where there are any, as models.
+    """Add the mean of all models, and the mean of their flip-averaged predictions where there are any, as models.
 
-    Those that were added before, as to a file of predictions, are made anew, and are no members.
+    Means that were added before, as to a file of predictions, are made anew, and are no members. The weights are
+    fitted on `fitted_on`, a table of other images with the same models; by default all weigh the same.
 
-    fitted_on: a table of other images with the same models, on which the weights of the mean are fitted; default: all
-    equal. Returns the table, the models with the new ones after them, and the weights by new model. Raises InputError
-    without two models.
+    Returns the table, the models with the new ones after them, and the weights by new model. Raises InputError where
+    there are fewer than two models.
     """
     table, weights = table.copy(), {}
     models = [name for name in models if name.removesuffix(FLIPS) != AVERAGE]
@@ -425,7 +450,7 @@ def add_averages(
 
 
 def describe_weights(weights: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for each average of `add_averages`."""
+    """Describe each average of `add_averages` in a line."""
     return [
         f"{name}: " + " + ".join(f"{weight:.3f} x {model}" for model, weight in members.items())
         for name, members in weights.items()
@@ -436,45 +461,42 @@ def describe_weights(weights: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 SCORE_TABLES = ("scores", "points", "comparisons")
-# Of the images that are scored, and of those that thresholds and weights come from.
+# Tables of the images that are scored, and of the images that thresholds and weights come from.
 PREDICTIONS = ("predictions.csv", "val_predictions.csv")
 
 
 def score_tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
-    """The figures of `evaluate` as those of `SCORE_TABLES` that have rows; "scores" has one a level and model."""
-    scores, points, comparisons = [], [], []
+    """Tabulate the results of `evaluate_models`: each of `SCORE_TABLES` that has rows, by name.
+
+    "scores" has a row for each level and model, "points" also for each operating point, "comparisons" for each level
+    and pair of models.
+    """
+    rows = {name: [] for name in SCORE_TABLES}
     for level, found in results["levels"].items():
         counts = {name: found[name] for name in ("samples", "positive", "patients")}
         for model, result in found["models"].items():
             where = {"level": level, "model": model}
-            auc, precision, calibration = result["auc"], result["average_precision"], result["calibration"] or {}
-            scores.append(
-                where
-                | counts
-                | {"auc": auc["value"]}
-                | _ends("auc_delong", auc["delong"])
-                | _ends("auc_bootstrap", auc["bootstrap"])
-                | {"average_precision": precision["value"]}
-                | _ends("average_precision", precision["bootstrap"])
-            )
-            for name in ("brier", "intercept", "slope"):
-                figure = calibration.get(name, {})
-                scores[-1] |= {name: figure.get("value")}
-                scores[-1] |= _ends(name, figure.get("bootstrap", figure.get("interval")))
+            rows["scores"].append(where | counts | _score_row(result))
             for point in result["points"]:
-                points.append(where | {"point": point["name"], "threshold": point["threshold"]})
+                row = where | {"point": point["name"], "threshold": point["threshold"]}
                 for name in ("sensitivity", "specificity"):
-                    points[-1] |= {name: point[name]["value"]} | _ends(name, point[name]["interval"])
-        for comparison in found["comparisons"]:
-            first, second = comparison["models"]
-            figures = {name: comparison[name] for name in ("difference", "p")}
-            comparisons.append(
-                {"level": level, "model": first, "other": second}
-                | figures
-                | _ends("difference", comparison["interval"])
-            )
-    rows = dict(zip(SCORE_TABLES, (scores, points, comparisons), strict=True))
+                    row |= {name: point[name]["value"]} | _ends(name, point[name]["interval"])
+                rows["points"].append(row)
+        for pair in found["comparisons"]:
+            row = {"level": level, "model": pair["models"][0], "other": pair["models"][1]}
+            row |= {name: pair[name] for name in ("difference", "p")}
+            rows["comparisons"].append(row | _ends("difference", pair["interval"]))
     return {name: pd.DataFrame(table) for name, table in rows.items() if table}
+
+
+def _score_row(result: dict[str, Any]) -> dict[str, float | None]:
+    auc, precision, calibration = result["auc"], result["average_precision"], result["calibration"] or {}
+    row = {"auc": auc["value"]} | _ends("auc_delong", auc["delong"]) | _ends("auc_bootstrap", auc["bootstrap"])
+    row |= {"average_precision": precision["value"]} | _ends("average_precision", precision["bootstrap"])
+    for name in ("brier", "intercept", "slope"):
+        figure = calibration.get(name, {})
+        row |= {name: figure.get("value")} | _ends(name, figure.get("bootstrap", figure.get("interval")))
+    return row
 
 
 def _ends(name: str, interval: Sequence[float] | None) -> dict[str, float | None]:
@@ -482,43 +504,45 @@ def _ends(name: str, interval: Sequence[float] | None) -> dict[str, float | None
     return {f"{name}_low": low, f"{name}_high": high}
 
 
-def describe(results: dict[str, Any]) -> str:
-    """The main figures of `evaluate` as text to read."""
+def describe_results(results: dict[str, Any]) -> str:
+    """Describe the main results of `evaluate_models` as text to read."""
     parts = []
     for level, found in results["levels"].items():
         patients = "" if found["patients"] is None else f" of {counted(found['patients'], 'patient')}"
         parts.append(f"{level} level: {counted(found['samples'], 'sample')}{patients}, {found['positive']} positive")
-        rows, points = {}, {}
-        for model, result in found["models"].items():
-            auc, precision = result["auc"], result["average_precision"]
-            rows[model] = {
-                "AUC": _text(auc["value"]),
-                "95% DeLong": _text(auc["delong"]),
-                "95% bootstrap": _text(auc["bootstrap"]),
-                "PR area": _text(precision["value"]),
-                "95% bootstrap ": _text(precision["bootstrap"]),
-            }
-            for name, figure in (result["calibration"] or {}).items():
-                if name != "bins":
-                    rows[model][name] = _text(figure["value"])
-            points[model] = {
-                point["name"]: f"{_text(point['sensitivity']['value'])} / {_text(point['specificity']['value'])}"
-                for point in result["points"]
-            }
-        parts.append(_aligned(rows))
+        parts.append(_aligned({model: _main_figures(result) for model, result in found["models"].items()}))
+        points = {model: _points_text(result["points"]) for model, result in found["models"].items()}
         if any(points.values()):
-            parts += [f"  sensitivity / specificity, thresholds chosen on {results['data']['thresholds_from']}:"]
-            parts += [_aligned(points)]
-        for comparison in found["comparisons"][:_PRINTED]:
-            first, second = comparison["models"]
-            parts.append(
-                f"  {first} - {second}: {_text(comparison['difference'])} ({_text(comparison['interval'])}), "
-                f"p {_p_text(comparison['p'])}"
-            )
+            parts.append(f"  sensitivity / specificity, thresholds chosen on {results['data']['thresholds_from']}:")
+            parts.append(_aligned(points))
+        for pair in found["comparisons"][:_PRINTED]:
+            difference = f"{_text(pair['difference'])} ({_text(pair['interval'])}), p {_p_text(pair['p'])}"
+            parts.append(f"  {' - '.join(pair['models'])}: {difference}")
         if len(found["comparisons"]) > _PRINTED:
             parts.append(f"  {len(found['comparisons']) - _PRINTED} more comparisons of AUCs are in comparisons.csv")
         parts.append("")
     return "\n".join(parts + results["data"]["notes"])
+
+
+def _main_figures(result: dict[str, Any]) -> dict[str, str]:
+    auc, precision = result["auc"], result["average_precision"]
+    figures = {
+        "AUC": auc["value"],
+        "95% DeLong": auc["delong"],
+        "95% bootstrap": auc["bootstrap"],
+        "PR area": precision["value"],
+        "95% bootstrap ": precision["bootstrap"],
+    }
+    calibration = result["calibration"] or {}
+    figures |= {name: figure["value"] for name, figure in calibration.items() if name != "bins"}
+    return {name: _text(value) for name, value in figures.items()}
+
+
+def _points_text(points: list[dict[str, Any]]) -> dict[str, str]:
+    return {
+        point["name"]: f"{_text(point['sensitivity']['value'])} / {_text(point['specificity']['value'])}"
+        for point in points
+    }
 
 
 def _text(value) -> str:
@@ -536,9 +560,12 @@ def _aligned(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def write_predictions(out_dir, name: str, table: pd.DataFrame) -> None:
-    """Write a table as one of `PREDICTIONS`, before it is scored. With the first, what an earlier run left of other
-    predictions is removed: the second, and evaluation.json, which stands for whole results."""
+def write_predictions(out_dir: str | Path, name: str, table: pd.DataFrame) -> None:
+    """Write a table as one of `PREDICTIONS`, before it is scored.
+
+    With the first, what an earlier run left of other predictions is removed: the second, and evaluation.json, which
+    stands for whole results.
+    """
     with atomic_write(Path(out_dir, name)) as temporary:
         table.to_csv(temporary, index=False)
     if name == PREDICTIONS[0]:
@@ -546,10 +573,10 @@ def write_predictions(out_dir, name: str, table: pd.DataFrame) -> None:
             Path(out_dir, other).unlink(missing_ok=True)
 
 
-def write_results(out_dir, table: pd.DataFrame, results: dict[str, Any]) -> None:
+def write_evaluation(out_dir: str | Path, table: pd.DataFrame, results: dict[str, Any]) -> None:
     """Write predictions.csv, evaluation.json, each of `score_tables` as CSV, roc.png, pr.png and calibration.png.
 
-    Tables of an earlier run that these results have none of are removed.
+    Tables of an earlier run that these results do not have are removed.
     """
     out_dir = Path(out_dir)
     for name in SCORE_TABLES:
@@ -564,8 +591,8 @@ def write_results(out_dir, table: pd.DataFrame, results: dict[str, Any]) -> None
             figure.savefig(temporary, dpi=120)
 
 
-def _draw_levels(results: dict[str, Any], draw):
-    """A figure with a panel a level, `draw(axes, result of a model, label, opacity of its band)` for each model."""
+def _draw_levels(results: dict[str, Any], draw: Callable):
+    """Draw a panel for each level, by `draw(axes, result of a model, label, opacity of its band)` for each model."""
     from matplotlib.figure import Figure
 
     levels = results["levels"]
@@ -580,12 +607,12 @@ def _draw_levels(results: dict[str, Any], draw):
     return figure
 
 
-def band_opacity(models) -> float:
-    """Of the bands of so many models in one picture: many would hide each other."""
+def band_opacity(models: Collection) -> float:
+    """Return the opacity of the bands of these models in one picture: none for many, which would hide each other."""
     return 0.12 if len(models) <= 3 else 0.0
 
 
-def draw_roc(axes, result, label: str, opacity: float) -> None:
+def draw_roc(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
     """Draw the ROC curve of a model's results in the next style of the axes, its band and first operating point."""
     curve, auc = result["roc"], result["auc"]
     interval = f" ({_text(auc['delong'])})" if auc["delong"] else ""
@@ -600,8 +627,8 @@ def draw_roc(axes, result, label: str, opacity: float) -> None:
     axes.set(xlabel="1 - specificity", ylabel="sensitivity")
 
 
-def draw_pr(axes, result, label: str, opacity: float) -> None:
-    """The same with precision and recall."""
+def draw_pr(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
+    """Draw the precision-recall curve of a model's results in the next style of the axes, and its band."""
     curve, area = result["pr"], result["average_precision"]["value"]
     (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {_text(area)}")
     axes.fill_between(
@@ -610,7 +637,7 @@ def draw_pr(axes, result, label: str, opacity: float) -> None:
     axes.set(xlabel="sensitivity (recall)", ylabel="precision (positive predictive value)")
 
 
-def draw_calibration(axes, result, label: str, opacity: float) -> None:
+def draw_calibration(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
     """Draw the observed share of positives of each bin of predictions, if these are probabilities."""
     axes.axline((0, 0), slope=1, color="0.8", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlabel="predicted probability", ylabel="observed share of positives")
@@ -622,11 +649,11 @@ def draw_calibration(axes, result, label: str, opacity: float) -> None:
     axes.errorbar(predicted, observed, reach, marker="o", markersize=4, linewidth=1, elinewidth=0.7, label=label)
 
 
-def write_metarepository(path, table: pd.DataFrame, model: str) -> None:
+def write_metarepository(path: str | Path, table: pd.DataFrame, model: str) -> None:
     """Write the image-level predictions of one model as the NYU metarepository's scoring script reads them.
 
-    Its columns are the row's number (without a name), image_index (the file's name without ending, as in exam lists),
-    malignant_pred and malignant_label.
+    The columns are the number of the row (without a name), image_index (the name of the file without ending, as in exam
+    lists), malignant_pred and malignant_label. Raises InputError where two images have the same name.
     """
     names = table["file"].map(lambda file: Path(file).stem)
     if (repeated := names.duplicated()).any():
@@ -636,8 +663,8 @@ def write_metarepository(path, table: pd.DataFrame, model: str) -> None:
         pd.DataFrame(columns).to_csv(temporary)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what made the results, of those packages that are loaded."""
+def loaded_versions() -> dict[str, str]:
+    """Return the versions of Python and of those packages that made the results, as far as they are loaded."""
     names = ("numpy", "scipy", "pandas", "keras", "tensorflow", "jax", "torch", "cv2")
     loaded = {name: getattr(sys.modules[name], "__version__", "unknown") for name in names if name in sys.modules}
     return {"python": platform.python_version(), **loaded}

@@ -1,7 +1,7 @@
 """What is to be evaluated: labelled images in any layout, and what models say of them, in one table.
 
-The table has the columns of `dm_evaluation.COLUMNS`: file (where it can be opened from here), patient ("" where not
-known), side (LEFT, RIGHT or ""), view (CC, MLO or "") and label (1 for the positive classes, 0 for others). One
+The table has the columns of `dm_evaluation.IMAGE_COLUMNS`: file (where it can be opened from here), patient ("" where
+not known), side (LEFT, RIGHT or ""), view (CC, MLO or "") and label (1 for the positive classes, 0 for others). One
 column a model follows: its probability of the positive classes.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from dm_dataset import IMAGE_TABLE, find_columns, open_table, parse_image_name, read_image_table
-from dm_evaluation import AVERAGE, COLUMNS, FLIPS
+from dm_evaluation import AVERAGE, FLIPS, IMAGE_COLUMNS
 from dm_files import InputError
 from dm_own_data import COLUMNS as TABLE_COLUMNS
 from dm_own_data import REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
@@ -50,7 +50,7 @@ def read_images(
         rows = _read_prepared(path, part)
     else:
         rows = _read_classes(path, classes, positive)
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
     if missing := [file for file in table["file"] if not Path(file).is_file()]:
         raise InputError(
             f"{missing[0]}: listed in {source}, but not there ({len(missing)} of {len(table)} are missing)"
@@ -91,7 +91,7 @@ def _from_name(file) -> tuple[str, str, str]:
 
 
 def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
-    """The rows of a table, as of `COLUMNS`, and all other cells of each by column.
+    """The rows of a table, as of `IMAGE_COLUMNS`, and all other cells of each by column.
 
     Columns, sets, sides and views have the spellings of `dm_own_data`, and labels those of `dm_own_data.read_labels` or
     the names of classes. Patient, side and view are read from the file's name where they have no column. Of sets,
@@ -177,7 +177,7 @@ def read_predictions(
     models = [name for name in cells if name not in texts]
     if not models:
         raise InputError(f"{path}: Expected images, and a column of predictions a model. Received none")
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    table = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
     for name in models:
         if (wrong := numbers[name].isna() & ~cells[name].str.lower().isin(("", "nan"))).any():
             raise InputError(
@@ -196,7 +196,7 @@ def name_models(paths: Sequence) -> list[str]:
     InputError for a file given twice, or one called as what is none of a model in tables of predictions.
     """
     for path in paths:
-        if (name := Path(path).stem) in (*COLUMNS, AVERAGE) or name.endswith(FLIPS):
+        if (name := Path(path).stem) in (*IMAGE_COLUMNS, AVERAGE) or name.endswith(FLIPS):
             raise InputError(
                 f"{path}: Expected a model file of another name, since {name} means something else in the results"
             )
@@ -272,7 +272,7 @@ def predict_images(
             if flips:
                 columns[name + FLIPS] = averaged[:, wanted].sum(axis=1, dtype=np.float64)
         table = table.join(pd.DataFrame(columns, index=images.filenames), on="file", how="inner")
-    return table[[*COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(skipped)
+    return table[[*IMAGE_COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(skipped)
 
 
 def model_columns(names: Iterable[str], flips: bool) -> list[str]:

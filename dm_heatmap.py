@@ -1,4 +1,4 @@
-"""Probability maps of mammograms: what they are, and the files that keep them.
+"""Describe probability maps of mammograms, and read and write the files that keep them.
 
 A map is float32 (rows, columns, classes). Class 0 is the background, or the negative class; the others are *region
 classes*. Positions are (row, column) in pixels of the *scored image*, which is the mammogram as resized for the
@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,33 +24,28 @@ from dm_files import InputError, atomic_write, is_file_name
 from dm_limits import check_archive, check_h5, max_pixels, parse_json
 from dm_unpickle import load_plain
 
-VIEWS = ("cc", "mlo")
+MAP_VIEWS = ("cc", "mlo")
 MODES = ("sweep", "fprop", "gradcam")
 _VERSION = 1
-# Images with more rows or columns are none of mammograms.
-_MAX_SIDE = 65535
+_MAX_SIDE = 65535  # rows or columns; no mammogram has more
 
 
 class Grid(NamedTuple):
-    """Where the cells of one map are in the scored image, in its pixels.
+    """Where the cells of one map are in the scored image, in its pixels: (row, column) or (rows, columns)."""
 
-    image_size: (rows, columns) of the scored image. first: (row, column) of the centre of the map's first cell.
-    strides: (rows, columns) from one cell's centre to the next.
-    """
-
-    image_size: tuple[int, int]
-    first: tuple[float, float]
-    strides: tuple[float, float]
+    image_size: tuple[int, int]  # of the scored image
+    first: tuple[float, float]  # the centre of the map's first cell
+    strides: tuple[float, float]  # from one cell's centre to the next
 
     def centres(self, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (map rows,) and columns (map columns,) of the centres of the cells of a map of this shape."""
+        """Return rows (map rows,) and columns (map columns,) of the centres of the cells of a map of this shape."""
         rows, columns = (f + s * np.arange(n) for f, s, n in zip(self.first, self.strides, shape[:2], strict=True))
         return rows, columns
 
 
 @dataclass
 class HeatmapRecord:
-    """The maps of one breast. What is not there is None: a view without an image, or, in a `.pkl` of 2017, grids."""
+    """The maps of one breast. What is missing is None: a view without an image, or, in a `.pkl` of 2017, grids."""
 
     patient_id: str
     side: str  # LEFT or RIGHT
@@ -61,35 +57,42 @@ class HeatmapRecord:
     cc_grid: Grid | None = None
     mlo_grid: Grid | None = None
 
+    def image_id(self, view: str) -> str:
+        """Return the name of a view's image, such as "P_00001_LEFT_CC"."""
+        return f"{self.patient_id}_{self.side}_{view.upper()}"
+
     def views(self) -> Iterator[tuple[str, np.ndarray, str | None, Grid | None]]:
-        """("cc" or "mlo", map, file, grid) of each view that has a map."""
-        for view in VIEWS:
+        """Yield ("cc" or "mlo", map, file, grid) of each view that has a map."""
+        for view in MAP_VIEWS:
             if (heatmap := getattr(self, view)) is not None:
                 yield view, heatmap, getattr(self, f"{view}_file"), getattr(self, f"{view}_grid")
+
+    def scored_views(self) -> Iterator[tuple[str, np.ndarray, str, Grid]]:
+        """Yield the same as `views`. Raises InputError for a map without the file or the grid of its image."""
+        for view, heatmap, file, grid in self.views():
+            if file is None or grid is None:
+                raise InputError(
+                    f"{self.image_id(view)}: the map file does not say which image was scored; compute the map again"
+                )
+            yield view, heatmap, file, grid
 
 
 @dataclass
 class Heatmaps:
-    """The content of a map file.
-
-    strides: (rows, columns) in pixels of the scored image between the cells of all maps.
-    mode: how the maps were made: "sweep" (sliding window), "fprop" (the whole image at once) or "gradcam".
-    options: the options that the maps depend on, by name.
-    All but `records` may be empty in a `.pkl` of 2017, which holds none of it.
-    """
+    """The content of a map file. A `.pkl` of 2017 holds the records alone."""
 
     records: list[HeatmapRecord]
     class_names: list[str] = field(default_factory=list)
-    strides: tuple[float, float] | None = None
-    mode: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    strides: tuple[float, float] | None = None  # (rows, columns) in pixels of the scored image between all maps' cells
+    mode: str | None = None  # "sweep" (sliding window), "fprop" (the whole image at once) or "gradcam"
+    options: dict[str, Any] = field(default_factory=dict)  # the options that the maps depend on
 
 
 def resample(heatmap: np.ndarray, grid: Grid, to_edges: bool = False) -> np.ndarray:
-    """One class of a map (rows, columns) at every pixel of the scored image: float32 of `grid.image_size`.
+    """Interpolate one class of a map (rows, columns) at every pixel of the scored image: float32 of `grid.image_size`.
 
-    Linear between the centres of the cells, constant in the outer halves of the outermost cells; beyond them NaN, since
-    nothing was scored there, or with `to_edges` constant too, since the outermost cells see it.
+    Linear between the centres of the cells, constant in the outer halves of the outermost cells. Beyond them the
+    values are NaN, since nothing was scored there, or with `to_edges` constant too, since the outermost cells see it.
     """
 
     def weights(length, first, stride, cells):
@@ -108,7 +111,7 @@ def resample(heatmap: np.ndarray, grid: Grid, to_edges: bool = False) -> np.ndar
 
 
 def save_heatmaps(
-    path,
+    path: str | os.PathLike,
     records: Iterable[HeatmapRecord],
     *,
     class_names: Sequence[str],
@@ -118,9 +121,15 @@ def save_heatmaps(
 ) -> None:
     """Write a map file, whole or not at all; its ending chooses the format.
 
-    `.npz` (compressed arrays and one JSON text) and `.h5` hold the same; `.pkl` is the published program's: a
-    pickled list with a dict a breast, of patient_id, side, cancer, cc and mlo, and here also the rest.
-    options: JSON values. Raises InputError for another ending, and for maps that do not have `class_names`.
+    `.npz` (compressed arrays and one JSON text) and `.h5` hold the same. `.pkl` is the format of the published program:
+    a pickled list with a dict for each breast, of patient_id, side, cancer, cc and mlo, and here also the rest.
+
+    Args:
+        records: the maps, float of as many classes as `class_names`.
+        class_names, strides, mode, options: see `Heatmaps`. Options are JSON values.
+
+    Raises:
+        InputError: the ending is another, or a map does not have `class_names`.
     """
     check_map_name(path)
     records = list(records)
@@ -149,7 +158,7 @@ def save_heatmaps(
             for i, record in enumerate(records)
             for view, heatmap, *_ in record.views()
         }
-        header["records"] = [{k: v for k, v in _to_dict(record).items() if k not in VIEWS} for record in records]
+        header["records"] = [{k: v for k, v in _to_dict(record).items() if k not in MAP_VIEWS} for record in records]
         text = json.dumps(header)
         if suffix == ".npz":
             np.savez_compressed(temporary, header=np.array(text), **arrays)
@@ -164,12 +173,15 @@ def save_heatmaps(
             temporary.write_bytes(buffer.getbuffer())
 
 
-def load_heatmaps(path) -> Heatmaps:
+def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
     """Read a map file of any of the formats of `save_heatmaps`, or a `.pkl` of the published program.
 
     Nothing in a file is executed: a pickle of anything but NumPy arrays, numbers, texts, lists and dicts is refused,
-    and its arrays are made from their bytes here. Raises InputError for a file that is missing, damaged, cut short or
-    no map file, which includes maps with NaN or without cells.
+    and its arrays are made from their bytes here.
+
+    Raises:
+        InputError: the file is missing, damaged, cut short or no map file, which includes maps with NaN or without
+            cells.
     """
     check_map_name(path)
     path = Path(path)
@@ -182,7 +194,7 @@ def load_heatmaps(path) -> Heatmaps:
         if header["version"] > _VERSION:
             raise InputError(f"{path}: Expected a map file of version {_VERSION}. Received {header['version']}")
         dicts = [
-            record | {view: arrays[name] for view in VIEWS if (name := f"{i}_{view}") in arrays}
+            record | {view: arrays[name] for view in MAP_VIEWS if (name := f"{i}_{view}") in arrays}
             for i, record in enumerate(header.pop("records"))
         ]
         first, *others = dicts or [{}]  # not into each: both can be many
@@ -198,7 +210,7 @@ def load_heatmaps(path) -> Heatmaps:
         ) from error
 
 
-def check_map_name(path) -> None:
+def check_map_name(path: str | os.PathLike) -> None:
     """Raise InputError unless `path` can be a map file, by its ending and by not being a folder."""
     if Path(path).suffix not in (".npz", ".h5", ".pkl"):
         raise InputError(f"{path}: unknown map format. Expected a name ending in .npz, .h5 or .pkl")
@@ -207,9 +219,9 @@ def check_map_name(path) -> None:
 
 
 def _to_dict(record: HeatmapRecord) -> dict:
-    """The fields of a record; of grids what the strides, which all maps share, leave open."""
+    """Return the fields of a record, with the parts of grids that maps do not share."""
     fields = {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
-    for view in VIEWS:
+    for view in MAP_VIEWS:
         grid = fields.pop(f"{view}_grid")
         fields[f"{view}_image_size"] = grid and [int(n) for n in grid.image_size]
         fields[f"{view}_first"] = grid and [float(x) for x in grid.first]
@@ -217,71 +229,67 @@ def _to_dict(record: HeatmapRecord) -> dict:
 
 
 def _from_dicts(content: list[dict]) -> Heatmaps:
-    """The content of a file from one dict a breast, each with the header's entries, where there are some.
+    """Make the content of a file from a dict for each breast, the first with the header's entries, where it has some.
 
     Raises ValueError or TypeError, or what NumPy raises, for anything else.
     """
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise TypeError("Expected a list of dicts, one a breast")
     header = content[0] if content else {}
-    strides, class_names = header.get("strides"), header.get("class_names", [])
-    _check(isinstance(class_names, list) and all(isinstance(name, str) for name in class_names), "class names")
-    _check(header.get("mode") in (None, *MODES), "mode")
-    heatmaps = Heatmaps(
-        records=[],
-        class_names=class_names,
-        strides=None if strides is None else _pair("strides", strides, 0),
-        mode=header.get("mode"),
-        options=header.get("options", {}),
-    )
-    _check(isinstance(heatmaps.options, dict), "options")
-    if "window" in heatmaps.options:
-        _pair("window", heatmaps.options["window"], 0, _MAX_SIDE + 1)  # maps are smoothed by a part of it
-    maps = {}
-    for entry in content:
-        if "patient_id" in entry:  # else the header of a file without records
-            heatmaps.records.append(_record(entry, heatmaps, maps))
+    names, options = header.get("class_names", []), header.get("options", {})
+    strides, mode = header.get("strides"), header.get("mode")
+    _check(isinstance(names, list) and all(isinstance(name, str) for name in names), "class names")
+    _check(mode in (None, *MODES), "mode")
+    _check(strides is None or _is_pair(strides, 0), "strides")
+    _check(isinstance(options, dict), "options")
+    # Maps are smoothed by a part of the window.
+    _check("window" not in options or _is_pair(options["window"], 0, _MAX_SIDE + 1), "window")
+    heatmaps = Heatmaps([], names, None if strides is None else tuple(strides), mode, options)
+    maps: dict[int, np.ndarray] = {}
+    # Without patient_id an entry is the header of a file without records.
+    heatmaps.records = [_to_record(entry, heatmaps, maps) for entry in content if "patient_id" in entry]
     return heatmaps
 
 
-def _record(entry: dict, heatmaps: Heatmaps, maps: dict[int, np.ndarray]) -> HeatmapRecord:
-    """maps: those in float32, by the id of the array in the file, which a pickle can name for any number of breasts."""
-    cancer = entry.get("cancer")
+def _to_record(entry: dict, heatmaps: Heatmaps, maps: dict[int, np.ndarray]) -> HeatmapRecord:
+    """Make a record. maps: in float32, by the id of the array in the file, which a pickle can name for many breasts."""
+    patient, side, cancer = entry["patient_id"], entry["side"], entry.get("cancer")
+    is_name = isinstance(patient, (str, int, np.integer)) and is_file_name(str(patient))
+    _check(is_name, "patient_id: it is part of file names")
+    _check(isinstance(side, str) and is_file_name(side), "side: it is part of file names")
     _check(cancer in (None, 0, 1), "cancer")
-    _check(isinstance(entry["side"], str), "side")
-    patient = entry["patient_id"]
-    _check(
-        isinstance(patient, (str, int, np.integer)) and is_file_name(str(patient)),
-        "patient_id: it is part of file names",
-    )
-    _check(is_file_name(entry["side"]), "side: it is part of file names")
-    record = HeatmapRecord(str(patient), str(entry["side"]), None if cancer is None else int(cancer))
-    for view in VIEWS:
-        if entry.get(view) is None:
+    record = HeatmapRecord(str(patient), str(side), None if cancer is None else int(cancer))
+    for view in MAP_VIEWS:
+        if (array := entry.get(view)) is None:
             continue
-        # Lists, too, would do; but of few they can make arrays of any size, each standing in others many times.
-        _check(isinstance(entry[view], np.ndarray) and entry[view].dtype.kind in "fiub", f"type of {view}")
-        if id(entry[view]) not in maps:
-            maps[id(entry[view])] = entry[view].astype(np.float32)
-        heatmap = maps[id(entry[view])]
-        fits = heatmap.ndim == 3 and heatmap.size > 0
-        if not fits or len(heatmaps.class_names or heatmap[0, 0]) != heatmap.shape[2]:
-            raise ValueError(
-                f"{record.patient_id} {view}: map of shape {heatmap.shape}, {len(heatmaps.class_names)} class names"
-            )
+        # Lists, too, would do; but a few can make arrays of any size, each standing in others many times.
+        _check(isinstance(array, np.ndarray) and array.dtype.kind in "fiub", f"type of {view}")
+        if id(array) not in maps:
+            maps[id(array)] = array.astype(np.float32)
+        heatmap = maps[id(array)]
+        names = heatmaps.class_names
+        if heatmap.ndim != 3 or heatmap.size == 0 or len(names or heatmap[0, 0]) != heatmap.shape[2]:
+            raise ValueError(f"{record.patient_id} {view}: map of shape {heatmap.shape}, {len(names)} class names")
         _check(np.isfinite(heatmap).all(), f"values of {record.patient_id} {view}: NaN or infinity")
-        file, size = entry.get(f"{view}_file"), entry.get(f"{view}_image_size")
+        file = entry.get(f"{view}_file")
         _check(file is None or isinstance(file, str), f"{view}_file")
         setattr(record, view, heatmap)
         setattr(record, f"{view}_file", file)
-        if size is not None and heatmaps.strides is not None:
-            rows, columns = _pair("image size", size, 0, _MAX_SIDE + 1)
-            _check(rows == int(rows) and columns == int(columns) and rows * columns <= max_pixels(), "image size")
-            # `resample` has a matrix of as many rows or columns by cells.
-            _check(max(rows * heatmap.shape[0], columns * heatmap.shape[1]) <= max_pixels(), "cells")
-            grid = Grid((int(rows), int(columns)), _pair("first cell", entry[f"{view}_first"]), heatmaps.strides)
-            setattr(record, f"{view}_grid", grid)
+        setattr(record, f"{view}_grid", _to_grid(entry, view, heatmap.shape, heatmaps.strides))
     return record
+
+
+def _to_grid(entry: dict, view: str, shape: Sequence[int], strides: tuple[float, float] | None) -> Grid | None:
+    size = entry.get(f"{view}_image_size")
+    if size is None or strides is None:
+        return None
+    whole = _is_pair(size, 0, _MAX_SIDE + 1) and all(length == int(length) for length in size)
+    _check(whole and size[0] * size[1] <= max_pixels(), "image size")
+    # `resample` has a matrix of as many rows or columns by cells.
+    _check(max(size[0] * shape[0], size[1] * shape[1]) <= max_pixels(), "cells")
+    first = entry[f"{view}_first"]
+    _check(_is_pair(first), "first cell")
+    return Grid((int(size[0]), int(size[1])), tuple(first), strides)
 
 
 def _check(holds, what: str) -> None:
@@ -289,11 +297,11 @@ def _check(holds, what: str) -> None:
         raise ValueError(f"wrong {what}")
 
 
-def _pair(what: str, values, above: float = -math.inf, below: float = math.inf) -> tuple[Real, Real]:
-    """Two numbers between limits. Raises ValueError for anything else."""
-    _check(isinstance(values, Sequence) and len(values) == 2 and all(isinstance(x, Real) for x in values), what)
-    _check(all(above < x < below for x in values), what)
-    return tuple(values)
+def _is_pair(values, above: float = -math.inf, below: float = math.inf) -> bool:
+    """Return whether these are two numbers between limits."""
+    if not isinstance(values, Sequence) or len(values) != 2:
+        return False
+    return all(isinstance(value, Real) and above < value < below for value in values)
 
 
 def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:

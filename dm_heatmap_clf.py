@@ -1,8 +1,8 @@
-"""Classifying breasts by the regions of their heatmaps: trees on the features of both views.
+"""Classify breasts by the regions of their heatmaps: trees on the features of both views.
 
-The paper compares its networks with such trees, "at four probability cut-offs"; which, and how many trees, it leaves
-open. The features of a map are `dm_region.prob_heatmap_features` at several cut-offs. A view that is missing has NaN
-in all its features; the trees learn on which side of each split such breasts go.
+The paper compares its networks with such trees, "at four probability cut-offs"; it does not say which, nor how many
+trees. The features of a map are `dm_region.prob_heatmap_features` at several cut-offs. A view that is missing has NaN
+in all its features, and the trees learn on which side of each split such breasts go.
 """
 
 import functools
@@ -11,19 +11,23 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dm_files import InputError, atomic_write
-from dm_heatmap import VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
+from dm_heatmap import MAP_VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
 from dm_inference import auc_by_class, plot_roc, write_json
 from dm_limits import check_archive, parse_json
 from dm_parallel import run_parallel
 from dm_region import prob_heatmap_features
 from dm_statistics import bootstrap_auc, bootstrap_counts, percentile_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
 CLASSIFIERS = ("rf", "gbt")
 _FORMAT = 1
@@ -47,53 +51,58 @@ _SHARED_OPTIONS = ("dl_state_crc32", "window", "img_size", "img_height")
 
 
 def load_breasts(paths: Sequence[str | os.PathLike], class_names: Sequence[str] | None = None) -> Heatmaps:
-    """The breasts of several map files as one; those without a map are left out, and their number printed.
+    """Read several map files as one; breasts without a map are left out, and their number printed.
 
-    class_names: of the maps' classes, background first, for files that hold none (the published program's).
-    Raises InputError for a damaged file, for Grad-CAM maps, which are no probabilities, for files whose maps cannot be
-    compared, and for a breast that stands there twice.
+    Args:
+        class_names: of the maps' classes, background first, for files that hold none (the published program's).
+
+    Raises:
+        InputError: a file is damaged or holds Grad-CAM maps, which are no probabilities; the maps of the files cannot
+            be compared; or a breast stands there twice.
     """
     files = []
     for path in paths:
-        heatmaps = load_heatmaps(path)
-        nb_class = {heatmap.shape[2] for record in heatmaps.records for _, heatmap, *_ in record.views()}
-        if not nb_class:
-            raise InputError(f"{path}: Expected maps. Received none")
-        if heatmaps.mode == "gradcam":
-            raise InputError(
-                f"{path}: Expected probabilities, maps of a patch classifier. Received Grad-CAM of a whole-image one, "
-                "whose values have no scale for cut-offs"
-            )
-        if not heatmaps.class_names:
-            heatmaps.class_names = list(class_names or [f"class_{i}" for i in range(max(nb_class))])
-        if nb_class != {len(heatmaps.class_names)}:
-            raise InputError(
-                f"{path}: Expected maps of the classes {', '.join(heatmaps.class_names)}. "
-                f"Received {', '.join(map(str, sorted(nb_class)))} classes"
-            )
-        if files:
-            check_comparable(kind_of(heatmaps), kind_of(files[0]), path, paths[0])
-        files.append(heatmaps)
+        files.append(_load_probabilities(path, class_names))
+        check_comparable(kind_of(files[-1]), kind_of(files[0]), path, paths[0])
     records = [record for heatmaps in files for record in heatmaps.records]
     counts = Counter((record.patient_id, record.side) for record in records)
     (patient, side), count = counts.most_common(1)[0]
     if count > 1:
         raise InputError(f"{', '.join(map(str, paths))}: {patient} {side} stands there {count} times")
-    mapped = [record for record in records if any(True for _ in record.views())]
+    mapped = [record for record in records if any(record.views())]
     if len(mapped) < len(records):
         print(f"{len(records) - len(mapped)} of {len(records)} breasts have no map of either view and are left out")
-    first = files[0]
-    return Heatmaps(mapped, first.class_names, first.strides, first.mode, first.options)
+    return replace(files[0], records=mapped)
+
+
+def _load_probabilities(path, class_names: Sequence[str] | None) -> Heatmaps:
+    heatmaps = load_heatmaps(path)
+    nb_class = {heatmap.shape[2] for record in heatmaps.records for _, heatmap, *_ in record.views()}
+    if not nb_class:
+        raise InputError(f"{path}: Expected maps. Received none")
+    if heatmaps.mode == "gradcam":
+        raise InputError(
+            f"{path}: Expected probabilities, maps of a patch classifier. Received Grad-CAM of a whole-image one, "
+            "whose values have no scale for cut-offs"
+        )
+    if not heatmaps.class_names:
+        heatmaps.class_names = list(class_names or [f"class_{i}" for i in range(max(nb_class))])
+    if nb_class != {len(heatmaps.class_names)}:
+        raise InputError(
+            f"{path}: Expected maps of the classes {', '.join(heatmaps.class_names)}. "
+            f"Received {', '.join(map(str, sorted(nb_class)))} classes"
+        )
+    return heatmaps
 
 
 def kind_of(heatmaps: Heatmaps) -> dict[str, Any]:
-    """What one classifier's maps have in common, by name; None for what a file does not say."""
+    """Return what the maps of one classifier have in common, by name; None for what a file does not say."""
     kind = {"class_names": heatmaps.class_names, "mode": heatmaps.mode, "strides": heatmaps.strides}
     return kind | {name: heatmaps.options.get(name) for name in _SHARED_OPTIONS}
 
 
-def check_comparable(kind: dict[str, Any], other: dict[str, Any], name, other_name) -> None:
-    """Raise InputError when two kinds of `kind_of` differ in what both say; name, other_name: files, for the error."""
+def check_comparable(kind: dict[str, Any], other: dict[str, Any], name: str, other_name: str) -> None:
+    """Raise InputError if two results of `kind_of` differ in what both say. name, other_name: files, for the error."""
     for what, value in kind.items():
         if value != other[what] and value is not None and other[what] is not None:
             what_is = "patch classifier (CRC-32)" if what == "dl_state_crc32" else what.replace("_", " ")
@@ -107,11 +116,11 @@ def check_comparable(kind: dict[str, Any], other: dict[str, Any], name, other_na
 
 
 def feature_names(class_names: Sequence[str], cutoffs: Sequence[float], k: int) -> list[str]:
-    """Names of the features of a breast, such as `cc_mass_mal_0.5_top1_area`, in the order of `breast_features`."""
+    """Return the names of the `breast_features` of a breast in their order, such as `cc_mass_mal_0.5_top1_area`."""
     of_one_map = prob_heatmap_features(None, 0.0, k, len(class_names))
     return [
         f"{view}_{class_name}_{cutoff:g}_{name}"
-        for view in VIEWS
+        for view in MAP_VIEWS
         for cutoff in cutoffs
         for class_name, features in zip(class_names[1:], of_one_map, strict=True)
         for name in features
@@ -121,7 +130,7 @@ def feature_names(class_names: Sequence[str], cutoffs: Sequence[float], k: int) 
 def breast_features(
     maps: tuple[np.ndarray | None, np.ndarray | None], cutoffs: Sequence[float], k: int, nb_cls: int
 ) -> np.ndarray:
-    """Features (n,) float64 of the maps (cc, mlo) of a breast; of several images of a view, call it for each pair."""
+    """Compute features (n,) float64 of the maps (cc, mlo) of a breast; of several pairs of images call it for each."""
     return np.array(
         [
             value
@@ -135,7 +144,7 @@ def breast_features(
 
 
 def feature_table(heatmaps: Heatmaps, cutoffs: Sequence[float], k: int, jobs: int = 1) -> np.ndarray:
-    """Features (breasts, n) of all breasts, computed `jobs` at a time. Raises InputError that names the breast."""
+    """Compute the features (breasts, n) of all breasts, `jobs` at a time. Raises InputError that names the breast."""
     describe = functools.partial(_describe, cutoffs=tuple(cutoffs), k=k, nb_cls=len(heatmaps.class_names))
     return np.stack(list(run_parallel(describe, heatmaps.records, jobs, desc="features", unit="breast")))
 
@@ -152,19 +161,16 @@ def _describe(record: HeatmapRecord, cutoffs, k, nb_cls) -> np.ndarray:
 
 @dataclass
 class HeatmapClassifier:
-    """A fitted classifier of breasts, and the features that it takes.
+    """A fitted classifier of breasts, and the features that it takes."""
 
-    model: of scikit-learn. cutoffs, k: see `prob_heatmap_features`. kind: `kind_of` the maps that it was trained on.
-    """
-
-    model: Any
-    cutoffs: list[float]
+    model: Any  # of scikit-learn
+    cutoffs: list[float]  # see `prob_heatmap_features`, as for k
     k: int
-    kind: dict[str, Any]
+    kind: dict[str, Any]  # `kind_of` the maps that it was trained on
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the maps' classes, background first."""
+        """Return the names of the maps' classes, background first."""
         return self.kind["class_names"]
 
     @classmethod
@@ -175,7 +181,7 @@ class HeatmapClassifier:
         return cls(_fit(model, features, cancer), list(cutoffs), k, kind_of(heatmaps))
 
     def predict_maps(self, breasts: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> np.ndarray:
-        """Probability of cancer (n,) of n breasts, each the maps (cc, mlo), of which one may be None.
+        """Predict the probability of cancer (n,) of n breasts, each the maps (cc, mlo); one of the two may be None.
 
         Raises InputError for maps of other classes, and where both are None.
         """
@@ -185,7 +191,7 @@ class HeatmapClassifier:
         return self._predict([breast_features(maps, self.cutoffs, self.k, nb_cls) for maps in breasts])
 
     def predict(self, heatmaps: Heatmaps, jobs: int = 1) -> np.ndarray:
-        """Probability of cancer (n,) of the breasts of `load_breasts`, described `jobs` at a time."""
+        """Predict the probability of cancer (n,) of the breasts of `load_breasts`, described `jobs` at a time."""
         return self._predict(feature_table(heatmaps, self.cutoffs, self.k, jobs))
 
     def _predict(self, features) -> np.ndarray:
@@ -193,16 +199,19 @@ class HeatmapClassifier:
 
 
 def _fit(model, features: np.ndarray, cancer: np.ndarray):
-    """Fit a model; boosting fails on features that no breast has, such as those of a missing view: zeros split none."""
+    """Fit a model. Boosting fails on features that no breast has, such as of a missing view: zeros split nothing."""
     empty = np.isnan(features).all(axis=0)
     return model.fit(np.where(empty, 0.0, features), cancer)
 
 
-def make_model(name: str, trees: int, seed: int, jobs: int = 1):
-    """An unfitted random forest ("rf") or gradient-boosted trees ("gbt"); the classes weigh the same in both.
+def make_model(
+    name: str, trees: int, seed: int, jobs: int = 1
+) -> "RandomForestClassifier | HistGradientBoostingClassifier":
+    """Make an unfitted random forest ("rf") or gradient-boosted trees ("gbt"); the classes weigh the same in both.
 
-    seed: of the trees' own draws. jobs: trees of the forest fitted at a time; boosting takes all cores,
-    unless threadpoolctl limits it.
+    Args:
+        seed: of the draws of the trees.
+        jobs: trees of the forest fitted at a time. Boosting takes all cores, unless threadpoolctl limits it.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
@@ -218,9 +227,9 @@ def make_model(name: str, trees: int, seed: int, jobs: int = 1):
 
 
 def patient_folds(cancer: np.ndarray, patients: Sequence[str], nb_fold: int, seed: int) -> np.ndarray:
-    """The fold (n,) of each breast, 0..nb_fold - 1: all breasts of a patient in one, the share of cancers alike.
+    """Draw the fold (n,) of each breast, 0..nb_fold - 1: all breasts of a patient in one, the share of cancers alike.
 
-    Raises InputError when there are fewer than nb_fold patients with, or with a breast without, cancer.
+    Raises InputError where fewer than nb_fold patients have a breast with cancer, or a breast without.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -241,12 +250,18 @@ def patient_folds(cancer: np.ndarray, patients: Sequence[str], nb_fold: int, see
 def cross_validate(
     model, features: np.ndarray, cancer: np.ndarray, fold: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predict each breast by a model fitted without its fold, and say how much each feature mattered.
+    """Predict each breast by a model fitted without its fold, and measure how much each feature mattered.
 
-    model: of `make_model`, left unfitted. features: (n, features). cancer: (n,) 0 or 1. fold: of `patient_folds`.
+    Args:
+        model: of `make_model`, left unfitted.
+        features: (n, features).
+        cancer: (n,) 0 or 1.
+        fold: of `patient_folds`.
+        seed: of the permutations.
 
-    Returns probabilities of cancer (n,) and importances (folds, features): of a forest the decrease of impurity at
-    the splits, of boosting the fall of the held-out AUC when the feature is permuted (NaN where it is undefined).
+    Returns:
+        Probabilities of cancer (n,) and importances (folds, features): for a forest the decrease of impurity at the
+        splits, for boosting the fall of the held-out AUC when the feature is permuted (NaN where it is undefined).
     """
     from sklearn.base import clone
     from sklearn.inspection import permutation_importance
@@ -275,15 +290,15 @@ def cross_validate(
 # ------------------------------------------------------------------------------------------------ on the disk
 
 
-def check_model_name(path) -> None:
+def check_classifier_name(path: str | os.PathLike) -> None:
     """Raise InputError unless `path` can be a classifier's file, by its ending."""
     if Path(path).suffix not in (".skops", ".joblib"):
         raise InputError(f"{path}: unknown model format. Expected a name ending in .skops or .joblib")
 
 
-def save_classifier(path, classifier: HeatmapClassifier) -> None:
+def save_classifier(path: str | os.PathLike, classifier: HeatmapClassifier) -> None:
     """Write a classifier as `.skops`, which holds no code, or `.joblib`, a pickle."""
-    check_model_name(path)
+    check_classifier_name(path)
     content = {field.name: getattr(classifier, field.name) for field in fields(classifier)} | {"format": _FORMAT}
     with atomic_write(path) as temporary:
         if Path(path).suffix == ".joblib":
@@ -296,16 +311,18 @@ def save_classifier(path, classifier: HeatmapClassifier) -> None:
             temporary.write_bytes(skops.io.dumps(content))
 
 
-def load_classifier(path) -> HeatmapClassifier:
-    """Read a classifier. A `.skops` file runs no code: one that asks for any type but scikit-learn's trees is refused.
+def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
+    """Read a classifier.
 
-    Of a `.joblib` file it is warned that loading it ran whatever code it holds, and by scikit-learn of trees that
-    another version of it fitted. Raises InputError for a file that is missing, damaged, refused, or holds something
-    else.
+    A `.skops` file runs no code: one that asks for any type but scikit-learn's trees is refused. Loading a `.joblib`
+    file runs whatever code it holds, which is warned of. scikit-learn warns of trees that another version of it fitted.
+
+    Raises:
+        InputError: the file is missing, damaged, refused, or holds something else.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
-    check_model_name(path)
+    check_classifier_name(path)
     if not Path(path).is_file():
         raise InputError(
             f"{path}: Expected a classifier's file. Received {'a folder' if Path(path).is_dir() else 'none'}"
@@ -397,7 +414,7 @@ def _read_joblib(path) -> dict:
 # ------------------------------------------------------------------------------------------------- the results
 
 
-def write_results(
+def write_breast_scores(
     out_dir: Path,
     results: dict[str, tuple[Heatmaps, np.ndarray]],
     replicates: int,
@@ -406,48 +423,49 @@ def write_results(
 ) -> None:
     """Write `predictions.csv` (one row a breast), `metrics.json` and, where a curve is defined, `roc.png`.
 
-    results: the breasts and their probabilities of cancer (n,), by name of the set. folds: (n,), by name of the set.
-    replicates: draws of patients for the 95% interval of the AUC; seed: of these draws.
+    Args:
+        results: the breasts and their probabilities of cancer (n,), by name of the set.
+        replicates: draws of patients for the 95% interval of the AUC.
+        seed: of these draws.
+        folds: (n,), by name of the set.
     """
     import pandas as pd
 
-    tables = []
+    tables = {}
     for name, (heatmaps, probability) in results.items():
-        rows = [
-            {
-                "patient_id": record.patient_id,
-                "side": record.side,
-                "views": "+".join(view for view, *_ in record.views()),
-                "cancer": record.cancer,
-            }
-            for record in heatmaps.records
-        ]
-        table = pd.DataFrame(rows).astype({"cancer": "Int64"}).assign(probability=probability, set=name)
+        tables[name] = _table_of(heatmaps).assign(probability=probability, set=name)
         if folds and name in folds:
-            table["fold"] = pd.array(folds[name], "Int64")
-        tables.append(table)
+            tables[name]["fold"] = pd.array(folds[name], "Int64")
     with atomic_write(out_dir / "predictions.csv") as temporary:
-        pd.concat(tables).to_csv(temporary, index=False)
-    known = {
-        name: table.dropna(subset="cancer").astype({"cancer": int}) for name, table in zip(results, tables, strict=True)
-    }
+        pd.concat(tables.values()).to_csv(temporary, index=False)
+    known = {name: table.dropna(subset="cancer").astype({"cancer": int}) for name, table in tables.items()}
     scores = {name: breast_scores(table, replicates, np.random.default_rng(seed)) for name, table in known.items()}
     write_json(out_dir / "metrics.json", scores)
     for name, score in scores.items():
         auc, low, high = (score[key] for key in ("auc", "auc_low", "auc_high"))
         found = "not defined" if auc is None else f"{auc:.4f}"
         found += "" if low is None else f", 95% interval {low:.4f} to {high:.4f}"
-        print(f"{name}: AUC {found}, on {score['breasts']} breasts ({score['cancers']} with cancer) "
-              f"of {score['patients']} patients")  # fmt: skip
+        breasts = f"{score['breasts']} breasts ({score['cancers']} with cancer) of {score['patients']} patients"
+        print(f"{name}: AUC {found}, on {breasts}")
     if any(score["auc"] is not None for score in scores.values()):
         curves = {name: (table["cancer"].to_numpy(), table["probability"].to_numpy()) for name, table in known.items()}
         plot_roc(out_dir / "roc.png", curves)
 
 
-def breast_scores(table, replicates: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Counts, AUC and its 95% interval by bootstrap of the patients; None where undefined.
+def _table_of(heatmaps: Heatmaps) -> "pd.DataFrame":
+    import pandas as pd
 
-    table: DataFrame with patient_id, views, cancer (0 or 1), probability, and perhaps fold.
+    rows = [
+        (record.patient_id, record.side, "+".join(view for view, *_ in record.views()), record.cancer)
+        for record in heatmaps.records
+    ]
+    return pd.DataFrame(rows, columns=["patient_id", "side", "views", "cancer"]).astype({"cancer": "Int64"})
+
+
+def breast_scores(table: "pd.DataFrame", replicates: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Return counts, the AUC and its 95% interval by bootstrap of the patients; None where undefined.
+
+    table: patient_id, views, cancer (0 or 1), probability, and perhaps fold.
     """
 
     def auc_of(rows):

@@ -1,8 +1,9 @@
-"""Pictures of probability maps laid on their mammograms."""
+"""Draw probability maps on their mammograms."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -13,17 +14,25 @@ from dm_image import check_grey, read_resized
 from dm_patches import read_lesion_masks
 from dm_preprocess import DMImagePreprocessor
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_overlays(record: HeatmapRecord, out_dir, *, class_names: Sequence[str], mode=None, roi_mask_dir=None) -> None:
+
+def draw_overlays(
+    record: HeatmapRecord,
+    out_dir: str | Path,
+    *,
+    class_names: Sequence[str],
+    mode: str | None = None,
+    roi_mask_dir: str | Path | None = None,
+) -> None:
     """Draw each class and the sum of the region classes on the mammogram: `<out_dir>/<image>.png`, one a view.
 
     Axes are in pixels of the scored image. With a folder of lesion masks (see `read_lesion_masks`) their outlines
     are drawn. The brightest pixel of the breast is white. Raises InputError for maps without files or grids.
     """
-    for view, heatmap, file, grid in record.views():
-        image_id = f"{record.patient_id}_{record.side}_{view.upper()}"
-        if file is None or grid is None:
-            raise InputError(f"{image_id}: the map file does not say which image was scored; compute the map again")
+    for view, heatmap, file, grid in record.scored_views():
+        image_id = record.image_id(view)
         img = check_grey(file, read_resized(file, target_size=grid.image_size))
         masks = [] if roi_mask_dir is None else read_lesion_masks(roi_mask_dir, image_id, file, grid.image_size)
         label = "" if record.cancer is None else ", cancer" if record.cancer else ", no cancer"
@@ -34,12 +43,22 @@ def draw_overlays(record: HeatmapRecord, out_dir, *, class_names: Sequence[str],
             figure.savefig(temporary)
 
 
-def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), probabilities=True):
-    """A matplotlib figure: the mammogram, the sum of the region classes on it where there are several, and each class,
-    the background last.
+def overlay_figure(
+    img: np.ndarray,
+    heatmap: np.ndarray,
+    grid: Grid,
+    class_names: Sequence[str],
+    title: str = "",
+    masks: Sequence[np.ndarray] = (),
+    probabilities: bool = True,
+) -> "Figure":
+    """Draw the mammogram, the sum of the region classes on it where there are several, and each class, background last.
 
-    img: (rows, columns) of the scored image, any real dtype. heatmap: (map rows, map columns, classes). masks: bool
-    (rows, columns) each, outlined. probabilities: colours go from 0 to 1, else to each panel's largest value.
+    Args:
+        img: (rows, columns) of the scored image, any real dtype.
+        heatmap: (map rows, map columns, classes).
+        masks: bool (rows, columns) each, outlined.
+        probabilities: colours go from 0 to 1, else to the largest value of each panel.
     """
     from matplotlib.figure import Figure
 
@@ -79,17 +98,19 @@ def overlay_figure(img, heatmap, grid: Grid, class_names, title="", masks=(), pr
 
 
 def share_of_largest(heatmap: np.ndarray, grid: Grid) -> np.ndarray:
-    """One class of a Grad-CAM map (rows, columns) at every pixel of the image, 0..1 of its largest value.
+    """Interpolate one class of a Grad-CAM map (rows, columns) at every pixel of the image, 0..1 of its largest value.
 
-    Features see more than the pixels nearest to them: those of the border see what is beyond them, but for the last
-    pixels, one to three, that some networks never read.
+    Features see more than the pixels nearest to them: features at the border see all pixels beyond them, except the
+    last one to three, which some networks never read.
     """
     return resample(heatmap, grid, to_edges=True) / max(heatmap.max(), np.finfo(np.float32).tiny)
 
 
 def blend(img: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
-    """The mammogram (rows, columns), with `values` (rows, columns) in 0..1 over it if given, as `overlay_figure` shows
-    them: uint8 (rows, columns, 3) in OpenCV's channel order."""
+    """Colour the mammogram (rows, columns), with `values` (rows, columns) in 0..1 over it if given.
+
+    Returns uint8 (rows, columns, 3) in OpenCV's channel order, in the colours of `overlay_figure`.
+    """
     grey = np.clip(img.astype(np.float32) * (255 / max(_white(img), np.finfo(np.float32).tiny)), 0, 255)
     picture = grey[..., np.newaxis].repeat(3, axis=-1)
     if values is not None:
@@ -100,7 +121,7 @@ def blend(img: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
 
 
 def _white(img: np.ndarray) -> float:
-    """The brightest pixel of the breast: labels beside it may be brighter."""
+    """Return the brightest pixel of the breast; labels beside it may be brighter."""
     try:
         return float(DMImagePreprocessor.segment_breast(img)[0].max())
     except InputError:
@@ -108,13 +129,13 @@ def _white(img: np.ndarray) -> float:
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """Closed outlines (n, 2) of x, y along the middles of a mask's border pixels."""
+    """Return closed outlines (n, 2) of x, y along the middles of a mask's border pixels."""
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return [np.concatenate([contour[:, 0], contour[:1, 0]]) + 0.5 for contour in contours]
 
 
 def _colours():
-    """From clear to opaque: low values leave the mammogram as it is."""
+    """Make a colour map from clear to opaque, so that low values leave the mammogram as it is."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dm_args import check_same_options
 from dm_files import InputError, remove_partial
-from dm_heatmap import VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+from dm_heatmap import MAP_VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from dm_image import add_img_margins, check_grey, cut_window, read_img_for_pred, read_resize_img, window_grid
 from dm_parallel import read_ahead
 from dm_patches import is_file_name, read_lesion_masks, read_table
@@ -404,7 +404,7 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
         rows[patient, side] = number
         if wanted is not None and patient not in wanted:
             continue
-        paths = {view: Path(img_folder, f"{patient}_{side}_{view.upper()}.png") for view in VIEWS}
+        paths = {view: Path(img_folder, f"{patient}_{side}_{view.upper()}.png") for view in MAP_VIEWS}
         breast = Breast(patient, side, int(cancer), {view: path for view, path in paths.items() if path.exists()})
         if breast.files:
             breasts.append(breast)

@@ -1,4 +1,4 @@
-"""Do maps point at the lesions? Pointing game and free-response ROC of map files, against lesion masks.
+"""Judge whether maps point at the lesions: pointing game and free-response ROC of map files, against lesion masks.
 
 A map is first smoothed by a Gaussian, since a window-sized plateau surrounds each lesion in a map of windows. *Marks*
 are its local maxima that are the largest within half a window each way (non-maximum suppression, as in Liu et al.
@@ -22,42 +22,42 @@ import numpy as np
 from scipy import ndimage
 
 from dm_files import InputError, atomic_write
-from dm_heatmap import Grid
+from dm_heatmap import Grid, HeatmapRecord
 from dm_image import check_grey, read_resized
 from dm_patches import read_lesion_masks
 from dm_preprocess import DMImagePreprocessor
 
-# False positives an image at which the sensitivity is reported (CAMELYON16).
+# False positives per image at which the sensitivity is reported (CAMELYON16).
 FP_RATES = (0.25, 0.5, 1, 2, 4, 8)
 
 
 @dataclass
-class Marked:
-    """What a map says about one image.
-
-    scores: (marks,) values of the smoothed map. hits: bool (marks, lesions). chance: share of the breast's area that
-    hits a lesion. pointed: whether the largest value hits one; None without lesions.
-    """
+class MapHits:
+    """The marks of the map of one image and the lesions that they hit."""
 
     image_id: str
-    scores: np.ndarray
-    hits: np.ndarray
-    pointed: bool | None
-    chance: float
+    scores: np.ndarray  # (marks,) values of the smoothed map, the highest first
+    hits: np.ndarray  # bool (marks, lesions)
+    pointed: bool | None  # whether the largest value hits a lesion; None without lesions
+    chance: float  # share of the breast's area that hits a lesion
 
 
 def find_marks(values: np.ndarray, grid: Grid, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (marks, 2), row and column in pixels of the scored image, and scores (marks,), the highest first.
+    """Find the marks of a map.
 
-    values: (map rows, map columns), 0 or more; a place of value 0 is no mark. radius: pixels within which a mark is
-    the largest.
+    Args:
+        values: (map rows, map columns), 0 or more. A cell of value 0 is no mark.
+        radius: pixels within which a mark is the largest value.
+
+    Returns:
+        Positions (marks, 2), row and column in pixels of the scored image, and scores (marks,), the highest first.
     """
     size = [2 * max(1, round(radius / stride)) + 1 for stride in grid.strides]
     tops = (values == ndimage.maximum_filter(values, size, mode="constant")) & (values > 0)
-    # Of equal neighbours, the first.
-    labels, count = ndimage.label(tops, np.ones((3, 3)))
-    cells = np.array([np.argwhere(labels == i)[0] for i in range(1, count + 1)], int).reshape(-1, 2)
-    scores = values[cells[:, 0], cells[:, 1]]
+    labels, _ = ndimage.label(tops, np.ones((3, 3)))
+    _, first = np.unique(labels[tops], return_index=True)  # of equal neighbours, the first
+    cells = np.argwhere(tops)[first]
+    scores = values[tuple(cells.T)]
     order = np.argsort(-scores, kind="stable")
     rows, columns = grid.centres(values.shape)
     return np.stack([rows[cells[order, 0]], columns[cells[order, 1]]], axis=1), scores[order]
@@ -71,12 +71,15 @@ def mark_image(
     breast: np.ndarray,
     window: Sequence[float],
     smooth: float | None = None,
-) -> Marked:
-    """Marks of one map and the lesions that they hit.
+) -> MapHits:
+    """Find the marks of one map and the lesions that they hit, as the top of this module says.
 
-    values: (map rows, map columns), the larger the more suspicious. masks, breast: bool of `grid.image_size`. window:
-    (rows, columns) in pixels of the part of the image that a cell stands for. smooth: standard deviation of the
-    Gaussian in pixels; default: a quarter of the window. What else is in the module's text.
+    Args:
+        values: (map rows, map columns), the larger the more suspicious.
+        masks: of the lesions, bool of `grid.image_size`.
+        breast: bool of the same size.
+        window: (rows, columns) in pixels of the part of the image that a cell stands for.
+        smooth: standard deviation of the Gaussian in pixels; default: a quarter of the window.
     """
     sigma = [
         (size / 4 if smooth is None else smooth) / stride for size, stride in zip(window, grid.strides, strict=True)
@@ -91,7 +94,7 @@ def mark_image(
         row, column = np.clip(np.floor(position).astype(int), 0, limits)  # windows may be centred beside the image
         hits[i] = [area[row, column] for area in reached]
     anywhere = np.logical_or.reduce(reached) if reached else np.zeros_like(breast)
-    return Marked(
+    return MapHits(
         image_id,
         scores,
         hits,
@@ -101,14 +104,16 @@ def mark_image(
 
 
 def _dilate(mask: np.ndarray, distance: float) -> np.ndarray:
-    """All pixels at most `distance` pixels from the mask."""
+    """Return all pixels at most `distance` pixels from the mask."""
     return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= distance
 
 
-def froc(images: Sequence[Marked]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thresholds in falling order, false positives an image, and sensitivity (lesions hit / lesions) at each.
+def froc(images: Sequence[MapHits]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute the free-response ROC of images; raise InputError if none has lesions.
 
-    The first threshold is infinity, where nothing is marked. Raises InputError without lesions.
+    Returns:
+        Thresholds in falling order, false positives per image, and sensitivity (lesions hit / lesions) at each. The
+        first threshold is infinity, where nothing is marked.
     """
     nb_lesion = sum(image.hits.shape[1] for image in images)
     if not nb_lesion:
@@ -123,8 +128,8 @@ def froc(images: Sequence[Marked]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return thresholds, nb_false / len(images), nb_found / nb_lesion
 
 
-def summarise(images: Sequence[Marked]) -> dict[str, float]:
-    """Counts, pointing accuracy and its chance level, and the sensitivity at each of FP_RATES and its mean."""
+def summarise(images: Sequence[MapHits]) -> dict[str, float]:
+    """Return counts, pointing accuracy and its chance level, and the sensitivity at each of FP_RATES and its mean."""
     pointed = [image.pointed for image in images if image.pointed is not None]
     _, false_positives, sensitivity = froc(images)
     at_rates = {f"sensitivity_at_{rate:g}": float(sensitivity[false_positives <= rate].max()) for rate in FP_RATES}
@@ -141,23 +146,25 @@ def summarise(images: Sequence[Marked]) -> dict[str, float]:
 
 
 def mark_breast(
-    record,
+    record: HeatmapRecord,
     columns: Sequence[int],
     window: Sequence[float] | None,
-    roi_mask_dir,
+    roi_mask_dir: str | Path,
     wanted: Collection[tuple[str, str, str]] | None = None,
     smooth: float | None = None,
-) -> list[Marked]:
-    """`Marked` of each view of a record.
+) -> list[MapHits]:
+    """Find the marks of each view of a breast and the lesions that they hit.
 
-    columns: the classes whose sum is judged. window, smooth: see `mark_image`; window defaults to the strides.
-    wanted: (type, image id, number) of the lesions to look for; default: all that have a mask.
+    Args:
+        columns: the classes whose sum is judged.
+        window: see `mark_image`; default: the strides of the map.
+        roi_mask_dir: folder of lesion masks; see `read_lesion_masks`.
+        wanted: (type, image id, number) of the lesions to look for; default: all that have a mask.
+        smooth: see `mark_image`.
     """
     marked = []
-    for view, heatmap, file, grid in record.views():
-        image_id = f"{record.patient_id}_{record.side}_{view.upper()}"
-        if file is None or grid is None:
-            raise InputError(f"{image_id}: the map file does not say which image was scored; compute the map again")
+    for view, heatmap, file, grid in record.scored_views():
+        image_id = record.image_id(view)
         masks = read_lesion_masks(roi_mask_dir, image_id, file, grid.image_size)
         if wanted is not None:
             masks = [mask for mask in masks if (mask.type, image_id, mask.number) in wanted]
@@ -172,8 +179,8 @@ def mark_breast(
     return marked
 
 
-def write_results(out_dir, results: dict[str, Sequence[Marked]]) -> None:
-    """Write localisation.csv (a row a map file), froc.csv and froc.png. results: marks of all images by name."""
+def write_localisation(out_dir: str | Path, results: dict[str, Sequence[MapHits]]) -> None:
+    """Write localisation.csv (a row for each map file), froc.csv and froc.png. results: of all images, by map file."""
     import pandas as pd
     from matplotlib.figure import Figure
 

@@ -51,7 +51,7 @@ def write_report(
 
     Args:
         path: file to write; missing folders are made.
-        results: see `dm_evaluation.evaluate`; with `command` (a string or its words) and `versions` (by name) if known.
+        results: of `evaluate_models`; with `command` (a string or its words) and `versions` (by name) if known.
         table: what was evaluated; see `dm_evaluation`.
         root: folder that the files of the table are relative to.
         predictors: by the name of its model, whose Grad-CAM maps are shown beside the mammograms. Models without one,

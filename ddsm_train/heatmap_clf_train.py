@@ -87,7 +87,7 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     from dm_dataset import check_disjoint
 
     save_as = args.save_model or out_dir / "heatmap_clf.skops"
-    clf.check_model_name(save_as)
+    clf.check_classifier_name(save_as)
     heatmaps = clf.load_breasts(args.maps, args.class_list)
     if unknown := [f"{record.patient_id} {record.side}" for record in heatmaps.records if record.cancer is None]:
         raise InputError(f"{unknown[0]}: Expected cancer 0 or 1. Received none ({len(unknown)} such breasts)")
@@ -111,7 +111,7 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     clf.save_classifier(save_as, classifier)
     names = clf.feature_names(heatmaps.class_names, args.cutoffs, args.top_k)
     clf.write_importances(out_dir, names, importances, IMPORTANCE[args.clf])
-    clf.write_results(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
+    clf.write_breast_scores(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
     print(f"The trees are saved in {save_as}")
 
 
@@ -122,7 +122,9 @@ def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     classifier = clf.load_classifier(args.model)
     heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
     clf.check_comparable(clf.kind_of(heatmaps), classifier.kind, args.maps[0], args.model)
-    clf.write_results(out_dir, {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}, args.bootstrap, seed)
+    clf.write_breast_scores(
+        out_dir, {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}, args.bootstrap, seed
+    )
 
 
 def main(argv=None) -> int:

@@ -78,7 +78,7 @@ def run(**options) -> None:
             f"({summary['pointing_accuracy']:.3f}; chance {summary['chance']:.3f}); finds "
             f"{summary['sensitivity_at_1']:.3f} of {summary['lesions']} lesions at 1 false positive an image"
         )
-    dm_localise.write_results(args.out_dir, results)
+    dm_localise.write_localisation(args.out_dir, results)
     print(f"localisation.csv, froc.csv and froc.png are in {args.out_dir}")
 
 

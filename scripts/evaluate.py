@@ -135,20 +135,20 @@ def evaluate(args: argparse.Namespace, models: list, source) -> None:
         fitted_on = tables[1] if args.average == "fitted" else None
         averaged = [dm_evaluation.add_averages(table, names, fitted_on) for table in tables]
         tables, (names, about["average_weights"]) = [table for table, *_ in averaged], averaged[0][1:]
-    points = dm_evaluation.Points(args.youden, args.sensitivity, args.specificity, args.threshold)
+    points = dm_evaluation.OperatingPoints(args.youden, args.sensitivity, args.specificity, args.threshold)
     seed = dm_args.env_int("RANDOM_SEED", 12345)
     table, val = tables[0], tables[1] if args.val else None
-    results = dm_evaluation.evaluate(table, names, points, val, args.patient_score, args.bootstrap, seed)
+    results = dm_evaluation.evaluate_models(table, names, points, val, args.patient_score, args.bootstrap, seed)
     results["data"] |= about
-    results |= {"command": shlex.join(sys.orig_argv), "versions": dm_evaluation.versions()}
-    dm_evaluation.write_results(args.out_dir, table, results)
+    results |= {"command": shlex.join(sys.orig_argv), "versions": dm_evaluation.loaded_versions()}
+    dm_evaluation.write_evaluation(args.out_dir, table, results)
     if args.metarepository:
         dm_evaluation.write_metarepository(args.metarepository, table, names[-1])
     if args.report:
         from dm_report import write_report
 
         write_report(args.report, results, table, predictors=predictors, positive=args.positive)
-    print(dm_evaluation.describe(results))
+    print(dm_evaluation.describe_results(results))
     if args.average == "fitted":
         print(*dm_evaluation.describe_weights(about["average_weights"]), sep="\n")
     print(f"Results are in {args.out_dir}" + (f", the report in {args.report}" if args.report else ""))

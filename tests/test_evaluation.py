@@ -19,7 +19,7 @@ from dm_files import InputError
 from scripts import evaluate
 
 REFERENCE = Path(__file__).parent / "reference"
-NO_POINTS = evaluation.Points(False, (), (), ())
+NO_POINTS = evaluation.OperatingPoints(False, (), (), ())
 
 
 def study(patients=40, models=("a", "b"), seed=0, effect=1.2):
@@ -34,7 +34,7 @@ def study(patients=40, models=("a", "b"), seed=0, effect=1.2):
                 logits = effect * cancer - 0.8 + shared + rng.normal(0, 1, len(models))
                 name = f"P_{number:03}_{side}_{view}.png"
                 rows.append((name, f"P_{number:03}", side, view, cancer, *(1 / (1 + np.exp(-logits)))))
-    return pd.DataFrame(rows, columns=[*evaluation.COLUMNS, *models])
+    return pd.DataFrame(rows, columns=[*evaluation.IMAGE_COLUMNS, *models])
 
 
 def auc_of(truth, score):
@@ -54,7 +54,7 @@ def test_breasts_and_patients_by_hand():
         ("5.png", "A", "RIGHT", "MLO", 1, 0.4),
         ("6.png", "A", "RIGHT", "CC", 0, 0.6),
     ]
-    table = pd.DataFrame(rows, columns=[*evaluation.COLUMNS, "m"])
+    table = pd.DataFrame(rows, columns=[*evaluation.IMAGE_COLUMNS, "m"])
     levels = evaluation.at_levels(table, ["m"])
     assert levels["image"]["m"].tolist() == table["m"].tolist()
     breasts = levels["breast"].set_index(["patient", "side"])
@@ -68,12 +68,12 @@ def test_breasts_and_patients_by_hand():
 
 def test_levels_that_are_not_known_are_left_out_and_said():
     table = study()
-    results = evaluation.evaluate(table.assign(patient="", side=""), ["a"], replicates=20)
+    results = evaluation.evaluate_models(table.assign(patient="", side=""), ["a"], replicates=20)
     assert list(results["levels"]) == ["image"] and results["data"]["patients"] is None
     assert results["data"]["notes"] == [
         f"{name} level left out: patients are not known" for name in ("breast", "patient")
     ]
-    results = evaluation.evaluate(table.assign(side=""), ["a"], replicates=20)
+    results = evaluation.evaluate_models(table.assign(side=""), ["a"], replicates=20)
     assert list(results["levels"]) == ["image", "patient"]
     assert results["data"]["notes"] == ["breast level left out: the side of some images is not known"]
     scores = table.groupby("patient")["a"].max()
@@ -81,7 +81,7 @@ def test_levels_that_are_not_known_are_left_out_and_said():
     assert results["levels"]["patient"]["models"]["a"]["auc"]["value"] == pytest.approx(roc_auc_score(truth, scores))
     # One breast of every patient has cancer.
     table["label"] = (table["side"] == "LEFT").astype(int)
-    results = evaluation.evaluate(table, ["a"], replicates=20)
+    results = evaluation.evaluate_models(table, ["a"], replicates=20)
     assert results["data"]["notes"] == ["patient level left out: all have the label 1"]
 
 
@@ -90,7 +90,7 @@ def test_levels_that_are_not_known_are_left_out_and_said():
 
 @pytest.fixture(scope="module")
 def results():
-    return evaluation.evaluate(study(), ["a", "b"], replicates=400)
+    return evaluation.evaluate_models(study(), ["a", "b"], replicates=400)
 
 
 def test_areas_are_scikit_learns_at_each_level(results):
@@ -126,7 +126,7 @@ def test_curves_enclose_their_areas_and_lie_in_their_bands(results):
 def test_points_by_hand():
     truth = np.array([1, 1, 1, 0, 1, 0, 0, 0, 0, 1])
     score = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.3, 0.2, 0.1])
-    points = evaluation.Points(True, (0.7, 1), (0.8, 1), (0.45,))
+    points = evaluation.OperatingPoints(True, (0.7, 1), (0.8, 1), (0.45,))
     assert points.choose(truth, score) == {
         "Youden": 0.7,  # 3/5 and 5/5, as much as at 0.5 with 4/5 and 4/5: the higher one
         "sensitivity 0.7": 0.5,
@@ -141,8 +141,8 @@ def test_points_by_hand():
 
 def test_sensitivity_and_specificity_at_thresholds_of_other_images(results):
     table, others = study(), study(seed=1)
-    points = evaluation.Points(True, (0.9,), (), ())
-    found = evaluation.evaluate(table, ["a"], points, others, replicates=200)
+    points = evaluation.OperatingPoints(True, (0.9,), (), ())
+    found = evaluation.evaluate_models(table, ["a"], points, others, replicates=200)
     assert found["data"]["thresholds_from"] == "other images"
     # By their names these are the same patients.
     assert found["data"]["notes"] == ["among the images of the thresholds too: 40 patients, such as P_000"]
@@ -166,7 +166,9 @@ def test_calibration_has_its_closed_forms():
     table = study(150)
     logits = np.log(table["a"] / (1 - table["a"]))
     table["twice"], table["shifted"] = 1 / (1 + np.exp(-2 * logits)), 1 / (1 + np.exp(-logits - 0.7))
-    found = evaluation.evaluate(table, ["a", "twice", "shifted"], NO_POINTS, replicates=50)["levels"]["image"]["models"]
+    found = evaluation.evaluate_models(table, ["a", "twice", "shifted"], NO_POINTS, replicates=50)["levels"]["image"][
+        "models"
+    ]
     slope, intercept = (
         {name: found[name]["calibration"][kind]["value"] for name in found} for kind in ("slope", "intercept")
     )
@@ -178,7 +180,7 @@ def test_calibration_has_its_closed_forms():
 def test_labels_drawn_from_the_probabilities_are_calibrated():
     table = study(300)
     table["label"] = (np.random.default_rng(1).random(len(table)) < table["a"]).astype(int)
-    calibration = evaluation.evaluate(table, ["a"], NO_POINTS, replicates=50)["levels"]["image"]["models"]["a"][
+    calibration = evaluation.evaluate_models(table, ["a"], NO_POINTS, replicates=50)["levels"]["image"]["models"]["a"][
         "calibration"
     ]
     for name, truth in (("slope", 1), ("intercept", 0)):
@@ -194,7 +196,7 @@ def test_what_is_undefined_is_none():
     table = study(30)
     table["perfect"], table["constant"] = table["label"] * 0.5 + 0.25, 0.3
     table["no probability"] = table["a"] * 4 - 2
-    found = evaluation.evaluate(table, ["perfect", "constant", "no probability"], replicates=50)
+    found = evaluation.evaluate_models(table, ["perfect", "constant", "no probability"], replicates=50)
     image = found["levels"]["image"]["models"]
     assert image["perfect"]["auc"] == {"value": 1, "error": 0, "delong": None, "bootstrap": [1, 1]}
     assert found["data"]["notes"][0].startswith("an AUC of 1, or 0, has no DeLong interval")
@@ -204,14 +206,16 @@ def test_what_is_undefined_is_none():
     assert len(image["constant"]["calibration"]["bins"]) == 1
     assert image["no probability"]["calibration"] is None
     json.dumps(found, allow_nan=False)
-    assert evaluation.describe(found)
+    assert evaluation.describe_results(found)
 
 
 def test_draws_of_one_class_alone_are_not_enough():
-    table = pd.DataFrame([("x", "", "", "", 1, 0.4), ("y", "", "", "", 0, 0.2)], columns=[*evaluation.COLUMNS, "m"])
+    table = pd.DataFrame(
+        [("x", "", "", "", 1, 0.4), ("y", "", "", "", 0, 0.2)], columns=[*evaluation.IMAGE_COLUMNS, "m"]
+    )
     one_class = (rng for rng in range(99) if np.ptp(np.random.default_rng(rng).integers(2, size=2)) == 0)
     with pytest.raises(InputError, match="--bootstrap 1: no draw holds samples of both classes"):
-        evaluation.evaluate(table, ["m"], replicates=1, seed=next(one_class))
+        evaluation.evaluate_models(table, ["m"], replicates=1, seed=next(one_class))
 
 
 # ----------------------------------------------------------------------------------------------------- intervals
@@ -219,7 +223,7 @@ def test_draws_of_one_class_alone_are_not_enough():
 
 def test_the_bootstrap_of_independent_images_is_scipys():
     table = study(150).assign(patient="", side="")
-    found = evaluation.evaluate(table, ["a"], NO_POINTS, replicates=4000)["levels"]["image"]["models"]["a"]
+    found = evaluation.evaluate_models(table, ["a"], NO_POINTS, replicates=4000)["levels"]["image"]["models"]["a"]
     truth, score = table["label"].to_numpy(), table["a"].to_numpy()
     for figure, statistic in (("auc", auc_of), ("average_precision", average_precision_score)):
         expected = bootstrap(
@@ -234,7 +238,7 @@ def test_the_bootstrap_of_independent_images_is_scipys():
 
 def test_intervals_by_patient_are_those_of_drawing_patients():
     table = study(60)
-    found = evaluation.evaluate(table, ["a", "b"], NO_POINTS, replicates=2000)
+    found = evaluation.evaluate_models(table, ["a", "b"], NO_POINTS, replicates=2000)
     rng = np.random.default_rng(7)
     levels = evaluation.at_levels(table, ["a", "b"])
     rows_of = {name: [part.index for _, part in level.groupby("patient")] for name, level in levels.items()}
@@ -257,19 +261,19 @@ def test_intervals_by_patient_are_those_of_drawing_patients():
 
 
 def test_tables_of_an_earlier_run_do_not_stay(results, tmp_path):
-    evaluation.write_results(tmp_path, study(), results)
+    evaluation.write_evaluation(tmp_path, study(), results)
     assert len(pd.read_csv(tmp_path / "comparisons.csv")) == 3
-    alone = evaluation.evaluate(study(), ["a"], NO_POINTS, replicates=20)
-    evaluation.write_results(tmp_path, study(), alone)
+    alone = evaluation.evaluate_models(study(), ["a"], NO_POINTS, replicates=20)
+    evaluation.write_evaluation(tmp_path, study(), alone)
     assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["predictions.csv", "scores.csv"]
 
 
 def test_models_are_compared_in_pairs():
     table = study(80)
     table["c"], table["better"] = table["a"], table["a"] + table["label"] / 2
-    (same, better, _) = evaluation.evaluate(table, ["a", "c", "better"], NO_POINTS, replicates=200)["levels"]["image"][
-        "comparisons"
-    ]
+    (same, better, _) = evaluation.evaluate_models(table, ["a", "c", "better"], NO_POINTS, replicates=200)["levels"][
+        "image"
+    ]["comparisons"]
     assert same == {
         "models": ["a", "c"],
         "difference": 0,
@@ -529,7 +533,9 @@ def test_flips_and_areas_are_those_of_the_published_program():
             guess = predict(FirstValues(2), (arrays[f"{key}_x"], truth), flips=True)[3]
         table = pd.DataFrame({"file": np.arange(len(truth)).astype(str), "patient": "", "side": "", "view": ""})
         table["label"], table["m"] = truth[:, 1].astype(int), guess[:, 1]
-        found = evaluation.evaluate(table, ["m"], NO_POINTS, replicates=10)["levels"]["image"]["models"]["m"]["auc"]
+        found = evaluation.evaluate_models(table, ["m"], NO_POINTS, replicates=10)["levels"]["image"]["models"]["m"][
+            "auc"
+        ]
         assert found["value"] == pytest.approx(case["auc"][1], abs=1e-9)
 
 
@@ -612,7 +618,7 @@ def test_models_are_scored_singly_flipped_and_averaged(trained, tmp_path, capsys
     table = pd.read_csv(out / "predictions.csv")
     names = ["one", "two", "three"]
     flipped = [f"{name}_flips" for name in names]
-    assert table.columns.tolist() == [*evaluation.COLUMNS, *names, *flipped, "average", "average_flips"]
+    assert table.columns.tolist() == [*evaluation.IMAGE_COLUMNS, *names, *flipped, "average", "average_flips"]
     assert len(table) == 12
     for name, options in (("one", {}), ("two", {"gain": -0.02, "centre": 0}), ("three", {"gain": 0.1, "mean": 10.0})):
         single, mean_of_flips = expected(table["file"], **options)
@@ -664,7 +670,7 @@ def test_the_metarepositorys_breast_scores_are_ours(tmp_path):
             views = [one[f"{side[0].upper()}-{view}"][0] for view in ("CC", "MLO")]
             score.append(predictions.set_index("image_index")["malignant_pred"][views].mean())
             truth.append(one["cancer_label"][f"{side}_malignant"])
-    levels = evaluation.evaluate(table, ["m"], NO_POINTS, replicates=10)["levels"]
+    levels = evaluation.evaluate_models(table, ["m"], NO_POINTS, replicates=10)["levels"]
     assert levels["breast"]["models"]["m"]["auc"]["value"] == pytest.approx(roc_auc_score(truth, score))
     image = roc_auc_score(predictions["malignant_label"], predictions["malignant_pred"])
     assert levels["image"]["models"]["m"]["auc"]["value"] == pytest.approx(image)
@@ -684,7 +690,7 @@ def test_thresholds_and_weights_come_from_validation_images(trained, tmp_path, c
     one, two = by_model.values()
     assert f"average: {one:.3f} x one + {two:.3f} x two\n" in capsys.readouterr().out
     points = results["levels"]["image"]["models"]["one"]["points"]
-    chosen = evaluation.Points(thresholds=()).choose(val["label"].to_numpy(), val["one"].to_numpy())
+    chosen = evaluation.OperatingPoints(thresholds=()).choose(val["label"].to_numpy(), val["one"].to_numpy())
     assert {point["name"]: point["threshold"] for point in points} == pytest.approx(chosen, abs=1e-5)
     assert results["data"]["thresholds_from"] == "other images"
 

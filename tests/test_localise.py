@@ -7,7 +7,7 @@ import pytest
 from ddsm_train import localise
 from dm_files import InputError
 from dm_heatmap import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
-from dm_localise import Marked, find_marks, froc, mark_image, summarise
+from dm_localise import MapHits, find_marks, froc, mark_image, summarise
 from tests.outputs import read_csv
 
 GRID = Grid((40, 60), (5.0, 5.0), (10.0, 10.0))  # 4 x 6 cells of 10 pixels
@@ -21,7 +21,7 @@ def square(top, left, size=6):
 
 def marked(scores, hits, pointed=None, chance=0.1):
     hits = np.array(hits, bool)
-    return Marked("image", np.array(scores, float), hits, pointed, chance)
+    return MapHits("image", np.array(scores, float), hits, pointed, chance)
 
 
 def test_marks_are_the_largest_values_within_the_radius():

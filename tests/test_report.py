@@ -77,12 +77,12 @@ def data(tmp_path_factory):
                     np.clip(0.3 + strength * label + 0.3 * rng.standard_normal(), 0, 1) for strength in (0.4, 0.1)
                 )
                 rows.append((f"P{patient}_{side}_{view}.png", f"P{patient}", side, view, label, good, poor))
-    table = pd.DataFrame(rows, columns=[*dm_evaluation.COLUMNS, "good", NASTY])
+    table = pd.DataFrame(rows, columns=[*dm_evaluation.IMAGE_COLUMNS, "good", NASTY])
     for file in table["file"]:
         img = np.zeros((80, 60), np.uint16)
         img[20:60, :30] = rng.integers(20000, 60000, (40, 30))
         cv2.imwrite(str(folder / file), img)
-    results = dm_evaluation.evaluate(table, ["good", NASTY], replicates=200)
+    results = dm_evaluation.evaluate_models(table, ["good", NASTY], replicates=200)
     results["data"] |= {
         "skipped": [f"{NASTY}.png: empty"],
         "model_files": {"good": f"/{NASTY}/good.h5"},
@@ -249,18 +249,20 @@ def test_errors_are_the_most_confident_ones(data, text):
 )
 def test_scores_near_0_and_1_are_told_from_them(tmp_path, score, threshold, shown):
     rows = [(f"{i}.png", "", "", "", i % 2, score if i == 1 else 0.0) for i in range(6)]
-    table = pd.DataFrame(rows, columns=[*dm_evaluation.COLUMNS, "m"])
-    results = dm_evaluation.evaluate(table, ["m"], dm_evaluation.Points(False, (), (), (threshold,)), replicates=10)
+    table = pd.DataFrame(rows, columns=[*dm_evaluation.IMAGE_COLUMNS, "m"])
+    results = dm_evaluation.evaluate_models(
+        table, ["m"], dm_evaluation.OperatingPoints(False, (), (), (threshold,)), replicates=10
+    )
     write_report(tmp_path / "a.html", results, table)
     assert f"scored {shown}" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_flips_and_averages_are_no_models(tmp_path):
     rows = [(f"{i}.png", "", "", "", i % 2, i / 9, i / 8, i / 9, i / 8) for i in range(6)]
-    table = pd.DataFrame(rows, columns=[*dm_evaluation.COLUMNS, "a", "b", "a_flips", "b_flips"])
+    table = pd.DataFrame(rows, columns=[*dm_evaluation.IMAGE_COLUMNS, "a", "b", "a_flips", "b_flips"])
     table, names, _ = dm_evaluation.add_averages(table, ["a", "b", "a_flips", "b_flips"])
     for models, count in ((names, "2 models, 6 columns of predictions"), (["a", "b"], "2 models"), (["a"], "Model a")):
-        results = dm_evaluation.evaluate(table, models, replicates=10)
+        results = dm_evaluation.evaluate_models(table, models, replicates=10)
         write_report(tmp_path / "a.html", results, table)
         assert f'"lead">{count} on 6 images, 3 with cancer.' in (tmp_path / "a.html").read_text(encoding="utf-8")
 
@@ -285,8 +287,10 @@ def test_map_lies_over_the_mammogram(data):
 def little():
     """(table, results) of six images of which nothing is known, at no operating point."""
     rows = [(f"{i}.png", "", "", "", int(i > 1), abs(i - 2) / 3) for i in range(6)]
-    table = pd.DataFrame(rows, columns=[*dm_evaluation.COLUMNS, "scores"])
-    return table, dm_evaluation.evaluate(table, ["scores"], dm_evaluation.Points(False, (), (), ()), replicates=50)
+    table = pd.DataFrame(rows, columns=[*dm_evaluation.IMAGE_COLUMNS, "scores"])
+    return table, dm_evaluation.evaluate_models(
+        table, ["scores"], dm_evaluation.OperatingPoints(False, (), (), ()), replicates=50
+    )
 
 
 def test_little_data_make_a_report_too(little, tmp_path):
