@@ -1,14 +1,16 @@
-"""Statistics of scores against 0/1 labels, with intervals by patient: areas, proportions, calibration.
+"""Compare scores with 0/1 labels, with intervals by patient: areas, proportions, calibration.
 
-The images of a patient are not independent, and neither are the sides. What takes `groups` treats the samples of a
-group (a patient) as one draw: the bootstrap draws whole groups, and variances are those of clustered data. Where each
-group has one sample these are the familiar ones of independent samples.
+The images of a patient are not independent, and neither are the sides. Functions with an argument `groups` treat the
+samples of a group (a patient) as one draw: the bootstrap draws whole groups, and variances are for clustered data.
+Where each group has one sample these are the familiar variances of independent samples.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 CONFIDENCE = 0.95
-# Probabilities are kept this far from 0 and 1 where their logit is taken: as far as 32-bit ones resolve.
+# Probabilities are kept this far from 0 and 1 where their logit is taken: the resolution of 32-bit floats.
 _EPSILON = 1e-7
 
 
@@ -18,10 +20,11 @@ _EPSILON = 1e-7
 def cumulative_counts(
     truth: np.ndarray, score: np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positives and negatives at or above each distinct score: what all curves are made from.
+    """Count positives and negatives at or above each distinct score; all curves are made from these counts.
 
     Args:
-        truth: (N,) 0/1 labels. score: (N,), the higher the more likely 1.
+        truth: (N,) 0/1 labels.
+        score: (N,), the higher the more likely 1.
         weights: (N,) or (R, N), such as how often each sample is in each of R replicates; default: each once.
 
     Returns:
@@ -36,15 +39,18 @@ def cumulative_counts(
 
 
 def roc_area(true: np.ndarray, false: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve, by trapezoids, of (..., T) counts of `cumulative_counts`; NaN without either class."""
+    """Compute the area under the ROC curve by trapezoids of (..., T) `cumulative_counts`; NaN without both classes."""
     before = np.concatenate([np.zeros_like(true[..., :1]), true[..., :-1]], axis=-1)
     area = (np.diff(false, axis=-1, prepend=0) * (true + before) / 2).sum(axis=-1)
     return _divide(area, true[..., -1].astype(float) * false[..., -1])
 
 
 def average_precision(true: np.ndarray, false: np.ndarray) -> np.ndarray:
-    """Mean precision over the positives, of (..., T) counts of `cumulative_counts`: the area under the precision-recall
-    curve in steps, since straight lines between its points would be too optimistic (Davis and Goadrich 2006)."""
+    """Compute the mean precision over the positives from (..., T) `cumulative_counts`.
+
+    It is the area under the precision-recall curve in steps, since straight lines between its points would be too
+    optimistic (Davis and Goadrich 2006).
+    """
     hits = np.diff(true, axis=-1, prepend=0) * _divide(true, true + false, 0.0)
     return _divide(hits.sum(axis=-1), true[..., -1])
 
@@ -54,18 +60,20 @@ def _divide(a, b, otherwise: float = np.nan) -> np.ndarray:
     return np.divide(a, b, out=np.full(shape, otherwise), where=np.broadcast_to(np.asarray(b) != 0, shape))
 
 
-def delong(truth: np.ndarray, scores: np.ndarray, groups=None) -> tuple[np.ndarray, np.ndarray]:
-    """AUCs of M scores of the same samples and the covariance matrix of these AUCs.
+def delong(truth: np.ndarray, scores: np.ndarray, groups: Sequence | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the AUCs of M scores of the same samples and the covariance matrix of these AUCs.
 
     By structural components (DeLong, DeLong and Clarke-Pearson 1988), computed from midranks (Sun and Xu 2014), and
     summed by group (Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data").
 
     Args:
-        truth: (N,) 0/1 labels. scores: (M, N).
-        groups: (N,) what samples belong to; default: each to itself.
+        truth: (N,) 0/1 labels.
+        scores: (M, N).
+        groups: (N,) of each sample; default: each is its own.
 
     Returns:
-        (M,) and (M, M). NaN covariances where only one group has positives, or negatives; all NaN without either.
+        (M,) and (M, M). Covariances are NaN where only one group has positives, or negatives; all is NaN without both
+        classes.
     """
     from scipy.stats import rankdata
 
@@ -93,7 +101,7 @@ def delong(truth: np.ndarray, scores: np.ndarray, groups=None) -> tuple[np.ndarr
 
 
 def _group_numbers(groups, n: int) -> np.ndarray:
-    """0, 1, ... for each of n samples by its group, groups being numbered in sorted order."""
+    """Return the number 0, 1, ... of the group of each of n samples, groups being numbered in sorted order."""
     return np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
 
 
@@ -102,15 +110,17 @@ def _unbiased(n: int) -> float:
 
 
 def z_value(confidence: float = CONFIDENCE) -> float:
-    """How many standard errors an interval of this confidence reaches to each side."""
+    """Return how many standard errors an interval of this confidence reaches to each side."""
     from scipy.stats import norm
 
     return float(norm.ppf((1 + confidence) / 2))
 
 
 def auc_interval(auc: float, variance: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of an AUC, normal on the logit scale: it stays within 0..1 and, near these, covers the truth more often
-    than one on the plain scale (Pepe 2003, section 5.2). NaN for an AUC of 0 or 1, whose variance is not known.
+    """Return the interval of an AUC, normal on the logit scale; NaN for an AUC of 0 or 1, whose variance is not known.
+
+    It stays within 0..1 and, near these, covers the truth more often than one on the plain scale (Pepe 2003, section
+    5.2).
     """
     if not 0 < auc < 1 or np.isnan(variance):
         return np.nan, np.nan
@@ -120,7 +130,7 @@ def auc_interval(auc: float, variance: float, confidence: float = CONFIDENCE) ->
 
 
 def difference_test(difference: float, variance: float, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """(low, high, two-sided p) of a difference, normal on its own scale.
+    """Return (low, high, two-sided p) of a difference, normal on its own scale.
 
     Without variance, as of the same scores twice, p is 1 for no difference, and unknown (NaN) for any other.
     """
@@ -136,12 +146,12 @@ def difference_test(difference: float, variance: float, confidence: float = CONF
 # ----------------------------------------------------------------------------------------------------- bootstrap
 
 
-def bootstrap_counts(groups, rng: np.random.Generator, replicates: int = 2000) -> np.ndarray:
-    """How often each sample is in each replicate of a bootstrap that draws whole groups.
+def bootstrap_counts(groups: Sequence, rng: np.random.Generator, replicates: int = 2000) -> np.ndarray:
+    """Count how often each sample is in each replicate of a bootstrap that draws whole groups.
 
     Args:
-        groups: (N,) for each sample what it belongs to, such as its patient. The samples of a group are not
-            independent, so they are drawn together.
+        groups: (N,) group of each sample, such as its patient. The samples of a group are not independent, so they
+            are drawn together.
         rng: makes `replicates` draws of as many groups as there are, with replacement. The same generator and number
             of groups give the same draws, so that differences between scores, and levels of them, pair up.
 
@@ -155,11 +165,11 @@ def bootstrap_counts(groups, rng: np.random.Generator, replicates: int = 2000) -
 
 
 def percentile_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13) from a statistic of each replicate.
+    """Compute the percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13) of a statistic.
 
-    values: (replicates,), NaN where the statistic is undefined; these are left out, and the interval is NaN where they
-    are more than half. Of an AUC of 1 it has no width, since there is no error to draw: that says little where samples
-    are few.
+    values: (replicates,) of the statistic, NaN where it is undefined. NaN are left out, and the interval is NaN where
+    they are more than half. For an AUC of 1 it has no width, since there is no error to draw: that says little where
+    samples are few.
     """
     defined = values[~np.isnan(values)]
     if 2 * len(defined) < len(values):
@@ -169,19 +179,21 @@ def percentile_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> t
 
 
 def bootstrap_auc(truth: np.ndarray, score: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """(R,) AUC of each replicate, NaN where it holds one class only. counts: (R, N) of `bootstrap_counts`."""
+    """Compute the AUC (R,) of each replicate, NaN where it holds one class. counts: (R, N) of `bootstrap_counts`."""
     return roc_area(*cumulative_counts(truth, score, counts)[1:])
 
 
 # ----------------------------------------------------------------------------------- proportions and calibration
 
 
-def proportion_interval(hits: np.ndarray, groups=None, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, such as a sensitivity, of samples in groups; NaN without samples.
+def proportion_interval(
+    hits: np.ndarray, groups: Sequence | None = None, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Compute Wilson's score interval of a proportion of samples in groups, such as a sensitivity; NaN without any.
 
     hits: (N,) 0/1. The number of samples is divided by the design effect: the ratio, 1 at least, of the variance by
-    groups to that of independent samples (Rao and Scott 1992; Saha, Miller and Wang 2016). Where all samples agree
-    that ratio is not known, and the groups count instead of the samples.
+    groups to the variance of independent samples (Rao and Scott 1992; Saha, Miller and Wang 2016). Where all samples
+    agree that ratio is not known, and the groups count instead of the samples.
     """
     hits = np.asarray(hits, dtype=np.float64)
     n = len(hits)
@@ -205,18 +217,23 @@ def proportion_interval(hits: np.ndarray, groups=None, confidence: float = CONFI
 
 
 def logit(probability: np.ndarray) -> np.ndarray:
+    """Return the log odds of probabilities, finite for 0 and 1 too."""
     probability = np.clip(np.asarray(probability, dtype=np.float64), _EPSILON, 1 - _EPSILON)
     return np.log(probability / (1 - probability))
 
 
-def logistic_fit(design: np.ndarray, truth: np.ndarray, offset=0.0, groups=None) -> tuple[np.ndarray, np.ndarray]:
-    """Coefficients of a logistic regression by maximum likelihood, and their standard errors by groups (sandwich).
+def logistic_fit(
+    design: np.ndarray, truth: np.ndarray, offset: np.ndarray | float = 0.0, groups: Sequence | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a logistic regression by maximum likelihood: coefficients (K,) and their standard errors (K,).
+
+    The errors are by groups (sandwich).
 
     Args:
-        design: (N, K), with a column of ones for an intercept. truth: (N,) 0/1. offset: added to the linear predictor.
-
-    Returns:
-        (K,) and (K,).
+        design: (N, K), with a column of ones for an intercept.
+        truth: (N,) 0/1.
+        offset: added to the linear predictor.
+        groups: (N,) of each sample; default: each is its own.
     """
     from scipy.optimize import minimize
     from scipy.special import expit
