@@ -136,9 +136,14 @@ def study(tmp_path):
     return tmp_path
 
 
+def judge(study, *args):
+    """The exit status for the maps and masks of the study."""
+    args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz", *args]
+    return localise.main([*map(str, args)])
+
+
 def test_results_of_map_files(study, capsys):
-    args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz", study / "maps.pkl"]
-    assert localise.main([*map(str, args)]) == 0
+    assert judge(study, study / "maps.pkl") == 0
     said = capsys.readouterr().out
     assert "points at a lesion in 1 of 2 images (0.500; chance 0.1" in said
     npz, pkl = read_csv(study / "out" / "localisation.csv")
@@ -149,8 +154,7 @@ def test_results_of_map_files(study, capsys):
     assert [float(row["fp_per_image"]) for row in curve] == [0, 0.5, 1.5]
     assert cv2.imread(str(study / "out" / "froc.png")) is not None
 
-    args += ["--malignant", study / "rois.csv", "--classes", "a"]
-    assert localise.main([*map(str, args)]) == 0
+    assert judge(study, study / "maps.pkl", "--malignant", study / "rois.csv", "--classes", "a") == 0
     row = read_csv(study / "out" / "localisation.csv")[0]
     assert (row["lesions"], row["images"], row["pointing_accuracy"]) == ("1", "2", "1.0")
 
@@ -158,9 +162,7 @@ def test_results_of_map_files(study, capsys):
 def test_lesions_are_found_by_type_image_and_number_whatever_the_set(study, capsys):
     for path in (study / "masks").iterdir():
         path.rename(path.with_name(path.name.replace("Training", "Test")))
-    args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz"]
-    args += ["--malignant", study / "rois.csv"]
-    assert localise.main([*map(str, args)]) == 0
+    assert judge(study, "--malignant", study / "rois.csv") == 0
     assert "Warning" not in capsys.readouterr().out
     assert read_csv(study / "out" / "localisation.csv")[0]["lesions"] == "1"
 
@@ -169,11 +171,10 @@ def test_lesions_without_masks_are_counted(study, capsys):
     table = study / "rois.csv"
     more = "P_1,LEFT,CC,2,MALIGNANT,calc\nP_9,LEFT,CC,1,MALIGNANT,calc\n"  # P_9 is not in the map file
     table.write_text(table.read_text() + more)
-    args = ["--roi-mask-dir", study / "masks", "--out-dir", study / "out", study / "maps.npz", "--malignant", table]
-    assert localise.main([*map(str, args)]) == 0
+    assert judge(study, "--malignant", table) == 0
     assert "1 of 2 malignant lesions of its images have no mask" in capsys.readouterr().out
     (study / "masks" / "Mass-Training_P_1_LEFT_CC_1.png").unlink()
-    assert localise.main([*map(str, args[:-2])]) == 0
+    assert judge(study) == 0
     said = capsys.readouterr().out
     assert "1 of 1 breasts with cancer have no mask, and count as free of it" in said and "malignant" not in said
 
@@ -211,7 +212,7 @@ def test_wrong_input_ends_in_one_line(study, monkeypatch, capsys, args, message)
 
 def test_a_mask_of_another_image_is_refused(study, capsys):
     cv2.imwrite(str(study / "masks" / "Mass-Training_P_1_LEFT_CC_1.png"), np.full((50, 50), 255, np.uint8))
-    assert localise.main(["--roi-mask-dir", str(study / "masks"), str(study / "maps.npz")]) == 1
+    assert judge(study) == 1
     error = capsys.readouterr().err
     assert "Mass-Training_P_1_LEFT_CC_1.png: the mask" in error and "does not fit" in error
     assert error.count("\n") == 1

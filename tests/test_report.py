@@ -103,12 +103,16 @@ def explain(file):
 PREDICTORS = {"good": SimpleNamespace(explain=explain, class_list=["neg", "pos"])}
 
 
+def report(path, table, results, **options):
+    write_report(path, results, table, **options)
+    return path.read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def text(data, tmp_path_factory):
     table, results, folder = data
     path = tmp_path_factory.mktemp("report") / "new" / "report.html"
-    write_report(path, results, table, root=folder, predictors=PREDICTORS, title=f"Test {NASTY}")
-    return path.read_text(encoding="utf-8")
+    return report(path, table, results, root=folder, predictors=PREDICTORS, title=f"Test {NASTY}")
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +254,9 @@ def test_errors_are_the_most_confident_ones(data, text):
 def test_scores_near_0_and_1_are_told_from_them(tmp_path, score, threshold, shown):
     rows = [(f"{i}.png", "", "", "", i % 2, score if i == 1 else 0.0) for i in range(6)]
     table = pd.DataFrame(rows, columns=[*dm_evaluation.IMAGE_COLUMNS, "m"])
-    results = dm_evaluation.evaluate_models(
-        table, ["m"], dm_evaluation.OperatingPoints(False, (), (), (threshold,)), replicates=10
-    )
-    write_report(tmp_path / "a.html", results, table)
-    assert f"scored {shown}" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    points = dm_evaluation.OperatingPoints(False, (), (), (threshold,))
+    results = dm_evaluation.evaluate_models(table, ["m"], points, replicates=10)
+    assert f"scored {shown}" in report(tmp_path / "a.html", table, results)
 
 
 def test_flips_and_averages_are_no_models(tmp_path):
@@ -263,8 +265,7 @@ def test_flips_and_averages_are_no_models(tmp_path):
     table, names, _ = dm_evaluation.add_averages(table, ["a", "b", "a_flips", "b_flips"])
     for models, count in ((names, "2 models, 6 columns of predictions"), (["a", "b"], "2 models"), (["a"], "Model a")):
         results = dm_evaluation.evaluate_models(table, models, replicates=10)
-        write_report(tmp_path / "a.html", results, table)
-        assert f'"lead">{count} on 6 images, 3 with cancer.' in (tmp_path / "a.html").read_text(encoding="utf-8")
+        assert f'"lead">{count} on 6 images, 3 with cancer.' in report(tmp_path / "a.html", table, results)
 
 
 def test_map_lies_over_the_mammogram(data):
@@ -294,35 +295,28 @@ def little():
 
 
 def test_little_data_make_a_report_too(little, tmp_path):
-    table, results = little
-    write_report(tmp_path / "a.html", results, table)
-    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    page = Page(report(tmp_path / "a.html", *little))
     assert [link["href"] for link in page.all("a")] == ["#summary", "#image", "#errors", "#methods", "#origin"]
     assert "not known" in page.text
     assert "breast level left out" in page.text
 
 
 def test_same_results_give_the_same_page(little, tmp_path):
-    for name in "ab":
-        write_report(tmp_path / name, little[1], little[0])
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert report(tmp_path / "a", *little) == report(tmp_path / "b", *little)
 
 
 def test_missing_pictures_are_said_in_their_place(little, tmp_path):
     def fail(file):
         raise InputError(f"{file}: no <map>")
 
-    table, results = little
     broken = {"scores": SimpleNamespace(explain=fail, class_list=["neg", "pos"])}
     for predictors in ({}, broken):
-        write_report(tmp_path / "a.html", results, table, root=tmp_path, predictors=predictors)
-        page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+        page = Page(report(tmp_path / "a.html", *little, root=tmp_path, predictors=predictors))
         assert page.text.count("No picture: ") == page.text.count("No such file") == 3
         assert page.text.count("No map: ") == page.text.count("no <map>") == 3 * len(predictors)
         assert all("svg" in image["src"][:20] for image in page.all("img"))
     cv2.imwrite(str(tmp_path / "2.png"), np.arange(4800, dtype=np.uint16).reshape(80, 60))
-    write_report(tmp_path / "a.html", results, table, root=tmp_path, predictors=broken)
-    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    page = Page(report(tmp_path / "a.html", *little, root=tmp_path, predictors=broken))
     assert [page.text.count(note) for note in ("No picture: ", "No map: ")] == [2, 3]
     assert sum("jpeg" in image["src"][:20] for image in page.all("img")) == 1
 
