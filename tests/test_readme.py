@@ -1,8 +1,12 @@
-"""What the README tells a researcher to type, typed: finetuning a model of 2017 and scoring it in a notebook."""
+"""The README and docs/ against the programs: their commands, options, paths and links, and what they say to type.
+
+Typed for real are finetuning a model of 2017 and scoring it in a notebook.
+"""
 
 import gzip
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,16 +17,75 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+GUIDE = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDE, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+guide = pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+
+
+def blocks(page, language):
+    """Return the code blocks of a language in a page."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def block(language, containing):
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    return next(b for b in blocks if containing in b)
+    """Return the first code block of the guide that contains a text."""
+    return next(b for page in GUIDE for b in blocks(page, language) if containing in b)
 
 
-def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README
+def command_lines(page):
+    """Return the commands in the shell blocks of a page as lists of words, one a line, without comments."""
+    lines = "\n".join(blocks(page, "shell")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.count("'") % 2 == 0]
+
+
+def anchors(page):
+    """Return the names by which links reach the headings of a page, made as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_nothing_is_left_to_fill_in(page):
+    assert "@@" not in page.read_text()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 10_000
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not link.startswith(("https://", "http://", "mailto:")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def tree():
+    """Return the files and folders that the tree of the README names, patterns resolved."""
+    [drawn] = [b for b in blocks(README, "text") if "mammo/" in b]
+    folders, named = [], set()
+    for line in drawn.splitlines():
+        indent, names = re.match(r"( *)(\S+(?:, \S+)*)", line).groups()
+        folder = ROOT.joinpath(*folders[: len(indent) // 2])
+        for name in names.split(", "):
+            found = list(folder.glob(name))
+            assert found, f"{folder / name}: not there"
+            named |= set(found)
+        if names.endswith("/"):
+            folders = [*folders[: len(indent) // 2], names.rstrip("/")]
+    return named
+
+
+def test_the_tree_names_every_module():
+    modules = {path for path in ROOT.glob("mammo/**/*.py") if path.name != "__init__.py"}
+    modules |= {path for path in ROOT.glob("*.py") if path.name != "setup.py"}
+    modules |= {path for path in ROOT.glob("ddsm_train/*.py") if path.name != "__init__.py"}
+    assert sorted(modules - tree()) == []
 
 
 def test_the_inbreast_recipe_is_the_published_command():
