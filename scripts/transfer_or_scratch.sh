@@ -13,7 +13,7 @@ digital="$out/digital"
 film_sets
 if [ ! -e "$digital" ]; then
     rm -rf "$digital.partial" # of a run that was killed
-    python scripts/make_phantom.py "$digital.partial" --style digital --patients 180 --height 480 --width 384 \
+    python -m mammo phantom "$digital.partial" --style digital --patients 180 --height 480 --width 384 \
         --test-size 0.45 --val-size 0.2 --seed 1
     mv "$digital.partial" "$digital"
 fi
