@@ -3,6 +3,7 @@
 Typed for real are finetuning a model of 2017 and scoring it in a notebook.
 """
 
+import ast
 import gzip
 import importlib
 import os
@@ -101,6 +102,21 @@ def test_the_inbreast_recipe_is_the_published_command():
 
 
 COMING = ("reproduce", "subset", "docs/architecture.md", "architecture.md")
+
+
+@guide
+def test_python_names_are_there(page):
+    """Everything that Python blocks import, and the table of names in docs/api.md."""
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                assert [n.name for n in node.names if not hasattr(importlib.import_module(node.module), n.name)] == []
+    for module, names in re.findall(r"^\| `(dm_\w+)` \| (.*) \|$", page.read_text(), flags=re.MULTILINE):
+        found = importlib.import_module(module)
+        members = {name for kind in vars(found).values() if isinstance(kind, type) for name in dir(kind)} | set(
+            dir(found)
+        )
+        assert [name for name in re.findall(r"`(\w+)`", names) if name not in members] == []
 
 
 def command_of(words):
