@@ -44,7 +44,7 @@ seed="RANDOM_SEED=${RANDOM_SEED:-12345}"
 # read_row ROW: what published.csv says of it, into the caller's variables.
 read_row() {
     IFS=, read -r _ kind sources net patch_set top patients _ \
-        < <(awk -F, -v row="$1" 'NR > 1 && $1 == row' "$here/published.csv") ||
+        < <(awk -F, -v row="$1" 'NR > 1 && $1 == row' "$here/../mammo/evaluate/published.csv") ||
         status=2 fail "$1: no such row. Expected one of $(basename "$0") --list"
 }
 

@@ -95,7 +95,7 @@ def _from_name(file) -> tuple[str, str, str]:
 def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
     """The rows of a table, as of `COLUMNS`, and all other cells of each by column.
 
-    Columns, sets, sides and views have the spellings of `others`, and labels those of `mammo.data.`read_labels` or
+    Columns, sets, sides and views have the spellings of `others`, and labels those of `others.read_labels` or
     the names of classes. Patient, side and view are read from the file's name where they have no column. Of sets,
     `part` is taken.
     """

@@ -13,7 +13,7 @@ import pandas
 import pytest
 
 from mammo.base import work as base_work
-from mammo.base.files import InputError, walk_files, write_img
+from mammo.base.files import InputError, atomic_write, walk_files, write_img, write_text
 from mammo.base.tables import find_columns, open_table
 from mammo.base.work import Job, Outcome, run_resumable
 from mammo.data.prepare import ImageRow, make_whole, read_image_table, write_image_table
@@ -347,7 +347,7 @@ def work(item, download, out, log):
             result.faults.append(f"{source}: bad")
             continue
         path = f"{item.plan['folder']}/{item.name}.txt"
-        with base_work.atomic_write(out / path) as temporary:
+        with atomic_write(out / path) as temporary:
             temporary.write_bytes(data)
         result.outputs.append(path)
         result.repairs.append(("copied", source))
@@ -369,7 +369,7 @@ class Run:
         items = [Job(name, (name,), (f"{folder}/{name}.txt",), {"folder": folder}) for name in names]
         function = functools.partial(only or work, download=self.download, out=out, log=self.log)
         results = run_resumable(items, function, self.download, out, ["one", "two"], **options)
-        base_work.write_text(out / base_work.REPORT, json.dumps([result.facts for result in results]))
+        write_text(out / base_work.REPORT, json.dumps([result.facts for result in results]))
         return results
 
     def worked_on(self):
@@ -437,7 +437,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_files(run, tmp_path, jobs):
 
     def until_d(item, **options):
         if item.name == "d":
-            with base_work.atomic_write(out / "one/d.txt") as temporary:
+            with atomic_write(out / "one/d.txt") as temporary:
                 temporary.write_text("half")
                 os.link(temporary, out / "one/.partial.d.x.txt")  # what a kill would leave
                 raise KeyboardInterrupt
