@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
-import dm_checkpoint
-from dm_callbacks import BestModel, DMAucModelCheckpoint, DMFlush, FiniteLoss
-from dm_checkpoint import leaf_layers
-from dm_files import InputError
-from dm_inference import flip_all_img
-from dm_multi_gpu import even_batches, mean_over_devices, training_scope
 from dm_resnet import ResNetBuilder, set_dropout_rate
-from dm_state import TrainingState
+from mammo.base.files import InputError
+from mammo.train import checkpoint
+from mammo.train.callbacks import BestModel, DMAucModelCheckpoint, DMFlush, FiniteLoss
+from mammo.train.checkpoint import check_outputs, leaf_layers
+from mammo.train.devices import even_batches, training_scope
+from mammo.train.keras2 import Accuracy, DMMetrics, WeightedCrossentropy, create_optimizer
+from mammo.train.resume import TrainingState
+from mammo.train.scoring import flip_all_img
 
 __all__ = [
     "DMAucModelCheckpoint",
@@ -38,9 +39,9 @@ __all__ = [
 
 
 def robust_load_model(filepath, custom_objects=None, trust_checkpoint=False) -> keras.Model:
-    """Open a model file of any age; see `dm_checkpoint.load_model`. The file is never changed."""
+    """Open a model file of any age; see `mammo.train.checkpoint.load_model`. The file is never changed."""
     with keras.saving.custom_object_scope(custom_objects or {}):
-        return dm_checkpoint.load_model(filepath, trust_checkpoint=trust_checkpoint)
+        return checkpoint.load_model(filepath, trust_checkpoint=trust_checkpoint)
 
 
 def load_dat_ram(generator, nb_samples: int | None = None):
@@ -173,15 +174,6 @@ def get_dl_model(
     return model, getattr(keras.applications, spec.module).preprocess_input, top_layer_nb
 
 
-def check_outputs(model: keras.Model, nb_class: int, source) -> None:
-    """Raise InputError unless `model` has `nb_class` outputs; `source` names its file."""
-    if model.output_shape[-1] != nb_class:
-        raise InputError(
-            f"{source}: Expected a model of {nb_class} classes, the length of --class-list. "
-            f"Received one of {model.output_shape[-1]}"
-        )
-
-
 def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight_decay, hidden_dropout):
     build = getattr(keras.applications, _PATCH_NETS[net].application)
     # Built without weights first, so that what fails below is the download and not, say, the memory.
@@ -196,7 +188,7 @@ def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight
                 f"--no-use-pretrained"
             ) from error
     if use_pretrained and pretrained_weights is not None:
-        dm_checkpoint.load_weights(base, pretrained_weights)
+        checkpoint.load_weights(base, pretrained_weights)
     x = layers.GlobalAveragePooling2D()(base.output)
     if hidden_dropout > 0:
         x = layers.Dropout(hidden_dropout)(x)
@@ -219,143 +211,6 @@ def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, o
         weight_decay=weight_decay,
         hidden_dropout=hidden_dropout,
         **options,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Loss, metrics, optimizers: the published arithmetic
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class WeightedCrossentropy(keras.losses.CategoricalCrossentropy):
-    """Categorical cross-entropy averaged over the samples of non-zero weight, as Keras 2 did, of all devices.
-
-    Keras 3 divides by all samples instead, so that a class of weight 0 would shrink the gradient of the others, and
-    with TensorFlow by those of each device. Samples without a class, which fill up batches for several devices, do
-    not count.
-    """
-
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        weight = _has_class(y_true)
-        if sample_weight is not None:
-            weight = weight * ops.reshape(ops.cast(sample_weight, weight.dtype), (-1,))
-        loss = super().__call__(y_true, y_pred, weight)
-        samples = ops.cast(ops.shape(weight)[0], loss.dtype)
-        counted = ops.sum(ops.cast(ops.not_equal(weight, 0), loss.dtype))
-        return ops.divide_no_nan(loss * samples, mean_over_devices(counted))
-
-
-class Accuracy(keras.metrics.CategoricalAccuracy):
-    """Share of the samples that are predicted right, whatever their weights, without the samples of no class."""
-
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        return super().update_state(y_true, y_pred, _has_class(y_true))
-
-
-def _has_class(y_true):
-    """1.0 for each one-hot label, 0.0 for rows of zeros."""
-    return ops.cast(ops.any(ops.not_equal(ops.convert_to_tensor(y_true), 0), axis=-1), "float32")
-
-
-class DMMetrics:
-    """Sensitivity and specificity of class 1 (malignant, or `pos`) as Keras metric functions."""
-
-    @staticmethod
-    def sensitivity(y_true, y_pred):
-        """Share of the class-1 samples (one-hot or 0/1 labels) that are predicted as class 1."""
-        truth, guess = _class_one(y_true), _class_one(y_pred)
-        return ops.sum(truth * guess) / (ops.sum(truth) + keras.config.epsilon())
-
-    @staticmethod
-    def specificity(y_true, y_pred):
-        """Share of the other samples that are not predicted as class 1."""
-        truth, guess = _class_one(y_true), _class_one(y_pred)
-        return ops.sum((1 - truth) * (1 - guess)) / (ops.sum(1 - truth) + keras.config.epsilon())
-
-
-def _class_one(y):
-    """1 where class 1 is the most probable of the columns, or where a single column is above one half."""
-    y = ops.cast(y, "float32")
-    if len(y.shape) > 1 and y.shape[-1] > 1:
-        return ops.cast(ops.equal(ops.argmax(y, axis=-1), 1), "float32")
-    return ops.cast(ops.reshape(y, (-1,)) > 0.5, "float32")
-
-
-class _RMSprop(keras.optimizers.RMSprop):
-    """RMSprop with epsilon added to the root, as Keras 2 had it, not under it."""
-
-    def update_step(self, gradient, variable, learning_rate):
-        lr = ops.cast(learning_rate, variable.dtype)
-        velocity = self._velocities[self._get_variable_index(variable)]
-        self.assign(velocity, self.rho * velocity + (1 - self.rho) * ops.square(gradient))
-        self.assign_sub(variable, lr * gradient / (ops.sqrt(velocity) + self.epsilon))
-
-
-class _Adagrad(keras.optimizers.Adagrad):
-    """Adagrad with epsilon added to the root, likewise."""
-
-    def update_step(self, gradient, variable, learning_rate):
-        lr = ops.cast(learning_rate, variable.dtype)
-        accumulator = self._accumulators[self._get_variable_index(variable)]
-        self.assign_add(accumulator, ops.square(gradient))
-        self.assign_sub(variable, lr * gradient / (ops.sqrt(accumulator) + self.epsilon))
-
-
-class _Nadam(keras.optimizers.Nadam):
-    """Nadam with the momentum schedule of its paper: decay 0.96 to the power of 0.004 t, where Keras 3 has t."""
-
-    def build(self, variables):
-        super().build(variables)
-        # Built by a LossScaleOptimizer, Keras does not track it, and a step of JAX forgets what is not tracked.
-        if not any(variable is self._u_product for variable in self.variables):
-            self._track_variable(self._u_product)
-
-    def _momentum(self, step, dtype):
-        return self.beta_1 * (1 - 0.5 * ops.power(ops.cast(0.96**0.004, dtype), ops.cast(step, dtype)))
-
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        product = self._u_product
-        self.assign(product, product * self._momentum(self.iterations + 1, product.dtype))
-        keras.Optimizer._backend_update_step(self, grads, trainable_variables, learning_rate)
-
-    def update_step(self, gradient, variable, learning_rate):
-        dtype = variable.dtype
-        index = self._get_variable_index(variable)
-        m, v = self._momentums[index], self._velocities[index]
-        now = self._momentum(self.iterations + 1, dtype)
-        after = self._momentum(self.iterations + 2, dtype)
-        product = ops.cast(self._u_product, dtype)
-        self.assign_add(m, (gradient - m) * (1 - self.beta_1))
-        self.assign_add(v, (ops.square(gradient) - v) * (1 - self.beta_2))
-        v_hat = v / (1 - ops.power(ops.cast(self.beta_2, dtype), ops.cast(self.iterations + 1, dtype)))
-        m_hat = after * m / (1 - product * after) + (1 - now) * gradient / (1 - product)
-        self.assign_sub(variable, ops.cast(learning_rate, dtype) * m_hat / (ops.sqrt(v_hat) + self.epsilon))
-
-
-def create_optimizer(optim_name: str, lr: float, accumulate: int = 1) -> keras.Optimizer:
-    """Optimizer by its name on the command line, with the arithmetic of Keras 2.0 (epsilon 1e-8).
-
-    `sgd` has Nesterov momentum 0.9. With `accumulate` above 1 it takes one step for the mean gradient of that many
-    batches. Raises InputError for an unknown name.
-    """
-    common = {"gradient_accumulation_steps": accumulate if accumulate > 1 else None}
-    eps = 1e-8
-    if optim_name == "sgd":
-        return keras.optimizers.SGD(lr, momentum=0.9, nesterov=True, **common)
-    if optim_name == "rmsprop":
-        return _RMSprop(lr, name="rmsprop", rho=0.9, epsilon=eps, **common)
-    if optim_name == "adagrad":
-        return _Adagrad(lr, name="adagrad", initial_accumulator_value=0.0, epsilon=eps, **common)
-    if optim_name == "adadelta":
-        return keras.optimizers.Adadelta(lr, rho=0.95, epsilon=eps, **common)
-    if optim_name == "adam":
-        return keras.optimizers.Adam(lr, epsilon=eps, **common)
-    if optim_name == "adamax":
-        return keras.optimizers.Adamax(lr, epsilon=eps, **common)
-    if optim_name == "nadam":
-        return _Nadam(lr, name="nadam", epsilon=eps, **common)
-    raise InputError(
-        f"--optimizer: Expected sgd, rmsprop, adagrad, adadelta, adam, adamax or nadam. Received {optim_name}"
     )
 
 

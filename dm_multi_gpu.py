@@ -15,9 +15,8 @@ from contextlib import nullcontext
 from functools import cache
 
 import keras
-import numpy as np
 
-from dm_files import InputError
+from mammo.base.files import InputError
 
 
 def make_parallel(model, gpu_count):
@@ -42,107 +41,8 @@ def make_parallel(model, gpu_count):
     return parallel, keras.Model(parallel.input, parallel.output, name=model.name)
 
 
-def training_scope(model):
-    """Return the context in which to change dropout rates of `model`, make its optimizer and compile it.
-
-    TensorFlow refuses optimizer slots and random generators made outside the strategy that mirrors the model.
-    """
-    return model.distribute_strategy.scope() if keras.backend.backend() == "tensorflow" else nullcontext()
-
-
-def even_batches(data, model):
-    """Return the `PyDataset` `data` with batches that all devices of `model` can share equally.
-
-    Batches that their number does not divide are filled up with their own first samples, labelled as of no class:
-    `dm_keras_ext.WeightedCrossentropy` and `Accuracy` leave these out. TensorFlow would fail on a device without a
-    sample, and JAX refuses uneven batches. On a single device, and for arrays, returns `data` itself.
-    """
-    count = _device_count(model)
-    return _EvenBatches(data, count) if count > 1 and isinstance(data, keras.utils.PyDataset) else data
-
-
-def mean_over_devices(value):
-    """Return the mean of a scalar that each device has computed for its share of a batch; on one device, `value`.
-
-    JAX computes one value for all devices, so there is nothing to do.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        replica = tf.distribute.get_replica_context()
-        if replica is not None and replica.num_replicas_in_sync > 1:
-            return replica.all_reduce(tf.distribute.ReduceOp.MEAN, value)
-    return value
-
-
-def set_determinism(seed):
-    """Seed Python, NumPy and Keras; keep to operations that repeat exactly, some of them slower.
-
-    On a CPU those of JAX do anyway; on a GPU it needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
-    """
-    keras.utils.set_random_seed(seed)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.experimental.enable_op_determinism()
-    elif keras.backend.backend() == "torch":
-        import torch
-
-        torch.use_deterministic_algorithms(True)
-
-
-def random_state():
-    """Return the state of the backend's global random generators as arrays: PyTorch draws its dropout from them.
-
-    TensorFlow and JAX draw from generators of Keras's, which a model holds among its variables: an empty list.
-    """
-    if keras.backend.backend() != "torch":
-        return []
-    import torch
-
-    return [state.numpy() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
-
-
-def set_random_state(arrays):
-    """Put the generators back into a `random_state`, of as many devices as there are now."""
-    if keras.backend.backend() != "torch":
-        return
-    import torch
-
-    states = [torch.from_numpy(state) for state in arrays]
-    torch.set_rng_state(states[0])
-    for device, state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
-
-
 def _same_input(tensor):
     return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor._keras_history.operation.name)
-
-
-class _EvenBatches(keras.utils.PyDataset):
-    def __init__(self, data, count):
-        super().__init__(data.workers, data.use_multiprocessing, data.max_queue_size)
-        self.data = data
-        self.count = count
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        x, y, *weights = self.data[index]
-        size = len(y)
-        rows = np.arange(-(-size // self.count) * self.count) % size
-        if len(rows) == size:
-            return x, y, *weights
-        x, y, *weights = keras.tree.map_structure(lambda values: np.asarray(values)[rows], (x, y, *weights))
-        y[size:] = 0
-        return x, y, *weights
-
-    def on_epoch_begin(self):
-        self.data.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.data.on_epoch_end()
 
 
 class _DataParallel(keras.distribution.DataParallel):
@@ -177,13 +77,6 @@ def _mirrors(count):
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     _require(count, devices)
     return tf.distribute.MirroredStrategy([device.name for device in devices[:count]])
-
-
-def _device_count(model):
-    if keras.backend.backend() == "tensorflow":
-        return model.distribute_strategy.num_replicas_in_sync
-    distribution = keras.distribution.distribution()
-    return distribution.device_mesh.devices.size if distribution is not None else 1
 
 
 def _require(count, devices):

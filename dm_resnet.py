@@ -9,9 +9,10 @@ from functools import partialmethod
 import keras
 from keras import layers
 
-from dm_files import InputError
+from mammo.base.files import InputError
 
 PATCH_NETS = ("resnet50", "vgg16", "vgg19", "xception", "inception", "yaroslav")
+
 BLOCK_TYPES = ("resnet", "vgg")
 
 

@@ -15,16 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
-from dm_files import InputError, env_int
+from mammo.base import cli
+from mammo.base.files import InputError, env_int
 
 IMPORTANCE = {"rf": "mean decrease in impurity", "gbt": "fall of the held-out AUC when permuted"}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     add("maps", nargs="+", metavar="MAPS", help="map files of the breasts to train on, or with --model to score")
     add("--test", nargs="+", metavar="MAPS", help="map files of other patients, scored by trees fitted on all of MAPS")
@@ -36,16 +34,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("features").add_argument
     add(
-        "--cutoffs", nargs="+", type=dm_args.fraction, default=[0.3, 0.5, 0.7, 0.9], metavar="P",
+        "--cutoffs", nargs="+", type=cli.fraction, default=[0.3, 0.5, 0.7, 0.9], metavar="P",
         help="probabilities from which on cells of a map are a region; the paper had four and does not say which",
     )  # fmt: skip
-    add("--top-k", type=dm_args.positive_int, default=2, help="regions described, the largest first")
+    add("--top-k", type=cli.positive_int, default=2, help="regions described, the largest first")
 
     add = parser.add_argument_group("classifier").add_argument
     add("--clf", choices=["rf", "gbt"], default="rf", help="random forest or gradient-boosted trees")
-    add("--trees", type=dm_args.positive_int, default=500, help="number of trees")
-    add("--folds", type=dm_args.positive_int, default=5, help="parts of the cross-validation, at least 2")
-    add("--bootstrap", type=dm_args.positive_int, default=2000, help="draws of patients for the interval of the AUC")
+    add("--trees", type=cli.positive_int, default=500, help="number of trees")
+    add("--folds", type=cli.positive_int, default=5, help="parts of the cross-validation, at least 2")
+    add("--bootstrap", type=cli.positive_int, default=2000, help="draws of patients for the interval of the AUC")
 
     add = parser.add_argument_group("output").add_argument
     add("--out-dir", default="./heatmap_clf", metavar="DIR", help="folder for tables, scores and pictures")
@@ -54,13 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="where the trees fitted on all of MAPS are saved: .skops, which holds no code, or .joblib; "
         "default: <DIR>/heatmap_clf.skops",
     )  # fmt: skip
-    add("--jobs", type=dm_args.positive_int, default=1, help="breasts described, and trees fitted, at the same time")
+    add("--jobs", type=cli.positive_int, default=1, help="breasts described, and trees fitted, at the same time")
     return parser
 
 
 def run(**options) -> None:
     """Train or score; keyword arguments are the option names of `make_parser`, `maps` among them."""
-    args = dm_args.complete(make_parser(), options)
+    args = cli.complete(make_parser(), options)
     if args.model is not None and (args.test is not None or args.save_model is not None):
         raise InputError("--model scores MAPS: Expected neither --test nor --save-model with it")
     if args.folds < 2:
@@ -70,7 +68,7 @@ def run(**options) -> None:
     import sklearn.ensemble  # noqa: F401 (only libraries that are loaded are limited)
     from threadpoolctl import threadpool_limits
 
-    from dm_inference import write_json
+    from mammo.base.files import write_json
 
     # Boosting would take all cores, and wait long for those that are busy.
     out_dir, seed = Path(args.out_dir), env_int("RANDOM_SEED", 12345, 0)
@@ -83,8 +81,8 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     """Cross-validate, fit to all breasts, score those of `--test`, and write everything."""
     import numpy as np
 
-    import dm_heatmap_clf as clf
-    from dm_dataset import check_disjoint
+    from mammo.data.splits import check_disjoint
+    from mammo.maps import trees as clf
 
     save_as = args.save_model or out_dir / "heatmap_clf.skops"
     clf.check_classifier_name(save_as)
@@ -111,24 +109,24 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     clf.save_classifier(save_as, classifier)
     names = clf.feature_names(heatmaps.class_names, args.cutoffs, args.top_k)
     clf.write_importances(out_dir, names, importances, IMPORTANCE[args.clf])
-    clf.write_breast_scores(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
+    clf.write_classification(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
     print(f"The trees are saved in {save_as}")
 
 
 def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     """Predict the breasts of `maps` by the classifier `--model`; scores where their cancers are known."""
-    import dm_heatmap_clf as clf
+    from mammo.maps import trees as clf
 
     classifier = clf.load_classifier(args.model)
     heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
     clf.check_comparable(clf.kind_of(heatmaps), classifier.kind, args.maps[0], args.model)
-    clf.write_breast_scores(
+    clf.write_classification(
         out_dir, {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}, args.bootstrap, seed
     )
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

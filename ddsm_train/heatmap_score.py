@@ -15,10 +15,9 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
-from dm_files import InputError, counted, locked, remove_partial
+from mammo.base import cli
+from mammo.base.files import InputError, counted, locked, remove_partial
+from mammo.train import backend
 
 # Usual class names, by their number.
 CLASSES = {
@@ -26,8 +25,10 @@ CLASSES = {
     3: ["background", "malignant", "benign"],
     5: ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"],
 }
+
 # The options that the maps of each mode depend on.
 PIXEL_OPTIONS = ("img_scale", "rescale_factor", "equalize_hist", "featurewise_center", "featurewise_mean")
+
 MODE_OPTIONS = {
     "sweep": ("img_height", "patch_size", "stride"),
     "fprop": ("img_size", "segment_breast", "avg_pool_size", "hm_strides"),
@@ -36,19 +37,19 @@ MODE_OPTIONS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     add("img_folder", help="folder of the mammograms: <patient_id>_<side>_<CC|MLO>.png")
     add("dl_state", help="trained model: a patch classifier or a whole-image classifier")
-    dm_args.add_pixel_options(parser)
+    cli.add_pixel_options(parser)
     parser.set_defaults(img_size=[1152, 896], featurewise_center=False, featurewise_mean=71.8)
-    dm_args.add_flag(
+    cli.add_flag(
         parser, "--segment-breast", False,
         "blank all but the breast where the network sees the whole image, and with it the labels at which Grad-CAM may "
         "point; windows are always cut from the breast alone",
     )  # fmt: skip
     add("--pat-csv", default="./full_img/pat.csv", help="table of breasts with the columns patient_id,side,cancer")
-    dm_args.add_optional(
+    cli.add_optional(
         parser, "--pat-list", metavar="FILE",
         help="map these patients alone: one id a line; a header line patient_id may come first",
     )  # fmt: skip
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="what an image at fault, or a patient without images, does: end the run, or be left out and listed",
     )  # fmt: skip
     add("--fresh", action="store_true", help="start over, and replace the maps of an earlier run")
-    add("--jobs", type=dm_args.positive_int, default=2, help="images read at the same time, while the network works")
+    add("--jobs", type=cli.positive_int, default=2, help="images read at the same time, while the network works")
     add("--trust-checkpoint", action="store_true", help="open a model file even where it holds Python code")
 
     add = parser.add_argument_group("pictures").add_argument
@@ -72,25 +73,25 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     group = parser.add_argument_group("patch classifier, sliding windows")
-    dm_args.add_optional(
-        group, "--img-height", "-ih", type=dm_args.positive_int,
+    cli.add_optional(
+        group, "--img-height", "-ih", type=cli.positive_int,
         help="height that images are resized to, their shape kept; default: that of --img-size",
     )  # fmt: skip
     add = group.add_argument
-    add("--patch-size", type=dm_args.positive_int, default=256, help="height and width of a window")
-    add("--stride", type=dm_args.positive_int, default=8, help="pixels from window to window")
-    add("--batch-size", type=dm_args.positive_int, default=128, help="windows held in memory and predicted at a time")
+    add("--patch-size", type=cli.positive_int, default=256, help="height and width of a window")
+    add("--stride", type=cli.positive_int, default=8, help="pixels from window to window")
+    add("--batch-size", type=cli.positive_int, default=128, help="windows held in memory and predicted at a time")
 
     group = parser.add_argument_group("patch classifier, the whole image at once")
-    dm_args.add_flag(group, "--fprop-mode", False, "apply the network to the image, resized to --img-size, at once")
+    cli.add_flag(group, "--fprop-mode", False, "apply the network to the image, resized to --img-size, at once")
     add = group.add_argument
     add("--net", default="vgg19", help="network of the patch classifier; its layers themselves say what it is")
     add(
-        "--avg-pool-size", nargs=2, type=dm_args.positive_int, default=[7, 7],
+        "--avg-pool-size", nargs=2, type=cli.positive_int, default=[7, 7],
         help="features averaged for a cell: as many as a patch of the training gave, 7 of stride 32 for 224 pixels, "
         "3 of YaroslavNet's stride 64",
     )  # fmt: skip
-    add("--hm-strides", nargs=2, type=dm_args.positive_int, default=[1, 1], help="features from cell to cell")
+    add("--hm-strides", nargs=2, type=cli.positive_int, default=[1, 1], help="features from cell to cell")
 
     group = parser.add_argument_group("whole-image classifier")
     group.add_argument(
@@ -107,35 +108,35 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(*paths, **options) -> None:
     """Write the maps and pictures; arguments as on the command line, in its order or by keyword."""
-    args = dm_args.complete(make_parser(), options, paths)
+    args = cli.complete(make_parser(), options, paths)
     import functools
 
-    import dm_heatmap_score
-    from dm_dataset import read_patient_list
-    from dm_heatmap import check_map_name
-    from dm_parallel import run_parallel
+    from mammo.base.work import run_parallel
+    from mammo.data.splits import read_patient_list
+    from mammo.maps import compute
+    from mammo.maps.files import check_map_name
 
     args.out = args.out if Path(args.out).suffix else f"{args.out}.npz"
     check_map_name(args.out)
     check_options(args)
     patients = None if args.pat_list is None else read_patient_list(args.pat_list)
-    breasts, faults = dm_heatmap_score.read_breasts(args.pat_csv, args.img_folder, patients)
+    breasts, faults = compute.read_breasts(args.pat_csv, args.img_folder, patients)
     if faults and args.on_error == "stop":
         raise InputError(f"{faults[0]} ({len(faults)} such; --on-error skip leaves them out)")
     if not breasts:
         raise InputError(f"{args.pat_csv}: no breast to map: Expected images in {args.img_folder}. Received none")
     if args.roi_mask_dir is not None and args.on_error == "stop":  # before the long work
-        check = functools.partial(dm_heatmap_score.check_masks, roi_mask_dir=args.roi_mask_dir)
+        check = functools.partial(compute.check_masks, roi_mask_dir=args.roi_mask_dir)
         for _ in run_parallel(check, breasts, args.jobs, desc="masks", unit="breast"):
             pass
     warn_of_pixels([file for breast in breasts for file in breast.files.values()], args)
     if (one_view := sum(len(breast.files) == 1 for breast in breasts)) > 0:
         print(f"{one_view} of {len(breasts)} breasts have an image of one view alone")
 
-    dm_args.start_backend()
-    import dm_checkpoint
+    backend.start_backend()
+    from mammo.train import checkpoint
 
-    model = dm_checkpoint.load_model(args.dl_state, args.trust_checkpoint)
+    model = checkpoint.load_model(args.dl_state, args.trust_checkpoint)
     scorer = make_scorer(model, args)
     class_names = args.class_list or CLASSES.get(model.output_shape[-1])
     class_names = class_names or [f"class_{i}" for i in range(model.output_shape[-1])]
@@ -150,7 +151,7 @@ def run(*paths, **options) -> None:
     # The same model may lie elsewhere on another machine.
     kept |= {"dl_state": Path(args.dl_state).name, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
     with locked(Path(args.out).parent, Path(args.out).name):
-        records, scoring_faults = dm_heatmap_score.score_breasts(
+        records, scoring_faults = compute.score_breasts(
             breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error,
             fresh=args.fresh,
         )  # fmt: skip
@@ -196,7 +197,7 @@ def warn_of_pixels(files, args: argparse.Namespace) -> None:
     """Say on standard error where up to 8 of the images do not look as networks expect them."""
     import numpy as np
 
-    from dm_image import pixel_warnings, read_resize_img
+    from mammo.images.reading import pixel_warnings, read_resize_img
 
     images = []
     for index in np.linspace(0, len(files) - 1, min(8, len(files))).astype(int):
@@ -209,7 +210,7 @@ def warn_of_pixels(files, args: argparse.Namespace) -> None:
 
 def draw_or_fault(record, on_error: str, **options) -> str | None:
     """Draw the pictures of a breast; with "skip" return what was at fault, if anything."""
-    from dm_heatmap_draw import draw_overlays
+    from mammo.maps.draw import draw_overlays
 
     try:
         draw_overlays(record, **options)
@@ -221,10 +222,10 @@ def draw_or_fault(record, on_error: str, **options) -> str | None:
 
 
 def make_scorer(model, args: argparse.Namespace):
-    """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `dm_heatmap_score`."""
+    """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `mammo.maps.compute`."""
     import keras
 
-    from dm_heatmap_score import ForwardPropagation, GradCam, Sweep
+    from mammo.maps.compute import ForwardPropagation, GradCam, Sweep
 
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
         raise InputError(f"{args.dl_state}: Expected a classifier of one image. Received inputs {model.input_shape}")
@@ -259,7 +260,7 @@ def make_scorer(model, args: argparse.Namespace):
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
-from dm_files import InputError
+from ddsm_train import options
+from mammo.base import cli
+from mammo.base.files import InputError
+from mammo.train import backend
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
-    dm_args.add_training_options(parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    options.add_training_options(parser)
     parser.set_defaults(
         img_size=[1152, 896],
         featurewise_mean=52.16,
@@ -32,15 +31,15 @@ def make_parser() -> argparse.ArgumentParser:
         all_layer_multiplier=0.1,
         best_model="./modelState/image_clf.h5",
     )
-    dm_args.add_optional(
+    cli.add_optional(
         parser, "--patch-model-state", metavar="FILE", help="patch classifier to build the whole-image classifier on"
     )
-    dm_args.add_flag(
+    cli.add_flag(
         parser, "--from-scratch", False,
         "take the network of --patch-model-state or --resume-from without its weights, which are drawn at random: what "
         "training on image labels alone gives",
     )  # fmt: skip
-    dm_args.add_flag(parser, "--test-augment", True, "score the test set by the mean of four flips too")
+    cli.add_flag(parser, "--test-augment", True, "score the test set by the mean of four flips too")
 
     group = parser.add_argument_group("top layers, with --patch-model-state")
     group.add_argument(
@@ -49,34 +48,32 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--block-type", default="resnet", choices=["resnet", "vgg"], help="residual bottlenecks or VGG blocks"
     )
+    group.add_argument("--top-depths", nargs="+", type=cli.positive_int, default=[512, 512], help="depth of each block")
     group.add_argument(
-        "--top-depths", nargs="+", type=dm_args.positive_int, default=[512, 512], help="depth of each block"
-    )
-    group.add_argument(
-        "--top-repetitions", nargs="+", type=dm_args.positive_int, default=[3, 3], help="units in each block"
+        "--top-repetitions", nargs="+", type=cli.positive_int, default=[3, 3], help="units in each block"
     )
     group.add_argument(
         "--bottleneck-enlarge-factor",
-        type=dm_args.positive_int,
+        type=cli.positive_int,
         default=4,
         help="the last convolution of a residual unit is this many times the depth",
     )
-    dm_args.add_flag(group, "--add-heatmap", False, "put the patch classifier's own last layer below the blocks")
+    cli.add_flag(group, "--add-heatmap", False, "put the patch classifier's own last layer below the blocks")
     group.add_argument(
-        "--avg-pool-size", nargs=2, type=dm_args.positive_int, default=[7, 7], help="average pooling before the heatmap"
+        "--avg-pool-size", nargs=2, type=cli.positive_int, default=[7, 7], help="average pooling before the heatmap"
     )
     group.add_argument(
-        "--hm-strides", nargs=2, type=dm_args.positive_int, default=[1, 1], help="strides of that average pooling"
+        "--hm-strides", nargs=2, type=cli.positive_int, default=[1, 1], help="strides of that average pooling"
     )
     group.add_argument(
-        "--hm-pool-size", nargs=2, type=dm_args.positive_int, default=[5, 5], help="max pooling after the heatmap"
+        "--hm-pool-size", nargs=2, type=cli.positive_int, default=[5, 5], help="max pooling after the heatmap"
     )
-    dm_args.add_flag(group, "--add-conv", True, "blocks on top of the heatmap; --no-add-conv: dense layers instead")
-    dm_args.add_flag(group, "--add-shortcut", False, "connect the heatmap to the output too, with --no-add-conv")
+    cli.add_flag(group, "--add-conv", True, "blocks on top of the heatmap; --no-add-conv: dense layers instead")
+    cli.add_flag(group, "--add-shortcut", False, "connect the heatmap to the output too, with --no-add-conv")
     group.add_argument(
-        "--fc-init-units", type=dm_args.positive_int, default=64, help="units of the first dense layer, then halved"
+        "--fc-init-units", type=cli.positive_int, default=64, help="units of the first dense layer, then halved"
     )
-    group.add_argument("--fc-layers", type=dm_args.positive_int, default=2, help="number of dense layers")
+    group.add_argument("--fc-layers", type=cli.positive_int, default=2, help="number of dense layers")
     return parser
 
 
@@ -135,14 +132,14 @@ def build_model(args: argparse.Namespace):
 
 def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
-    args = dm_args.complete(make_parser(), options)
-    dm_args.start_backend(args.deterministic)
-    import dm_train
-    from dm_callbacks import DMAucModelCheckpoint
+    args = cli.complete(make_parser(), options)
+    backend.start_backend(args.deterministic)
+    from ddsm_train import training
     from dm_keras_ext import image_stages
+    from mammo.train.callbacks import DMAucModelCheckpoint
 
     model, top_layer_nb = build_model(args)
-    with dm_train.prepare(args, model, allow_constant=False) as training:
+    with training.prepare(args, model, allow_constant=False) as training:
         stages = image_stages(
             training.model,
             top_layer_nb=top_layer_nb,
@@ -156,12 +153,12 @@ def run(**options) -> None:
             hidden_dropout2=args.hidden_dropout2,
         )
         best = DMAucModelCheckpoint(args.best_model, training.val_set, model_to_save=training.org_model)
-        history = dm_train.train(training, stages, best)
-        dm_train.finish(training, best, history, flips=args.test_augment)
+        history = training.train(training, stages, best)
+        training.finish(training, best, history, flips=args.test_augment)
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

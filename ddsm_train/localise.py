@@ -4,21 +4,19 @@
   python ddsm_train/localise.py --roi-mask-dir roi_mask --out-dir figures fprop.npz gradcam.npz
 
 Reads map files of heatmap_score.py; writes localisation.csv (a row a map file), froc.csv and froc.png. The rules are in
-`dm_localise`. The images must be where they were scored.
+`mammo.maps.localise`. The images must be where they were scored.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
-from dm_files import InputError
+from mammo.base import cli
+from mammo.base.files import InputError
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     add("maps", nargs="+", help="map files of heatmap_score.py: .npz, .h5 or .pkl")
     add("--roi-mask-dir", required=True, help="folder of masks: <Calc|Mass>-<set>_<image>_<abn_num>.png")
@@ -29,22 +27,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="look for malignant lesions alone, by this table of lesions (roi_mask_path.csv); default: all lesions",
     )  # fmt: skip
     add(
-        "--smooth", type=dm_args.natural_float,
+        "--smooth", type=cli.natural_float,
         help="smooth maps by a Gaussian of this many pixels; default: a quarter of the window that a cell stands for",
     )  # fmt: skip
-    dm_args.add_parallel_options(parser)
+    cli.add_parallel_options(parser)
     return parser
 
 
 def run(**options) -> None:
     """Write the results; keyword arguments are the option names of `make_parser`."""
-    args = dm_args.complete(make_parser(), options)
+    args = cli.complete(make_parser(), options)
     import functools
 
-    import dm_localise
-    from dm_heatmap import load_heatmaps
-    from dm_parallel import run_parallel
-    from dm_patches import read_lesions
+    from mammo.base.work import run_parallel
+    from mammo.data.patches import read_lesions
+    from mammo.maps import localise
+    from mammo.maps.files import load_heatmaps
 
     if not Path(args.roi_mask_dir).is_dir():
         raise InputError(f"--roi-mask-dir {args.roi_mask_dir}: no such folder")
@@ -62,7 +60,7 @@ def run(**options) -> None:
             raise InputError(f"{path}: holds no class names, as files of 2017; compute the maps again")
         columns = [maps.class_names.index(name) for name in names]
         mark = functools.partial(
-            dm_localise.mark_breast,
+            localise.mark_breast,
             columns=columns,
             window=maps.options.get("window"),
             roi_mask_dir=args.roi_mask_dir,
@@ -72,13 +70,13 @@ def run(**options) -> None:
         marked = list(run_parallel(mark, maps.records, args.jobs, args.backend, desc=Path(path).name, unit="breast"))
         results[str(path)] = [image for images in marked for image in images]
         warn_of_missing_masks(path, maps.records, marked, wanted)
-        summary = dm_localise.summarise(results[str(path)])
+        summary = localise.summarise(results[str(path)])
         print(
             f"{path}: points at a lesion in {summary['pointing_hits']} of {summary['images_with_lesions']} images "
             f"({summary['pointing_accuracy']:.3f}; chance {summary['chance']:.3f}); finds "
             f"{summary['sensitivity_at_1']:.3f} of {summary['lesions']} lesions at 1 false positive an image"
         )
-    dm_localise.write_localisation(args.out_dir, results)
+    localise.write_localisation(args.out_dir, results)
     print(f"localisation.csv, froc.csv and froc.png are in {args.out_dir}")
 
 
@@ -96,7 +94,7 @@ def warn_of_missing_masks(path, records, marked, wanted) -> None:
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
+from ddsm_train import options
+from mammo.base import cli
+from mammo.train import backend
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
-    dm_args.add_training_options(parser)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    options.add_training_options(parser)
     parser.set_defaults(
         img_size=[256, 256],
         featurewise_mean=59.6,
@@ -36,47 +35,41 @@ def make_parser() -> argparse.ArgumentParser:
         default="resnet50",
         help="resnet50, vgg16, vgg19, xception, inception, yaroslav, or a ResNetBuilder network such as dm_resnet_14",
     )
-    dm_args.add_flag(group, "--use-pretrained", True, "start from ImageNet weights, and train in three stages")
+    cli.add_flag(group, "--use-pretrained", True, "start from ImageNet weights, and train in three stages")
     group.add_argument("--pretrained-weights", metavar="FILE", help="local file of the ImageNet weights without top")
     group.add_argument(
-        "--top-layer-epochs", type=dm_args.natural_int, default=10, help="total epochs when stage 2 (top layers) ends"
+        "--top-layer-epochs", type=cli.natural_int, default=10, help="total epochs when stage 2 (top layers) ends"
     )
     group.add_argument(
         "--top-layer-multiplier",
-        type=dm_args.positive_float,
+        type=cli.positive_float,
         default=0.1,
         help="stage 2's rate is stage 1's times this",
     )
 
     group = parser.add_argument_group("networks of ResNetBuilder (the first option: yaroslav too)")
+    group.add_argument("--nb-init-filter", "-nif", type=cli.positive_int, default=32, help="width of the first block")
+    group.add_argument("--init-filter-size", "-ifs", type=cli.positive_int, default=5, help="size of the first filters")
+    group.add_argument("--init-conv-stride", "-ics", type=cli.positive_int, default=2, help="their stride")
     group.add_argument(
-        "--nb-init-filter", "-nif", type=dm_args.positive_int, default=32, help="width of the first block"
+        "--max-pooling-size", "-mps", dest="pool_size", type=cli.positive_int, default=2, help="first pooling"
     )
     group.add_argument(
-        "--init-filter-size", "-ifs", type=dm_args.positive_int, default=5, help="size of the first filters"
+        "--max-pooling-stride", "-mpr", dest="pool_stride", type=cli.positive_int, default=2, help="its stride"
     )
-    group.add_argument("--init-conv-stride", "-ics", type=dm_args.positive_int, default=2, help="their stride")
-    group.add_argument(
-        "--max-pooling-size", "-mps", dest="pool_size", type=dm_args.positive_int, default=2, help="first pooling"
-    )
-    group.add_argument(
-        "--max-pooling-stride", "-mpr", dest="pool_stride", type=dm_args.positive_int, default=2, help="its stride"
-    )
-    group.add_argument(
-        "--alpha", type=dm_args.natural_float, default=1e-4, help="elastic-net penalty of the last layer"
-    )
-    group.add_argument("--l1-ratio", type=dm_args.natural_float, default=0.0, help="share of L1 in that penalty")
-    group.add_argument("--inp-dropout", "-id", type=dm_args.fraction, default=0.0, help="dropout rate of the input")
+    group.add_argument("--alpha", type=cli.natural_float, default=1e-4, help="elastic-net penalty of the last layer")
+    group.add_argument("--l1-ratio", type=cli.natural_float, default=0.0, help="share of L1 in that penalty")
+    group.add_argument("--inp-dropout", "-id", type=cli.fraction, default=0.0, help="dropout rate of the input")
     return parser
 
 
 def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
-    args = dm_args.complete(make_parser(), options)
-    dm_args.start_backend(args.deterministic)
-    import dm_train
-    from dm_callbacks import BestModel
+    args = cli.complete(make_parser(), options)
+    backend.start_backend(args.deterministic)
+    from ddsm_train import training
     from dm_keras_ext import BUILDER_OPTIONS, get_dl_model, patch_stages
+    from mammo.train.callbacks import BestModel
 
     model, _, top_layer_nb = get_dl_model(
         args.net,
@@ -92,7 +85,7 @@ def run(**options) -> None:
         nb_init_filter=args.nb_init_filter,
         **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
-    with dm_train.prepare(args, model) as training:
+    with training.prepare(args, model) as training:
         stages = patch_stages(
             training.model,
             net=args.net,
@@ -110,12 +103,12 @@ def run(**options) -> None:
             hidden_dropout2=args.hidden_dropout2,
         )
         best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
-        history = dm_train.train(training, stages, best)
-        dm_train.finish(training, best, history)
+        history = training.train(training, stages, best)
+        training.finish(training, best, history)
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

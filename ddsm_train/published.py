@@ -17,15 +17,14 @@ import importlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
-import dm_recipes
-from dm_files import atomic_write
+from mammo.base import cli
+from mammo.base.files import atomic_write
+from mammo.data import splits
+from mammo.evaluate import published
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="print every published row")
     action = actions.add_parser("compare", help="print ours beside the published figures")
@@ -36,8 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     action = actions.add_parser("choose", help="make a data folder with fewer training patients")
     action.add_argument("out", metavar="OUT", help="folder to make, of links")
     action.add_argument("data", metavar="DATA", help="folder of train, val and test, each with neg and pos")
-    action.add_argument("patients", metavar="N", type=dm_args.positive_int, help="patients to train on")
-    action.add_argument("--seed", type=dm_args.natural_int, default=12345, help="other seeds choose other patients")
+    action.add_argument("patients", metavar="N", type=cli.positive_int, help="patients to train on")
+    action.add_argument("--seed", type=cli.natural_int, default=12345, help="other seeds choose other patients")
     action = actions.add_parser("subsets", help="print the trainings with few patients beside the published ones")
     action.add_argument("out", metavar="OUT", help="folder of inbreast/subset_experiment.sh: a sub-folder a training")
     action = actions.add_parser("options", help="end with status 2 where a script does not take these options")
@@ -49,31 +48,31 @@ def make_parser() -> argparse.ArgumentParser:
 def run(action: str, **options) -> None:
     """Do one `action` of the command line; keyword arguments are its arguments."""
     if action == "list":
-        print(dm_recipes.published_table(dm_recipes.read_published()))
+        print(published.published_table(published.read_published()))
     elif action == "compare":
-        comparisons = dm_recipes.compare(Path(options["out"]), dm_recipes.read_published())
-        dm_recipes.write_comparison(Path(options["out"], "table.csv"), comparisons)
-        print(dm_recipes.comparison_table(comparisons))
-        print(dm_recipes.SPLIT_NOTE)
+        comparisons = published.compare(Path(options["out"]), published.read_published())
+        published.write_comparison(Path(options["out"], "table.csv"), comparisons)
+        print(published.comparison_table(comparisons))
+        print(published.SPLIT_NOTE)
     elif action == "average":
-        dm_recipes.average_predictions(options["runs"], options["out"])
+        published.average_predictions(options["runs"], options["out"])
     elif action == "options":
         parser = importlib.import_module(f"ddsm_train.{options['script']}").make_parser()
         parser.prog = f"{options['script']}.py"
         paths = ["-" for argument in parser._actions if not argument.option_strings]
         parser.parse_args([*paths, *options["words"]])
     elif action == "subsets":
-        table = dm_recipes.subset_table(options["out"])
+        table = published.subset_table(options["out"])
         with atomic_write(Path(options["out"], "subset_auc.csv")) as temporary:
             table.round(6).to_csv(temporary, index=False)
-        dm_recipes.plot_subsets(table, Path(options["out"], "subset_auc.png"))
+        published.plot_subsets(table, Path(options["out"], "subset_auc.png"))
         print(table.round(3).to_string(index=False, na_rep="-"))
     else:
-        dm_recipes.choose_patients(options["data"], options["out"], options["patients"], options["seed"])
+        splits.choose_patients(options["data"], options["out"], options["patients"], options["seed"])
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

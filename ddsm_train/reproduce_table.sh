@@ -4,7 +4,7 @@
 #   ddsm_train/reproduce_table.sh --list      every row with its published figures and an estimate of its time
 #   ddsm_train/reproduce_table.sh ROW DATA [OUT] [options]
 # ROW   one of the list, such as patch-resnet50-s10, ddsm-vgg16-512x1 or ddsm-mean-of-three
-# DATA  the folder that scripts/prepare_cbis_ddsm.py wrote
+# DATA  the folder that mammo prepare cbis-ddsm wrote
 # OUT   the folder for all rows, default DATA/table: a sub-folder a row, and table.csv
 # Options go to all trainings, such as --mixed-precision; those after --sample, --patch, --image or --inbreast to the
 # sampler, the patch classifiers', the whole-image classifiers' or INbreast's trainings alone:
@@ -37,14 +37,14 @@ for word in "${words[@]}"; do
 done
 # On patches of one split and images of another, patients to test on could be trained on.
 ddsm_patients="$(cat "$data"/pat_{train,val,test}.txt 2> /dev/null | cksum)" ||
-    fail "$data: no such folder, or no patient lists. Expected the one that scripts/prepare_cbis_ddsm.py wrote"
+    fail "$data: no such folder, or no patient lists. Expected the one that mammo prepare cbis-ddsm wrote"
 unset RESUME_FROM FINAL_MODEL
 seed="RANDOM_SEED=${RANDOM_SEED:-12345}"
 
 # read_row ROW: what published.csv says of it, into the caller's variables.
 read_row() {
     IFS=, read -r _ kind sources net patch_set top patients _ \
-        < <(awk -F, -v row="$1" 'NR > 1 && $1 == row' "$here/published.csv") ||
+        < <(awk -F, -v row="$1" 'NR > 1 && $1 == row' "$here/../mammo/evaluate/published.csv") ||
         status=2 fail "$1: no such row. Expected one of $(basename "$0") --list"
 }
 

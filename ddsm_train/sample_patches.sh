@@ -4,7 +4,7 @@
 # SET   s     one patch round the centre of each lesion and one of background in each image
 #       s10   ten patches of each lesion, with an overlap of at least 0.9, and ten of background
 #       s30   thirty and thirty
-# DATA  the folder that scripts/prepare_cbis_ddsm.py wrote
+# DATA  the folder that mammo prepare cbis-ddsm wrote
 # OUT   the folder to write, with train, val and test; default: DATA/patches_SET
 # Environment: NUM_CPU_CORES, images worked on at the same time (4).
 set -euo pipefail
@@ -23,7 +23,7 @@ case "$patch_set" in
     s30) number=30 ;;
     *) status=2 fail "$patch_set: no such set; see -h" ;;
 esac
-[ -e "$data/roi_mask_path.csv" ] || fail "$data: Expected the folder that scripts/prepare_cbis_ddsm.py wrote"
+[ -e "$data/roi_mask_path.csv" ] || fail "$data: Expected the folder that mammo prepare cbis-ddsm wrote"
 
 for part in train val test; do
     python "$here/sample_patches_combined.py" \

@@ -9,14 +9,11 @@ The rules of sampling are in `dm_region`.
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from dm_args import (
+from mammo.base.cli import (
     HelpFormatter,
     add_flag,
     add_optional,
-    add_prepare_options,
     complete,
     fraction,
     natural_int,
@@ -24,7 +21,8 @@ from dm_args import (
     positive_int,
     run_main,
 )
-from dm_patches import COLUMNS, sample_dataset
+from mammo.data.patches import COLUMNS, sample_dataset
+from mammo.data.prepare import add_prepare_options
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

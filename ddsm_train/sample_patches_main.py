@@ -7,12 +7,10 @@ As `sample_patches_combined.py`, with three classes, and images that carry the t
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 from ddsm_train.sample_patches_combined import add_sampling_options
-from dm_args import HelpFormatter, complete, run_main
-from dm_patches import sample_dataset
+from mammo.base.cli import HelpFormatter, complete, run_main
+from mammo.data.patches import sample_dataset
 
 
 def make_parser() -> argparse.ArgumentParser:

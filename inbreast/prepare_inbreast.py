@@ -30,11 +30,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
-from dm_args import HelpFormatter, add_preparation_options, complete, run_main
-from dm_dataset import write_csv
-from dm_files import InputError, counted, locked
-from dm_inbreast import (
+from mammo.base.cli import HelpFormatter, complete, run_main
+from mammo.base.files import InputError, counted, locked
+from mammo.base.tables import write_csv
+from mammo.data.inbreast import (
     EXCLUSIONS,
     REPAIRS,
     Classes,
@@ -49,21 +48,23 @@ from dm_inbreast import (
     scan_download,
     select,
 )
-from dm_prepare import (
+from mammo.data.prepare import (
     FOLDERS,
+    add_preparation_options,
     finish,
     make_report,
     output_folders,
     prepare_items,
     print_exclusions,
-    print_split,
     report_exclusions,
     split_patients,
     whole_options,
     write_lists,
 )
+from mammo.data.splits import print_split
 
 MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
+
 # What the paper's models subtract after finetuning.
 PUBLISHED_MEAN = 44.33
 

@@ -16,7 +16,6 @@ import itertools
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,15 +24,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ddsm_train import sample_patches_combined as sampler
-from dm_args import HelpFormatter, complete, positive_int, start_backend
-from dm_files import atomic_write
-from dm_image import DMImageDataGenerator, empty_aligned
-from dm_patches import find_breast, image_item, mask_name, read_lesions, read_resized, sample_image
-from dm_region import Roi, sample_patches
-from scripts.make_phantom import make_phantom
+from dm_image import DMImageDataGenerator
+from mammo.base.cli import HelpFormatter, complete, positive_int
+from mammo.base.files import atomic_write
+from mammo.data.patches import (
+    Roi,
+    find_breast,
+    image_item,
+    mask_name,
+    read_lesions,
+    read_resized_mask,
+    sample_image,
+    sample_patches,
+)
+from mammo.images.iterators import empty_aligned
+from mammo.phantom.prepared import make_phantom
+from mammo.train.backend import start_backend
 
 # The augmentation of the published training runs.
 SETTINGS = {
@@ -232,7 +239,7 @@ class Study:
     def read(self, lesion):
         """(padded breast, lesion mask of the breast)"""
         paths = (self.image(lesion), self.root / "roi_mask" / mask_name(lesion))
-        whole, mask = (read_resized(path, self.args) for path in paths)
+        whole, mask = (read_resized_mask(path, self.args) for path in paths)
         breast, (left, top, width, height) = find_breast(whole, True)
         return np.pad(breast, self.patch_size // 2), mask[top : top + height, left : left + width]
 
@@ -316,7 +323,9 @@ TOPS = {
     "resnet50": {"block_type": "resnet", "depths": (512, 512), "repetitions": (2, 2), "bottleneck_enlarge_factor": 2},
     "vgg16": {"block_type": "vgg", "depths": (512, 512), "repetitions": (1, 1)},
 }
+
 PATCH, WHOLE = (224, 224), (1152, 896)
+
 BATCH = {PATCH: 16, WHOLE: 2}
 
 
@@ -395,7 +404,7 @@ class Contestant:
 
 class Ours(Contestant):
     def __init__(self, net, size):
-        from dm_checkpoint import leaf_layers
+        from mammo.train.checkpoint import leaf_layers
 
         super().__init__(size)
         self.model = build_network(net, size)
@@ -495,15 +504,14 @@ def class_folders(folder):
 
 def training_set(folder, size, model, workers):
     """What the trainers would train `model` on, with the published augmentation."""
-    import dm_train
-    from ddsm_train import image_clf_train, patch_clf_train
+    from ddsm_train import image_clf_train, patch_clf_train, training
 
     os.environ["NUM_CPU_CORES"] = str(workers)
     options = {"batch_size": BATCH[size], "img_size": list(size), "rescale_factor": 0.003891, "best_model": "NOSAVE"}
     options |= {"featurewise_center": True, "augmentation": True, "auto_batch_balance": True}
     options["class_list"] = class_folders(folder)
     parser = (patch_clf_train if size == PATCH else image_clf_train).make_parser()
-    prepared = dm_train.prepare(complete(parser, options, [str(folder)] * 3), model)
+    prepared = training.prepare(complete(parser, options, [str(folder)] * 3), model)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), prepared as training:
         return training.train_set
 
@@ -602,8 +610,8 @@ def feeding(args):
 def heatmap(args):
     """Maps of a patch classifier over one image: the forward propagation against the sliding windows of one grid."""
     start_backend()
-    from dm_heatmap_score import ForwardPropagation, Scan, Sweep
     from dm_keras_ext import get_dl_model
+    from mammo.maps.compute import ForwardPropagation, Scan, Sweep
 
     patch, stride = PATCH[0], 32
     grid = [(size - patch) // stride + 1 for size in WHOLE]
@@ -652,15 +660,17 @@ MEMORY_NETS = {
         {"add_heatmap": True, "hm_pool_size": (3, 3), "add_conv": False, "fc_init_units": 16, "add_shortcut": True},
     ),
 }
+
 MEMORY_BATCHES = {PATCH: (32, 64, 128, 256), WHOLE: (1, 2, 4, 8, 16)}
+
 GIB = 2**30
 
 
 def memory_models(name):
     """Yield (way, model) for a network of `MEMORY_NETS`, as the trainers train it with the options of that way."""
     from dm_keras_ext import get_dl_model
-    from dm_memory import mixed_precision, rematerialize
     from dm_resnet import add_top_layers
+    from mammo.train.memory import mixed_precision, rematerialize
 
     net, size, top = MEMORY_NETS[name]
     model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
@@ -693,7 +703,7 @@ def device_peak():
 def measured_peak(name, way, batch):
     """Peak bytes of two training steps on this process's GPU; NaN when they do not fit."""
     start_backend()
-    from dm_keras_ext import WeightedCrossentropy, create_optimizer
+    from mammo.train.keras2 import WeightedCrossentropy, create_optimizer
 
     model = next(model for this, model in memory_models(name) if this == way)
     model.compile(create_optimizer("adam", 1e-5), WeightedCrossentropy())
@@ -715,7 +725,7 @@ def memory(args):
     start_backend()
     import pandas as pd
 
-    from dm_memory import half_type, training_memory
+    from mammo.train.memory import half_type, training_memory
 
     measures = half_type() == "float16"
     print("Peak of a training step of all layers with Adam, GiB: estimated from the graph" + measures * " (measured)")

@@ -2,9 +2,9 @@
 # The whole method on made mammograms, in under ten minutes on two free cores without a GPU: make a download of phantoms,
 # prepare it, sample patches, train a patch classifier, convert it, train the whole-image classifier in two stages,
 # score it with and without flips, map where both see lesions. Real CBIS-DDSM takes the same path from step 2 on.
-#   scripts/demo.sh [OUTPUT_FOLDER]      default: demo
+#   scripts/demo.sh [OUTPUT_FOLDER]      default: work/demo
 set -euo pipefail
-source "$(dirname "$0")/phantom_steps.sh" "${1:-demo}"
+source "$(dirname "$0")/phantom_steps.sh" "${1:-work/demo}"
 started=$SECONDS
 step() { printf '\n=== %s (%d s so far)\n' "$1" $((SECONDS - started)); }
 

@@ -2,11 +2,11 @@
 # The claim of the paper on made mammograms: a whole-image classifier that starts from a patch classifier against the
 # same network trained from random weights on the image labels alone, for three seeds. From scratch it gets the same
 # number of epochs, and in a second run twice that.
-#   scripts/patch_or_scratch.sh [OUTPUT_FOLDER]      default: patch_or_scratch; about half an hour on two cores
+#   scripts/patch_or_scratch.sh [OUTPUT_FOLDER]      default: work/patch_or_scratch; half an hour on two cores
 # Leaves results.csv (a row a run), results.png and every run's own files. Given again, the same command goes on where
 # it was: runs that are done are not done again.
 set -euo pipefail
-source "$(dirname "$0")/phantom_steps.sh" "${1:-patch_or_scratch}"
+source "$(dirname "$0")/phantom_steps.sh" "${1:-work/patch_or_scratch}"
 
 film_sets
 

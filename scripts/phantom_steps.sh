@@ -15,12 +15,12 @@ data="$out/prepared"
 patches="$out/patches"
 
 make_data() { # DOWNLOAD_FOLDER: 200 phantom patients in the layout and with the faults of CBIS-DDSM
-    python scripts/make_phantom.py "$1" --layout cbis-ddsm --patients 200 --height 480 --width 384
+    python -m mammo phantom "$1" --layout cbis-ddsm --patients 200 --height 480 --width 384
 }
 
 prepare_data() { # DOWNLOAD_FOLDER: PNG images, lesion masks, splits by patient
     # One file is damaged on purpose, and left out.
-    python scripts/prepare_cbis_ddsm.py "$1" "$data" --img-size 480 384 --on-error skip
+    python -m mammo prepare cbis-ddsm "$1" "$data" --img-size 480 384 --on-error skip
 }
 
 sample() { # patches around and away from the lesions

@@ -14,11 +14,9 @@ import csv
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import dm_args
-from dm_files import InputError, atomic_write
-from dm_recipes import measured, subset_table
+from mammo.base import cli
+from mammo.base.files import InputError, atomic_write
+from mammo.evaluate.published import measured, subset_table
 
 # Folders of the runs of `patch_or_scratch.sh` in the folder of a seed, and what they are.
 STARTS = {
@@ -26,6 +24,7 @@ STARTS = {
     "scratch": "from scratch, as many epochs",
     "scratch_long": "from scratch, twice the epochs",
 }
+
 # Names of the models of `transfer_or_scratch.sh`, and what they are.
 TRANSFERS = {
     "finetuned": "trained on film, finetuned",
@@ -35,7 +34,7 @@ TRANSFERS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=dm_args.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("what", choices=("demo", "starts", "transfer"), help="the script that made OUT")
     parser.add_argument("out", metavar="OUT", help="its output folder")
     return parser
@@ -108,7 +107,7 @@ def plot_starts(out, path) -> None:
 
 
 def transfer_figures(out):
-    """The table of `transfer.csv`, a data frame: seed, and the columns of `dm_recipes.subset_table`."""
+    """The table of `transfer.csv`, a data frame: seed, and the columns of `mammo.evaluate.published.subset_table`."""
     import pandas as pd
 
     folders = {int(path.parent.name.removeprefix("seed_")): path for path in Path(out).glob("seed_*/few_patients")}
@@ -138,7 +137,7 @@ def plot_transfers(table, path) -> None:
 
 def run(**options) -> None:
     """Print the figures; keyword arguments are the option names of `make_parser`."""
-    args = dm_args.complete(make_parser(), options)
+    args = cli.complete(make_parser(), options)
     out = Path(args.out)
     if args.what == "demo":
         print(demo_figures(out))
@@ -157,7 +156,7 @@ def run(**options) -> None:
 
 
 def main(argv=None) -> int:
-    return dm_args.run_main(make_parser(), run, argv)
+    return cli.run_main(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

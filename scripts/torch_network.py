@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from dm_files import InputError
+from mammo.base.files import InputError
 
 
 def describe(model) -> list[tuple]:

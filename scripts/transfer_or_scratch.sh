@@ -2,18 +2,18 @@
 # Transfer to another hospital's images, on made mammograms: classifiers of phantoms as of film, finetuned with few
 # patients on phantoms as of a digital detector, against the same network trained from random weights on these few
 # patients, for as many epochs and for twice as many. Three seeds, each with a film classifier and patients of its own.
-#   scripts/transfer_or_scratch.sh [OUTPUT_FOLDER]      default: patch_or_scratch, to share the film classifiers there
+#   scripts/transfer_or_scratch.sh [OUTPUT_FOLDER]      default: work/patch_or_scratch, for its film classifiers
 # About half an hour of one free core where the film classifiers are there, else fifty minutes. Leaves transfer.csv (a
 # row a training), transfer.png, and in seed_N/few_patients what inbreast/subset_experiment.sh leaves. Given again, the
 # same command goes on where it was.
 set -euo pipefail
-source "$(dirname "$0")/phantom_steps.sh" "${1:-patch_or_scratch}"
+source "$(dirname "$0")/phantom_steps.sh" "${1:-work/patch_or_scratch}"
 digital="$out/digital"
 
 film_sets
 if [ ! -e "$digital" ]; then
     rm -rf "$digital.partial" # of a run that was killed
-    python scripts/make_phantom.py "$digital.partial" --style digital --patients 180 --height 480 --width 384 \
+    python -m mammo phantom "$digital.partial" --style digital --patients 180 --height 480 --width 384 \
         --test-size 0.45 --val-size 0.2 --seed 1
     mv "$digital.partial" "$digital"
 fi

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from dm_files import write_img, write_text
-from scripts import make_phantom
+from mammo.base.files import write_img, write_text
+from mammo.phantom import prepared as make_phantom
 from tests.faults.commands import COMMANDS, ROOT, Command, damaged, differences
 from tests.faults.endure import Memory, growth, read_while_written
 from tests.faults.kill import FaultError, kill_and_compare
@@ -35,8 +35,8 @@ STEPS = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from dm_args import run_main
-from dm_files import append_text, write_text
+from mammo.base.cli import run_main
+from mammo.base.files import append_text, write_text
 import argparse
 
 def run(out):

@@ -1,8 +1,14 @@
-"""What the README tells a researcher to type, typed: finetuning a model of 2017 and scoring it in a notebook."""
+"""The README and docs/ against the programs: their commands, options, paths and links, and what they say to type.
 
+Typed for real are finetuning a model of 2017 and scoring it in a notebook.
+"""
+
+import ast
 import gzip
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,17 +18,78 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mammo.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+GUIDE = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDE, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+guide = pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+
+
+def blocks(page, language):
+    """Return the code blocks of a language in a page."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def block(language, containing):
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    return next(b for b in blocks if containing in b)
+    """Return the first code block of the guide that contains a text."""
+    return next(b for page in GUIDE for b in blocks(page, language) if containing in b)
 
 
-def test_nothing_is_left_to_fill_in():
-    assert "@@" not in README
+def command_lines(page):
+    """Return the commands in the shell blocks of a page as lists of words, one a line, without comments."""
+    lines = "\n".join(blocks(page, "shell")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.count("'") % 2 == 0]
+
+
+def anchors(page):
+    """Return the names by which links reach the headings of a page, made as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_nothing_is_left_to_fill_in(page):
+    assert "@@" not in page.read_text()
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 10_000
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not link.startswith(("https://", "http://", "mailto:")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists() or path in COMING, link
+            assert not anchor or anchor in anchors(target), link
+
+
+def tree():
+    """Return the files and folders that the tree of the README names, patterns resolved."""
+    [drawn] = [b for b in blocks(README, "text") if "mammo/" in b]
+    folders, named = [], set()
+    for line in drawn.splitlines():
+        indent, names = re.match(r"( *)([^\s,]+(?:, [^\s,]+)*)", line).groups()
+        folder = ROOT.joinpath(*folders[: len(indent) // 2])
+        for name in names.split(", "):
+            found = list(folder.glob(name))
+            assert found, f"{folder / name}: not there"
+            named |= set(found)
+        if names.endswith("/"):
+            folders = [*folders[: len(indent) // 2], names.rstrip("/")]
+    return named
+
+
+def test_the_tree_names_every_module():
+    modules = {path for path in ROOT.glob("mammo/**/*.py") if path.name != "__init__.py"}
+    modules |= {path for path in ROOT.glob("*.py") if path.name != "setup.py"}
+    modules |= {path for path in ROOT.glob("ddsm_train/*.py") if path.name != "__init__.py"}
+    assert sorted(modules - tree()) == []
 
 
 def test_the_inbreast_recipe_is_the_published_command():
@@ -32,6 +99,62 @@ def test_the_inbreast_recipe_is_the_published_command():
     published = options(block("shell", "RESUME_FROM"))
     assert len(published) == 27
     assert options((ROOT / "ddsm_train" / "train_image_clf_inbreast.sh").read_text()) == published
+
+
+COMING = ("reproduce", "subset", "docs/architecture.md", "architecture.md")
+
+
+@guide
+def test_python_names_are_there(page):
+    """Everything that Python blocks import, and the table of names in docs/api.md."""
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                assert [n.name for n in node.names if not hasattr(importlib.import_module(node.module), n.name)] == []
+    for module, names in re.findall(r"^\| `(dm_\w+)` \| (.*) \|$", page.read_text(), flags=re.MULTILINE):
+        found = importlib.import_module(module)
+        members = {name for kind in vars(found).values() if isinstance(kind, type) for name in dir(kind)} | set(
+            dir(found)
+        )
+        assert [name for name in re.findall(r"`(\w+)`", names) if name not in members] == []
+
+
+def command_of(words):
+    """Return the entry of `COMMANDS` with which the words after `mammo` begin, or None."""
+    if words[0] in COMING:
+        return (words[0], "mammo.base.files")
+    return next((row for row in COMMANDS if words[: len(row[0].split())] == row[0].split()), None)
+
+
+@guide
+def test_commands_are_there_and_take_their_options(page):
+    """Every `mammo ...` in a block with its options, and every script of ours by its path."""
+    for words in command_lines(page):
+        for word in words:
+            if re.match(r"(ddsm_train|inbreast|scripts)/\S+\.(py|sh)$", word):
+                assert (ROOT / word).exists(), word
+        if "mammo" in words:
+            words = words[words.index("mammo") + 1 :]
+            found = command_of(words)
+            assert found, words
+            module = importlib.import_module(found[1])
+            if hasattr(module, "make_parser"):
+                known = module.make_parser()._option_string_actions
+                assert [word for word in words if word.startswith("--") and word not in known] == []
+
+
+@pages
+def test_commands_in_the_text_are_there(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    groups = {row[0].split()[0] for row in COMMANDS if " " in row[0]}
+    for code in re.findall(r"`mammo ([a-z-]+(?: [a-z-]+)?)", text):
+        assert command_of(code.split()) or code in groups, code
+
+
+def test_the_readme_names_every_command():
+    rows = [line.split("|")[1] for line in README.read_text().splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"`([^`]+)`", " ".join(rows)))
+    assert [row[0] for row in COMMANDS if row[0] not in named and row[0].removeprefix("prepare ") not in named] == []
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dm_args import HelpFormatter, natural_int, positive_int
+from mammo.base.cli import HelpFormatter, natural_int, positive_int
 from tests.faults.commands import COMMANDS, make_inputs
 from tests.faults.endure import Memory, growth, read_while_written, soak
 from tests.faults.kill import Tally, kill_and_compare

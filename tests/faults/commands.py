@@ -46,7 +46,7 @@ PREPARING = ("--img-size", 96, 80, "--on-error", "skip", "--jobs", 2)
 
 
 def prepare_cbis(data: Path, out: Path) -> list[str]:
-    return script("scripts/prepare_cbis_ddsm.py", data / "cbis-ddsm", out, *PREPARING)
+    return script("mammo/commands/prepare_cbis_ddsm.py", data / "cbis-ddsm", out, *PREPARING)
 
 
 def prepare_inbreast(data: Path, out: Path) -> list[str]:
@@ -54,7 +54,7 @@ def prepare_inbreast(data: Path, out: Path) -> list[str]:
 
 
 def prepare_own(data: Path, out: Path) -> list[str]:
-    return script("scripts/prepare_dataset.py", data / "phantom", out, "--format", "folders", *PREPARING)
+    return script("mammo/commands/prepare.py", data / "phantom", out, "--format", "folders", *PREPARING)
 
 
 def map_lesions(data: Path, out: Path) -> list[str]:
@@ -112,18 +112,18 @@ COMMANDS = [
 def make_inputs(data: Path) -> None:
     """Write what the commands read into the new folder `data`."""
     small = ("--height", 192, "--width", 160, "--jobs", 2)
-    phantom = script("scripts/make_phantom.py", data / "phantom", *small, "--patients", 40, "--val-size", 0.2)
+    phantom = script("mammo/phantom/prepared.py", data / "phantom", *small, "--patients", 40, "--val-size", 0.2)
     downloads = [
-        script("scripts/make_phantom.py", data / layout, *small, "--patients", 24, "--layout", layout)
+        script("mammo/phantom/prepared.py", data / layout, *small, "--patients", 24, "--layout", layout)
         for layout in ("cbis-ddsm", "inbreast")
     ]
     patches = sample(data, data / "patches", "--nb-abn", 4, "--nb-bkg", 4)
     model = [
         sys.executable, "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import keras, dm_checkpoint, dm_keras_ext\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import keras, mammo.train.checkpoint, dm_keras_ext\n"
         "keras.utils.set_random_seed(1)\n"
         f"network = dm_keras_ext.Yaroslav(classes={len(CLASSES)}, nb_init_filter=2)\n"
-        f"dm_checkpoint.save_model(network, {str(data / 'patch.h5')!r})",
+        f"checkpoint.save_model(network, {str(data / 'patch.h5')!r})",
     ]  # fmt: skip
     for words in (phantom, *downloads, patches, model):
         subprocess.run(words, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

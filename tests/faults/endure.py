@@ -83,7 +83,7 @@ _WRITER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import keras, numpy as np
-from dm_callbacks import BestModel
+from mammo.train.callbacks import BestModel
 from dm_keras_ext import Yaroslav
 
 class Always(BestModel):
@@ -112,7 +112,7 @@ def read_while_written(path: Path, epochs: int) -> Reading:
     """
     import numpy as np
 
-    import dm_checkpoint
+    from mammo.train import checkpoint
 
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(path), str(epochs)], env=ENVIRONMENT)
@@ -121,7 +121,7 @@ def read_while_written(path: Path, epochs: int) -> Reading:
         while not path.exists() and writer.poll() is None:
             time.sleep(0.001)
         while writer.poll() is None:
-            weights = dm_checkpoint.load_model(path).get_weights()
+            weights = checkpoint.load_model(path).get_weights()
             if not all(np.isfinite(values).all() for values in weights):
                 raise RuntimeError(f"{path}: holds other numbers than weights")
             opens += 1

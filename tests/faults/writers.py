@@ -19,16 +19,16 @@ import keras
 import numpy as np
 import pandas as pd
 
-import dm_checkpoint
-from dm_args import run_main
-from dm_callbacks import plot_history
-from dm_dataset import ImageRow, write_image_table
-from dm_files import write_img
-from dm_heatmap import Grid, HeatmapRecord, save_heatmaps
-from dm_heatmap_clf import HeatmapClassifier, make_model, save_classifier
-from dm_heatmap_draw import draw_overlays
-from dm_inference import write_test_results
-from dm_phantom_cbis import write_dicom
+from mammo.base.cli import run_main
+from mammo.base.files import write_img
+from mammo.data.prepare import ImageRow, write_image_table
+from mammo.maps.draw import draw_overlays
+from mammo.maps.files import Grid, HeatmapRecord, save_heatmaps
+from mammo.maps.trees import HeatmapClassifier, make_model, save_classifier
+from mammo.phantom.cbis_ddsm import write_dicom
+from mammo.train import checkpoint
+from mammo.train.callbacks import plot_history
+from mammo.train.scoring import write_test_results
 
 # Of the largest file that a writer makes: how much may be written before the disk is full.
 SHARES = (0.0, 0.5, 0.9)
@@ -37,7 +37,7 @@ SHARES = (0.0, 0.5, 0.9)
 def model(folder: Path, number: int, name: str) -> None:
     keras.utils.set_random_seed(number)
     inputs = keras.Input((40,))
-    dm_checkpoint.save_model(keras.Model(inputs, keras.layers.Dense(300)(inputs)), folder / name)
+    checkpoint.save_model(keras.Model(inputs, keras.layers.Dense(300)(inputs)), folder / name)
 
 
 def image(folder: Path, number: int, name: str, dtype: str) -> None:

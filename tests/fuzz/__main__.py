@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dm_args import HelpFormatter, natural_int, positive_int
+from mammo.base.cli import HelpFormatter, natural_int, positive_int
 from tests.fuzz.seeds import targets
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -130,7 +130,7 @@ def make_sampling(folder: Path) -> None:
 
 
 def make_phantom(folder: Path, layout: str) -> None:
-    from scripts import make_phantom
+    from mammo.phantom import prepared as make_phantom
 
     args = [str(folder / "in"), "--layout", layout, "--patients", "10", "--height", "128", "--width", "128"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -234,7 +234,7 @@ def make_predictions(folder: Path) -> None:
 
 
 def make_maps(folder: Path, ending: str) -> None:
-    from dm_heatmap import Grid, HeatmapRecord, save_heatmaps
+    from mammo.maps.files import Grid, HeatmapRecord, save_heatmaps
 
     rng, records = np.random.default_rng(0), []
     for i in range(12):
@@ -252,7 +252,7 @@ def make_maps(folder: Path, ending: str) -> None:
 
 
 def make_trees(folder: Path, kind: str) -> None:
-    import dm_heatmap_clf as clf
+    from mammo.maps import trees as clf
 
     make_maps(folder, ".npz")
     heatmaps = clf.load_breasts([folder / "maps.npz"])
@@ -267,8 +267,8 @@ def make_model(folder: Path, ending: str) -> None:
     import keras
     from keras import layers
 
-    from dm_checkpoint import save_model
-    from dm_preflight import PUBLISHED
+    from mammo.evaluate.preflight import PUBLISHED_PIXELS
+    from mammo.train.checkpoint import save_model
 
     inner = keras.Sequential([layers.Input((None, None, 3)), layers.Conv2D(2, 3, strides=2, padding="same")])
     patch_in = layers.Input((None, None, 3))
@@ -279,14 +279,14 @@ def make_model(folder: Path, ending: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / f"model{ending}")
     write_image(folder / "in" / "P_1_LEFT_CC.png", mammogram())
-    options = PUBLISHED | {"img_size": list(SIZE), "featurewise_mean": 50.0}
+    options = PUBLISHED_PIXELS | {"img_size": list(SIZE), "featurewise_mean": 50.0}
     (folder / "model").mkdir()
     (folder / "model" / "args.json").write_text(json.dumps(options))
     (folder / "breasts.csv").write_text("patient_id,side,cancer\nP_1,LEFT,1\n")
 
 
 def make_images_to_predict(folder: Path) -> None:
-    from dm_preflight import pixel_statistics
+    from mammo.evaluate.preflight import pixel_statistics
 
     make_model(folder, ".h5")
     statistics = pixel_statistics([mammogram(i).astype(np.float32) * 0.003891 for i in range(20)])
@@ -313,7 +313,7 @@ def make_lesions(folder: Path) -> None:
 
 
 def make_two_maps(folder: Path) -> None:
-    from dm_heatmap import load_heatmaps, save_heatmaps
+    from mammo.maps.files import load_heatmaps, save_heatmaps
 
     make_maps(folder, ".npz")
     maps = load_heatmaps(folder / "maps.npz")
@@ -327,7 +327,7 @@ def make_two_maps(folder: Path) -> None:
 def make_scored(folder: Path) -> None:
     """A model, a table of images, and a prepared folder."""
     args = ("in", "prepared", "--format", "csv", "--table", "labels.csv", "--img-size", "64", "48", "--jobs", "1")
-    make_again(make_own_table, "scripts.prepare_dataset", args, folder)
+    make_again(make_own_table, "mammo.commands.prepare", args, folder)
     text = (folder / "labels.csv").read_text()
     (folder / "labels.csv").write_text(text.replace(",train", ",test"))
     make_model(folder, ".h5")
@@ -346,8 +346,8 @@ def make_training(folder: Path, ending: str = ".png") -> None:
     """Sets of a few images, a patch classifier, and a whole-image classifier in `.h5` and `.keras`."""
     import keras
 
-    from dm_checkpoint import save_model
     from dm_keras_ext import Yaroslav
+    from mammo.train.checkpoint import save_model
 
     for part in PARTS:
         for i in range(4):
@@ -393,7 +393,7 @@ def make_stopped(folder: Path) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     make_training(folder)
-    with contextlib.chdir(folder), mock.patch("dm_callbacks.FiniteLoss.on_train_batch_end", stop), quiet():
+    with contextlib.chdir(folder), mock.patch("mammo.train.callbacks.FiniteLoss.on_train_batch_end", stop), quiet():
         status = image_clf_train.main(STOPPED[1])
     assert status == 143
 
@@ -424,24 +424,24 @@ def targets() -> list[Target]:
         module, args = command
         result.append(Target(name, module, args, make, files, weight, error))
 
-    own = "scripts.prepare_dataset"
+    own = "mammo.commands.prepare"
     for ending in (".png", ".jpg", ".tif", ".bmp"):
 
         def make(folder, ending=ending):
             make_images(folder, ending)
 
         file = f"in/neg/P_0_LEFT_CC{ending}"
-        add(f"mean of {ending}", ("scripts.pixel_mean", ("in", "--img-size", "32", "24")), make, (file,), 40)
+        add(f"mean of {ending}", ("mammo.commands.pixel_mean", ("in", "--img-size", "32", "24")), make, (file,), 40)
         add(
             f"check of {ending}",
-            ("scripts.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")),
+            ("mammo.commands.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")),
             make,
             (file,),
             40,
         )
         add(
             f"lesion on {ending}",
-            ("scripts.draw_lesions", (file, "out/x.png", "mask.png")),
+            ("mammo.commands.draw_lesions", (file, "out/x.png", "mask.png")),
             make,
             (file, "mask.png"),
             30,
@@ -455,21 +455,25 @@ def targets() -> list[Target]:
         files = ("in/neg/P_0_LEFT_CC.dcm",)
         add(
             f"DICOM {syntax}",
-            ("scripts.dicom_to_png", ("in", "out", "--voi-lut", "--on-error", "skip")),
+            ("mammo.commands.dicom_to_png", ("in", "out", "--voi-lut", "--on-error", "skip")),
             make,
             files,
             60,
         )
-        add(f"mean of {syntax}", ("scripts.pixel_mean", ("in", "--img-size", "32", "24")), make, files, 20)
+        add(f"mean of {syntax}", ("mammo.commands.pixel_mean", ("in", "--img-size", "32", "24")), make, files, 20)
         add(
-            f"check of {syntax}", ("scripts.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")), make, files, 20
+            f"check of {syntax}",
+            ("mammo.commands.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")),
+            make,
+            files,
+            20,
         )
     sample = ("lesions.csv", "roi", "patients.txt", "full", "out/train", "out/val", "--target-height", "64")
     sample += ("--patch-size", "16", "--nb-bkg", "1", "--nb-abn", "1", "--nb-hns", "1", "--val-size", "0.5")
     sample += ("--no-segment-breast", "--jobs", "1")
     command = ("ddsm_train.sample_patches_combined", sample)
     add("sampling", command, make_sampling, ("lesions.csv", "patients.txt", "full/P_0*.png", "roi/*P_0*.png"), 60)
-    cbis = _prepare("scripts.prepare_cbis_ddsm")
+    cbis = _prepare("mammo.commands.prepare_cbis_ddsm")
     add("CBIS-DDSM tables", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.csv",), 50)
     add("CBIS-DDSM images", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.dcm",), 15)
     inbreast = _prepare("inbreast.prepare_inbreast", "--roi-masks")
@@ -482,7 +486,10 @@ def targets() -> list[Target]:
     add("own lists", (own, (*table[1], *listed)), make_own_table, ("train.txt",), 10)
     add("exams", _prepare(own, "--format", "nyu", "--table", "exams.pkl"), make_exams, ("exams.pkl",), 25)
     add("MIAS", _prepare(own, "--format", "mias"), make_mias, ("in/Info.txt", "in/mdb001.pgm"), 25)
-    evaluate = ("scripts.evaluate", ("--predictions", "predictions.csv", "--out-dir", "out", "--bootstrap", "20"))
+    evaluate = (
+        "mammo.commands.evaluate",
+        ("--predictions", "predictions.csv", "--out-dir", "out", "--bootstrap", "20"),
+    )
     add("predictions", evaluate, make_predictions, ("predictions.csv",), 15)
     for ending in (".npz", ".h5", ".pkl"):
 
@@ -503,9 +510,9 @@ def targets() -> list[Target]:
         def make(folder, ending=ending):
             make_model(folder, ending)
 
-        predict = ("scripts.predict", (f"model{ending}", "in", "--out", "out/p.csv", "--jobs", "1"))
+        predict = ("mammo.commands.predict", (f"model{ending}", "in", "--out", "out/p.csv", "--jobs", "1"))
         add(f"model {ending}", predict, make, (f"model{ending}",), 50)
-    add("options", ("scripts.predict", ("model.h5", "in", "--out", "out/p.csv", "--jobs", "1")),
+    add("options", ("mammo.commands.predict", ("model.h5", "in", "--out", "out/p.csv", "--jobs", "1")),
         lambda folder: make_model(folder, ".h5"), ("model/args.json",), 10)  # fmt: skip
     cam = ("in", "model.h5", "--img-size", "64", "48", "--pat-csv", "breasts.csv", "--out", "out/cam.npz")
     add("breasts", ("ddsm_train.heatmap_score", cam), lambda folder: make_model(folder, ".h5"), ("breasts.csv",), 10)
@@ -519,13 +526,13 @@ def targets() -> list[Target]:
         ("out/manifest.jsonl", "out/images.csv"), 40)  # fmt: skip
     add("sampling again", command, functools.partial(make_again, make_sampling, *command),
         ("out/train/manifest.jsonl", "out/train/options.json"), 20)  # fmt: skip
-    check = ("scripts.check_data", ("/proc/self/cwd/in", "--table", "out/t.csv", "--jobs", "1"))
+    check = ("mammo.commands.check_data", ("/proc/self/cwd/in", "--table", "out/t.csv", "--jobs", "1"))
     add("check again", check, functools.partial(make_again, make_images, *check), ("out/t.csv",), 20)
-    add("sums", ("scripts.download_models", (Path(RELEASED).stem, "--out-dir", "out")), make_downloaded,
+    add("sums", ("mammo.commands.download_models", (Path(RELEASED).stem, "--out-dir", "out")), make_downloaded,
         ("out/SHA256SUMS",), 5, error="Fetch with a browser:")  # fmt: skip
 
     predict = ("model.h5", "in", "--out", "out/p.json", "--flips", "--overlay", "out/pictures", "--jobs", "1")
-    add("images to predict", ("scripts.predict", predict), make_images_to_predict,
+    add("images to predict", ("mammo.commands.predict", predict), make_images_to_predict,
         ("in/*.png", "model/*.json"), 20, error=" at fault:")  # fmt: skip
     overlay = ("ddsm_train.heatmap_score", (*cam, "--overlay", "out/pictures", "--roi-mask-dir", "roi", "--jobs", "1"))
     add("maps again", overlay, functools.partial(make_mapped, *overlay),
@@ -536,10 +543,10 @@ def targets() -> list[Target]:
     add("growing trees", ("ddsm_train.heatmap_clf_train", (*grow, "--out-dir", "out")), make_two_maps, ("*.npz",), 20)
     score = ("--bootstrap", "20", "--out-dir", "out", "--metarepository", "out/m.csv")
     images = ("model.h5", "labels.csv", "--image-dir", "in", "--val", "labels.csv", "--on-error", "skip", *score)
-    add("scored table", ("scripts.evaluate", images), make_scored, ("labels.csv", "in/*/P_[45]*.png"), 10)
+    add("scored table", ("mammo.commands.evaluate", images), make_scored, ("labels.csv", "in/*/P_[45]*.png"), 10)
     add(
         "scored folder",
-        ("scripts.evaluate", ("model.h5", "prepared", *score, "--report", "out/r.html")),
+        ("mammo.commands.evaluate", ("model.h5", "prepared", *score, "--report", "out/r.html")),
         make_scored,
         ("prepared/images.csv",),
         15,

@@ -186,10 +186,10 @@ def load_modules() -> None:
         importlib.import_module(target.module)
     for name in ("cv2", "pydicom", "pandas", "sklearn.ensemble", "skops.io", "matplotlib.figure", "scipy.ndimage"):
         importlib.import_module(name)
-    import dm_args
+    from mammo.train import backend
 
-    dm_args.start_backend()
-    for name in ("dm_predict", "dm_train"):
+    backend.start_backend()
+    for name in ("mammo.evaluate.predict", "ddsm_train.training"):
         importlib.import_module(name)
 
 

@@ -1,0 +1,1 @@
+"""The published scripts, by their names, and what the trainers share."""

@@ -1,0 +1,1 @@
+"""INbreast: preparation, finetuning, the subset experiment."""

@@ -1,0 +1,1 @@
+"""What every room uses: files, guards, tables, resumable work, command lines, statistics."""

@@ -1,0 +1,205 @@
+"""Read and write tables: CSV of any dialect, Excel, columns by their names."""
+
+import csv
+import functools
+import importlib.util
+import io
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from mammo.base.files import InputError, atomic_write, one_line
+from mammo.base.guards import check_archive, read_bytes
+
+TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
+
+# What an Excel table may have: cells, also empty ones, and tags in its XML, of which a cell takes four.
+_MAX_CELLS = 2**24
+
+_MAX_TAGS = 2**22
+
+
+# ------------------------------------------------------------------------------------------------- text files
+
+
+def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+@contextmanager
+def open_csv(path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
+    """The header of a CSV file, and its rows: where each stands ("path, line n") and its cells; empty ones left out.
+
+    delimiters: what may divide cells; the one that the header has most of does.
+    InputError for what is no UTF-8 text or no CSV, or for a row of more or fewer cells than the header; it names the
+    line.
+    """
+    reader = csv.reader((), strict=True)
+
+    def read_rows():
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if len(cells) != len(header) and any(cells):
+                raise InputError(f"{where}: Expected {len(header)} cells. Received {len(cells)}; is the file whole?")
+            if any(cells):
+                yield where, cells
+
+    try:
+        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        first = text.readline()
+        text.seek(0)
+        reader = csv.reader(text, delimiter=max(delimiters, key=first.count), strict=True)
+        header = next(reader, [])
+        yield header, read_rows()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from None
+
+
+@contextmanager
+def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]]]]:
+    """The header of a table and its rows, as `open_csv` gives them: of a CSV file or the first sheet of an Excel file.
+
+    Cells of a CSV file are divided by what divides its header: commas, semicolons or tabs.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        with open_csv(path, delimiters=",;\t") as opened:
+            yield opened
+    elif suffix in TABLE_SUFFIXES:
+        header, *lines = _read_excel(path) or [[]]
+        yield header, [(f"{path}, row {number}", cells) for number, cells in enumerate(lines, 2) if any(cells)]
+    else:
+        raise InputError(f"{path}: Expected a table ending in {', '.join(TABLE_SUFFIXES)}")
+
+
+def _read_excel(path) -> list[list[str]]:
+    """Cells of the first sheet as text; whole numbers have no point."""
+    package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv")
+    try:
+        if package == "openpyxl":
+            return _read_xlsx(path)
+        import xlrd
+
+        # The first sheet alone: each can claim all cells that the format has.
+        rows = xlrd.open_workbook(path, logfile=io.StringIO(), on_demand=True).sheet_by_index(0).get_rows()
+        number = xlrd.XL_CELL_NUMBER
+        return [[f"{cell.value:.15g}" if cell.ctype == number else str(cell.value) for cell in row] for row in rows]
+    except (OSError, InputError):
+        raise
+    except Exception as error:  # the packages raise many kinds
+        raise InputError(f"{path}: not a readable table ({type(error).__name__}: {error})") from None
+
+
+def _read_xlsx(path) -> list[list[str]]:
+    """Cells of the first sheet as text, in rows of one length, or none.
+
+    Raises InputError where they would fill the memory: one cell far below and to the right makes all those before it,
+    and each XML tag an object, of which an archive holds thousands in a few bytes.
+    """
+    import openpyxl
+
+    check_archive(path, compressed=True)
+    with zipfile.ZipFile(path) as archive:
+        tags = 0
+        for name in archive.namelist():
+            with archive.open(name) as member:
+                tags += sum(part.count(b"<") for part in iter(functools.partial(member.read, 2**20), b""))
+    if tags > _MAX_TAGS:
+        raise InputError(f"{path}: refused: a table of {tags} XML tags. Expected at most {_MAX_TAGS}; save it as .csv")
+    rows, width, empty = [], 1, []  # of which there may be millions
+    with closing(openpyxl.load_workbook(path, read_only=True, data_only=True)) as book:
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # the file's own claim
+        for row in sheet.iter_rows(values_only=True):
+            cells = list(map(_cell_text, row))
+            while cells and not cells[-1]:
+                cells.pop()
+            width = max(width, len(cells))
+            rows.append(cells or empty)
+            if len(rows) * max(width, 16) > _MAX_CELLS:  # the format itself has 2**20 rows
+                raise InputError(
+                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. Expected the table alone on the first "
+                    "sheet, from its first row and column on; save it as .csv"
+                )
+    return [cells + [""] * (width - len(cells)) if cells else cells for cells in rows]
+
+
+def _cell_text(value) -> str:
+    if value is None:
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def plain_header(name: str) -> str:
+    """The header of a column in small letters, with a space for each "_" or run of spaces."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def find_columns(
+    path, header: Sequence[str], columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+) -> dict[str, int]:
+    """Where in `header` each column is. columns: spellings of each, of which one must be there.
+
+    Spellings are in small letters with spaces; in the header "_" and " " are the same, and so is case. InputError
+    names what is missing, by the first spelling, but for the `optional` columns, which are left out.
+    """
+    names = [plain_header(name) for name in header]
+    places, missing = {}, []
+    for name, spellings in columns.items():
+        found = [names.index(spelling) for spelling in spellings if spelling in names]
+        if found:
+            places[name] = found[0]
+        elif name not in optional:
+            missing.append(spellings[0])
+    if missing:
+        raise missing_columns(path, missing, header)
+    return places
+
+
+def missing_columns(path, missing: Iterable[str], header: Sequence[str]) -> InputError:
+    """The error of a table that lacks columns: which, and what there is, cut where it is long."""
+    received = one_line(", ".join(header), 100) or "nothing"
+    return InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {received}")
+
+
+def is_below(name: str) -> bool:
+    """Whether a relative path, of this or another system, can only mean something below the folder it starts from."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    anchored = posix.anchor or windows.anchor or ".." in posix.parts + windows.parts
+    return bool(posix.parts) and not anchored and name.isprintable()
+
+
+def read_rows(path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and the cells of these columns, stripped, of each row of a CSV table with a header line.
+
+    Raises InputError for what is no such table.
+    """
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    try:
+        header = reader.fieldnames or ()
+        if wrong := [name for name in columns if header.count(name) != 1]:
+            raise InputError(
+                f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(columns)}. "
+                f"Received {','.join(header)[:200]}"
+            )
+        for cells in reader:
+            yield reader.line_num, {name: (cells[name] or "").strip() for name in columns}
+    except csv.Error as error:
+        raise InputError(f"{path}, row {reader.line_num}: not a CSV table: {error}") from None
+
+
+def _read_text(path) -> str:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return file.read()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None

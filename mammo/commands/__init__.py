@@ -1,0 +1,1 @@
+"""The commands that have no script of the original's name."""

@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Read all images of a data set and list those that cannot be used, by cause; exit status 1 if there are any.
+
+  python -m mammo check-data data/train data/val data/test
+
+The trainers do the same before they start (--check-data). Every image has a row in the table, with its size, its pixel
+type and what is wrong with it; images that it has already are not read again, as long as they have not changed.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+from mammo.base import cli
+from mammo.base.files import counted
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image, or folder searched for them")
+    parser.add_argument("--table", metavar="FILE", default="data_check.csv", help="CSV to write, and to go on with")
+    cli.add_flag(parser, "--allow-constant", False, "accept images whose pixels are all equal, as patches may be")
+    parser.add_argument(
+        "--jobs", type=cli.positive_int,
+        help="images read at the same time; default: the environment variable NUM_CPU_CORES, or 4",
+    )  # fmt: skip
+    return parser
+
+
+def run(**options) -> None:
+    """Write the table and print the faults; keyword arguments are the option names of `make_parser`."""
+    args = cli.complete(make_parser(), options)
+    sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
+    from mammo.images.check import check_images, report_faults, warn_of_types
+    from mammo.images.reading import find_images
+
+    checks = check_images(find_images(sources), args.table, args.allow_constant, args.jobs)
+    good = [check for check in checks if not check.cause]
+    for name, values in (("pixel types", [check.type for check in good]),
+                         ("sizes", [f"{check.rows} x {check.columns}" for check in good])):  # fmt: skip
+        common = Counter(values).most_common(5)
+        more = f" and {len(set(values)) - 5} others" if len(set(values)) > 5 else ""
+        print(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in common) + more)
+    print(f"{counted(len(checks), 'image')} listed in {args.table}")
+    warn_of_types(checks)
+    report_faults(checks, args.table)
+
+
+def main(argv=None) -> int:
+    return cli.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

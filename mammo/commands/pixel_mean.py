@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Mean pixel of a training set after rescaling, and the rescale factor that its pixels suggest.
+
+  python -m mammo pixel-mean data/train --img-size 1152 896
+
+The options that it prints are those of both trainers and of the other scripts: paste them.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+from mammo.base import cli
+from mammo.base.files import InputError, counted
+
+DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image, or folder searched for them")
+    parser.add_argument(
+        "--img-size", nargs=2, type=cli.positive_int, metavar=("HEIGHT", "WIDTH"),
+        help="resize to this first, as the trainers do, so that all images count alike (default: as stored)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rescale-factor", type=cli.positive_float,
+        help="multiply pixels by this (default: what brings the bits that they use to 0..255)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON instead")
+    cli.add_parallel_options(parser)
+    return parser
+
+
+def measure(path, img_size=None):
+    """(sum and number of pixels after resizing, type, lowest and highest pixel as stored) of one grey image."""
+    import numpy as np
+
+    from mammo.images.reading import check_grey, read_img, resize
+
+    img = check_grey(path, read_img(path, dicom_16_bit=True))
+    pixel_type, low, high = img.dtype.name, img.min().item(), img.max().item()
+    if img_size:
+        img = resize(img, *img_size)
+    total = img.sum(dtype=np.int64 if img.dtype.kind in "iu" else np.float64).item()
+    return total, img.size, pixel_type, low, high
+
+
+def suggest_factor(pixel_types, low, high):
+    """What brings pixels of these types and of this range to 0..255: 255 over the largest value of their bits.
+
+    Four digits, as published for 16 bits (0.003891). Raises InputError for pixels that no bits are known for.
+    """
+    if low < 0 or any(name.startswith("float") for name in pixel_types):
+        raise InputError(
+            f"cannot tell a rescale factor: Expected whole numbers from 0. Received {', '.join(pixel_types)} pixels "
+            f"of {low:g}..{high:g}; give --rescale-factor"
+        )
+    bits = next(bits for bits in DEPTHS if high < 2**bits)
+    return float(f"{255 / (2**bits - 1):.4g}")
+
+
+def pixel_mean(files, img_size=None, rescale_factor=None, jobs=1, backend="loky") -> dict:
+    """Measure grey images. Sums of integer pixels are exact, so the result is the same for any number of jobs.
+
+    img_size: (height, width) to resize to (bicubic) before the mean is taken. rescale_factor: None for the one
+    suggested by the largest pixel of all. Raises InputError for an unreadable image.
+
+    Returns images, pixels, sum, types {name: number of images}, min, max (as stored), mean, rescale_factor, and
+    featurewise_mean, which is the mean times the factor.
+    """
+    from mammo.base.work import run_parallel
+
+    figures = {"images": len(files), "pixels": 0, "sum": 0, "types": {}, "min": float("inf"), "max": float("-inf")}
+    measured = run_parallel(functools.partial(measure, img_size=img_size), files, jobs, backend, "measuring")
+    for total, pixels, pixel_type, low, high in measured:
+        figures["sum"] += total
+        figures["pixels"] += pixels
+        figures["types"][pixel_type] = figures["types"].get(pixel_type, 0) + 1
+        figures["min"], figures["max"] = min(figures["min"], low), max(figures["max"], high)
+    figures["types"] = dict(sorted(figures["types"].items()))
+    figures["mean"] = figures["sum"] / figures["pixels"]
+    factor = rescale_factor or suggest_factor(figures["types"], figures["min"], figures["max"])
+    return figures | {"rescale_factor": factor, "featurewise_mean": figures["mean"] * factor}
+
+
+def run(**options) -> None:
+    """Print the figures; keyword arguments are the option names of `make_parser`."""
+    args = cli.complete(make_parser(), options)
+    from mammo.images.reading import find_images
+
+    sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
+    figures = pixel_mean(find_images(sources), args.img_size, args.rescale_factor, args.jobs, args.backend)
+    types, factor, high = figures["types"], figures["rescale_factor"], figures["max"]
+    if len(types) > 1:
+        counts = ", ".join(f"{count} of {name}" for name, count in types.items())
+        print(f"warning: no one factor fits images of several types. Received {counts}", file=sys.stderr)
+    if not 32 <= high * factor <= 320:
+        print(
+            f"warning: rescaled pixels are far from the range 0..255 that networks expect. "
+            f"Received a maximum of {high:g} x {factor:g} = {high * factor:.4g}",
+            file=sys.stderr,
+        )
+    if args.json:
+        print(json.dumps(figures, indent=2))
+        return
+    stored = f"pixels {figures['min']:g}..{high:g}, mean {figures['mean']:.6g}"
+    print(f"{counted(figures['images'], 'image')} ({', '.join(types)}), {stored}")
+    print(f"--rescale-factor {factor:g} --featurewise-mean {figures['featurewise_mean']:.2f}")
+
+
+def main(argv=None) -> int:
+    return cli.run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

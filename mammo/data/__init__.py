@@ -1,0 +1,1 @@
+"""From a data set as downloaded to prepared folders and patches."""

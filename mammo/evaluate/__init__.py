@@ -1,0 +1,1 @@
+"""From a model or predictions to figures with intervals and a report."""

@@ -1,0 +1,280 @@
+"""What a model was trained with, and warnings of images unlike those that it was trained on.
+
+All pixel values are those after rescaling and before the mean is subtracted, about 0..255.
+
+Only the standard library is imported at the start, since command lines take their options from here.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mammo.base import cli
+from mammo.base.files import InputError
+from mammo.base.guards import read_json
+
+# What the released models were trained with; their mean is that of the DDSM ones.
+PUBLISHED_PIXELS = {
+    "img_size": [1152, 896],
+    "img_scale": None,
+    "rescale_factor": 0.003891,
+    "featurewise_center": True,
+    "featurewise_mean": 52.18,
+    "equalize_hist": False,
+    "class_list": ["neg", "pos"],
+}
+
+# Quantiles over the training images that are kept of each figure.
+_QUANTILES = (0, 0.05, 0.5, 0.95, 1)
+
+# Shares of an image's range: darker is background, brighter is no tissue along a whole border.
+_DARK, _BRIGHT = 0.2, 0.8
+
+# ------------------------------------------------------------------------------- what a model was trained with
+
+
+class _OfModel:
+    """Default of an option that the model's own training decides; None would be a choice of the user's."""
+
+    def __repr__(self):
+        return "the model's"
+
+
+OF_MODEL = _OfModel()
+
+
+def add_pixel_options(parser: argparse.ArgumentParser) -> None:
+    """`mammo.base.cli.add_pixel_options` for scripts that are given trained models: see `choose_pixel_options`."""
+    cli.add_pixel_options(parser)
+    for action in parser._actions:
+        if action.dest in PUBLISHED_PIXELS and action.dest != "class_list" and action.help != argparse.SUPPRESS:
+            action.default = OF_MODEL
+            action.help = action.help.partition("; default")[0]
+
+
+def choose_pixel_options(
+    given: Mapping[str, Any], model_path, built: Sequence[int | None] = ()
+) -> tuple[dict[str, Any], str]:
+    """The pixel options (and `class_list`) to use with a model, and a sentence on where they come from.
+
+    given: values by name, those that are absent or OF_MODEL not being given. They win over those that the model was
+    trained with, and these over the published ones. built: (rows, columns) that the model is built for, if known,
+    which wins over the published size. Raises InputError as `read_settings` does.
+    """
+    chosen = {name: value for name, value in given.items() if name in PUBLISHED_PIXELS and value is not OF_MODEL}
+    settings, file = read_settings(model_path), _folder(model_path) / "args.json"
+    source = f"pixel options of the model's training, from {file}"
+    if settings is None:
+        settings = PUBLISHED_PIXELS | ({"img_size": list(built)} if built and None not in built else {})
+        source = f"pixel options of the published models, since there is no {file}"
+    rest = {name: value for name, value in settings.items() if name not in chosen}
+    if set(rest) <= {"class_list"}:
+        source = "pixel options as given"
+    return chosen | rest, source
+
+
+def read_settings(model_path) -> dict[str, Any] | None:
+    """Pixel options, and `class_list`, that a model was trained with, or None where they are not known.
+
+    They are in `<model without ending>/args.json`, which the trainers write. Raises InputError for a damaged file.
+    """
+    path = _folder(model_path) / "args.json"
+    content = read_json(path)
+    if content is None:
+        return None
+    settings = {name: content[name] for name in PUBLISHED_PIXELS if name in content}
+    numbers = [settings.get(name) for name in ("img_scale", "rescale_factor", "featurewise_mean")]
+    size, flags = settings.get("img_size"), [settings.get(name) for name in ("featurewise_center", "equalize_hist")]
+    fits = (
+        set(settings) == set(PUBLISHED_PIXELS)
+        and all(number is None or _is_number(number) for number in numbers)
+        and isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(length, int) and length > 0 for length in size)
+        and all(isinstance(flag, bool) for flag in flags)
+        and isinstance(settings["class_list"], list)
+        and all(isinstance(name, str) for name in settings["class_list"])
+        and not (settings["featurewise_center"] and settings["featurewise_mean"] is None)
+    )
+    if not fits:
+        raise InputError(f"{path}: Expected the options of a training. Received others; remove the file to do without")
+    return settings
+
+
+def read_pixel_stats(model_path) -> dict[str, Any] | None:
+    """What `pixel_statistics` gave for a model's training images, or None where it is not known.
+
+    It is in `<model without ending>/pixel_stats.json`, which the trainers write. Raises InputError for a damaged file.
+    """
+    path = _folder(model_path) / "pixel_stats.json"
+    content = read_json(path)
+    if content is None:
+        return None
+    ranges = content.get("of_images")
+    names = ("mean", "sd", "p99", "bright_border", "edge_line", "top_heavy")
+    fits = (
+        _is_number(content.get("faces_left"))
+        and isinstance(content.get("images"), int)
+        and isinstance(ranges, dict)
+        and all(isinstance(ranges.get(name), list) and len(ranges[name]) == len(_QUANTILES) for name in names)
+        and all(_is_number(value) for name in names for value in ranges[name])
+    )
+    if not fits:
+        raise InputError(f"{path}: Expected statistics of training images. Received something else; remove the file")
+    return content
+
+
+def _folder(model_path) -> Path:
+    return Path(model_path).with_suffix("")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # whole ones, too
+
+
+# ------------------------------------------------------------------------------------------- measuring images
+
+
+def measure(image) -> dict[str, float]:
+    """Figures of one image, float (H, W[, C]), of which the first channel counts.
+
+    mean, sd, and p99, the 99th percentile; dark_border and bright_border, shares of its outermost pixels in the
+    darkest and the brightest fifth of its range; bright_excess, -1..1, share of all pixels in the brightest fifth less
+    that in the darkest; edge_line, the largest share of a line along the border that is in
+    the brightest fifth; to_left, -1..1, how much of the brightness is in the right half, as in a breast that points to
+    the left; top_heavy, -1..1, how much brighter the upper corner at the chest wall is than the lower one.
+    """
+    import numpy as np
+
+    image = np.asarray(image, np.float32)
+    image = image[..., 0] if image.ndim == 3 else image
+    rows, columns = image.shape
+    low, p99, high = (float(value) for value in np.quantile(image, [0, 0.99, 0.999]))
+    scaled = (image - low) / max(high - low, np.finfo(np.float32).tiny)
+    width = max(1, round(0.02 * min(rows, columns)))
+    strips = [scaled[:width], scaled[-width:], scaled[:, :width].T, scaled[:, -width:].T]
+    border = np.concatenate([strip.ravel() for strip in strips])
+    half, quarter = columns // 2, max(1, rows // 4)
+    to_left = _balance(scaled[:, columns - half :].sum(), scaled[:, :half].sum())
+    wall = scaled[:, half + half // 2 :] if to_left > 0 else scaled[:, : columns - half - half // 2]
+    return {
+        "mean": float(image.mean(dtype=np.float64)),
+        "sd": float(image.std(dtype=np.float64)),
+        "p99": p99,
+        "dark_border": float((border < _DARK).mean()),
+        "bright_border": float((border > _BRIGHT).mean()),
+        "bright_excess": float((scaled > _BRIGHT).mean() - (scaled < _DARK).mean()),
+        "edge_line": max(float((strip > _BRIGHT).mean(axis=1).max()) for strip in strips),
+        "to_left": to_left,
+        "top_heavy": _balance(wall[:quarter].sum(), wall[-quarter:].sum()),
+    }
+
+
+def _balance(one, other) -> float:
+    """-1..1: 1 where all is in `one`, 0 where both are equal."""
+    return float((one - other) / (one + other)) if one + other > 0 else 0.0
+
+
+def pixel_statistics(images: Iterable) -> dict[str, Any]:
+    """What training images look like, for `pixel_stats.json`: plain types that JSON can hold.
+
+    images: float (H, W[, C]) each, at least one, after rescaling and before mean subtraction. Returns images, size
+    ([H, W] of the first), mean and sd of all pixels, dark_border (mean share), faces_left (share of the images), and
+    of_images: for each figure of `measure` its quantiles 0, 0.05, 0.5, 0.95 and 1 over the images.
+    """
+    import numpy as np
+
+    figures, size = [], None
+    for image in images:
+        size = size or list(image.shape[:2])
+        figures.append(measure(image))
+    if not figures:
+        raise InputError("pixel statistics: Expected at least one image. Received none")
+    columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
+    return {
+        "images": len(figures),
+        "size": size,
+        "mean": float(columns["mean"].mean()),
+        # Of all pixels together: the variance within images and that between them.
+        "sd": float(np.sqrt((columns["sd"] ** 2).mean() + columns["mean"].var())),
+        "dark_border": float(columns["dark_border"].mean()),
+        "faces_left": float((columns["to_left"] > 0).mean()),
+        "of_images": {name: np.quantile(values, _QUANTILES).tolist() for name, values in columns.items()},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ before predicting
+
+
+def warnings_for(
+    image,
+    trained: Mapping[str, Any] | None = None,
+    *,
+    mean: float | None = None,
+    stored_size: tuple[int, int] | None = None,
+    view: str | None = None,
+) -> list[str]:
+    """In what an image differs from what a model was trained on, one sentence each; [] when all seems well.
+
+    image: as the network gets it, float (H, W[, C]), before mean subtraction. trained: `pixel_statistics` of the
+    training images; without them general rules apply, with `mean`, which is subtracted. stored_size: (rows, columns)
+    before resizing. view: "CC", "MLO" or None, if not known.
+
+    Limits are wide, since they are those of a mistake and not of an unusual breast: mean, deviation and 99th
+    percentile below half or above twice what nine in ten training images have.
+    """
+    figures, messages = measure(image), []
+    if figures["sd"] < 0.02 * max(abs(image.min()), abs(image.max())) or image.max() == image.min():
+        return [f"nearly constant image: Expected a mammogram. Received pixels of {image.min():.4g}..{image.max():.4g}"]
+    if stored_size is not None:
+        rows, columns = stored_size
+        if rows < image.shape[0] / 2 or columns < image.shape[1] / 2:
+            messages.append(
+                f"tiny image: {rows} x {columns} pixels, enlarged to {image.shape[0]} x {image.shape[1]}, "
+                "show no calcifications"
+            )
+        if columns > rows and image.shape[0] > image.shape[1]:
+            messages.append(f"wider than high ({rows} x {columns}): turned by 90 degrees, or two breasts in one image?")
+    messages += _scale_warnings(image, figures, trained, mean)
+    usual = trained["of_images"]["bright_border"][-1] if trained else 0.0
+    if figures["bright_border"] > max(0.4, usual + 0.2) and figures["bright_excess"] > 0:
+        messages.append(
+            f"bright background ({figures['bright_border']:.0%} of the border): black and white may be exchanged "
+            "(MONOCHROME1, or a film digitised as a negative)"
+        )
+        return messages  # the rest takes bright for tissue
+    usual = trained["of_images"]["edge_line"][-1] if trained else 0.0
+    if figures["edge_line"] >= 0.9 > usual:
+        messages.append("white line along the border: a frame, a film's edge or a ruler burned into the image?")
+    if trained and trained["images"] >= 20 and abs(figures["to_left"]) > 0.2:
+        share = trained["faces_left"] if figures["to_left"] > 0 else 1 - trained["faces_left"]
+        if share <= 0.05:
+            sides = ("left", "right") if figures["to_left"] > 0 else ("right", "left")
+            messages.append(
+                f"the breast points to the {sides[0]}, and in {1 - share:.0%} of the training images to the {sides[1]}"
+            )
+    lowest = min(-0.6, trained["of_images"]["top_heavy"][0]) if trained else -0.6
+    if view != "CC" and figures["top_heavy"] < (-0.2 if view == "MLO" else lowest - 0.1):
+        messages.append("upside down? The lower corner at the chest wall is the brighter one, by far")
+    return messages
+
+
+def _scale_warnings(image, figures, trained, mean) -> list[str]:
+    """Mean and scale far from the training images', or from 0..255 and the mean to subtract."""
+    advice = "check the rescale factor or scale, and that it was prepared as the training images were"
+    if trained is None:
+        from mammo.images.reading import pixel_warnings
+
+        messages = pixel_warnings([image])
+        if mean is not None and not messages and not mean / 3 <= figures["mean"] <= 3 * mean:
+            messages.append(
+                f"mean pixel {figures['mean']:.3g}: Expected about {mean:.3g}, which is subtracted; {advice}"
+            )
+        return messages
+    messages = []
+    for name, text in (("mean", "mean pixel"), ("sd", "standard deviation"), ("p99", "99th percentile")):
+        low, high = trained["of_images"][name][1], trained["of_images"][name][3]
+        if not low / 2 <= figures[name] <= high * 2:
+            messages.append(f"{text} {figures[name]:.3g} (training images: {low:.3g} to {high:.3g})")
+    return [", ".join(messages) + f"; {advice}"] if messages else []

@@ -1,0 +1,327 @@
+"""Write the report of an evaluation: one HTML page that needs no other file, no network and no script.
+
+`report.html.j2` beside this module is the page; the functions here collect what it shows.
+"""
+
+import base64
+import io
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import pandas as pd
+from cycler import cycler
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from mammo.base.files import InputError, counted, write_text
+from mammo.evaluate.evaluation import (
+    AVERAGE,
+    FLIPS,
+    at_levels,
+    band_opacity,
+    describe_weights,
+    draw_calibration,
+    draw_pr,
+    draw_roc,
+)
+from mammo.images.reading import check_grey, read_resized, resize
+
+if TYPE_CHECKING:
+    from mammo.evaluate.predict import Predictor
+
+# The palette of Okabe and Ito 2008, told apart by colour-blind readers too, less its yellow; dark enough on white.
+_COLOURS = ("#0072b2", "#c24e00", "#00795a", "#a3497d", "#1a1a1a", "#8a6d00")
+
+_STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=_COLOURS)
+
+_NEGATIVE, _POSITIVE = _COLOURS[:2]
+
+_PICTURE_HEIGHT = 560  # pixels
+
+_BINS = 25  # of the histogram
+
+_NONE = "\u2013"  # a dash
+
+_LEVELS = {"image": "Images", "breast": "Breasts", "patient": "Patients"}
+
+
+def write_report(
+    path: str | Path,
+    results: Mapping[str, Any],
+    table: pd.DataFrame,
+    *,
+    root: str | Path = ".",
+    predictors: "Mapping[str, Predictor] | None" = None,
+    positive: Sequence[str] = ("pos",),
+    nb_error: int = 4,
+    title: str = "Evaluation",
+) -> None:
+    """Write the report of an evaluation as one HTML page.
+
+    What is wrong with a picture, such as a missing file, is said in its place.
+
+    Args:
+        path: file to write; missing folders are made.
+        results: of `evaluate_models`; with `command` (a string or its words) and `versions` (by name) if known.
+        table: what was evaluated; see `mammo.evaluate.evaluation`.
+        root: folder that the files of the table are relative to.
+        predictors: by the name of its model, whose Grad-CAM maps are shown beside the mammograms. Models without one,
+            such as means of several, have mammograms alone.
+        positive: classes that count as cancer, whose maps are added.
+        nb_error: how many false positives, and how many false negatives, are shown of each model, the most confident
+            first, by the first threshold of its points.
+        title: heading of the page.
+
+    Raises:
+        OSError: as `write_text`.
+    """
+    data, levels = results["data"], results["levels"]
+    samples = at_levels(table, results["models"], data["patient_score"])
+    command = results.get("command")
+    page = _render(
+        title=title,
+        results=results,
+        sections={
+            "summary": "Summary",
+            **{name: _LEVELS[name] for name in levels},
+            "errors": "Most confident errors",
+            "methods": "How to read the figures",
+            "origin": "Origin",
+        },
+        count_models=_count_models,
+        of_patients=_of_patients,
+        areas=_areas(results),
+        by_view=table.groupby(["side", "view"]),
+        remarks=[*data.get("notes", ()), *(f"Skipped: {message}" for message in data.get("skipped", ()))],
+        with_calibration=_with_calibration,
+        figures=lambda name: _figures(levels[name], samples[name]),
+        errors=_errors(results, table, nb_error),
+        predictors=predictors or {},
+        draw=lambda file, predictor: _pictures(Path(root, file), predictor, positive),
+        FLIPS=FLIPS,
+        Path=Path,
+        command=command if isinstance(command, str | None) else shlex.join(map(str, command)),
+        origins=_origins(data),
+        versions=results.get("versions"),
+    )
+    write_text(path, page)
+
+
+def _render(**content) -> str:
+    environment = Environment(
+        loader=PackageLoader("mammo.evaluate", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "estimate": _estimate,
+        "interval": _interval,
+        "number": _number,
+        "p_value": _p_value,
+        "score": _score,
+        "thousands": "{:,}".format,
+    }
+    return environment.get_template("report.html.j2").render(content)
+
+
+# ------------------------------------------------------------------------------------------------- parts of the page
+
+
+def _count_models(columns: Sequence[str]) -> str:
+    """Name the only model, or count the models, and their columns of predictions where flips and averages add some."""
+    if len(columns) == 1:
+        return f"Model {columns[0]}"
+    models = {name.removesuffix(FLIPS) for name in columns} - {AVERAGE}
+    if len(models) in (0, len(columns)):
+        return counted(len(columns), "model")
+    return f"{counted(len(models), 'model')}, {len(columns)} columns of predictions"
+
+
+def _of_patients(number: int, noun: str, patients: int | None) -> str:
+    return counted(number, noun) + ("" if patients is None else f" of {counted(patients, 'patient')}")
+
+
+def _areas(results) -> list[list[str]]:
+    """Make the rows of a table of AUCs by model and level, its head first."""
+    levels = results["levels"]
+    rows = [["Model", *(_LEVELS[name] for name in levels)]]
+    for name in results["models"]:
+        rows.append([name, *(_estimate(level["models"][name]["auc"], "delong") for level in levels.values())])
+    return rows
+
+
+def _with_calibration(models) -> dict[str, Any]:
+    return {name: model for name, model in models.items() if model["calibration"] is not None}
+
+
+def _figures(level, samples: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
+    """Draw the curves of a level and the scores of its models; yield SVG in Base64, caption and alternative text."""
+    models = level["models"]
+    bands = ", 95% bands" if band_opacity(models) else ""
+    first = "".join(f"; dots: {point['name']}" for point in next(iter(models.values()))["points"][:1])
+    areas = "; ".join(f"{name} {model['auc']['value']:.3f}" for name, model in models.items())
+    caption = f"ROC curves{bands}{first}"
+    yield _draw_models(models, draw_roc), caption, f"{caption}. AUC: {areas}"
+    caption = f"Precision and recall{bands}"
+    yield _draw_models(models, draw_pr, level["positive"] / level["samples"]), caption, caption
+    if calibrated := _with_calibration(models):
+        caption = "Observed share of cancer by predicted probability"
+        yield _draw_models(calibrated, draw_calibration), caption, caption
+    for name, model in models.items():
+        caption = f"Scores of {name}" + "".join(f"; dashed: {point['name']}" for point in model["points"][:1])
+        yield _draw_histogram(samples, name, model), caption, caption
+
+
+def _errors(results, table: pd.DataFrame, nb_error: int) -> Iterator[tuple[str, float, dict[str, tuple[int, list]]]]:
+    """Yield the name of each model, its threshold, and by kind of error their number and rows of the table."""
+    for name in results["models"]:
+        points = results["levels"]["image"]["models"][name]["points"]
+        threshold = points[0]["threshold"] if points else 0.5
+        called, cancer = table[name] >= threshold, table["label"] == 1
+        kinds = {
+            "False positives": table[called & ~cancer].sort_values(name, ascending=False, kind="stable"),
+            "False negatives": table[~called & cancer].sort_values(name, kind="stable"),
+        }
+        yield (
+            name,
+            threshold,
+            {kind: (len(rows), rows.head(nb_error).to_dict("records")) for kind, rows in kinds.items()},
+        )
+
+
+def _pictures(file: Path, predictor, positive) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """Draw the mammogram and, where there is a predictor, its map over it.
+
+    Returns:
+        JPEG in Base64 (PNG would make the page ten times as large), height and width of each picture; and what could
+        not be drawn and why.
+    """
+    from mammo.maps.draw import blend, share_of_largest
+
+    pictures, problems, encoded = [], [], []
+    if predictor is not None:
+        try:
+            img, heatmap, grid = predictor.explain(file)
+            columns = [predictor.class_list.index(name) for name in positive]
+            pictures = [blend(img), blend(img, share_of_largest(heatmap[..., columns].sum(axis=-1), grid))]
+        except InputError as error:
+            problems.append(f"No map: {error}")
+    if not pictures:
+        try:
+            pictures = [blend(check_grey(file, read_resized(file, target_height=_PICTURE_HEIGHT)))]
+        except InputError as error:
+            problems.append(f"No picture: {error}")
+    for picture in pictures:
+        width = max(1, round(_PICTURE_HEIGHT * picture.shape[1] / picture.shape[0]))
+        resized = resize(picture, _PICTURE_HEIGHT, width)
+        jpeg = cv2.imencode(".jpg", resized, [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+        encoded.append((base64.b64encode(jpeg).decode(), *resized.shape[:2]))
+    return encoded, problems
+
+
+def _origins(data) -> list[str]:
+    """List the files of the models with their pixel options, and the weights of averages."""
+    lines = []
+    for name, file in data.get("model_files", {}).items():
+        options = data.get("pixel_options", {}).get(name, {})
+        lines.append("; ".join([f"{name}: {file}", *(f"{option} {value}" for option, value in options.items())]))
+    return lines + describe_weights(data.get("average_weights", {}))
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return _NONE if value is None else f"{value:{sign}.3f}".replace("-", "\u2212")
+
+
+def _score(value: float) -> str:
+    """Format a score or threshold: three digits, and as many more near 1 as tell how near."""
+    digits = 0 if value == 1 else 1 - math.floor(math.log10(abs(1 - value)))
+    return f"{value:.{max(3, digits)}g}"
+
+
+def _interval(pair: Sequence[float] | None) -> str:
+    return _NONE if pair is None else f"{_number(pair[0])} to {_number(pair[1])}"
+
+
+def _estimate(estimate: Mapping[str, Any], interval: str = "interval") -> str:
+    """Format an entry of the results with its interval of this name."""
+    pair = estimate[interval]
+    if estimate["value"] is None:
+        return "not defined"
+    return f"{_number(estimate['value'])} ({'no interval' if pair is None else _interval(pair)})"
+
+
+def _p_value(value: float | None) -> str:
+    return _NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# -------------------------------------------------------------------------------------------------------- drawing
+
+
+def _axes(lines: int, **settings):
+    """Make a figure, readable at the width of a phone, with room for a legend of so many lines, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 3.9 + 0.17 * lines), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set(**settings)
+    return figure, axes
+
+
+def _svg(figure) -> str:
+    """Add a legend above the axes, where it covers no curve, and encode in Base64, the same figure as the same text."""
+    import matplotlib
+
+    figure.legend(loc="outside upper left", fontsize=8, frameon=False, handlelength=2.4)
+    file = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _short(name: str) -> str:
+    """Shorten a name for the legend: long ones, such as paths, would leave no room for the curves."""
+    return name if len(name) <= 44 else "…" + name[-43:]
+
+
+def _draw_models(models, draw, level: float | None = None) -> str:
+    """Draw all models in one picture. draw: a function of `evaluation`. level: height of a line to compare with."""
+    figure, axes = _axes(len(models), aspect="equal")
+    axes.set_prop_cycle(_STYLES)
+    for name, model in models.items():
+        draw(axes, model, _short(name), band_opacity(models))
+    if level is not None:
+        axes.axhline(level, color="0.8", linewidth=1, linestyle="--", zorder=0)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    return _svg(figure)
+
+
+def _draw_histogram(samples: pd.DataFrame, name: str, model) -> str:
+    """Draw how the scores of one model are distributed in either class, and its first threshold."""
+    scores, truth = samples[name].to_numpy(float), samples["label"].to_numpy()
+    figure, axes = _axes(2, xlabel="score", ylabel="share of the class")
+    limits = (0, 1) if model["calibration"] is not None else (scores.min(), scores.max())
+    edges = np.linspace(*limits, _BINS + 1)
+    for label, text, colour, hatch in ((0, "without cancer", _NEGATIVE, None), (1, "with cancer", _POSITIVE, "///")):
+        part = scores[truth == label]
+        weights = np.full(len(part), 1 / len(part))
+        axes.hist(part, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.35, hatch=hatch)
+        axes.hist(
+            part, edges, weights=weights, histtype="step", color=colour, linewidth=1.4, label=f"{text} ({len(part)})"
+        )
+    for point in model["points"][:1]:
+        axes.axvline(point["threshold"], color="0.25", linewidth=1.2, linestyle="--")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return _svg(figure)

@@ -1,0 +1,1022 @@
+"""Batches of images for Keras: one iterator, and what it iterates over (folders, lists, exams, arrays, spots).
+
+`dm_image.DMImageDataGenerator.flow*` make these. All read DICOM files as the 16-bit PNG files that data preparation
+makes of them. They are apart from dm_image because they import Keras.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import keras
+import numpy as np
+
+from mammo.base.files import InputError, env_int, write_img
+from mammo.base.work import run_parallel
+from mammo.images import reading as dm_reading
+from mammo.images.breast import DMImagePreprocessor, detect_blobs
+from mammo.images.check import check_images
+from mammo.images.reading import pixel_warnings
+
+# Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
+cv2.setNumThreads(1)
+
+_NO_IMAGES = f"no images in this class folder. Expected {', '.join(dm_reading.IMAGE_SUFFIXES)}."
+
+# How often others are tried where no image of a batch can be read: then they are gone with their disk.
+_MAX_ATTEMPTS = 5
+
+CLASS_MODES = ("categorical", "binary", "sparse", None)
+
+
+class DMIterator(keras.utils.PyDataset):
+    """Order, labels and weights of batches over n samples; subclasses say what a batch of samples is.
+
+    Batch i of an epoch is a pure function of (seed, epoch, i), so any number of workers gives the same batches, and
+    every sample comes once an epoch, the last batch being shorter. Order rule (golden): an epoch that starts after
+    k batches takes RandomState(seed + k).permutation(n); batch number j (from 1, over all epochs) has a generator
+    RandomState(seed + j) whose first uniform decides on skipping it, and which then balances it and picks images.
+
+    Use as a PyDataset (`len`, `[i]`, `on_epoch_end`), or call `next()` for an endless stream over the same batches;
+    a `for` loop goes to the end of the epoch. `reset()` starts a new epoch. `.input_error` keeps the InputError of a
+    batch that failed, since TensorFlow turns it into an error of its own.
+
+    Args:
+        generator: DMImageDataGenerator that augments and standardises.
+        n: number of samples. classes: their class numbers (n,), or None without labels. nb_class: number of classes.
+        batch_size: samples a batch.
+        shuffle, seed: order; without a seed, one is drawn here.
+        class_mode: labels as one-hot float32 rows ("categorical"), float32 class numbers ("binary"), integers
+            ("sparse") or no labels (None: batches are then x alone).
+        auto_batch_balance: also return sample weights, 1 / (frequency of the sample's class in its batch).
+        no_pos_skip: probability of leaving out a batch without a sample of class 1.
+        balance_classes: if above 0, redraw each batch with this ratio of others to class 1 (`index_balancer`).
+        workers: threads that load the images of a batch (default NUM_CPU_CORES, 4). They are ours, and Keras is told
+            of one worker: its own queue (as of 3.15) carries batches over from the start of one epoch to the next, so
+            that under a distribution strategy, and with JAX and PyTorch, images come twice and others never.
+    """
+
+    def __init__(
+        self,
+        generator,
+        n,
+        classes=None,
+        nb_class=None,
+        *,
+        batch_size=32,
+        shuffle=True,
+        seed=None,
+        class_mode="categorical",
+        auto_batch_balance=False,
+        no_pos_skip=0.0,
+        balance_classes=0.0,
+        workers=None,
+    ):
+        super().__init__()
+        workers = _default_workers(workers)
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        # Loads the next batch while the network works on this one. Only TensorFlow would do so of itself.
+        self._reader = ThreadPoolExecutor(1) if workers > 1 else None
+        self._ahead = None  # (plan of the epoch, position in it, its future batch)
+        if class_mode not in CLASS_MODES:
+            raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {class_mode!r}.")
+        if n < 1:
+            raise InputError("Expected at least one image to iterate over. Received none.")
+        if batch_size < 1:
+            raise InputError(f"batch_size: Expected at least 1. Received {batch_size}.")
+        if no_pos_skip >= 1 and classes is not None and not np.any(np.equal(classes, 1)):
+            raise InputError("Expected a sample of class 1, since all batches without one are skipped. Received none.")
+        self.generator = generator
+        self.nb_sample = n
+        self.classes = None if classes is None else np.asarray(classes)
+        self.nb_class = nb_class
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed) % 2**32
+        self.class_mode = None if classes is None else class_mode
+        self.auto_batch_balance = auto_batch_balance
+        self.no_pos_skip = no_pos_skip
+        self.balance_classes = balance_classes
+        self.input_error = None
+        self._epoch = 0
+        self._next = 0  # position of next() in the epoch
+        self._plan_epoch(batches_before=0)
+
+    @property
+    def labels(self):
+        """Class numbers (n,) of the samples, or None."""
+        return self.classes
+
+    # -- order
+
+    def _plan_epoch(self, batches_before):
+        """List the batches of the epoch that begins after `batches_before`, as (number, sample indices)."""
+        self._next, self._batches, self._ahead = 0, [], None
+        while not self._batches:  # all of an epoch's batches may be skipped
+            self._before = batches_before
+            order = np.arange(self.nb_sample)
+            if self.shuffle:
+                order = self._random_state(batches_before).permutation(self.nb_sample)
+            for start in range(0, self.nb_sample, self.batch_size):
+                index = order[start : start + self.batch_size]
+                batches_before += 1
+                if not self._is_skipped(batches_before, index):
+                    self._batches.append((batches_before, index))
+        self._after = batches_before
+
+    def _random_state(self, number):
+        return np.random.RandomState((self.seed + number) % 2**32)
+
+    def _is_skipped(self, number, index):
+        if not self.no_pos_skip or self.classes is None or (self.classes[index] == 1).any():
+            return False
+        return self._random_state(number).uniform() < self.no_pos_skip
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __getitem__(self, i):
+        plan, position = self._batches, range(len(self))[i]
+        ahead, self._ahead = self._ahead, None
+        try:
+            is_next = ahead and ahead[0] is plan and ahead[1] == position
+            batch = ahead[2].result() if is_next else self._make(plan, position)
+        except InputError as error:
+            self.input_error = error
+            raise
+        if self._reader and position + 1 < len(plan):
+            self._ahead = (plan, position + 1, self._reader.submit(self._make, plan, position + 1))
+        return batch
+
+    def _make(self, plan, position):
+        return self._make_batch(*self._balanced(*plan[position]))
+
+    def _balanced(self, number, index):
+        """The samples of batch `number`, and the generator for what else it draws."""
+        rng = self._random_state(number)
+        if self.classes is not None:
+            rng.uniform()  # the draw that decides on skipping
+            if self.balance_classes:
+                index = index_balancer(index, self.classes[index], self.balance_classes, rng)
+        return index, rng
+
+    def batch_names(self, i):
+        """What the samples of batch i of this epoch are called: the paths of their files, where they have any."""
+        return [str(self._name(sample)) for sample in self._balanced(*self._batches[i])[0]]
+
+    def on_epoch_end(self):
+        """Go on to the next epoch; Keras calls this."""
+        self._epoch += 1
+        self._plan_epoch(self._after)
+
+    def reset(self):
+        """Start a new epoch; batches drawn so far by `next()` count for its order."""
+        if self._next:
+            self._epoch += 1
+        self._plan_epoch(self.total_batches_seen)
+
+    @property
+    def position(self):
+        """Where the epoch stands in the order of all, for `go_to`: (number of the epoch, batches before it)."""
+        return self._epoch, self._before
+
+    def go_to(self, epoch, batches_before, skip=0):
+        """Take up the epoch at a `position`, without its first `skip` batches."""
+        self._epoch = epoch
+        self._plan_epoch(batches_before)
+        del self._batches[:skip]
+
+    @property
+    def total_batches_seen(self):
+        """Batches of past epochs and those that `next()` drew (or skipped) of this one."""
+        return self._batches[self._next - 1][0] if self._next else self._before
+
+    def next(self):
+        """The next batch, without end; a new epoch begins when one is through."""
+        if self._next == len(self):
+            self.on_epoch_end()
+        self._next += 1
+        return self[self._next - 1]
+
+    __next__ = next
+
+    def __iter__(self):
+        """The batches left in this epoch; all of the next one when there are none."""
+        yield self.next()
+        while self._next < len(self):
+            yield self.next()
+
+    # -- content
+
+    def _make_batch(self, index, rng):
+        """Batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
+        raise NotImplementedError
+
+    def _name(self, index):
+        return f"sample {index}"
+
+    def close(self):
+        """End the threads. Batches can still be drawn, by the caller's own."""
+        for pool in (self._pool, self._reader):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
+        self._pool = self._reader = self._ahead = None
+
+    def _map(self, function, *items):
+        """List of function(item), or of several, on this iterator's threads."""
+        return list((self._pool.map if self._pool else map)(function, *items))
+
+    def _augment(self, x, index, occurrence=0, out=None):
+        """Augment and standardise sample `index`: x float32 (H, W, C), as drawn for (seed, epoch, index).
+
+        `occurrence` tells apart images that belong to one sample, or one sample drawn repeatedly. Returns `out`, of
+        the shape of x, or a new array.
+        """
+        rng = np.random.default_rng([self.seed, self._epoch, int(index), occurrence])
+        x = self.generator.apply_transform(x, self.generator.get_random_transform(x.shape, rng), out)
+        standardized = self.generator.standardize(x, copy=False)
+        if standardized is not x:  # a preprocessing function may return another array
+            x[...] = standardized
+        return x
+
+    def _with_labels(self, x, classes, there=slice(None)):
+        """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance.
+
+        there: places of the samples that count; the others get one-hot labels of zeros, and no weight.
+        """
+        if self.class_mode is None:
+            return x
+        if self.class_mode == "categorical":
+            y = np.zeros((len(classes), self.nb_class), np.float32)
+            y[there] = np.eye(self.nb_class)[classes[there]]
+        else:
+            y = classes.astype(np.float32 if self.class_mode == "binary" else np.int64)
+        if not self.auto_batch_balance:
+            return x, y
+        weights = np.zeros(len(classes), np.float32)
+        weights[there] = batch_weights(classes[there])
+        return x, y, weights
+
+
+def _default_workers(workers):
+    return env_int("NUM_CPU_CORES", 4, minimum=1) if workers is None else workers
+
+
+def _check_one_size(names, images):
+    for name, x in zip(names, images, strict=True):
+        if x.shape != images[0].shape:
+            raise InputError(
+                f"{name}: images of a batch differ in size. Expected {images[0].shape}. "
+                f"Received {x.shape}; set target_size."
+            )
+
+
+def batch_weights(classes: np.ndarray) -> np.ndarray:
+    """float32 (n,): 1 / (frequency of each sample's class among `classes`) (golden)."""
+    _, position, count = np.unique(classes, return_inverse=True, return_counts=True)
+    return np.float32(1) / (count / len(classes)).astype(np.float32)[position]
+
+
+class _SampleIterator(DMIterator):
+    """Iterator over samples of one tensor each: subclasses give `load(index)`, float32 (H, W, C) unaugmented."""
+
+    def __init__(self, *args, save_to_dir=None, save_prefix="", save_format="png", **kwargs):
+        self.save_to_dir, self.save_prefix, self.save_format = save_to_dir, save_prefix, save_format
+        super().__init__(*args, **kwargs)
+        if save_to_dir:  # of batches that were asked for
+            self._reader = None
+
+    def _make_batch(self, index, rng):
+        drawn = index
+        for attempt in range(_MAX_ATTEMPTS):  # others take the place of a whole batch, such as a batch of one
+            index = (drawn + attempt * len(drawn)) % self.nb_sample
+            images = self._map(self.load_or_lose, index)
+            there = [place for place, image in enumerate(images) if image is not None]
+            if there:
+                break
+        else:
+            raise InputError(f"none of {_MAX_ATTEMPTS * len(drawn)} images can be read, such as {self._name(drawn[0])}")
+        _check_one_size([self._name(index[place]) for place in there], [images[place] for place in there])
+        batch = empty_aligned((len(index), *images[there[0]].shape))
+
+        def fill(place):
+            sample, occurrence = index[place], int((index[:place] == index[place]).sum())
+            self._augment(images[place], sample, occurrence, batch[place])
+            if self.save_to_dir:
+                self._save(batch[place], sample, occurrence)
+
+        self._map(fill, there)
+        for place in set(range(len(index))).difference(there):  # a batch keeps its size
+            batch[place] = batch[there[place % len(there)]]
+        counted = [] if attempt else there
+        return self._with_labels(batch, None if self.classes is None else self.classes[index], counted)
+
+    def load(self, index):
+        raise NotImplementedError
+
+    def load_or_lose(self, index):
+        """`load(index)`, or None for a sample whose place another one takes."""
+        return self.load(index)
+
+    def _save(self, x, index, occurrence):
+        """Write what the network sees, stretched to 0..255, as PREFIX_EPOCH_INDEX[_OCCURRENCE].FORMAT."""
+        if self.generator.data_format == "channels_first":
+            x = np.moveaxis(x, 0, -1)
+        x = x - x.min()
+        again = f"_{occurrence}" if occurrence else ""
+        name = f"{self.save_prefix}_{self._epoch}_{index}{again}.{self.save_format}"
+        write_img(Path(self.save_to_dir, name), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
+
+
+class ArrayIterator(_SampleIterator):
+    """Images in an array X (N, H, W, C) with labels y: class numbers (N,), one-hot rows (N, classes), or None.
+
+    Labels are returned as they were given. Other arguments are those of `DMIterator` (auto_batch_balance is on)
+    and save_to_dir, save_prefix, save_format.
+    """
+
+    def __init__(self, generator, X, y=None, batch_size=32, *, auto_batch_balance=True, **kwargs):
+        self.x = np.asarray(X)
+        if self.x.ndim != 4:
+            raise InputError(f"flow: Expected images of shape (N, H, W, C). Received {self.x.shape}.")
+        if y is not None and len(y) != len(self.x):
+            raise InputError(f"flow: Expected as many labels as images, {len(self.x)}. Received {len(y)}.")
+        self.y = None if y is None else np.asarray(y)
+        classes = None if y is None else to_sparse(y).astype(np.int64)
+        super().__init__(
+            generator,
+            len(self.x),
+            classes,
+            None if y is None else int(classes.max()) + 1,
+            class_mode="sparse",
+            batch_size=batch_size,
+            auto_batch_balance=auto_batch_balance,
+            **kwargs,
+        )
+
+    def load(self, index):
+        return self.x[index].astype(np.float32)
+
+    def _make_batch(self, index, rng):
+        batch = super()._make_batch(index, rng)
+        return batch if self.y is None else (batch[0], self.y[index], *batch[2:])
+
+
+class _FileIterator(_SampleIterator):
+    """Image files, read for each batch or once into memory.
+
+    Args:
+        paths, names: the files, and what to call them in `.filenames`.
+        target_size: (rows, columns); target_height, target_scale, gs_255, rescale_factor: see `read_resize_img`.
+        equalize_hist, dup_3_channels: see `read_img_for_pred`.
+        load_to_ram: keep the resized images as one array (N, H, W) of the files' integer type, read at once by
+            `workers` threads. Batches are the same as from disk.
+        on_error: "stop": an unreadable image raises InputError when it is read. "skip": all are read now, and
+            those that cannot be are left out. With one-hot labels, one that cannot be read later is lost: another, of
+            its batch where one is left, takes its place with a label of zeros and no weight. `.skipped` lists both, as
+            messages.
+        checked: what is known of the files, by their absolute names (`check.ImageCheck`): "skip" need not read
+            them now then. Images that are not what they were are unreadable.
+        allow_constant: whether an image whose pixels are all equal is readable. A patch may well be so; a whole
+            mammogram is broken.
+    """
+
+    def __init__(
+        self,
+        generator,
+        paths,
+        names,
+        classes=None,
+        nb_class=None,
+        *,
+        target_size=(256, 256),
+        target_height=None,
+        target_scale=None,
+        gs_255=False,
+        rescale_factor=None,
+        equalize_hist=False,
+        dup_3_channels=False,
+        load_to_ram=False,
+        on_error="stop",
+        checked=None,
+        allow_constant=True,
+        workers=None,
+        **kwargs,
+    ):
+        if on_error not in ("stop", "skip"):
+            raise InputError(f"on_error: Expected stop or skip. Received {on_error!r}.")
+        if load_to_ram and (target_size is None or target_height is not None):
+            raise InputError("load_to_ram: Expected target_size and no target_height, so that all images fit.")
+        self._gs_255 = gs_255
+        self._size_args = {"target_size": target_size, "target_height": target_height}
+        self._scale_args = {"target_scale": target_scale, "rescale_factor": rescale_factor}
+        self._input_args = (equalize_hist, generator.data_format, dup_3_channels)
+        self._allow_constant = allow_constant
+        self._paths, self.filenames = list(paths), list(names)
+        self.nb_file = len(self._paths)
+        self._left_out, self._lost = [], {}  # messages, and those of samples lost later
+        self._ram = self._checks = None
+        if load_to_ram:
+            errors = self._read_to_ram(on_error, _default_workers(workers))
+        elif checked is not None:
+            self._checks = [checked[_absolute(path)] for path in self._paths]
+        elif on_error == "skip":
+            self._checks = check_images(self._paths, None, allow_constant, workers, gs_255)
+        if self._checks is not None:
+            errors = [check.message for check in self._checks]
+        if load_to_ram or self._checks is not None:
+            self._left_out = [error for error in errors if error]
+            if self._left_out and on_error == "stop":
+                raise InputError(self._left_out[0])
+            classes = None if classes is None else np.asarray(classes)
+            classes = self._keep([index for index, error in enumerate(errors) if not error], classes)
+        super().__init__(generator, len(self._paths), classes, nb_class, workers=workers, **kwargs)
+        self._replaces = on_error == "skip" and self.class_mode == "categorical"
+
+    @property
+    def file_sizes(self):
+        """Bytes of each file, as they were when it was checked, if it was."""
+        if self._checks is None:
+            return [os.path.getsize(path) for path in self._paths]
+        return [check.bytes for check in self._checks]
+
+    @property
+    def skipped(self):
+        return [*self._left_out, *(message for _, message in sorted(self._lost.copy().items()))]
+
+    def _keep(self, good, classes):
+        """Go on with the samples `good` alone; return their classes."""
+        self._paths, self.filenames = ([files[i] for i in good] for files in (self._paths, self.filenames))
+        if self._checks is not None:
+            self._checks = [self._checks[i] for i in good]
+        if self._ram is not None and len(good) < len(self._ram):
+            for place, index in enumerate(good):
+                self._ram[place] = self._ram[index]
+            self._ram = self._ram[: len(good)]
+        return None if classes is None else classes[good]
+
+    def _read(self, index):
+        path = self._paths[index]
+        img = dm_reading.check_grey(path, dm_reading.read_img(path, self._gs_255, dicom_16_bit=True))
+        if self._checks is not None:
+            check = self._checks[index]
+            if (img.dtype.name, *img.shape) != (check.type, check.rows, check.columns):
+                raise dm_reading.ImageError(
+                    f"{path}: the image has changed. Expected {check.rows} x {check.columns} pixels of {check.type}, "
+                    f"as when it was checked. Received {img.shape[0]} x {img.shape[1]} of {img.dtype}.",
+                    "changed",
+                )
+        img = dm_reading.resize_as_asked(path, img, **self._size_args)
+        return img if self._allow_constant else dm_reading.check_constant(path, img)
+
+    def load(self, index):
+        img = self._read(index) if self._ram is None else self._ram[index]
+        return dm_reading.to_network_input(
+            self._paths[index], dm_reading.scale_pixels(img, **self._scale_args), *self._input_args
+        )
+
+    def _name(self, index):
+        return self._paths[index]
+
+    def load_or_lose(self, index):
+        try:
+            return self.load(index)
+        except InputError as error:
+            if not self._replaces:
+                raise
+            self._lost[int(index)] = str(error)
+            return None
+
+    def _read_to_ram(self, on_error, workers):
+        """Read every file with `workers` threads; list what is wrong with each, None for good ones."""
+        workers = self._make_ram(workers)
+
+        def read(index):
+            try:
+                img = self._read(index)
+            except InputError as error:
+                if on_error == "stop":
+                    raise
+                return str(error)
+            if self._ram is not None:
+                if img.dtype != self._ram.dtype:
+                    raise InputError(
+                        f"{self._paths[index]}: load_to_ram needs one pixel type. Expected {self._ram.dtype}. "
+                        f"Received {img.dtype}; convert the files or switch load_to_ram off."
+                    )
+                self._ram[index] = img  # right here: images waiting for their place would add to the peak
+            return None
+
+        return list(run_parallel(read, range(len(self._paths)), workers, "threading", "read images"))
+
+    def _make_ram(self, workers):
+        """Allocate the array for all images; return how many threads can read them without adding much to it."""
+        for path in self._paths:
+            try:
+                source = dm_reading.check_grey(path, dm_reading.read_img(path, self._gs_255, dicom_16_bit=True))
+            except InputError:
+                continue
+            self._ram = np.empty((len(self._paths), *map(int, self._size_args["target_size"])), source.dtype)
+            # A reader holds the file's bytes and the decoded image, then that and the resized one. Files differ in
+            # size, so this is well below the tenth that the peak may be above what is kept.
+            reading = source.nbytes + max(os.path.getsize(path), self._ram[0].nbytes)
+            return min(workers, max(1, self._ram.nbytes // 16 // reading))
+        return workers
+
+
+def _absolute(path):
+    return str(Path(path).absolute())
+
+
+class ImageListIterator(_FileIterator):
+    """Image files in a list, with class numbers (0 or 1) in another, or None.
+
+    validation_mode: no shuffling, skipping or balancing. all_neg_skip: as no_pos_skip of `DMIterator`. The other
+    arguments are those of `_FileIterator`, `_SampleIterator` and `DMIterator`.
+    """
+
+    def __init__(
+        self,
+        generator,
+        img_list,
+        lab_list=None,
+        *,
+        target_size=(1152, 896),
+        target_scale=4095,
+        class_mode="binary",
+        validation_mode=False,
+        all_neg_skip=0.0,
+        balance_classes=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        _check_labels(img_list, lab_list)
+        if validation_mode:
+            shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
+        super().__init__(
+            generator,
+            img_list,
+            [str(path) for path in img_list],
+            lab_list,
+            _count_classes(lab_list),
+            target_size=target_size,
+            target_scale=target_scale,
+            class_mode=class_mode,
+            shuffle=shuffle,
+            no_pos_skip=all_neg_skip,
+            balance_classes=balance_classes,
+            **kwargs,
+        )
+
+
+def _check_labels(img_list, lab_list):
+    if lab_list is not None and len(lab_list) != len(img_list):
+        raise InputError(f"Expected as many labels as images, {len(img_list)}. Received {len(lab_list)}.")
+
+
+def _count_classes(labels):
+    """At least two: a list may happen to hold one class only."""
+    return None if labels is None or not len(labels) else max(2, int(max(labels)) + 1)
+
+
+class DirectoryIterator(_FileIterator):
+    """Image files in one folder a class, found at any depth, sorted.
+
+    Args:
+        directory: folder of the class folders.
+        classes: names of the class folders in the order of the outputs; by default all sub-folders, sorted.
+        allow_empty: accept class folders without images, as long as one has some.
+        follow_links: also descend into linked folders.
+        checked: see `_FileIterator`. Its files are the images then, whether or not they are still there.
+        Others: see `_FileIterator`, `_SampleIterator` and `DMIterator`.
+
+    `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers; `.empty_classes` lists the
+    class folders without images.
+    """
+
+    def __init__(
+        self,
+        generator,
+        directory,
+        target_size=(256, 256),
+        *,
+        classes=None,
+        allow_empty=False,
+        follow_links=False,
+        checked=None,
+        **kwargs,
+    ):
+        self.directory = directory = Path(directory)
+        files = find_classes(directory, classes, follow_links, checked)
+        self.class_indices = {name: number for number, name in enumerate(files)}
+        self.empty_classes = []
+        names, labels = [], []
+        for name, number in self.class_indices.items():
+            found = files[name]
+            if not found:
+                self.empty_classes.append(str(directory / name))
+                if not allow_empty:
+                    raise InputError(f"{directory / name}: {_NO_IMAGES}")
+            names += found
+            labels += [number] * len(found)
+        if not names:
+            raise InputError(f"{directory}: {_NO_IMAGES}")
+        super().__init__(
+            generator,
+            [directory / name for name in names],
+            names,
+            labels,
+            len(self.class_indices),
+            target_size=target_size,
+            checked=checked,
+            **kwargs,
+        )
+
+
+def find_classes(directory, classes=None, follow_links=False, checked=None):
+    """Names of the images in each class folder of `directory`, relative to it and sorted; see `DirectoryIterator`.
+
+    Raises InputError for a missing folder, and for `classes` that repeat a name.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such folder. Expected a folder with one sub-folder a class.")
+    if not classes:
+        classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+    if not classes:
+        raise InputError(f"{directory}: Expected one sub-folder a class. Received none.")
+    if len(set(classes)) < len(classes):
+        raise InputError(f"class folders (classes): Expected each name once. Received {' '.join(classes)}.")
+    if checked is None:
+        return {name: _find_images(directory, name, follow_links) for name in classes}
+    root = f"{_absolute(directory)}/"
+    known = sorted(file.removeprefix(root) for file in checked if file.startswith(root))
+    return {name: [file for file in known if file.startswith(f"{name}/")] for name in classes}
+
+
+def _find_images(directory, class_name, follow_links):
+    folder = directory / class_name
+    if not folder.is_dir():
+        raise InputError(f"{folder}: class folder not found; name the folders in --class-list (classes).")
+    return sorted(
+        Path(root, name).relative_to(directory).as_posix()
+        for root, _, files in os.walk(folder, followlinks=follow_links)
+        for name in files
+        if dm_reading.is_image(name)
+    )
+
+
+class ExamIterator(DMIterator):
+    """Exams of both breasts in two views; a batch holds left and right breasts in turn.
+
+    Args:
+        exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
+            or None) and "cancer" (0, 1 or None); or tuples (subj, exam, {"L": ..., "R": ...}).
+        target_size, target_height, target_scale, gs_255, rescale_factor, equalize_hist, dup_3_channels: see
+            `read_img_for_pred`.
+        validation_mode: no shuffling; the first image of each view. Otherwise a view's image is drawn.
+        prediction_mode: no shuffling; all images of each view.
+        all_neg_skip, balance_classes: as in `DMIterator`, an exam counting as positive unless both breasts are known
+            to be negative (golden).
+
+    A view without an image is black, of target_size. Batches are ((cc, mlo), y), float32 (2 * exams, H, W, C) each,
+    as a model of two inputs takes them, or [cc, mlo] with class_mode None. In prediction mode: (subj, exam, cc,
+    mlo[, y]), where cc and mlo hold a list of images a breast.
+    """
+
+    def __init__(
+        self,
+        generator,
+        exam_list,
+        *,
+        target_size=(1152, 896),
+        target_height=None,
+        target_scale=4095,
+        gs_255=False,
+        rescale_factor=None,
+        equalize_hist=False,
+        dup_3_channels=False,
+        class_mode="binary",
+        validation_mode=False,
+        prediction_mode=False,
+        all_neg_skip=0.0,
+        balance_classes=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        self.exams = [_exam_as_dict(exam) for exam in exam_list]
+        if target_size is None:
+            self._check_no_view_is_missing()
+        self.prediction_mode, self.validation_mode = prediction_mode, validation_mode
+        self._pred_args = {
+            "target_size": target_size,
+            "target_height": target_height,
+            "target_scale": target_scale,
+            "gs_255": gs_255,
+            "rescale_factor": rescale_factor,
+            "equalize_hist": equalize_hist,
+            "dup_3_channels": dup_3_channels,
+            "data_format": generator.data_format,
+            "dicom_16_bit": True,
+        }
+        cancer = np.array([[exam[side].get("cancer") for side in "LR"] for exam in self.exams], np.float64)
+        self.cancer = np.nan_to_num(cancer).astype(int)
+        if validation_mode or prediction_mode:
+            shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
+        super().__init__(
+            generator,
+            len(self.exams),
+            (cancer != 0).any(axis=1).astype(int) if self.exams else None,
+            2,
+            class_mode=class_mode,
+            shuffle=shuffle,
+            no_pos_skip=all_neg_skip,
+            balance_classes=balance_classes,
+            **kwargs,
+        )
+
+    def _make_batch(self, index, rng):
+        views = {"CC": [], "MLO": []}
+        for i in index:
+            for side in "LR":
+                for view, images in views.items():
+                    files = _view_files(self.exams[i][side].get(view))
+                    if not self.prediction_mode:
+                        drawn = 0 if self.validation_mode or not files else rng.permutation(len(files))[0]
+                        files = files[drawn : drawn + 1]
+                    tensors = [
+                        self._augment(x, i, "LR".index(side) * 2 + (view == "MLO"))
+                        for x in map(self.load, files or [None])
+                    ]
+                    images.append(tensors if self.prediction_mode else tensors[0])
+        classes = self.cancer[index].ravel()
+        if not self.prediction_mode:
+            for view, images in views.items():
+                _check_one_size([f"{self._exam_name(i)}, {side} {view}" for i in index for side in "LR"], images)
+            cc_mlo = [np.stack(images) for images in views.values()]
+            # Keras takes a tuple for the inputs of a model, a list for one tensor; but (cc, mlo) alone for (x, y).
+            return self._with_labels(cc_mlo if self.class_mode is None else tuple(cc_mlo), classes)
+        batch = self._with_labels(None, classes)
+        y = () if batch is None else batch[1:]
+        return ([self.exams[i]["subj"] for i in index], [self.exams[i]["exam"] for i in index], *views.values(), *y)
+
+    def load(self, fname):
+        if fname is not None:
+            return dm_reading.read_img_for_pred(fname, **self._pred_args)
+        channels = 3 if self._pred_args["dup_3_channels"] else 1
+        shape = (*self._pred_args["target_size"], channels)
+        return np.zeros(shape if self.generator.data_format == "channels_last" else shape[-1:] + shape[:-1], "f4")
+
+    def _exam_name(self, index):
+        return f"exam {self.exams[index]['exam']} of {self.exams[index]['subj']}"
+
+    def _check_no_view_is_missing(self):
+        for i, exam in enumerate(self.exams):
+            for side in "LR":
+                for view in ("CC", "MLO"):
+                    if not _view_files(exam[side].get(view)):
+                        raise InputError(
+                            f"{self._exam_name(i)}: no image of {side} {view}. Expected a target_size, which the black "
+                            "image in its place would have. Received None."
+                        )
+
+
+def _exam_as_dict(exam):
+    return exam if isinstance(exam, dict) else {"subj": exam[0], "exam": exam[1], **exam[2]}
+
+
+def _view_files(files):
+    """List of file names of a view given as a list, a table with a `filename` column, or None."""
+    if files is None:
+        return []
+    return list(files["filename"] if hasattr(files, "columns") else files)
+
+
+class CandidateRoiIterator(DMIterator):
+    """Patches around bright spots of whole images, labelled by their image or as background by a classifier.
+
+    Args:
+        img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.
+        target_height, target_scale, gs_255: how images are read; the breast is then cut out.
+        img_per_batch, roi_per_img, roi_size: images a batch, patches an image, (rows, columns) of a patch.
+        low_int_threshold: see `DMImagePreprocessor.segment_breast`.
+        blob_min_area, blob_min_int, blob_max_int, blob_th_step: spot detector; intensities as fractions of the
+            maximum. An image without spots gives patches at random places.
+        roi_clf, clf_bs, cutpoint, amp_factor: a model that scores patches (n, rows, columns, channels), clf_bs
+            at a time; amp_factor * roi_per_img patches are scored and the best roi_per_img kept; those below
+            `cutpoint` become background.
+        class_mode: "categorical" with three classes (background, cancer, no cancer), "sparse" the same as
+            numbers, "binary" the image's label; None for no labels.
+        one_patch_mode: only the best patch of each image, with the image's label; needs class_mode "binary".
+        return_sample_weight: also give 1 / (class frequency in the batch).
+        return_raw_img: also give the list of images the patches were cut from, last.
+        validation_mode: no shuffling or skipping.
+    """
+
+    def __init__(
+        self,
+        generator,
+        img_list,
+        lab_list=None,
+        *,
+        target_height=1024,
+        target_scale=4095,
+        gs_255=False,
+        dup_3_channels=False,
+        img_per_batch=2,
+        roi_per_img=32,
+        roi_size=(256, 256),
+        low_int_threshold=0.05,
+        blob_min_area=3,
+        blob_min_int=0.5,
+        blob_max_int=0.85,
+        blob_th_step=10,
+        roi_clf=None,
+        clf_bs=32,
+        cutpoint=0.5,
+        amp_factor=1.0,
+        class_mode="categorical",
+        one_patch_mode=False,
+        return_sample_weight=True,
+        return_raw_img=False,
+        validation_mode=False,
+        all_neg_skip=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        _check_labels(img_list, lab_list)
+        if one_patch_mode and roi_clf is None:
+            raise InputError("one_patch_mode: Expected a classifier (roi_clf) that tells which patch is best.")
+        self.filenames = [str(path) for path in img_list]
+        self._read_args = {
+            "target_height": target_height,
+            "target_scale": target_scale,
+            "gs_255": gs_255,
+            "dicom_16_bit": True,
+        }
+        self._channels = 3 if dup_3_channels else 1
+        self.roi_per_img, self.roi_size = roi_per_img, tuple(roi_size)
+        self.low_int_threshold = low_int_threshold
+        self._blob_args = {
+            "min_area": blob_min_area,
+            "min_int": blob_min_int,
+            "max_int": blob_max_int,
+            "th_step": blob_th_step,
+        }
+        self.roi_clf, self.clf_bs, self.cutpoint = roi_clf, clf_bs, cutpoint
+        self.nb_candidates = int(roi_per_img * amp_factor)
+        self.one_patch_mode, self.return_raw_img = one_patch_mode, return_raw_img
+        super().__init__(
+            generator,
+            len(self.filenames),
+            lab_list,
+            2 if class_mode == "binary" else 3,
+            batch_size=img_per_batch,
+            class_mode=class_mode,
+            auto_batch_balance=return_sample_weight,
+            shuffle=shuffle and not validation_mode,
+            no_pos_skip=0.0 if validation_mode else all_neg_skip,
+            **kwargs,
+        )
+
+    def _make_batch(self, index, rng):
+        patches, classes, raw_imgs = [], [], []
+        for i in index:
+            img = self._read_breast(i)
+            candidates = get_roi_patches(img, self._key_points(img, rng), self.roi_size)
+            x = [self._as_input(patch) for patch in candidates]
+            label = None if self.classes is None else int(self.classes[i])
+            kept, kept_classes = self._choose(x, label)
+            patches += [self._augment(x[k], i, k) for k in kept]
+            classes += kept_classes
+            raw_imgs.append(img)
+        batch = self._with_labels(np.stack(patches), np.array(classes))
+        if self.return_raw_img:
+            batch = (*batch, raw_imgs) if isinstance(batch, tuple) else (batch, raw_imgs)
+        return batch
+
+    def _read_breast(self, index):
+        fname = self.filenames[index]
+        img = dm_reading.check_grey(fname, dm_reading.read_resize_img(fname, **self._read_args))
+        try:
+            return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
+        except InputError as error:
+            raise InputError(f"{fname}: {error}") from error
+
+    def _key_points(self, img, rng):
+        """nb_candidates points (n, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""
+        n = self.nb_candidates
+        spots = detect_blobs(img, max(self.roi_size), **self._blob_args)[:, :2]
+        if len(spots) == 0:
+            height, width = img.shape
+            return np.stack([rng.randint(0, width, n), rng.randint(0, height, n)], axis=1)
+        if len(spots) < n:
+            return spots[rng.choice(len(spots), n)]
+        return clust_kpts(spots, n)
+
+    def _as_input(self, patch):
+        axis = 2 if self.generator.data_format == "channels_last" else 0
+        return np.repeat(np.expand_dims(patch, axis), self._channels, axis=axis)
+
+    def _choose(self, x, label):
+        """Which of the candidates x to keep, and their classes."""
+        if self.roi_clf is None:
+            return range(len(x)), [self._patch_class(label)] * len(x)
+        standardized = np.stack([self.generator.standardize(patch) for patch in x])
+        score = np.asarray(self.roi_clf.predict(standardized, batch_size=self.clf_bs))
+        score = score.ravel() if score.ndim < 2 or score.shape[1] == 1 else 1 - score[:, 0]
+        ranked = np.argsort(score, kind="stable")
+        if self.one_patch_mode:
+            return ranked[-1:], [self._patch_class(label)]
+        kept = np.sort(ranked[-self.roi_per_img :])
+        background = score[kept] < self.cutpoint
+        return kept, [0 if is_background else self._patch_class(label) for is_background in background]
+
+    def _patch_class(self, label):
+        return label if self.nb_class == 2 or label is None else 2 - label
+
+
+def get_roi_patches(img: np.ndarray, key_pts, roi_size: tuple[int, int] = (256, 256)) -> np.ndarray:
+    """Patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (golden).
+
+    A patch that would start before the image is moved to start with it; beyond its end it is zero.
+    """
+    rows, columns = roi_size
+    patches = np.zeros((len(key_pts), rows, columns), img.dtype)
+    for patch, (x, y) in zip(patches, key_pts, strict=True):
+        top, left = max(int(y - rows // 2), 0), max(int(x - columns // 2), 0)
+        inside = img[top : top + rows, left : left + columns]
+        patch[: inside.shape[0], : inside.shape[1]] = inside
+    return patches
+
+
+def clust_kpts(key_pts, nb_clust: int, seed: int = 12345) -> np.ndarray:
+    """Centres (nb_clust, 2) of a k-means clustering of the points (n, 2) of x, y."""
+    from sklearn.cluster import KMeans
+
+    return KMeans(nb_clust, n_init=10, random_state=seed).fit(np.asarray(key_pts, np.float32)).cluster_centers_
+
+
+# ------------------------------------------------------------------------------------- labels and class balance
+
+
+def to_sparse(y) -> np.ndarray:
+    """Class numbers of labels that are one-hot rows (n, classes) or class numbers (n,) already.
+
+    Raises ValueError when a row is not one-hot, TypeError for arrays of more than two dimensions.
+    """
+    y = np.asarray(y)
+    if y.ndim == 1:
+        return y
+    if y.ndim != 2:
+        raise TypeError(f"Labels: Expected shape (n,) or (n, classes). Received {y.shape}.")
+    if not (np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all()):
+        raise InputError("Labels: Expected one-hot rows (a single 1, else 0). Received rows that are not.")
+    return y.argmax(axis=1)
+
+
+def index_balancer(index_array, classes, ratio: float, rng) -> np.ndarray:
+    """Draw len(index_array) of its elements with replacement, sorted, negatives to positives as `ratio` to 1 (golden).
+
+    classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are equally likely.
+    rng: NumPy RandomState (or Generator).
+    """
+    index_array, positive = np.asarray(index_array), np.asarray(classes) == 1
+    nb_positive = positive.sum()
+    probability = np.ones(len(index_array))
+    if 0 < nb_positive < len(positive):
+        probability = np.where(positive, 1 / nb_positive, ratio / (len(positive) - nb_positive))
+    return np.sort(rng.choice(index_array, len(index_array), p=probability / probability.sum()))
+
+
+def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Uninitialised float32 array that starts at a cache line.
+
+    OpenCV then writes images into it past the cache, which keeps what it reads: twice as fast for large images.
+    """
+    size = math.prod(shape)
+    memory = np.empty(size + 15, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + size].reshape(shape)
+
+
+# --------------------------------------------------------------------------------------------------- checking
+
+
+def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
+    """Warnings about the pixel values that a network will see, with the values measured on up to `nb_images` images.
+
+    Told are: images before mean subtraction far outside 0..255 or within a small part of it (a wrong rescale factor
+    or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
+    """
+    generator = iterator.generator
+    return pixel_warnings(sample_images(iterator, nb_images), generator.mean if generator.featurewise_center else None)
+
+
+def sample_images(iterator, nb_images: int = 32) -> list[np.ndarray]:
+    """Up to `nb_images` images of a file or array iterator, evenly spread, before augmentation and mean subtraction."""
+    chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
+    images = [image for image in map(iterator.load_or_lose, chosen) if image is not None]
+    return [image * iterator.generator.rescale for image in images] if iterator.generator.rescale else images

@@ -1,0 +1,1 @@
+"""Where a network sees lesions: maps, their files, pictures and classifiers."""

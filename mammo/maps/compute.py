@@ -1,0 +1,625 @@
+"""Computing probability maps: sliding windows, forward propagation and Grad-CAM, on all breasts of a table."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from mammo.base.files import InputError, remove_partial
+from mammo.base.tables import read_rows
+from mammo.base.work import check_same_options, prefetch
+from mammo.data.patches import is_file_name, read_lesion_masks
+from mammo.images.breast import DMImagePreprocessor
+from mammo.images.reading import check_grey, equalize_histogram, read_img_for_pred, read_resize_img, scale_pixels
+from mammo.maps.files import MAP_VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+
+# ------------------------------------------------------------------------------------------------- one image
+
+
+class Scan(NamedTuple):
+    """One mammogram as a network takes it, and where the cells of its map will be."""
+
+    file: str
+    pixels: np.ndarray  # float32 (rows, columns)
+    grid: Grid
+
+
+class Sweep:
+    """Sliding windows: the patch classifier's probabilities at windows that sweep the breast (golden).
+
+    The image is resized to `target_height`, the breast cut out and padded by patch_size // 2 zeros, and each window
+    of `patch_size` scaled by its own maximum to `target_scale`, multiplied by `rescale_factor`, equalised if asked,
+    given to `preprocess` in batches (n, patch_size, patch_size, channels), and less `mean`. A cell is the centre of
+    its window.
+
+    At most `batch_size` windows are in memory, whatever the image and the stride.
+    """
+
+    mode = "sweep"
+
+    def __init__(
+        self,
+        model,
+        target_height: int,
+        patch_size: int,
+        stride: int,
+        batch_size: int,
+        *,
+        target_scale: float | None = None,
+        rescale_factor: float | None = None,
+        equalize_hist: bool = False,
+        mean: float = 0.0,
+        preprocess: Callable | None = None,
+    ):
+        self.model = model
+        self.target_height = target_height
+        self.patch_size = patch_size
+        self.strides = (stride, stride)
+        self.window = (patch_size, patch_size)
+        self.batch_size = batch_size
+        self.pixel_options = {
+            "target_scale": target_scale,
+            "rescale_factor": rescale_factor,
+            "equalize_hist": equalize_hist,
+        }
+        self.mean = np.float32(mean)
+        self.preprocess = preprocess
+        built = model.input_shape[1:3]
+        if any(size not in (None, patch_size) for size in built):
+            raise InputError(
+                f"--patch-size {patch_size}: Expected {built[0]}, for which the patch classifier is built. "
+                f"Received {patch_size}"
+            )
+
+    def read(self, fname) -> Scan:
+        """Read an image and cut out the breast. Raises InputError."""
+        img = check_grey(fname, read_resize_img(fname, target_height=self.target_height, dicom_16_bit=True))
+        half = self.patch_size // 2
+        try:
+            breast, (left, top, _, _) = DMImagePreprocessor.segment_breast(img)
+            breast = add_img_margins(breast, half)
+            tops, lefts = window_grid(breast.shape, *self.window[:1], *self.strides[:1])
+        except InputError as error:
+            raise InputError(f"{fname}: {error}") from error
+        corner = np.array([top + tops[0], left + lefts[0]]) - half
+        first = tuple(float(x) for x in corner + self.patch_size / 2)
+        return Scan(str(fname), breast, Grid(img.shape, first, self.strides))
+
+    def score(self, scan: Scan) -> np.ndarray:
+        """The map of an image: float32 (grid rows, grid columns, classes). Raises InputError."""
+        tops, lefts = window_grid(scan.pixels.shape, self.patch_size, self.strides[0])
+        count = len(tops) * len(lefts)
+        batch = np.zeros((self.batch_size, *self.window, self.model.input_shape[-1]), np.float32)
+        quarter = math.ceil(self.batch_size / 4)
+        heatmap = None
+        starts = range(0, count, self.batch_size)
+        for start in tqdm(starts, desc="windows", unit="batch", leave=False, delay=10, disable=None):
+            part = range(start, min(start + self.batch_size, count))
+            # Four batch sizes, since a network is compiled anew for each: the last batch has idle windows instead.
+            x = batch[: math.ceil(len(part) / quarter) * quarter]
+            for window, i in zip(x, part, strict=False):
+                top, left = tops[i // len(lefts)], lefts[i % len(lefts)]
+                try:
+                    cut = cut_window(scan.pixels, top, left, self.patch_size, **self.pixel_options)
+                except InputError as error:
+                    raise InputError(f"{scan.file}: {error}") from error
+                window[...] = cut[..., np.newaxis]
+            if self.preprocess is not None:
+                x = self.preprocess(x)
+            probabilities = np.asarray(self.model.predict_on_batch(x - self.mean))[: len(part)]
+            if heatmap is None:
+                heatmap = np.empty((count, probabilities.shape[-1]), np.float32)
+            heatmap[start : start + len(part)] = probabilities
+        return heatmap.reshape(len(tops), len(lefts), -1)
+
+
+class _WholeImage:
+    """What the ways that give the network the image at once share: it is read as the trainers read it.
+
+    segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
+    Each way has `first`, `strides` (see `Grid`) and `window`, the pixels that a cell stands for.
+    """
+
+    def __init__(
+        self,
+        model,
+        img_size: Sequence[int],
+        *,
+        target_scale: float | None = None,
+        rescale_factor: float | None = None,
+        equalize_hist: bool = False,
+        mean: float = 0.0,
+        segment_breast: bool = False,
+    ):
+        self.model = model
+        self.segment_breast = segment_breast
+        self.read_options = {
+            "target_size": tuple(img_size),
+            "target_scale": target_scale,
+            "rescale_factor": rescale_factor,
+            "equalize_hist": equalize_hist,
+            "dup_3_channels": False,
+            "dicom_16_bit": True,
+        }
+        self.mean = np.float32(mean)
+
+    def read(self, fname) -> Scan:
+        """Read an image. Raises InputError, for one without a breast too."""
+        img = read_img_for_pred(fname, **self.read_options)[..., 0]
+        if img.min() == img.max():
+            raise InputError(f"{fname}: constant image. Expected a mammogram. Received {img.max():g} in all pixels")
+        if self.segment_breast:
+            try:
+                img = DMImagePreprocessor.segment_breast(img, crop=False)[0]
+            except InputError as error:
+                raise InputError(f"{fname}: {error}") from error
+        return Scan(str(fname), img - self.mean, Grid(img.shape, self.first, self.strides))
+
+    def _input(self, scan: Scan) -> np.ndarray:
+        """(1, rows, columns, channels)."""
+        return np.repeat(scan.pixels[np.newaxis, ..., np.newaxis], self.model.input_shape[-1], axis=-1)
+
+
+class ForwardPropagation(_WholeImage):
+    """The patch classifier applied to the whole image at once, in one pass of its convolutions (golden).
+
+    The feature map is average-pooled (`avg_pool_size` cells, with strides `hm_strides`), and the classifier's last
+    layer applied at every position. A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for
+    7 of the usual stride 32, and lies at its centre.
+
+    The map equals that of `Sweep` over the same windows for a network without padding. With zero padding, as in
+    all usual ones, a window's border features see zeros where the whole image has pixels: then the map of a window
+    equals the image's at the cells whose features the padding does not reach, those farther from the window's
+    border, though not from the image's, than the network's receptive field does; and in a window that is the image.
+    """
+
+    mode = "fprop"
+
+    def __init__(self, model, img_size, *, patch_net="vgg19", avg_pool_size=(7, 7), hm_strides=(1, 1), **pixel_options):
+        from dm_resnet import add_top_layers
+
+        heatmap_model = add_top_layers(
+            model,
+            img_size,
+            patch_net=patch_net,
+            avg_pool_size=avg_pool_size,
+            hm_strides=hm_strides,
+            return_heatmap=True,
+        )
+        super().__init__(heatmap_model, img_size, **pixel_options)
+        stride, reach = _stride_and_reach(heatmap_model.layers[1])
+        self.strides = tuple(float(stride * n) for n in hm_strides)
+        self.window = tuple(stride * (n - 1) + max(stride, reach) for n in avg_pool_size)
+        self.first = tuple(size / 2 for size in self.window)
+
+    def score(self, scan: Scan) -> np.ndarray:
+        """The map of an image: float32 (map rows, map columns, classes)."""
+        return np.asarray(self.model.predict_on_batch(self._input(scan)))[0]
+
+
+def _stride_and_reach(net) -> tuple[int, int]:
+    """Pixels between the features of a convolutional network, and the size of the smallest image that gives one."""
+
+    def features(size):
+        return net.compute_output_shape((1, size, size, net.input_shape[-1]))[1]
+
+    large = 2048
+    count = features(large)
+    stride = round(large / (features(2 * large) - count))
+    low, high = large - 2 * stride, large  # the smallest image of as many features is between
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if features(middle) >= count else (middle, high)
+    return stride, high - stride * (count - 1)
+
+
+class GradCam(_WholeImage):
+    """Grad-CAM of a whole-image classifier (Selvaraju et al. 2017): which features speak for a class.
+
+    The map of a class is ReLU(sum_k a_k A_k) of the feature maps A_k, with a_k the mean over the map of the gradient
+    of the class's score before the softmax; for a network that ends in global average pooling and a dense layer, the
+    class activation map of Zhou et al. 2016 up to its scale. Values are 0 or more, without upper limit; a cell is
+    the centre of its feature's receptive field.
+
+    layer: "last" for the last feature map before pooling or flattening, "patch" for that of the nested patch net,
+    which is finer; default: the finer one where there is one.
+    """
+
+    mode = "gradcam"
+
+    def __init__(self, model, img_size, *, layer=None, **pixel_options):
+        import keras
+
+        super().__init__(model, img_size, **pixel_options)
+        features = _feature_tensor(model, layer)
+        self.trunk = keras.Model(model.inputs[0], features)
+        self.head = keras.Model(features, _scores_before_softmax(model))
+        image = _Cells(np.full(2, 0.5), np.ones(2), np.array(img_size))
+        cells = _cells(features, {id(model.inputs[0]): image})
+        expected = self.trunk.compute_output_shape((1, *img_size, self.model.input_shape[-1]))[1:3]
+        if tuple(cells.count) != tuple(expected):
+            raise InputError(
+                f"Grad-CAM: cannot tell where the features are: Expected convolutions and poolings that give "
+                f"{cells.count[0]} x {cells.count[1]} of them. Received {expected[0]} x {expected[1]}"
+            )
+        self.first, self.strides = tuple(map(float, cells.first)), tuple(map(float, cells.strides))
+        self.window = self.strides
+
+    def score(self, scan: Scan) -> np.ndarray:
+        """The maps of an image: float32 (map rows, map columns, classes)."""
+        import keras
+
+        features = keras.ops.convert_to_tensor(self.trunk.predict_on_batch(self._input(scan)))
+        maps = []
+        for index in range(self.head.output_shape[-1]):
+            gradient = keras.ops.convert_to_numpy(_gradient(self.head, features, index))
+            weights = gradient.mean(axis=(0, 1, 2))
+            maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
+        return np.stack(maps, axis=-1)
+
+
+class _Cells(NamedTuple):
+    """Where the cells of a feature map are in the image: arrays (2,), for rows and columns.
+
+    first: centre of the first cell's receptive field. strides: pixels from cell to cell. count: number of cells.
+    """
+
+    first: np.ndarray
+    strides: np.ndarray
+    count: np.ndarray
+
+
+def _cells(tensor, known: dict[int, _Cells]) -> _Cells:
+    """The cells of a tensor inside a network, by the sizes, strides and paddings of the layers before it.
+
+    known: cells by id of tensor, with those of the network's input; others are added. Of branches whose cells differ,
+    the middle is taken.
+    """
+    import keras
+
+    if id(tensor) in known:
+        return known[id(tensor)]
+    layer, node, _ = tensor._keras_history
+    branches = [_cells(before, known) for before in layer._inbound_nodes[node].input_tensors]
+    first = np.mean([branch.first for branch in branches], axis=0)
+    _, strides, count = branches[0]
+    if isinstance(layer, keras.Model):
+        first, strides, count = _cells(layer.outputs[0], {id(layer.inputs[0]): branches[0]})
+    elif isinstance(layer, keras.layers.ZeroPadding2D):
+        first = first - strides * [before for before, _ in layer.padding]
+        count = count + np.sum(layer.padding, axis=1)
+    elif isinstance(layer, keras.layers.Cropping2D):
+        first = first + strides * [before for before, _ in layer.cropping]
+        count = count - np.sum(layer.cropping, axis=1)
+    elif (kernel := getattr(layer, "kernel_size", getattr(layer, "pool_size", None))) is not None:
+        kernel = 1 + (np.array(kernel) - 1) * getattr(layer, "dilation_rate", 1)
+        steps = np.array(layer.strides)
+        valid = layer.padding == "valid"
+        cells = (count - kernel) // steps + 1 if valid else -(-count // steps)
+        zeros = 0 if valid else np.maximum((cells - 1) * steps + kernel - count, 0) // 2  # before the first pixel
+        first = first + strides * ((kernel - 1) / 2 - zeros)
+        strides, count = strides * steps, cells
+    known[id(tensor)] = _Cells(first, strides, count)
+    return known[id(tensor)]
+
+
+def _feature_tensor(model, layer: str | None):
+    """The tensor inside `model` that Grad-CAM looks at; see `GradCam`."""
+    import keras
+
+    nested = [i for i, inner in enumerate(model.layers) if isinstance(inner, keras.Model)]
+    if nested and layer != "last":
+        return model.layers[nested[-1] + 1].input
+    if layer == "patch":
+        raise InputError("--grad-cam-layer patch: Expected a classifier on a nested patch net. Received another")
+    ends = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalMaxPooling2D, keras.layers.Flatten)
+    tensors = [inner.input for inner in model.layers if isinstance(inner, ends)]
+    if not tensors:
+        raise InputError(
+            "Grad-CAM: Expected a network whose feature map is pooled globally or flattened. Received one of "
+            + ", ".join(type(inner).__name__ for inner in model.layers[-3:])
+        )
+    return tensors[-1]
+
+
+def _scores_before_softmax(model):
+    """Output tensor of `model` without its last softmax."""
+    import keras
+
+    last = model.layers[-1]
+    if isinstance(last, keras.layers.Activation):
+        return last.input
+    if not isinstance(last, keras.layers.Dense):
+        return model.outputs[0]
+    linear = keras.layers.Dense(last.units, use_bias=last.use_bias)
+    scores = linear(last.input)
+    linear.set_weights(last.get_weights())
+    return scores
+
+
+def _gradient(head, features, index: int):
+    """Gradient of output `index` of a model with regard to its input, of any backend."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(features)
+            score = head(features, training=False)[:, index]
+        return tape.gradient(score, features)
+    if backend == "jax":
+        import jax
+
+        variables = [[v.value for v in group] for group in (head.trainable_variables, head.non_trainable_variables)]
+        return jax.grad(lambda x: head.stateless_call(*variables, x, training=False)[0][:, index].sum())(features)
+    import torch
+
+    features = features.detach().requires_grad_(True)
+    return torch.autograd.grad(head(features, training=False)[:, index].sum(), features)[0]
+
+
+# ------------------------------------------------------------------------------------------------ all the images
+
+
+class Breast(NamedTuple):
+    """One row of the breast table, with the image of each view that there is one of."""
+
+    patient_id: str
+    side: str
+    cancer: int
+    files: dict[str, Path]  # by "cc", "mlo"
+
+    @property
+    def name(self) -> str:
+        return f"{self.patient_id}_{self.side}"
+
+
+def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tuple[list[Breast], list[str]]:
+    """Breasts of a CSV table `patient_id,side,cancer`, in its order, and the faults met.
+
+    Images are `<img_folder>/<patient_id>_<side>_<CC|MLO>.png`. patients: use these alone. Faults are patients
+    without a row and breasts without any image. Raises InputError for a table that is wrong.
+    """
+    breasts, faults, rows = [], [], {}
+    wanted = None if patients is None else set(patients)
+    for number, cells in read_rows(table, ("patient_id", "side", "cancer")):
+        row = f"{table}, row {number}"
+        patient, side, cancer = cells["patient_id"], cells["side"], cells["cancer"]
+        if not is_file_name(patient):
+            raise InputError(f"{row}: patient_id is part of file names. Received {patient!r}")
+        if side not in ("LEFT", "RIGHT"):
+            raise InputError(f"{row}: unknown side: Expected LEFT or RIGHT. Received {side!r}")
+        if cancer not in ("0", "1"):
+            raise InputError(f"{row}: cancer: Expected 0 or 1. Received {cancer!r}")
+        if (patient, side) in rows:
+            raise InputError(f"{row}: repeats row {rows[patient, side]} ({patient} {side}); remove one of them")
+        rows[patient, side] = number
+        if wanted is not None and patient not in wanted:
+            continue
+        paths = {view: Path(img_folder, f"{patient}_{side}_{view.upper()}.png") for view in MAP_VIEWS}
+        breast = Breast(patient, side, int(cancer), {view: path for view, path in paths.items() if path.exists()})
+        if breast.files:
+            breasts.append(breast)
+        else:
+            faults.append(f"{row}: no image of {patient} {side}: Expected {paths['cc']} or {paths['mlo'].name}")
+    known = {patient for patient, _ in rows}
+    faults += [f"{table}: no row of patient {patient}" for patient in wanted or () if patient not in known]
+    return breasts, faults
+
+
+def check_masks(breast: Breast, roi_mask_dir) -> None:
+    """Raise InputError for a lesion mask of a breast's images that cannot be used."""
+    for view, path in breast.files.items():
+        read_lesion_masks(roi_mask_dir, f"{breast.name}_{view.upper()}", path)
+
+
+def score_breasts(
+    breasts: Sequence[Breast],
+    scorer,
+    out,
+    *,
+    class_names: Sequence[str],
+    options: dict[str, Any],
+    jobs: int = 1,
+    on_error: str = "stop",
+    fresh: bool = False,
+) -> tuple[list[HeatmapRecord], list[str]]:
+    """Compute the maps of all breasts and write the map file `out`.
+
+    scorer: a `Sweep`, `ForwardPropagation` or `GradCam`. options: what the maps depend on, kept in the file.
+    jobs: threads that read images while the network works; the maps are the same for any number.
+    on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
+
+    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there, unless
+    it is to begin `fresh`. Those that `out` has are done, too. Images that are newer than their maps are scored again.
+    Raises InputError where maps are there of a run with other options, or `out` is no map file.
+
+    Returns the records, in the order of `breasts`, and the faults met.
+    """
+    parts = Path(f"{out}.parts")
+    if fresh:
+        shutil.rmtree(parts, ignore_errors=True)
+    remove_partial(parts)
+    remove_partial(out)
+    header = {
+        "class_names": list(class_names),
+        "strides": scorer.strides,
+        "mode": scorer.mode,
+        "options": json.loads(json.dumps(options | {"window": [float(size) for size in scorer.window]})),
+    }
+    done = {}
+    if not fresh:
+        try:
+            done = _finished(Path(out), breasts, header)
+        except InputError:
+            if not any(parts.glob("*.npz")):  # else these are to replace it
+                raise
+    for breast in breasts:
+        done |= _finished(parts / f"{breast.name}.npz", [breast], header)
+    todo = [breast for breast in breasts if breast.name not in done]
+    parts.mkdir(parents=True, exist_ok=True)
+    if done:
+        print(f"{len(done)} of {len(breasts)} breasts are done already")
+
+    def read(breast):
+        try:
+            return {view: scorer.read(path) for view, path in breast.files.items()}
+        except InputError as error:
+            return error
+
+    faults = []
+    scans = zip(todo, prefetch(read, todo, jobs), strict=True)
+    for breast, views in tqdm(scans, total=len(todo), desc="heatmaps", unit="breast", disable=None):
+        record = HeatmapRecord(breast.patient_id, breast.side, breast.cancer)
+        try:
+            if isinstance(views, InputError):
+                raise views
+            for view, scan in views.items():
+                heatmap = scorer.score(scan)
+                if not np.isfinite(heatmap).all():
+                    raise InputError(f"{scan.file}: the network gives NaN or infinity: it has diverged")
+                setattr(record, view, heatmap)
+                setattr(record, f"{view}_file", scan.file)
+                setattr(record, f"{view}_grid", scan.grid)
+        except InputError as error:
+            if on_error == "stop":
+                raise
+            faults.append(str(error))
+            continue
+        save_heatmaps(parts / f"{breast.name}.npz", [record], **header)
+        done[breast.name] = record
+    if not done:
+        raise InputError(f"{out}: no image could be scored; the first fault: {faults[0]}")
+    records = [done[breast.name] for breast in breasts if breast.name in done]
+    save_heatmaps(out, records, **header)
+    shutil.rmtree(parts)
+    return records, faults
+
+
+def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, HeatmapRecord]:
+    """The records of `breasts`, by name, that an earlier run kept in the map file `path`, with today's labels.
+
+    Those of images that have changed since are left out. Raises InputError for maps of other options, or no maps.
+    """
+    if not path.exists():
+        return {}
+    kept = load_heatmaps(path)
+    theirs = {"class_names": kept.class_names, "mode": kept.mode} | kept.options
+    ours = {"class_names": header["class_names"], "mode": header["mode"]} | header["options"]
+    check_same_options(path, theirs, ours, "another --out, or --fresh to replace them")
+    written, records = path.stat().st_mtime, {f"{record.patient_id}_{record.side}": record for record in kept.records}
+    finished = {}
+    for breast in breasts:
+        record = records.get(breast.name)
+        files = {view: str(file) for view, file in breast.files.items()}
+        if record is None or files != {view: file for view, _, file, _ in record.views()}:
+            continue
+        if all(os.path.getmtime(file) <= written for file in files.values()):
+            record.cancer = breast.cancer
+            finished[breast.name] = record
+    return finished
+
+
+# ---------------------------------------------------------------------------------------- cutting and windows
+
+
+def crop_img(img: np.ndarray, bbox: tuple[int, int, int, int]) -> np.ndarray:
+    """View of the box (x, y, width, height) of an image (H, W)."""
+    x, y, width, height = bbox
+    return img[y : y + height, x : x + width]
+
+
+def add_img_margins(img: np.ndarray, margin_size: int) -> np.ndarray:
+    """Copy of an image (H, W) with a zero margin of `margin_size` pixels on each side."""
+    return np.pad(img, margin_size)
+
+
+def window_grid(img_shape: tuple[int, int], patch_size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """First rows and first columns of the windows that sweep an image, the leftover split to both sides (golden)."""
+
+    def starts(length):
+        if length < patch_size or stride < 1:
+            raise InputError(
+                f"Expected windows within the image and a stride of at least 1. "
+                f"Received patch_size {patch_size}, stride {stride} for an image of {img_shape}."
+            )
+        leftover = (length - patch_size) % stride
+        return np.arange(leftover // 2, length - patch_size + 1, stride)
+
+    return starts(img_shape[0]), starts(img_shape[1])
+
+
+def cut_window(img, top, left, patch_size, target_scale=None, equalize_hist=False, rescale_factor=None) -> np.ndarray:
+    """float32 (patch_size, patch_size): one window of a sweep; see `sweep_img_patches`, `scale_pixels`."""
+    window = scale_pixels(img[top : top + patch_size, left : left + patch_size], target_scale, rescale_factor)
+    return equalize_histogram(window) if equalize_hist else window
+
+
+def sweep_img_patches(
+    img: np.ndarray,
+    patch_size: int,
+    stride: int,
+    target_scale: float | None = None,
+    equalize_hist: bool = False,
+) -> tuple[np.ndarray, int, int]:
+    """All windows of an image (H, W): float32 (n, patch_size, patch_size) row by row, rows and columns of the grid.
+
+    Each window is scaled by its own maximum to `target_scale`, then equalised if asked (golden).
+    """
+    tops, lefts = window_grid(img.shape, patch_size, stride)
+    windows = [cut_window(img, top, left, patch_size, target_scale, equalize_hist) for top in tops for left in lefts]
+    return np.stack(windows), len(tops), len(lefts)
+
+
+def get_prob_heatmap(
+    img_list,
+    target_height: int,
+    target_scale: float | None,
+    patch_size: int,
+    stride: int,
+    model,
+    batch_size: int,
+    featurewise_center: bool = False,
+    featurewise_mean: float = 91.6,
+    preprocess: Callable | None = None,
+    parallelized: bool = False,
+    equalize_hist: bool = False,
+) -> list[np.ndarray | None]:
+    """Class probabilities of a patch classifier at the windows sweeping each image (golden).
+
+    The image is read at `target_height`, the breast cut out and padded by patch_size // 2 zeros, and each window
+    scaled by its own maximum to `target_scale`. At most `batch_size` windows are held at a time.
+
+    Args:
+        img_list: a file name, a list of them, or None.
+        model: Keras model of patches (patch_size, patch_size, channels) to class probabilities.
+        preprocess: applied to a batch of windows (n, patch_size, patch_size, channels) before the mean.
+        parallelized: ignored; kept for old scripts.
+
+    Returns a list of float32 arrays (grid rows, grid columns, classes), [None] for None.
+    """
+
+    if img_list is None:
+        return [None]
+    if isinstance(img_list, (str, os.PathLike)):
+        img_list = [img_list]
+    sweep = Sweep(
+        model,
+        target_height,
+        patch_size,
+        stride,
+        batch_size,
+        target_scale=target_scale,
+        equalize_hist=equalize_hist,
+        mean=featurewise_mean if featurewise_center else 0.0,
+        preprocess=preprocess,
+    )
+    return [sweep.score(sweep.read(fname)) for fname in img_list]

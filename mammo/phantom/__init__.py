@@ -1,0 +1,1 @@
+"""Made mammograms in the layouts of the real data sets."""

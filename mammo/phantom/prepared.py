@@ -1,0 +1,229 @@
+"""Make synthetic mammograms with lesions: prepared for the sampler and the trainers, or like a download.
+
+The pictures are drawn, not acquired (`draw` says how): they let one run the whole programme, and see that it
+learns, without patient data. They are no substitute for patients, and a figure measured on them says nothing about
+patients.
+
+Layout `prepared` (the default) holds what the patch sampler and the whole-image trainer read. Layout `cbis-ddsm`
+is the download before `prepare_cbis_ddsm.py`: DICOM files (or the JPEG files of the re-release) in one of the
+folder trees in circulation, the four description files, and the oddities of the real thing, which
+oddities.json lists. Layout `inbreast` is the download before `prepare_inbreast.py`: its table, DICOM files of 14 bits,
+annotations, and oddities.
+
+    python -m mammo phantom phantom --patients 200 --height 576 --width 448
+    python -m mammo phantom download --layout cbis-ddsm --tree descriptive --patients 50
+    python -m mammo phantom download --layout inbreast --patients 50
+"""
+
+import argparse
+import functools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+
+from mammo.base.cli import (
+    HelpFormatter,
+    add_parallel_options,
+    complete,
+    fraction,
+    natural_float,
+    natural_int,
+    positive_int,
+    run_main,
+)
+from mammo.base.files import InputError, atomic_write, write_img, write_text
+from mammo.base.work import run_parallel
+from mammo.data.splits import split_patients
+from mammo.phantom.cbis_ddsm import TREES, make_download
+from mammo.phantom.draw import STYLES, check_output, draw_patients, draw_view
+from mammo.phantom.inbreast import make_inbreast
+
+CSV_HEADER = "patient_id,side,view,abn_num,pathology,type\n"
+
+README = """SYNTHETIC IMAGES. Made by mammo phantom; no patient was imaged.
+They serve to try and to test software. They are no substitute for patients: figures measured on them say
+nothing about how a classifier does on real mammograms.
+
+{options}
+
+full_img/            16-bit images, <patient>_<SIDE>_<VIEW>.png
+roi_mask/            8-bit masks, one a finding, 255 inside
+roi_mask_path.csv    one row a finding
+pat_train.txt        patients for training and validation; pat_test.txt: for the test
+pat_side_cancer.csv  1 where the breast has a malignant finding
+train/ val/ test/    whole images, in pos where any finding is malignant, else in neg
+"""
+
+
+def assign_folders(people, test_size, val_size, seed):
+    """Map patient names to train, val or test, with the same share of cancer patients in each.
+
+    Of the patients with findings, those go to val whom the patch sampler puts there, given pat_train.txt: so
+    no validation patient of one stage is a training patient of the other. Normal patients are divided alike.
+    """
+    folders = {}
+    for has_findings in (True, False):
+        cancer = {p.name: p.malignant for p in people if bool(p.findings) == has_findings}
+        if not cancer:
+            continue
+        try:
+            remaining, test = split_patients(list(cancer), cancer.values(), test_size, seed, "--test-size")
+            remaining.sort()
+            train, val = split_patients(remaining, [cancer[name] for name in remaining], val_size)
+        except InputError as error:
+            raise InputError(f"{error}, or more --patients than {len(people)}") from None
+        for folder, names in (("train", train), ("val", val), ("test", test)):
+            folders |= dict.fromkeys(names, folder)
+    return folders
+
+
+def make_patient(patient, out, folders, views, seed, height, width, contrast, style, img_size):
+    """Draw and write all images and masks of one patient."""
+    for view in views:
+        img, masks = draw_view(patient, view, seed, height, width, contrast, style)
+        name = f"{patient.name}_{patient.side}_{view}"
+        full_img = out / "full_img" / f"{name}.png"
+        write_img(full_img, img)
+        for number, ((kind, _), mask) in enumerate(zip(patient.findings, masks, strict=True), start=1):
+            write_img(out / "roi_mask" / f"{kind.capitalize()}-Training_{name}_{number}.png", mask)
+        whole = out / folders[patient.name] / ("pos" if patient.malignant else "neg") / f"{name}.png"
+        if img_size:
+            write_img(whole, cv2.resize(img, (img_size[1], img_size[0]), interpolation=cv2.INTER_AREA))
+        else:
+            _link(full_img, whole)
+
+
+def _link(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        with atomic_write(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def make_phantom(
+    out,
+    patients=100,
+    views=("CC", "MLO"),
+    height=1152,
+    width=896,
+    img_size=None,
+    prevalence=0.4,
+    benign_rate=0.4,
+    contrast=1.0,
+    style="film",
+    test_size=0.2,
+    val_size=0.1,
+    seed=0,
+    jobs=1,
+    backend="loky",
+):
+    """Write a phantom data set into the new or empty folder `out`: the README.txt there lists what.
+
+    Options as on the command line. The same options give the same bytes for any number of jobs. Returns the
+    list of patients. Raises InputError for a folder with content and for shares that cannot be had.
+    """
+    out = Path(out)
+    check_output(out, views, height, width)
+    if prevalence + benign_rate > 1:
+        raise InputError(
+            f"Expected --prevalence and --benign-rate of at most 1 together. Received {prevalence} and {benign_rate}."
+        )
+    people = draw_patients(patients, prevalence, benign_rate, seed)
+    folders = assign_folders(people, test_size, val_size, seed)
+    draw = functools.partial(
+        make_patient, out=out, folders=folders, views=views, seed=seed, height=height, width=width, contrast=contrast,
+        style=style, img_size=img_size,
+    )  # fmt: skip
+    for _ in run_parallel(draw, people, jobs, backend, "drawing", "patient"):
+        pass
+    findings = [
+        f"{p.name},{p.side},{view},{number},{pathology},{kind}\n"
+        for p in people
+        for view in views
+        for number, (kind, pathology) in enumerate(p.findings, start=1)
+    ]
+    write_text(out / "roi_mask_path.csv", CSV_HEADER + "".join(findings))
+    for name, is_test in (("pat_train.txt", False), ("pat_test.txt", True)):
+        names = [p.name for p in people if (folders[p.name] == "test") == is_test]
+        write_text(out / name, "".join(f"{name}\n" for name in names))
+    cancers = [f"{p.name},{p.side},{int(p.malignant)}\n" for p in people]
+    write_text(out / "pat_side_cancer.csv", "patient_id,side,cancer\n" + "".join(cancers))
+    write_text(
+        out / "README.txt",
+        README.format(
+            options=f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}, "
+            f"contrast {contrast}, style {style};\nshares: malignant {prevalence}, benign {benign_rate}, "
+            f"test {test_size}, validation {val_size}."
+        ),
+    )
+    return people
+
+
+# What makes each layout, and those of its options that not all have.
+LAYOUTS = {
+    "prepared": (make_phantom, {"benign_rate", "test_size", "val_size", "img_size"}),
+    "cbis-ddsm": (make_download, {"test_size", "tree", "oddities", "old_header"}),
+    "inbreast": (make_inbreast, {"benign_rate", "oddities"}),
+}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("out", help="folder to write, new or empty")
+    add = parser.add_argument
+    add("--layout", choices=LAYOUTS, default="prepared", help="how the images are laid out (prepared)")
+    add("--patients", type=positive_int, default=100, help="number of patients, one breast each; inbreast: both (100)")
+    add("--views", nargs="+", choices=["CC", "MLO"], default=["CC", "MLO"], help="views of each (both)")
+    add("--height", type=positive_int, default=1152, help="of the full images, in pixels (1152)")
+    add("--width", type=positive_int, default=896, help="of the full images, in pixels (896)")
+    add("--prevalence", type=fraction, default=0.4, help="share of patients with cancer (0.4)")
+    add("--contrast", type=natural_float, default=1.0, help="conspicuity of the lesions; 0: invisible (1)")
+    add("--style", choices=STYLES,
+        help="pictures as of digitised film, or of a digital detector: more contrast, sharper, black around the "
+        "breast, 14 bits (as the layout's originals: film; inbreast: digital)")  # fmt: skip
+    add("--test-size", type=fraction, default=0.2,
+        help="share of patients for the (official) test set; not inbreast (0.2)")  # fmt: skip
+    add("--benign-rate", type=fraction, default=0.4,
+        help="share with benign findings only; not cbis-ddsm, where all others have them (0.4)")  # fmt: skip
+    add("--oddities", choices=["all", "none"], default="all",
+        help="those of the real data: truncated files, repeated rows, swapped masks; not prepared (all)")  # fmt: skip
+    add("--seed", type=natural_int, default=0, help="other seeds make other patients (0)")
+    add_parallel_options(parser, jobs=os.cpu_count())
+    add = parser.add_argument_group("layout prepared").add_argument
+    add("--img-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
+        help="size of the whole images in train, val and test (default: links to the full images)")  # fmt: skip
+    add("--val-size", type=fraction, default=0.1,
+        help="share of the others for validation; give the patch sampler the same (0.1)")  # fmt: skip
+    add = parser.add_argument_group("layout cbis-ddsm (every patient has findings)").add_argument
+    add("--tree", choices=TREES, default="uid",
+        help="folders named by UIDs, by dates and descriptions (two styles), or the JPEG re-release (uid)")  # fmt: skip
+    add("--old-header", action="store_true", help="description files with older column names and backslashes")
+    return parser
+
+
+def run(**options):
+    """Write the data set; keyword arguments are the option names of `make_parser`."""
+    parser = make_parser()
+    args = vars(complete(parser, options))
+    layout = args.pop("layout")
+    if args["style"] is None:
+        del args["style"]
+    make, own = LAYOUTS[layout]
+    for name in sorted(set().union(*(names for _, names in LAYOUTS.values())) - own):
+        if args.pop(name) != parser.get_default(name):
+            others = " or ".join(other for other, (_, names) in LAYOUTS.items() if name in names)
+            raise InputError(f"--{name.replace('_', '-')} is for --layout {others}. Received --layout {layout}.")
+    make(**args)
+
+
+def main(argv=None):
+    return run_main(make_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

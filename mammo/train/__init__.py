@@ -1,0 +1,1 @@
+"""What training needs besides the networks: checkpoints, callbacks, resuming, devices, scores."""

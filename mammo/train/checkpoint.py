@@ -1,0 +1,563 @@
+"""Checkpoints: opening Keras files of any age, always by name, and saving them whole.
+
+A legacy `.h5` file stores the weights of each top-level layer as one list. Inside a nested model the order of that
+list depends on which layers were frozen when the file was written, so reading by position can swap weights of
+equal shape without a word. Everything here therefore pairs weights by layer name and weight name.
+"""
+
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import keras
+import numpy as np
+
+from mammo.base.files import InputError, atomic_write, one_line
+from mammo.base.guards import _MEMBERS, _refuse_code, check_archive, check_bytes, check_h5, check_pixels, parse_json
+
+# Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
+_KERAS1_WEIGHTS = {
+    "W": "kernel",
+    "b": "bias",
+    "running_mean": "moving_mean",
+    "running_std": "moving_variance",
+}
+
+
+def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras.Model:
+    """Open a full model: `.h5` of Keras 2.0 and later, flat or nested, compiled or not, or `.keras`.
+
+    The file is only read. Layer names, `trainable` flags, L2 factors and dropout rates are those of the file;
+    every weight in it is used and every weight of the model is found there. The optimizer is not restored: the
+    model comes uncompiled. A file that holds Python code (Lambda layers) is refused unless `trust_checkpoint`, and in
+    any case one that describes more weights than it holds, or leads to other files.
+
+    Raises InputError for a file that is missing, damaged, without an architecture, or refused.
+    """
+    path = _existing_file(path)
+    if zipfile.is_zipfile(path):
+        model = _build(*_read_archive(path), path, trust_checkpoint)
+        _load_by_structure(model, path)
+        return model
+    with _open_h5(path) as h5:
+        if "model_config" not in h5.attrs:
+            raise InputError(
+                f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). Received weights only: "
+                "build the model first, then load_weights(model, path)"
+            )
+        description = parse_json(h5.attrs["model_config"])
+        old = _text(h5.attrs.get("keras_version", "2")).startswith("2")
+        model = _build(_describe_legacy(description, old, path), _count(h5), path, trust_checkpoint)
+        _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
+    return model
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = True) -> None:
+    """Give `model` the weights of a file: legacy `.h5` weights or full model, `.weights.h5`, or `.keras`.
+
+    Legacy files are read by layer name. With `strict` file and model must hold the same layers; without it the layers
+    present in both are set and the others left alone (ImageNet weights without top). `.weights.h5` and `.keras`
+    address layers by their order within each class, so they only fit the architecture that they were written from.
+
+    Raises InputError naming the layer, the shape expected and the shape received; a legacy file then has changed
+    nothing in the model.
+    """
+    path = _existing_file(path)
+    if zipfile.is_zipfile(path):
+        _read_archive(path)
+    else:
+        with _open_h5(path) as h5:
+            group = h5.get("model_weights", h5)
+            if _names(group, "layer_names"):
+                _assign_by_name(model, _stored_weights(group), path, strict)
+                return
+            if "layers" not in h5:
+                raise InputError(f"{path}: holds no Keras weights. Expected .h5, .weights.h5 or .keras")
+            _check_weight_count(model, h5, path)
+    if not strict:
+        raise InputError(f"{path}: layers can be matched by name only from a legacy .h5 file")
+    _load_by_structure(model, path)
+
+
+def save_model(model: keras.Model, path: str | os.PathLike) -> None:
+    """Save a functional or Sequential model without optimizer state; the name ending chooses the format.
+
+    `.weights.h5`: weights alone; `.h5`: a full model in the legacy format; `.keras`: a full model in today's
+    format. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
+    the file correctly, as a model that computes in float32. The file appears only when complete: on any failure an
+    old file of this name stays whole.
+
+    Raises InputError for an unknown ending, another kind of model or a file that cannot be written.
+    """
+    path = Path(path)
+    check_model_name(path)
+    # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
+    try:
+        # What the caller called a Sequential model is read again as a functional one.
+        ends = (model.inputs, model.outputs) if isinstance(model, keras.Sequential) else (model.input, model.output)
+    except (AttributeError, ValueError):
+        raise InputError(
+            f"{path}: cannot be written: Expected a model whose layers are connected from its inputs to its outputs. "
+            f"Received {type(model).__name__} {model.name}"
+        ) from None
+    bare = keras.Model(*ends, name=model.name, trainable=model.trainable)
+    try:
+        with (
+            atomic_write(path, durable=True) as temporary,
+            _flags_of_layers(bare),
+            _in_float32(bare),
+            _without_legacy_notice(),
+        ):
+            if path.name.endswith(".weights.h5"):
+                _save_weights(bare, temporary)
+            elif path.suffix == ".keras":
+                keras.saving.save_model(bare, temporary)
+            else:
+                _save_legacy(bare, temporary)
+    except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
+        errno = getattr(error, "errno", None)
+        reason = os.strerror(errno) if errno else _one_line(error)
+        raise InputError(f"{path}: cannot be written: {reason}") from error
+
+
+def check_model_name(path: str | os.PathLike) -> None:
+    """Raise InputError unless `path` can become a model file: by its ending, and by not being a folder."""
+    path = Path(path)
+    if path.suffix not in (".h5", ".hdf5", ".keras"):
+        raise InputError(f"{path}: unknown model format. Expected a name ending in .h5, .keras or .weights.h5")
+    if path.is_dir():
+        raise InputError(f"{path}: Expected the name of a model file. Received a folder")
+
+
+# Reading
+
+
+def _existing_file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: Expected a checkpoint file. Received {'a folder' if path.is_dir() else 'no file'}")
+    return path
+
+
+@contextmanager
+def _open_h5(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "r") as h5:
+            check_h5(path, h5, path.stat().st_size)
+            yield h5
+    except InputError:
+        raise
+    # By what is damaged; not MemoryError, and not what a backend raises that is short of memory.
+    except (OSError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            f"{path}: Expected a Keras checkpoint (.h5 or .keras). Received another kind of file or a damaged one: "
+            f"{_one_line(error)}"
+        ) from error
+
+
+def _read_archive(path: Path) -> tuple[dict, int]:
+    """The description of the model in a `.keras` file, and the number of values that it holds."""
+    if path.suffix != ".keras":  # Keras chooses its reader by the name
+        raise InputError(f"{path}: is a zip archive. If it is a Keras model, rename it to end in .keras")
+    try:
+        check_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            if others := set(archive.namelist()) - _MEMBERS:
+                raise InputError(
+                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(_MEMBERS))} alone"
+                )
+            description = parse_json(archive.read("config.json"))
+            description.pop("compile_config", None)  # never used here
+            with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as h5:
+                check_h5(path, h5, path.stat().st_size)
+                return description, _count(h5)
+    except InputError:
+        raise
+    except Exception as error:  # anything zipfile and h5py stumble over in a damaged archive
+        raise InputError(f"{path}: cannot be opened as a Keras model: {_one_line(error)}") from error
+
+
+def _count(group: h5py.Group) -> int:
+    """The number of values in a group, each data set counted once."""
+    sizes = []
+    group.visititems(lambda _, item: sizes.append(item.size) if isinstance(item, h5py.Dataset) else None)
+    return sum(sizes)
+
+
+def _describe_legacy(description: dict, old: bool, path: Path) -> dict:
+    """The description in a legacy file as Keras 3 reads it. old: written by Keras 2."""
+    kind, config = description["class_name"], description["config"]
+    if isinstance(config, list):
+        raise InputError(f"{path}: Expected a functional model. Received a {kind} model of Keras 2")
+    if old:
+        _patch_keras2(config)
+    return {"module": "keras", "class_name": "Model" if kind == "Functional" else kind, "config": config}
+
+
+def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -> keras.Model:
+    """The model of a description, with arbitrary weights. stored: the number of values that its file holds.
+
+    Raises InputError, before any memory is reserved for the weights, where they would be more than these.
+    """
+    with keras.StatelessScope() as scope:  # the variables made in it get their memory as it ends
+        try:
+            if not trust_checkpoint:
+                _refuse_code(description, path)
+            # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
+            model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
+            _check_size(model, stored, path)
+            _check_name(model, path)
+            # TensorFlow never gives gradients to a variable that is frozen as it gets its memory.
+            frozen = [layer for layer in leaf_layers(model) if not layer.trainable]
+            for layer in frozen:
+                layer.trainable = True
+        except Exception as error:  # whatever a wrong description makes Keras stumble over
+            scope.initialize_variables = False
+            keras.utils.clear_session()  # forgets the variables, which the next such scope would fill
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: cannot rebuild the model that it describes: {_one_line(error)}") from error
+    for layer in frozen:
+        layer.trainable = False
+    return model
+
+
+def _check_name(model, path: Path) -> None:
+    """TensorFlow takes no others, and says so only when the model is run."""
+    if not re.fullmatch(r"[A-Za-z0-9.][\w.\\/>-]*", model.name, re.ASCII):
+        raise InputError(
+            f"{path}: Expected a model's name of letters, digits, '_', '.', '-'. Received {one_line(model.name, 100)!r}"
+        )
+
+
+def _check_size(model, stored: int, path: Path) -> None:
+    if not isinstance(model, keras.Model):
+        raise InputError(f"{path}: Expected a model. Received a {type(model).__name__}")
+    described = sum(math.prod(weight.shape) for weight in model.weights)
+    if described > stored:
+        raise InputError(f"{path}: refused: describes {described} weights. Expected at most the {stored} that it holds")
+    # Their values can be stored in less than they take here, or not at all.
+    described = sum(math.prod(weight.shape) * np.dtype(weight.dtype).itemsize for weight in model.weights)
+    check_bytes(path, described, path.stat().st_size)
+    for shape in (tensor.shape for tensor in model.inputs):
+        check_pixels(path, 1, math.prod(size or 1 for size in shape[1:]))
+
+
+def _one_line(error: Exception) -> str:
+    return one_line(str(error), 400) or type(error).__name__
+
+
+# What Keras 2 wrote and Keras 3 does not read: all changes are made to the description in memory.
+
+
+def _patch_keras2(config: dict) -> None:
+    """Bring the configuration of a Keras 2 functional model to what Keras 3 reads, nested models included."""
+    for layer in config["layers"]:
+        if "layers" in layer["config"]:
+            _patch_keras2(layer["config"])
+        _patch_regularizers(layer["config"])
+        _patch_separable_convolution(layer)
+    _patch_node_indices(config["layers"])
+    _patch_single_ends(config)
+
+
+def _patch_node_indices(layers: list[dict]) -> None:
+    """Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 numbers them from 0."""
+    nested = {layer["name"] for layer in layers if "layers" in layer["config"]}
+    for layer in layers:
+        for node in layer["inbound_nodes"]:
+            for reference in node:
+                if reference[0] in nested:
+                    reference[1] -= 1
+
+
+def _patch_single_ends(config: dict) -> None:
+    """Keras 2 lists inputs and outputs even when there is one; Keras 3 would then warn at each call with a tensor."""
+    for key in ("input_layers", "output_layers"):
+        if len(config[key]) == 1:
+            config[key] = config[key][0]
+
+
+def _patch_regularizers(config: dict) -> None:
+    """Some Keras 2 versions wrote the factors as arrays of one value; Keras 3 takes plain numbers."""
+    for setting in config.values():
+        if isinstance(setting, dict) and setting.get("class_name") == "L1L2":
+            for key, factor in setting["config"].items():
+                value = factor["value"] if isinstance(factor, dict) else factor
+                setting["config"][key] = float(np.asarray(value).item())
+
+
+def _patch_separable_convolution(layer: dict) -> None:
+    """Later Keras 2 versions also wrote the unused settings that the layer inherits from Conv2D."""
+    if layer["class_name"] == "SeparableConv2D":
+        for key in ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"):
+            layer["config"].pop(key, None)
+
+
+# Weights by name
+
+
+def _text(attribute: bytes | str) -> str:
+    return attribute.decode() if isinstance(attribute, bytes) else attribute
+
+
+def _names(group: h5py.Group, attribute: str) -> list[str]:
+    """A list of names, which Keras splits over several attributes when it exceeds the HDF5 limit of 64 KiB."""
+    keys = [attribute] if attribute in group.attrs else []
+    while f"{attribute}{len(keys)}" in group.attrs:
+        keys.append(f"{attribute}{len(keys)}")
+    return [_text(name) for key in keys for name in group.attrs[key]]
+
+
+def _stored_weights(group: h5py.Group) -> dict[str, dict[str, h5py.Dataset]]:
+    """Layer name -> weight name -> data, for the layers of a legacy file that hold weights."""
+    stored = {}
+    for layer in _names(group, "layer_names"):
+        weights = {name: group[layer][name] for name in _names(group[layer], "weight_names")}
+        if weights:
+            stored[layer] = weights
+    return stored
+
+
+def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset]], path: Path, strict: bool) -> None:
+    layers = {layer.name: layer for layer in model.layers if layer.weights}
+    if strict and layers.keys() != stored.keys():
+        stored = _renumber(stored, layers.keys())
+    if strict and layers.keys() != stored.keys():
+        raise InputError(
+            f"{path}: layers with weights differ. Only in the model: {_listing(layers.keys() - stored.keys())}. "
+            f"Only in the file: {_listing(stored.keys() - layers.keys())}"
+        )
+    pairs = []
+    for name, weights in stored.items():
+        if name in layers:
+            pairs += _pair_weights(layers[name], weights, f"{path}: layer {name}")
+    if not pairs and not strict:
+        raise InputError(f"{path}: no layer of the file has the name of a layer of the model")
+    for variable, data in pairs:
+        variable.assign(data[()])
+
+
+def _renumber(stored: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
+    """Name stored layers as the model does where Keras chose the names, such as `conv2d_7`, by counting.
+
+    The count depends on what else was built before, so that Inception's `conv2d_1` of the ImageNet file is `conv2d` or
+    `conv2d_94` here. Within a kind, layers are matched in the order of their numbers, which is that of their making.
+    """
+
+    def by_kind(names):
+        kinds = {}
+        for name in names:
+            kind, _, number = re.fullmatch(r"(.*?)(_(\d+))?", name).groups(default="0")
+            kinds.setdefault(kind, []).append((int(number), name))
+        return {kind: [name for _, name in sorted(numbered)] for kind, numbered in kinds.items()}
+
+    ours, theirs = by_kind(names), by_kind(stored)
+    new_names = {}
+    for kind, old in theirs.items():
+        new = ours.get(kind, [])
+        new_names |= dict(zip(old, new if len(new) == len(old) else old, strict=True))
+    return {new_names[name]: weights for name, weights in stored.items()}
+
+
+def _listing(names: set[str]) -> str:
+    shown = sorted(names)[:5]
+    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+def _pair_weights(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: str) -> list[tuple]:
+    """(variable, data) for every variable of `layer` and every weight of its group, or InputError.
+
+    Weight names read `scope/kernel:0`. In the group of a plain layer the scope says nothing new (and may carry a
+    suffix, as in `dense_1_1`); in that of a nested model it names the inner layer.
+    """
+    if not isinstance(layer, keras.Model):
+        return _pair_variables(layer, weights, where)
+    scopes = {}
+    for name, data in weights.items():
+        scope, _, weight = name.rpartition("/")
+        scopes.setdefault(scope.rpartition("/")[2], {})[weight] = data
+    pairs = []
+    for inner, scope in _match_scopes(_inner_layers(layer, where), scopes.keys(), where):
+        pairs += _pair_variables(inner, scopes[scope], f"{where}, inner layer {inner.name}")
+    return pairs
+
+
+def _inner_layers(model: keras.Model, where: str) -> dict[str, keras.Layer]:
+    """Name -> layer, for all layers with weights at any depth inside a nested model."""
+    found = {}
+    for layer in leaf_layers(model):
+        if layer.weights and found.setdefault(layer.name, layer) is not layer:
+            raise InputError(f"{where}: two inner layers are called {layer.name}: cannot tell their weights apart")
+    return found
+
+
+def _match_scopes(layers: dict[str, keras.Layer], scopes: set[str], where: str) -> list[tuple]:
+    """(layer, scope) for each scope of a file, which is the layer's name with or without a suffix `_1`.
+
+    Keras 2 made a scope unique within its session: layers `dense` and `dense_1` may be stored as `dense_1` and
+    `dense_1_1`. Longest scopes first, so that `dense_1_1` takes `dense_1` before `dense_1` can.
+    """
+    free = dict(layers)
+    matched = []
+    for scope in sorted(scopes, key=len, reverse=True):
+        name = scope if scope in free else re.sub(r"_\d+$", "", scope)
+        if name not in free:
+            raise InputError(f"{where}: weights stored as {scope} belong to no inner layer of the model")
+        matched.append((free.pop(name), scope))
+    if free:
+        raise InputError(f"{where}: no weights in the file for inner layers {_listing(free.keys())}")
+    return matched
+
+
+def _pair_variables(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: str) -> list[tuple]:
+    variables = {variable.name: variable for variable in layer.weights}
+    endings = "|".join(map(re.escape, [*variables, *_KERAS1_WEIGHTS]))
+    pairs = []
+    for stored_name, data in weights.items():
+        # kernel:0 (Keras 2), kernel (Keras 3), conv1_W_1:0 (Keras 1)
+        ending = re.search(rf"(?:^|[/_])({endings})(?:_\d+)?(?::\d+)?$", stored_name)
+        name = ending and _KERAS1_WEIGHTS.get(ending[1], ending[1])
+        variable = variables.pop(name, None)
+        if variable is None:
+            raise InputError(f"{where}: weight {stored_name} of the file has no place in the model")
+        if tuple(variable.shape) != data.shape:
+            raise InputError(
+                f"{where}, weight {name}: Expected shape {tuple(variable.shape)}. Received {data.shape}: "
+                "a checkpoint for another class count, image size or channel count?"
+            )
+        pairs.append((variable, data))
+    if variables:
+        raise InputError(f"{where}: no weights in the file for {_listing(variables.keys())}")
+    return pairs
+
+
+def _load_by_structure(model: keras.Model, path: Path) -> None:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what then fails
+            model.load_weights(path)
+    except Exception as error:  # Keras raises many types here, all for a file that does not fit
+        raise InputError(f"{path}: weights do not fit the model: {_one_line(error)}") from error
+
+
+def _check_weight_count(model: keras.Model, h5: h5py.File, path: Path) -> None:
+    """Keras reads a `.weights.h5` file of a larger model without a word, leaving out what does not fit."""
+    count = 0
+
+    def visit(name: str, item: h5py.HLObject) -> None:
+        nonlocal count
+        count += isinstance(item, h5py.Dataset) and "seed_generator" not in name
+
+    h5["layers"].visititems(visit)
+    if count != len(model.weights):
+        raise InputError(
+            f"{path}: Expected {len(model.weights)} weight tensors, as the model has. Received {count}: "
+            "a checkpoint of another architecture?"
+        )
+
+
+def leaf_layers(model: keras.Model) -> Iterator[keras.Layer]:
+    """The layers of `model`, those of nested models in place of the nested models, at any depth."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from leaf_layers(layer)
+        else:
+            yield layer
+
+
+# Writing
+
+
+@contextmanager
+def _flags_of_layers(model: keras.Model) -> Iterator[None]:
+    """Within the block every variable is as trainable as its layer, as in a model just loaded.
+
+    Legacy files are written, and read by stock Keras, in an order that depends on the flags of the variables, while
+    only the flags of the layers are stored. With a frozen gamma in a trainable batch normalisation the two orders
+    would differ.
+    """
+    before = [(variable, variable.trainable) for variable in model.variables]
+    for layer in leaf_layers(model):
+        flag = layer.trainable
+        layer.trainable = not flag  # TensorFlow's object tracking ignores an assignment that changes nothing
+        layer.trainable = flag
+    try:
+        yield
+    finally:
+        for variable, flag in before:
+            variable.trainable = flag
+
+
+@contextmanager
+def _in_float32(model: keras.Model) -> Iterator[None]:
+    """Within the block all layers compute in float32: half precision is a matter of the training, not of the file."""
+    before = [(layer, layer.dtype_policy) for layer in leaf_layers(model)]
+    for layer, _ in before:
+        layer.dtype_policy = "float32"
+    try:
+        yield
+    finally:
+        for layer, policy in before:
+            layer.dtype_policy = policy
+
+
+@contextmanager
+def _without_legacy_notice() -> Iterator[None]:
+    """Keras logs a notice each time a legacy file is written; here that format is chosen knowingly."""
+    logger = logging.getLogger("absl")
+
+    def other(record: logging.LogRecord) -> bool:
+        return "as an HDF5 file" not in record.getMessage()
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+class _MemoryFile(h5py.File):
+    """HDF5 in memory. When a disk is full, HDF5 leaves its file open, which crashes Python later on."""
+
+    def __str__(self):
+        return "memory.h5"  # Keras chooses the format by this ending
+
+
+def _save_legacy(model: keras.Model, path: Path) -> None:
+    content = io.BytesIO()
+    with _MemoryFile(content, "w") as h5:
+        keras.saving.save_model(model, h5)
+    path.write_bytes(content.getbuffer())
+
+
+def _save_weights(model: keras.Model, path: Path) -> None:
+    """Take the `.weights.h5` file out of a `.keras` archive, which Keras puts together in memory."""
+    archive = path.with_suffix(".keras")
+    try:
+        keras.saving.save_model(model, archive)
+        with (
+            zipfile.ZipFile(archive) as members,
+            members.open("model.weights.h5") as source,
+            path.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def check_outputs(model: keras.Model, nb_class: int, source) -> None:
+    """Raise InputError unless `model` has `nb_class` outputs; `source` names its file."""
+    if model.output_shape[-1] != nb_class:
+        raise InputError(
+            f"{source}: Expected a model of {nb_class} classes, the length of --class-list. "
+            f"Received one of {model.output_shape[-1]}"
+        )
