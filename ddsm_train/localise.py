@@ -81,7 +81,7 @@ def run(**options) -> None:
 
 
 def warn_of_missing_masks(path, records, marked, wanted) -> None:
-    """Say how many lesions count as absent because they have no mask. marked: lists of `Marked`, one a record."""
+    """Say how many lesions count as absent because they have no mask. marked: lists of `MapHits`, one a record."""
     lesions = [sum(image.hits.shape[1] for image in images) for images in marked]
     cancers = [count for record, count in zip(records, lesions, strict=True) if record.cancer == 1]
     if without := cancers.count(0):

@@ -626,7 +626,7 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import cv2, numpy as np
-import mammo.maps.compute
+from mammo.maps import compute
 from mammo.base.files import InputError
 from mammo.maps.files import Grid
 from mammo.maps.compute import Scan
