@@ -139,9 +139,9 @@ def run(**options) -> None:
     from mammo.train.callbacks import DMAucModelCheckpoint
 
     model, top_layer_nb = build_model(args)
-    with training.prepare(args, model, allow_constant=False) as training:
+    with training.prepare(args, model, allow_constant=False) as prepared:
         stages = image_stages(
-            training.model,
+            prepared.model,
             top_layer_nb=top_layer_nb,
             nb_epoch=args.nb_epoch,
             all_layer_epochs=args.all_layer_epochs,
@@ -152,9 +152,9 @@ def run(**options) -> None:
             weight_decay2=args.weight_decay2,
             hidden_dropout2=args.hidden_dropout2,
         )
-        best = DMAucModelCheckpoint(args.best_model, training.val_set, model_to_save=training.org_model)
-        history = training.train(training, stages, best)
-        training.finish(training, best, history, flips=args.test_augment)
+        best = DMAucModelCheckpoint(args.best_model, prepared.val_set, model_to_save=prepared.org_model)
+        history = training.train(prepared, stages, best)
+        training.finish(prepared, best, history, flips=args.test_augment)
 
 
 def main(argv=None) -> int:

@@ -85,9 +85,9 @@ def run(**options) -> None:
         nb_init_filter=args.nb_init_filter,
         **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
-    with training.prepare(args, model) as training:
+    with training.prepare(args, model) as prepared:
         stages = patch_stages(
-            training.model,
+            prepared.model,
             net=args.net,
             use_pretrained=args.use_pretrained,
             top_layer_nb=top_layer_nb,
@@ -102,9 +102,9 @@ def run(**options) -> None:
             weight_decay2=args.weight_decay2,
             hidden_dropout2=args.hidden_dropout2,
         )
-        best = BestModel(args.best_model, "val_accuracy", model_to_save=training.org_model)
-        history = training.train(training, stages, best)
-        training.finish(training, best, history)
+        best = BestModel(args.best_model, "val_accuracy", model_to_save=prepared.org_model)
+        history = training.train(prepared, stages, best)
+        training.finish(prepared, best, history)
 
 
 def main(argv=None) -> int:
