@@ -13,6 +13,7 @@ from scipy.stats import bootstrap, rankdata
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from mammo.base.files import InputError
+from mammo.base.statistics import average_precision, cumulative_counts
 from mammo.commands import evaluate
 from mammo.data.prepare import ImageRow, write_image_table
 from mammo.evaluate import evaluation
@@ -40,6 +41,15 @@ def study(patients=40, models=("a", "b"), seed=0, effect=1.2):
 def auc_of(truth, score):
     positive = rankdata(score)[truth == 1]
     return (positive.sum() - len(positive) * (len(positive) + 1) / 2) / len(positive) / (truth == 0).sum()
+
+
+def precision_of(truth, score):
+    """Average precision, the same as scikit-learn's (see test_statistics), which takes long for thousands of draws."""
+    return average_precision(*cumulative_counts(truth, score)[1:])
+
+
+def image_level(table, models, replicates):
+    return evaluation.evaluate_models(table, models, NO_POINTS, replicates=replicates)["levels"]["image"]
 
 
 # -------------------------------------------------------------------------------------------------------- levels
@@ -166,9 +176,7 @@ def test_calibration_has_its_closed_forms():
     table = study(150)
     logits = np.log(table["a"] / (1 - table["a"]))
     table["twice"], table["shifted"] = 1 / (1 + np.exp(-2 * logits)), 1 / (1 + np.exp(-logits - 0.7))
-    found = evaluation.evaluate_models(table, ["a", "twice", "shifted"], NO_POINTS, replicates=50)["levels"]["image"][
-        "models"
-    ]
+    found = image_level(table, ["a", "twice", "shifted"], 50)["models"]
     slope, intercept = (
         {name: found[name]["calibration"][kind]["value"] for name in found} for kind in ("slope", "intercept")
     )
@@ -180,9 +188,7 @@ def test_calibration_has_its_closed_forms():
 def test_labels_drawn_from_the_probabilities_are_calibrated():
     table = study(300)
     table["label"] = (np.random.default_rng(1).random(len(table)) < table["a"]).astype(int)
-    calibration = evaluation.evaluate_models(table, ["a"], NO_POINTS, replicates=50)["levels"]["image"]["models"]["a"][
-        "calibration"
-    ]
+    calibration = image_level(table, ["a"], 50)["models"]["a"]["calibration"]
     for name, truth in (("slope", 1), ("intercept", 0)):
         low, high = calibration[name]["interval"]
         assert low < truth < high and high - low < 0.5
@@ -223,9 +229,9 @@ def test_draws_of_one_class_alone_are_not_enough():
 
 def test_the_bootstrap_of_independent_images_is_scipys():
     table = study(150).assign(patient="", side="")
-    found = evaluation.evaluate_models(table, ["a"], NO_POINTS, replicates=4000)["levels"]["image"]["models"]["a"]
+    found = image_level(table, ["a"], 4000)["models"]["a"]
     truth, score = table["label"].to_numpy(), table["a"].to_numpy()
-    for figure, statistic in (("auc", auc_of), ("average_precision", average_precision_score)):
+    for figure, statistic in (("auc", auc_of), ("average_precision", precision_of)):
         expected = bootstrap(
             (truth, score), statistic, paired=True, vectorized=False, method="percentile", n_resamples=1500, rng=1
         ).confidence_interval
@@ -263,7 +269,7 @@ def test_intervals_by_patient_are_those_of_drawing_patients():
 def test_tables_of_an_earlier_run_do_not_stay(results, tmp_path):
     evaluation.write_evaluation(tmp_path, study(), results)
     assert len(pd.read_csv(tmp_path / "comparisons.csv")) == 3
-    alone = evaluation.evaluate_models(study(), ["a"], NO_POINTS, replicates=20)
+    alone = evaluation.evaluate_models(study().assign(patient="", side=""), ["a"], NO_POINTS, replicates=20)
     evaluation.write_evaluation(tmp_path, study(), alone)
     assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["predictions.csv", "scores.csv"]
 
@@ -271,9 +277,7 @@ def test_tables_of_an_earlier_run_do_not_stay(results, tmp_path):
 def test_models_are_compared_in_pairs():
     table = study(80)
     table["c"], table["better"] = table["a"], table["a"] + table["label"] / 2
-    (same, better, _) = evaluation.evaluate_models(table, ["a", "c", "better"], NO_POINTS, replicates=200)["levels"][
-        "image"
-    ]["comparisons"]
+    (same, better, _) = image_level(table, ["a", "c", "better"], 200)["comparisons"]
     assert same == {
         "models": ["a", "c"],
         "difference": 0,
@@ -533,9 +537,7 @@ def test_flips_and_areas_are_those_of_the_published_program():
             guess = predict(FirstValues(2), (arrays[f"{key}_x"], truth), flips=True)[3]
         table = pd.DataFrame({"file": np.arange(len(truth)).astype(str), "patient": "", "side": "", "view": ""})
         table["label"], table["m"] = truth[:, 1].astype(int), guess[:, 1]
-        found = evaluation.evaluate_models(table, ["m"], NO_POINTS, replicates=10)["levels"]["image"]["models"]["m"][
-            "auc"
-        ]
+        found = image_level(table, ["m"], 10)["models"]["m"]["auc"]
         assert found["value"] == pytest.approx(case["auc"][1], abs=1e-9)
 
 
