@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from mammo.base.files import InputError, atomic_write, one_line
-from mammo.base.guards import check_archive, read_bytes
+from mammo.base.guards import check_archive, read_bytes, readable
 
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 

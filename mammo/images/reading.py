@@ -16,11 +16,11 @@ import numpy as np
 
 from mammo.base.files import InputError, counted, walk_files
 from mammo.base.guards import (
-    _check_frame,
-    _check_size,
-    _max_size,
+    check_frame,
     check_pixels,
+    check_unpacked_size,
     max_pixels,
+    max_unpacked_size,
     read_bytes,
     too_many_pixels,
 )
@@ -220,7 +220,9 @@ def _parse_dicom(fname, file, **options):
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     read_preamble(file, force=True)
     if _read_file_meta_info(file).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        _check_size(fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), _max_size() + 1)))
+        check_unpacked_size(
+            fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), max_unpacked_size() + 1))
+        )
     file.seek(0)
     return pydicom.dcmread(file, force=True, **options)
 
@@ -239,7 +241,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
             raise ImageError(
                 f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.", "wrong type"
             )
-        _check_frame(fname, dataset)
+        check_frame(fname, dataset)
         bits = dataset.BitsStored
         # Bits above those stored are dropped where they may be overlays or lack the sign; in other files they show
         # that the header is wrong, and dropping them would wrap bright pixels around to dark ones.

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, is_file_name
-from mammo.base.guards import check_archive, check_h5, load_plain, max_pixels, parse_json
+from mammo.base.guards import check_archive, check_h5, max_pixels, parse_json
+from mammo.base.unpickle import load_plain
 
 MAP_VIEWS = ("cc", "mlo")
 MODES = ("sweep", "fprop", "gradcam")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, write_json
-from mammo.base.guards import _NODES, _TRUSTED, _check_trees, _nodes, check_archive, parse_json
+from mammo.base.guards import TREE_NODES, TREE_TYPES, check_archive, check_trees, node_kinds, parse_json
 from mammo.base.statistics import bootstrap_auc, bootstrap_counts, percentile_interval
 from mammo.base.work import run_parallel
 from mammo.maps.files import MAP_VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
@@ -328,7 +328,7 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         known = isinstance(classifier.model, (RandomForestClassifier, HistGradientBoostingClassifier))
         nb_feature = classifier.model.n_features_in_ if known else 0
         if known:
-            _check_trees(classifier.model)
+            check_trees(classifier.model)
         expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
     except InputError:
         raise
@@ -348,16 +348,16 @@ def _read_skops(path) -> dict:
 
     check_archive(path)
     with zipfile.ZipFile(path) as archive:
-        nodes = set(_nodes(parse_json(archive.read("schema.json"))))
-    if not nodes <= _NODES:
-        raise InputError(f"{path}: refused: holds {min(nodes - _NODES)}. Expected scikit-learn's trees alone")
-    unknown = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED
+        nodes = set(node_kinds(parse_json(archive.read("schema.json"))))
+    if not nodes <= TREE_NODES:
+        raise InputError(f"{path}: refused: holds {min(nodes - TREE_NODES)}. Expected scikit-learn's trees alone")
+    unknown = set(skops.io.get_untrusted_types(file=path)) - TREE_TYPES
     if unknown:
         raise InputError(
             f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
             "Expected scikit-learn's trees alone"
         )
-    return skops.io.load(path, trusted=sorted(_TRUSTED))
+    return skops.io.load(path, trusted=sorted(TREE_TYPES))
 
 
 def _read_joblib(path) -> dict:

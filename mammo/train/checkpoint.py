@@ -22,7 +22,15 @@ import keras
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, one_line
-from mammo.base.guards import _MEMBERS, _refuse_code, check_archive, check_bytes, check_h5, check_pixels, parse_json
+from mammo.base.guards import (
+    MODEL_MEMBERS,
+    check_archive,
+    check_bytes,
+    check_h5,
+    check_pixels,
+    parse_json,
+    refuse_code,
+)
 
 # Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
 _KERAS1_WEIGHTS = {
@@ -171,9 +179,9 @@ def _read_archive(path: Path) -> tuple[dict, int]:
     try:
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            if others := set(archive.namelist()) - _MEMBERS:
+            if others := set(archive.namelist()) - MODEL_MEMBERS:
                 raise InputError(
-                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(_MEMBERS))} alone"
+                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(MODEL_MEMBERS))} alone"
                 )
             description = parse_json(archive.read("config.json"))
             description.pop("compile_config", None)  # never used here
@@ -211,7 +219,7 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
     with keras.StatelessScope() as scope:  # the variables made in it get their memory as it ends
         try:
             if not trust_checkpoint:
-                _refuse_code(description, path)
+                refuse_code(description, path)
             # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
             model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
             _check_size(model, stored, path)

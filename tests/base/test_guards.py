@@ -20,7 +20,8 @@ import pytest
 
 from mammo.base import guards
 from mammo.base.files import InputError, is_file_name, one_line
-from mammo.base.guards import check_h5, load_plain, max_pixels, parse_json, read_bytes
+from mammo.base.guards import check_h5, max_pixels, parse_json, read_bytes
+from mammo.base.unpickle import load_plain
 from mammo.base.work import check_kept_options, run_resumable
 from mammo.images import reading
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
