@@ -93,17 +93,20 @@ def readable(path: str | os.PathLike, complaint: str, kind: type[InputError] = I
     """Raise one line for whatever a library raises in the block on a damaged file: its `path` and the complaint.
 
     Args:
-        complaint: what is wrong and what to do, with {} for the first line of the library's own words.
+        complaint: what is wrong and what to do, with {} for the library's own words.
 
-    InputError and MemoryError pass as they are, since the one says enough and the other is no fault of the file.
+    InputError passes as it is, since it says enough; so do MemoryError and OSError for want of memory or open files,
+    which are no fault of the file.
     """
     try:
         yield
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise kind(f"{path}: {complaint.format(reason[:200])}") from error
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            raise
+        reason = one_line(str(error), 400) or type(error).__name__
+        raise kind(f"{path}: {complaint.format(reason)}") from error
 
 
 def parse_json(text: str | bytes):
@@ -207,7 +210,7 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
 
 
 def _are_chunks(dataset, size: int) -> bool:
-    """Tell whether all chunks of an HDF5 data set unpack to `size` bytes, and are compressed by gzip, once, or not at all.
+    """Tell whether all chunks of an HDF5 data set unpack to `size` bytes, by gzip once or not at all.
 
     HDF5 itself reserves memory for whatever the stream in a chunk makes, a thousand times its bytes.
     """
