@@ -22,7 +22,7 @@ from mammo.base import guards
 from mammo.base.files import InputError, is_file_name, one_line
 from mammo.base.guards import check_h5, load_plain, max_pixels, parse_json, read_bytes
 from mammo.base.work import check_kept_options, run_resumable
-from mammo.images import reading
+from mammo.images import pixels, reading
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.maps.trees import load_classifier
 from mammo.train.checkpoint import load_model, load_weights
@@ -111,7 +111,7 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path, monkeypatch):
 def test_a_line_of_pixels_does_not_become_a_giant(tmp_path, memory):
     write_image(tmp_path / "a.png", np.zeros((1, 50_000), np.uint8))
     with pytest.raises(InputError, match=r"a\.png: cannot resize \(1, 50000\) to 4096 rows x 204800000 columns"):
-        reading.read_resize_img(tmp_path / "a.png", target_height=4096)
+        pixels.read_resize_img(tmp_path / "a.png", target_height=4096)
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES.values())
