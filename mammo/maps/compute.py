@@ -144,8 +144,8 @@ class ForwardPropagation(_WholeImage):
 
     `heatmap_model` is what `dm_resnet.add_top_layers(..., return_heatmap=True)` makes of the classifier: the feature
     map is average-pooled (`avg_pool_size` cells, with strides `hm_strides`), and its last layer applied everywhere.
-    A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for
-    7 of the usual stride 32, and lies at its centre.
+    A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for 7 of the usual stride 32, and lies
+    at its centre.
 
     The map equals that of `Sweep` over the same windows for a network without padding. With zero padding, as in
     all usual ones, a window's border features see zeros where the whole image has pixels: then the map of a window

@@ -256,7 +256,7 @@ def test_released_models_get_the_published_options(work, capsys, tmp_path):
     assert "general rules" in err
     predictor = Predictor(tmp_path / "released.h5")
     assert predictor.options == pixels.PUBLISHED_PIXELS | {"img_size": [96, 72]}
-    assert predictor.mean == 52.18
+    assert predictor.pixels.mean == 52.18
     assert float(row["pos"]) != pytest.approx(by_hand(work, image), abs=1e-4)
 
 
