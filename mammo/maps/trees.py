@@ -27,7 +27,7 @@ from mammo.train.scoring import auc_by_class, plot_roc
 if TYPE_CHECKING:
     import pandas as pd
     from skimage.measure._regionprops import RegionProperties
-    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+    from sklearn.base import ClassifierMixin
 
 CLASSIFIERS = ("rf", "gbt")
 _FORMAT = 1
@@ -164,7 +164,13 @@ class HeatmapClassifier:
 
     @classmethod
     def fit(
-        cls, model, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
+        cls,
+        model: "ClassifierMixin",
+        heatmaps: Heatmaps,
+        features: np.ndarray,
+        cancer: np.ndarray,
+        cutoffs: Sequence[float],
+        k: int,
     ) -> "HeatmapClassifier":
         """Fit a model of `make_model` to the `feature_table` of heatmaps and cancer (n,) 0 or 1."""
         return cls(_fit(model, features, cancer), list(cutoffs), k, kind_of(heatmaps))
@@ -193,9 +199,7 @@ def _fit(model, features: np.ndarray, cancer: np.ndarray):
     return model.fit(np.where(empty, 0.0, features), cancer)
 
 
-def make_model(
-    name: str, trees: int, seed: int, jobs: int = 1
-) -> "RandomForestClassifier | HistGradientBoostingClassifier":
+def make_model(name: str, trees: int, seed: int, jobs: int = 1) -> "ClassifierMixin":
     """Make an unfitted random forest ("rf") or gradient-boosted trees ("gbt"); the classes weigh the same in both.
 
     Args:
@@ -208,10 +212,10 @@ def make_model(
         return RandomForestClassifier(trees, class_weight="balanced", random_state=seed, n_jobs=jobs)
     if name == "gbt":
         # Shallow trees and a low rate, since breasts are few and features many.
+        shallow = {"learning_rate": 0.05, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_features": 0.2}
         return HistGradientBoostingClassifier(
-            max_iter=trees, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=5, max_features=0.2,
-            class_weight="balanced", early_stopping=False, random_state=seed,
-        )  # fmt: skip
+            max_iter=trees, class_weight="balanced", early_stopping=False, random_state=seed, **shallow
+        )
     raise InputError(f"unknown classifier: Expected {' or '.join(CLASSIFIERS)}. Received {name!r}")
 
 
@@ -237,7 +241,7 @@ def patient_folds(cancer: np.ndarray, patients: Sequence[str], nb_fold: int, see
 
 
 def cross_validate(
-    model, features: np.ndarray, cancer: np.ndarray, fold: np.ndarray, seed: int
+    model: "ClassifierMixin", features: np.ndarray, cancer: np.ndarray, fold: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict each breast by a model fitted without its fold, and measure how much each feature mattered.
 
@@ -328,7 +332,7 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
     except InputError:
         raise
-    # What damaged archives and other objects end in; the libraries name no common error.
+    # The libraries raise errors of many types for damaged archives and other objects.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
