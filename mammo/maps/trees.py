@@ -212,10 +212,10 @@ def make_model(name: str, trees: int, seed: int, jobs: int = 1) -> "ClassifierMi
         return RandomForestClassifier(trees, class_weight="balanced", random_state=seed, n_jobs=jobs)
     if name == "gbt":
         # Shallow trees and a low rate, since breasts are few and features many.
+        shallow = {"learning_rate": 0.05, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_features": 0.2}
         return HistGradientBoostingClassifier(
-            max_iter=trees, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=5, max_features=0.2,
-            class_weight="balanced", early_stopping=False, random_state=seed,
-        )  # fmt: skip
+            max_iter=trees, class_weight="balanced", early_stopping=False, random_state=seed, **shallow
+        )
     raise InputError(f"unknown classifier: Expected {' or '.join(CLASSIFIERS)}. Received {name!r}")
 
 
