@@ -511,9 +511,9 @@ def training_set(folder, size, model, workers):
     options |= {"featurewise_center": True, "augmentation": True, "auto_batch_balance": True}
     options["class_list"] = class_folders(folder)
     parser = (patch_clf_train if size == PATCH else image_clf_train).make_parser()
-    prepared = training.prepare(complete(parser, options, [str(folder)] * 3), model)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), prepared as training:
-        return training.train_set
+    args = complete(parser, options, [str(folder)] * 3)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return training.make_sets(args, model.input_shape[-1], allow_constant=True)[0]
 
 
 def smallest_network(size, folder):

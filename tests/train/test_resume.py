@@ -186,7 +186,7 @@ def test_a_training_killed_after_its_last_epoch_saves_the_final_model_of_its_las
     """Its dropout and weight decay are in the file, though no stage is left to set them."""
     options = ("--hidden-dropout2", "0.5", "--weight-decay2", "0.02", "--nb-epoch", "1", "--all-layer-epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finish", lambda *args, **kwargs: kill())
+        patch.setattr(training, "score_run", lambda *args, **kwargs: kill())
         with pytest.raises(Killed):
             train(data, tmp_path / "killed", *options)
     files = {}
