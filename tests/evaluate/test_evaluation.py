@@ -460,7 +460,7 @@ def test_exam_lists_of_the_metarepository(tmp_path, capsys):
         (lambda d: write_png(d / "x/neg/a.png").parents[1].joinpath("pos").mkdir() or d / "x", "pos: no images here"),
         (lambda d: write_list(d / "a.pkl", ["x"]), "a.pkl: Expected --image-dir"),
     ],
-)  # fmt: skip
+)
 def test_data_that_cannot_be_evaluated(tmp_path, make, text):
     with pytest.raises(InputError, match=text.replace("(", r"\(").replace(".csv", r"\.csv")):
         read_images(make(tmp_path))
@@ -577,10 +577,8 @@ def make_model(path, gain=0.05, centre=20.0, channels=1, mean=MEAN, classes=("ne
     kernel[0, -1], bias[-1] = gain, -gain * centre
     model.set_weights([kernel, bias])
     save_model(model, path)
-    options = {
-        "img_size": [8, 6], "img_scale": None, "rescale_factor": FACTOR, "featurewise_center": True,
-        "featurewise_mean": mean, "equalize_hist": False, "class_list": list(classes),
-    }  # fmt: skip
+    options = {"img_size": [8, 6], "img_scale": None, "rescale_factor": FACTOR, "equalize_hist": False}
+    options |= {"featurewise_center": True, "featurewise_mean": mean, "class_list": list(classes)}
     path.with_suffix("").mkdir()
     (path.with_suffix("") / "args.json").write_text(json.dumps(options))
     return path
@@ -800,7 +798,7 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         (["--predictions", "{d}/good.csv", "--val", "{d}/one_class.csv"], "the image level has no thresholds"),
         (["--predictions", "{d}/good.csv", "--val", "{d}/others.csv"], "others.csv: Expected the models of"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_scored_is_one_line(trained, tmp_path, capsys, options, text):
     if not (trained / "other.h5").exists():
         make_model(trained / "other.h5", classes=("a", "b", "pos"))
