@@ -12,7 +12,7 @@ import numpy as np
 
 from mammo.base.files import InputError
 from mammo.images.iterators import clust_kpts, empty_aligned, get_roi_patches, index_balancer, to_sparse
-from mammo.images.reading import read_img_for_pred, read_resize_img
+from mammo.images.pixels import read_img_for_pred, read_resize_img
 from mammo.maps.compute import add_img_margins, crop_img, get_prob_heatmap, sweep_img_patches
 
 __all__ = [

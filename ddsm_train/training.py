@@ -28,7 +28,7 @@ from mammo.images.check import (
     warn_of_types,
 )
 from mammo.images.iterators import find_classes, sample_images
-from mammo.images.reading import pixel_warnings
+from mammo.images.pixels import pixel_warnings
 from mammo.train import checkpoint, memory
 from mammo.train.callbacks import BestModel, HistoryFile, tensorboard
 from mammo.train.checkpoint import check_outputs

@@ -611,7 +611,12 @@ def heatmap(args):
     """Maps of a patch classifier over one image: the forward propagation against the sliding windows of one grid."""
     start_backend()
     from dm_keras_ext import get_dl_model
+    from dm_resnet import add_top_layers
+    from mammo.images.pixels import Pixels
     from mammo.maps.compute import ForwardPropagation, Scan, Sweep
+
+    def forward_propagation(size):
+        return ForwardPropagation(add_top_layers(model, size, patch_net=net, return_heatmap=True), Pixels(size))
 
     patch, stride = PATCH[0], 32
     grid = [(size - patch) // stride + 1 for size in WHOLE]
@@ -627,9 +632,9 @@ def heatmap(args):
     for net in ("resnet50", "vgg16"):
         model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
         sweep = Sweep(model, WHOLE[0], patch, stride, batch_size)
-        forward = ForwardPropagation(model, WHOLE, patch_net=net)
+        forward = forward_propagation(WHOLE)
         window = image[:patch, :patch]
-        alone = ForwardPropagation(model, PATCH, patch_net=net).score(Scan("window", window, None))
+        alone = forward_propagation(PATCH).score(Scan("window", window, None))
         difference = np.abs(alone - sweep.score(Scan("window", window, None))).max()
         sweep.score(Scan("warm-up", image[: patch + stride * 10, : patch + stride * 5], None))  # 66 windows
         maps = forward.score(Scan("warm-up", image, None))

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from mammo.base.files import InputError, atomic_write, one_line
-from mammo.base.guards import check_archive, read_bytes
+from mammo.base.guards import check_archive, read_bytes, readable
 
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 
@@ -84,7 +84,7 @@ def _read_excel(path) -> list[list[str]]:
     package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv")
-    try:
+    with readable(path, "not a readable table ({})"):
         if package == "openpyxl":
             return _read_xlsx(path)
         import xlrd
@@ -93,10 +93,6 @@ def _read_excel(path) -> list[list[str]]:
         rows = xlrd.open_workbook(path, logfile=io.StringIO(), on_demand=True).sheet_by_index(0).get_rows()
         number = xlrd.XL_CELL_NUMBER
         return [[f"{cell.value:.15g}" if cell.ctype == number else str(cell.value) for cell in row] for row in rows]
-    except (OSError, InputError):
-        raise
-    except Exception as error:  # the packages raise many kinds
-        raise InputError(f"{path}: not a readable table ({type(error).__name__}: {error})") from None
 
 
 def _read_xlsx(path) -> list[list[str]]:

@@ -409,7 +409,7 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
     exam: the part that the ids of its images share, as in 0_L_CC, else its number in the list. Ids are those of files
     without ending. InputError for another pickle, a breast without a label, or an image that is there twice.
     """
-    from mammo.base.guards import load_plain
+    from mammo.base.unpickle import load_plain
 
     exams = load_plain(path)
     if not isinstance(exams, list) or not all(isinstance(exam, dict) for exam in exams):

@@ -254,7 +254,8 @@ def sample_image(item, args, class_dirs: Mapping, out_dir):
 
 def read_resized_mask(path, args):
     """Image file or mask as a float32 array of the size that the options ask for."""
-    from mammo.images.reading import check_grey, read_resize_img
+    from mammo.images.pixels import read_resize_img
+    from mammo.images.reading import check_grey
 
     if args.target_width is None:
         return check_grey(path, read_resize_img(path, target_height=args.target_height))
@@ -296,7 +297,8 @@ def read_lesion_masks(
     image: the image's file. Raises InputError for a mask that is unreadable, has not the shape of the image, or is
     empty.
     """
-    from mammo.images.reading import check_grey, read_resize_img, read_size
+    from mammo.images.pixels import read_resize_img
+    from mammo.images.reading import check_grey, read_size
 
     name = re.compile(rf"(calc|mass)-[^_]+_{re.escape(image_id)}_(.+)\.png", re.IGNORECASE)
     masks = []

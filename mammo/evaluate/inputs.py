@@ -7,6 +7,7 @@ column a model follows: its probability of the positive classes.
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,16 +247,12 @@ def predict_images(
     skipped = {}
     for (_, channels), names in alike.items():
         first = predictors[names[0]]
-        generator = DMImageDataGenerator(featurewise_center=first.options["featurewise_center"])
-        generator.mean = first.mean
+        generator = DMImageDataGenerator(featurewise_center=first.pixels.mean is not None)
+        generator.mean = first.pixels.mean
         images = generator.flow_from_img_list(
             table["file"],
             table["label"],
-            target_size=tuple(first.options["img_size"]),
-            target_scale=first.options["img_scale"],
-            rescale_factor=first.options["rescale_factor"],
-            equalize_hist=first.options["equalize_hist"],
-            dup_3_channels=channels == 3,
+            pixels=replace(first.pixels, channels=channels),
             batch_size=batch_size,
             validation_mode=True,
             on_error=on_error,

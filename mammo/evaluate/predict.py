@@ -10,7 +10,7 @@ from mammo.base.files import InputError
 from mammo.base.work import prefetch
 from mammo.data.others import find_view
 from mammo.evaluate import preflight
-from mammo.images.reading import check_grey, read_img, resize, scale_pixels, to_network_input
+from mammo.images.pixels import Pixels, choose_pixel_options
 from mammo.maps.files import Grid
 from mammo.train.checkpoint import check_outputs, load_model
 from mammo.train.scoring import predict
@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A model with the pixel options that it is to be used with; see `mammo.evaluate.preflight.choose_pixel_options`.
+    """A model with the pixel options that it is to be used with; see `mammo.images.pixels.choose_pixel_options`.
 
     `class_list` names its outputs, `source` says where the options come from, `trained` is what is known of its
     training images, or None. Raises InputError for a file that cannot be opened, a model that is no classifier of one
@@ -41,7 +41,7 @@ class Predictor:
         if len(self.model.inputs) != 1 or len(self.model.inputs[0].shape) != 4 or len(self.model.output_shape) != 2:
             raise InputError(f"{model_path}: Expected a classifier of one image. Received {self.model.input_shape}")
         built = self.model.input_shape[1:3]
-        self.options, self.source = preflight.choose_pixel_options(given or {}, model_path, built)
+        self.options, self.source = choose_pixel_options(given or {}, model_path, built)
         self.trained = preflight.read_pixel_stats(model_path)
         size = self.options["img_size"]
         if any(have not in (None, asked) for have, asked in zip(built, size, strict=True)):
@@ -53,7 +53,7 @@ class Predictor:
         check_outputs(self.model, len(self.class_list), model_path)
         if self.options["featurewise_center"] and self.options["featurewise_mean"] is None:
             raise InputError(f"--featurewise-mean: Expected the mean that {model_path} was trained with. Received none")
-        self.mean = self.options["featurewise_mean"] if self.options["featurewise_center"] else 0.0
+        self.pixels = Pixels.of(self.options)
 
     @property
     def is_of_patches(self) -> bool:
@@ -86,14 +86,11 @@ class Predictor:
     def read(self, file) -> tuple[np.ndarray, list[str]]:
         """Pixels of an image as the network gets them, before mean subtraction, float32 (H, W), and what is unlike the
         training images; see `mammo.evaluate.preflight.warnings_for`. Raises InputError."""
-        stored = check_grey(file, read_img(file, dicom_16_bit=True))
-        pixels = scale_pixels(
-            resize(stored, *self.options["img_size"]), self.options["img_scale"], self.options["rescale_factor"]
+        stored = self.pixels.read_stored(file)
+        x = self.pixels.to_input(file, self.pixels.resize(file, stored))
+        return x, preflight.warnings_for(
+            x, self.trained, mean=self.pixels.mean, stored_size=stored.shape, view=find_view(file)
         )
-        pixels = to_network_input(file, pixels, self.options["equalize_hist"], "channels_last", False)[..., 0]
-        mean = self.mean if self.options["featurewise_center"] else None
-        view = find_view(file)
-        return pixels, preflight.warnings_for(pixels, self.trained, mean=mean, stored_size=stored.shape, view=view)
 
     def _read_or_fault(self, file):
         try:
@@ -103,7 +100,7 @@ class Predictor:
 
     def _probabilities(self, images: np.ndarray, flips: bool) -> np.ndarray:
         """float32 (N, classes) of images (N, H, W)."""
-        x = np.repeat(images[..., np.newaxis] - np.float32(self.mean), self.model.input_shape[-1], axis=-1)
+        x = np.repeat(self.pixels.centered(images)[..., np.newaxis], self.model.input_shape[-1], axis=-1)
         _, single, _, averaged = predict(self.model, (x, np.zeros(len(x))), batch_size=len(x), flips=flips)
         return averaged if flips else single
 
@@ -113,17 +110,10 @@ class Predictor:
         Raises InputError, for networks without a feature map too.
         """
         scan = self._grad_cam.read(file)
-        return scan.pixels + np.float32(self.mean), self._grad_cam.score(scan), scan.grid
+        return scan.pixels, self._grad_cam.score(scan), scan.grid
 
     @cached_property
     def _grad_cam(self):
         from mammo.maps.compute import GradCam
 
-        return GradCam(
-            self.model,
-            self.options["img_size"],
-            target_scale=self.options["img_scale"],
-            rescale_factor=self.options["rescale_factor"],
-            equalize_hist=self.options["equalize_hist"],
-            mean=self.mean,
-        )
+        return GradCam(self.model, self.pixels)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from mammo.base.files import InputError, atomic_write, remove_partial, write_text
 from mammo.base.guards import parse_json
 from mammo.data.splits import patient_of
-from mammo.evaluate.preflight import PUBLISHED_PIXELS
+from mammo.images.pixels import PUBLISHED_PIXELS
 
 PUBLISHED_TABLE = Path(__file__).with_name("published.csv")
 
@@ -406,7 +406,7 @@ def gdown_download(drive_id: str, output: str) -> None:
 def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_download) -> bool:
     """Make sure that `<folder>/<name>.h5` is the model: download it where it is not there, check it, and keep its
     SHA-256 in `<folder>/SHA256SUMS`, in the form of `sha256sum`, and its pixel options in `<folder>/<name>/args.json`,
-    where `mammo.evaluate.preflight.read_settings` finds them.
+    where `mammo.images.pixels.read_settings` finds them.
 
     download: of a Drive id to a file. A file that is there is kept as it is. Returns whether it was downloaded.
     Raises InputError for a file that cannot be had, does not open, is another network or is not what it once was;

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, is_file_name
-from mammo.base.guards import check_archive, check_h5, load_plain, max_pixels, parse_json
+from mammo.base.guards import check_archive, check_h5, max_pixels, parse_json, readable
+from mammo.base.unpickle import load_plain
 
 MAP_VIEWS = ("cc", "mlo")
 MODES = ("sweep", "fprop", "gradcam")
@@ -189,7 +190,8 @@ def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: Expected a map file. Received {'a folder' if path.is_dir() else 'no file'}")
-    try:
+    received = f"Received {path.stat().st_size} bytes ({{}}); copy or compute it again"
+    with readable(path, f"not a whole map file: Expected what heatmap_score.py writes. {received}"):
         if path.suffix == ".pkl":
             return _from_dicts(load_plain(path))
         header, arrays = _read_arrays(path)
@@ -201,15 +203,6 @@ def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
         ]
         first, *others = dicts or [{}]  # not into each: both can be many
         return _from_dicts([first | header, *others])
-    except InputError:
-        raise
-    # Damaged archives, HDF5 files and pickles, and content other than maps, raise errors of many types.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path}: not a whole map file: Expected what heatmap_score.py writes. Received {path.stat().st_size} "
-            f"bytes ({reason}); copy or compute it again"
-        ) from error
 
 
 def check_map_name(path: str | os.PathLike) -> None:

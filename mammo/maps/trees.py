@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, write_json
-from mammo.base.guards import _NODES, _TRUSTED, _check_trees, _nodes, check_archive, parse_json
+from mammo.base.guards import TREE_NODES, TREE_TYPES, check_archive, check_trees, node_kinds, parse_json, readable
 from mammo.base.statistics import bootstrap_auc, bootstrap_counts, percentile_interval
 from mammo.base.work import run_parallel
 from mammo.maps.files import MAP_VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
@@ -320,7 +320,7 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         raise InputError(
             f"{path}: Expected a classifier's file. Received {'a folder' if Path(path).is_dir() else 'none'}"
         )
-    try:
+    with readable(path, "not a whole classifier: Expected what heatmap_clf_train.py saves ({})"):
         content = _read_joblib(path) if Path(path).suffix == ".joblib" else _read_skops(path)
         if content.pop("format") != _FORMAT:
             raise InputError(f"{path}: a classifier of a later version of this program")
@@ -328,16 +328,8 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         known = isinstance(classifier.model, (RandomForestClassifier, HistGradientBoostingClassifier))
         nb_feature = classifier.model.n_features_in_ if known else 0
         if known:
-            _check_trees(classifier.model)
+            check_trees(classifier.model)
         expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
-    except InputError:
-        raise
-    # The libraries raise errors of many types for damaged archives and other objects.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path}: not a whole classifier: Expected what heatmap_clf_train.py saves ({reason})"
-        ) from error
     if nb_feature != expected:
         raise InputError(f"{path}: Expected a forest or boosted trees on {expected} features. Received {nb_feature}")
     return classifier
@@ -348,16 +340,16 @@ def _read_skops(path) -> dict:
 
     check_archive(path)
     with zipfile.ZipFile(path) as archive:
-        nodes = set(_nodes(parse_json(archive.read("schema.json"))))
-    if not nodes <= _NODES:
-        raise InputError(f"{path}: refused: holds {min(nodes - _NODES)}. Expected scikit-learn's trees alone")
-    unknown = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED
+        nodes = set(node_kinds(parse_json(archive.read("schema.json"))))
+    if not nodes <= TREE_NODES:
+        raise InputError(f"{path}: refused: holds {min(nodes - TREE_NODES)}. Expected scikit-learn's trees alone")
+    unknown = set(skops.io.get_untrusted_types(file=path)) - TREE_TYPES
     if unknown:
         raise InputError(
             f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
             "Expected scikit-learn's trees alone"
         )
-    return skops.io.load(path, trusted=sorted(_TRUSTED))
+    return skops.io.load(path, trusted=sorted(TREE_TYPES))
 
 
 def _read_joblib(path) -> dict:

@@ -268,7 +268,7 @@ def test_mean_and_factor_of_known_pixels(tmp_path, capsys, dtype, highest, facto
 
 
 def test_mean_of_resized_images_is_that_of_the_trainers(tmp_path):
-    from mammo.images.reading import read_resize_img
+    from mammo.images.pixels import read_resize_img
 
     rng = np.random.default_rng(1)
     files = [write_png(tmp_path / f"{k}.png", rng.integers(0, 65536, (60 + k, 41), dtype=np.uint16)) for k in range(5)]

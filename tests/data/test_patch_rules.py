@@ -20,7 +20,7 @@ from mammo.data.patches import (
 )
 from mammo.data.splits import split_patients
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
-from mammo.images.reading import read_resize_img
+from mammo.images.pixels import read_resize_img
 
 
 def rectangle(shape, left, top, width, height):

@@ -267,7 +267,7 @@ def make_model(folder: Path, ending: str) -> None:
     import keras
     from keras import layers
 
-    from mammo.evaluate.preflight import PUBLISHED_PIXELS
+    from mammo.images.pixels import PUBLISHED_PIXELS
     from mammo.train.checkpoint import save_model
 
     inner = keras.Sequential([layers.Input((None, None, 3)), layers.Conv2D(2, 3, strides=2, padding="same")])

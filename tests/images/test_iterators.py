@@ -21,7 +21,8 @@ from dm_resnet import MultiViewResNetBuilder
 from mammo.base.files import InputError
 from mammo.images.check import check_images
 from mammo.images.iterators import batch_weights, check_pixel_stats
-from mammo.images.reading import read_img, read_resize_img
+from mammo.images.pixels import read_resize_img
+from mammo.images.reading import read_img
 from mammo.train.keras2 import Accuracy, WeightedCrossentropy
 from tests.commands.test_scripts import write_dicom
 
