@@ -18,7 +18,7 @@ def write_png(path, value=0, shape=(8, 6)):
 
 
 def prepared(folder, patients=6):
-    """Write a prepared data set: a breast in both views of each patient, the odd ones with cancer, all in test and val."""
+    """Write a prepared data set, val and test: a breast in both views of each patient, the odd ones with cancer."""
     rows = []
     for part in ("val", "test"):
         for number in range(patients):
