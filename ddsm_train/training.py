@@ -32,7 +32,7 @@ from mammo.images.check import (
     warn_of_types,
 )
 from mammo.images.iterators import find_classes, sample_images
-from mammo.images.pixels import pixel_warnings
+from mammo.images.pixels import Pixels, pixel_warnings
 from mammo.train import checkpoint, memory
 from mammo.train.callbacks import BestModel, HistoryFile, tensorboard
 from mammo.train.checkpoint import check_outputs
@@ -281,11 +281,7 @@ def make_sets(
         augmented.zoom_range = [0.8, 1.2]
         augmented.channel_shift_range = 20.0
     common = {
-        "target_size": tuple(args.img_size),
-        "target_scale": args.img_scale,
-        "rescale_factor": args.rescale_factor,
-        "equalize_hist": args.equalize_hist,
-        "dup_3_channels": channels == 3,
+        "pixels": Pixels.of(args, channels),
         "classes": args.class_list,
         "class_mode": "categorical",
         "on_error": args.on_error,
