@@ -292,6 +292,16 @@ class Plain(NamedTuple):
     def owners(self):
         return sorted(set(self.patients.values()))
 
+    def prepare(self, out, folder=None, **options):
+        """Prepare it, or the changed copy `folder` of it, with masks where there are any; returns the report."""
+        masks = {"roi_masks": True} if self.name == "inbreast" else {}
+        return prepare(self.name, folder or self.folder, out, **masks | options)
+
+    def command(self, folder, out, *options):
+        """The command line that does so."""
+        masks = ["--roi-masks"] if self.name == "inbreast" else []
+        return [self.name, str(folder), str(out), "--img-size", "72", "56", *masks, *map(str, options)]
+
 
 def make_plain(name, folder):
     data, out = folder / "data", folder / "ready"
@@ -312,6 +322,7 @@ def make_plain(name, folder):
             files[image] = data / ("pos" if patient.malignant else "neg") / f"{image}.png"
             write(files[image], draw_view(patient, "CC", 4, *SIZE)[0])
             patients[image] = patient.name
-    prepare(name, data, out)
     files = {image: path.relative_to(data).as_posix() for image, path in files.items()}
-    return Plain(name, data, files, patients, content, out)
+    plain = Plain(name, data, files, patients, content, out)
+    plain.prepare(out)
+    return plain
