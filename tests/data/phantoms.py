@@ -214,9 +214,20 @@ def by_key(rows):
     return groups
 
 
+_DRAWN = {}  # drawing takes most of the time
+
+
+def draw_once(breast, view, seed, style="film"):
+    """What `draw_view` draws, to be changed by nobody."""
+    key = repr(breast), view, seed, style
+    if key not in _DRAWN:
+        _DRAWN[key] = draw_view(breast, view, seed, *SIZE, style=style)
+    return _DRAWN[key]
+
+
 def draw_row(row):
     """Picture and masks of a row of CBIS-DDSM."""
-    return draw_view(row.patient, row.view, 5, *SIZE)
+    return draw_once(row.patient, row.view, 5)
 
 
 def download_cbis(out, tree, **options):
@@ -238,7 +249,7 @@ def make_cbis(folder, tree):
 
 def draw_inbreast(view, seed=9):
     """The picture as stored in 14 bits and scaled to 16, and the masks."""
-    img, masks = draw_view(view.breast, view.view, seed, *SIZE, style="digital")
+    img, masks = draw_once(view.breast, view.view, seed, "digital")
     return np.rint((img >> 2) * (65535 / 16383)).astype(np.uint16), masks
 
 
@@ -310,7 +321,7 @@ def make_plain(name, folder):
         files = {row.key: next((data / "CBIS-DDSM" / row.image_folder).rglob("*.dcm")) for row in content}
         patients = {row.key: row.patient.name for row in content}
     elif name == "inbreast":
-        options = {"patients": 10, "views": ("CC",), "oddities": "none", "prevalence": 0.5, "seed": 17}
+        options = {"patients": 8, "views": ("CC",), "oddities": "none", "prevalence": 0.5, "seed": 17}
         content = make_inbreast(data, height=SIZE[0], width=SIZE[1], **options)
         views = {f"{view.patient}_{view.breast.side}_CC": view for view in content if view.birads != "3"}
         files = {name: data / view.dicom for name, view in views.items()}
