@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mammo.base.files import InputError
-from mammo.data.splits import split_patients
+from mammo.data.splits import stratified_split
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import read_img
 from mammo.phantom import cbis_ddsm
@@ -271,7 +271,7 @@ def test_patients_are_divided_as_the_patch_sampler_divides_them(phantom):
     annotated = {row["patient_id"] for row in rows}
     cancer = {row["patient_id"] for row in rows if row["pathology"] == "MALIGNANT"}
     patients = [patient for patient in listed["train"] if patient in annotated]
-    _, val = split_patients(patients, [patient in cancer for patient in patients], 0.2)
+    _, val = stratified_split(patients, [patient in cancer for patient in patients], 0.2)
     assert found["val"] & annotated == set(val)
     for group in found.values():
         assert group - annotated, "normal patients"
