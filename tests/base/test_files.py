@@ -200,7 +200,7 @@ def test_the_lock_of_a_preparation_covers_its_report(tmp_path, monkeypatch):
     """A run of other options that began in between would have its images told by this run's report."""
     pytest.importorskip("pydicom")
     from mammo.commands import dicom_to_png
-    from tests.base.test_resources import varied, write_dicom
+    from tests.helpers import varied, write_dicom
 
     write_dicom(pytest.importorskip("pydicom"), tmp_path / "download/a.dcm", varied((8, 8)))
     written, refused = dicom_to_png.write_text, []
