@@ -1,6 +1,6 @@
 """Phantoms laid out like a download of CBIS-DDSM, in any of its folder trees and with its oddities.
 
-`prepare_cbis_ddsm.py` and its tests take the same path with these as with the real data.
+`mammo prepare cbis-ddsm` and its tests take the same path with these as with the real data.
 """
 
 import csv

@@ -5,7 +5,7 @@ learns, without patient data. They are no substitute for patients, and a figure 
 patients.
 
 Layout `prepared` (the default) holds what the patch sampler and the whole-image trainer read. Layout `cbis-ddsm`
-is the download before `prepare_cbis_ddsm.py`: DICOM files (or the JPEG files of the re-release) in one of the
+is the download before `mammo prepare cbis-ddsm`: DICOM files (or the JPEG files of the re-release) in one of the
 folder trees in circulation, the four description files, and the oddities of the real thing, which
 oddities.json lists. Layout `inbreast` is the download before `prepare_inbreast.py`: its table, DICOM files of 14 bits,
 annotations, and oddities.

@@ -214,9 +214,20 @@ def by_key(rows):
     return groups
 
 
+_DRAWN = {}  # drawing takes most of the time
+
+
+def draw_once(breast, view, seed, style="film"):
+    """What `draw_view` draws, to be changed by nobody."""
+    key = repr(breast), view, seed, style
+    if key not in _DRAWN:
+        _DRAWN[key] = draw_view(breast, view, seed, *SIZE, style=style)
+    return _DRAWN[key]
+
+
 def draw_row(row):
     """Picture and masks of a row of CBIS-DDSM."""
-    return draw_view(row.patient, row.view, 5, *SIZE)
+    return draw_once(row.patient, row.view, 5)
 
 
 def download_cbis(out, tree, **options):
@@ -238,7 +249,7 @@ def make_cbis(folder, tree):
 
 def draw_inbreast(view, seed=9):
     """The picture as stored in 14 bits and scaled to 16, and the masks."""
-    img, masks = draw_view(view.breast, view.view, seed, *SIZE, style="digital")
+    img, masks = draw_once(view.breast, view.view, seed, "digital")
     return np.rint((img >> 2) * (65535 / 16383)).astype(np.uint16), masks
 
 
@@ -292,6 +303,16 @@ class Plain(NamedTuple):
     def owners(self):
         return sorted(set(self.patients.values()))
 
+    def prepare(self, out, folder=None, **options):
+        """Prepare it, or the changed copy `folder` of it, with masks where there are any; returns the report."""
+        masks = {"roi_masks": True} if self.name == "inbreast" else {}
+        return prepare(self.name, folder or self.folder, out, **masks | options)
+
+    def command(self, folder, out, *options):
+        """The command line that does so."""
+        masks = ["--roi-masks"] if self.name == "inbreast" else []
+        return [self.name, str(folder), str(out), "--img-size", "72", "56", *masks, *map(str, options)]
+
 
 def make_plain(name, folder):
     data, out = folder / "data", folder / "ready"
@@ -300,7 +321,7 @@ def make_plain(name, folder):
         files = {row.key: next((data / "CBIS-DDSM" / row.image_folder).rglob("*.dcm")) for row in content}
         patients = {row.key: row.patient.name for row in content}
     elif name == "inbreast":
-        options = {"patients": 10, "views": ("CC",), "oddities": "none", "prevalence": 0.5, "seed": 17}
+        options = {"patients": 8, "views": ("CC",), "oddities": "none", "prevalence": 0.5, "seed": 17}
         content = make_inbreast(data, height=SIZE[0], width=SIZE[1], **options)
         views = {f"{view.patient}_{view.breast.side}_CC": view for view in content if view.birads != "3"}
         files = {name: data / view.dicom for name, view in views.items()}
@@ -312,6 +333,7 @@ def make_plain(name, folder):
             files[image] = data / ("pos" if patient.malignant else "neg") / f"{image}.png"
             write(files[image], draw_view(patient, "CC", 4, *SIZE)[0])
             patients[image] = patient.name
-    prepare(name, data, out)
     files = {image: path.relative_to(data).as_posix() for image, path in files.items()}
-    return Plain(name, data, files, patients, content, out)
+    plain = Plain(name, data, files, patients, content, out)
+    plain.prepare(out)
+    return plain

@@ -23,8 +23,6 @@ from tests.helpers import files_of, read_folder, read_png, read_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 
-SIZE_OPTION = ["--img-size", "72", "56"]
-
 
 # ------------------------------------------------------------------------------------------------------ outputs
 
@@ -98,35 +96,33 @@ def test_second_run_keeps_all_but_the_faulty(prepared, capsys):
 
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_any_number_of_jobs_gives_the_same_files(plain, tmp_path, backend):
-    prepare(plain.name, plain.folder, tmp_path / "out", jobs=2, backend=backend)
+    plain.prepare(tmp_path / "out", jobs=2, backend=backend)
     assert read_folder(tmp_path / "out") == read_folder(plain.ready)
 
 
 def test_killed_process_goes_on_and_ends_with_the_same_files(plain, tmp_path):
     out, size = tmp_path / "out", [768, 576]
-    options = {"roi_masks": True} if plain.name == "inbreast" else {}
-    command = [sys.executable, "-m", "mammo", "prepare", plain.name, plain.folder, out, "--img-size", *map(str, size)]
-    command += ["--roi-masks"] if options else []
+    command = [sys.executable, "-m", "mammo", "prepare", *plain.command(plain.folder, out, "--img-size", *size)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while len(made := list(out.glob("*/*/[!.]*.png"))) < 2:
+        while len(made := list(out.glob("[tv]*/*/[!.]*.png"))) < 2:
             assert process.poll() is None
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     assert not (out / "report.json").exists()
     kept = {path: os.stat(path).st_mtime_ns for path in made}
-    prepare(plain.name, plain.folder, out, img_size=size, **options)
+    plain.prepare(out, img_size=size)
     assert any(os.stat(path).st_mtime_ns == changed for path, changed in kept.items())
-    prepare(plain.name, plain.folder, tmp_path / "fresh", img_size=size, **options)
+    plain.prepare(tmp_path / "fresh", img_size=size)
     assert read_folder(out) == read_folder(tmp_path / "fresh")
 
 
 def test_output_folder_inside_the_data_is_not_searched(plain, copy):
     before = read_folder(copy)
     for out in (copy / "prepared", copy):
-        first = prepare(plain.name, copy, out)
+        first = plain.prepare(out, copy)
         content = read_folder(out)
         assert files_of(plain.ready).items() <= content.items()
-        assert prepare(plain.name, copy, out) == first
+        assert plain.prepare(out, copy) == first
         assert read_folder(out) == content
         if out != copy:
             shutil.rmtree(out)
@@ -137,20 +133,26 @@ def test_foreign_files_among_the_images_are_refused(plain, tmp_path):
     shutil.copytree(plain.ready, tmp_path / "out")
     (tmp_path / "out/train/neg/mine.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"mine\.png: not made by this script"):
-        prepare(plain.name, plain.folder, tmp_path / "out")
+        plain.prepare(tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------------------- splits
 
 
+def test_test_set_of_the_data_is_kept(prepared_data):
+    _, out, report = prepared_data("vindr")
+    assert (out / "pat_test.txt").read_text().split() == [f"{number:032x}" for number in (8, 9, 10)]
+    assert report["sets"]["val"]["patients"] == 2  # one of each class
+
+
 def test_another_split_is_refused_or_moves_whole_images(plain, tmp_path):
     out = tmp_path / "out"
-    prepare(plain.name, plain.folder, out, random_state=1)
+    plain.prepare(out, random_state=1)
     before = read_folder(out)
     with pytest.raises(InputError, match=r"out: has the work .* \(random_state 1 there, 12345 now\).*--fresh"):
-        prepare(plain.name, plain.folder, out)
+        plain.prepare(out)
     assert read_folder(out) == before
-    prepare(plain.name, plain.folder, out, fresh=True)
+    plain.prepare(out, fresh=True)
     assert read_folder(out) == read_folder(plain.ready)
 
 
@@ -164,12 +166,12 @@ def test_split_by_lists(plain, tmp_path):
     """The last patient is in no set: CBIS-DDSM makes its full image for the sampler, and no other anything."""
     *_, left = patients = plain.owners
     lists = write_lists(tmp_path, train=["patient_id", *patients[:2]], val=patients[2:3], test=patients[3:-1])
-    report = prepare(plain.name, plain.folder, tmp_path / "out", **lists)
+    report = plain.prepare(tmp_path / "out", **lists)
     sizes = {"train": 2, "val": 1, "test": len(patients) - 4}
     assert {name: counts["patients"] for name, counts in report["sets"].items()} == sizes
     assert report["counts"]["patients_in_no_set"] == 1
     assert (tmp_path / "out/pat_train.txt").read_text().split() == patients[:2]
-    found = [path.parent.name for path in (tmp_path / "out").rglob(f"{left}*_CC.png")]
+    found = [path.parent.name for path in (tmp_path / "out").rglob(f"{left}*.png")]
     assert found == (["full_img"] if plain.name == "cbis-ddsm" else [])
 
 
@@ -181,7 +183,7 @@ def test_lists_with_faults_are_refused(plain, tmp_path, fault, message):
     lists = {"train": patients[:2], "val": patients[2:3], "test": patients[3:]}
     lists["test"].append(patients[0] if fault == "twice" else fault)
     with pytest.raises(InputError, match=message):
-        prepare(plain.name, plain.folder, tmp_path / "out", **write_lists(tmp_path, **lists))
+        plain.prepare(tmp_path / "out", **write_lists(tmp_path, **lists))
 
 
 # ------------------------------------------------------------------------------------------------------- options
@@ -213,14 +215,13 @@ def test_dry_run_writes_nothing(plain, capsys):
 
 def test_whole_image_options_leave_the_rest_alone(plain, tmp_path):
     options = {"resize": "pad", "segment_breast": True, "auto_levels": True, "face": "left"}
-    masks = {"roi_masks": True} if plain.name == "inbreast" else {}
-    prepare(plain.name, plain.folder, tmp_path / "out", **options)
+    plain.prepare(tmp_path / "out", **options)
     before, files = read_folder(plain.ready), read_folder(tmp_path / "out")
-    kept = {name for name in files if name.startswith(("full_img", "roi_mask", "pat_"))}
-    assert all(files[name] == before[name] for name in kept) and not masks.keys() & kept
+    full = ("full_img",) if plain.name == "cbis-ddsm" else ()  # INbreast's has the levels too
+    kept = {name for name in files if name.startswith((*full, "roi_mask", "pat_"))}
+    assert all(files[name] == before[name] for name in kept)
     if plain.name == "cbis-ddsm":
-        levels = {**options, "levels": options["auto_levels"]}
-        del levels["auto_levels"]
+        levels = {"resize": "pad", "segment_breast": True, "levels": True, "face": "left"}
         for path in (tmp_path / "out").glob("t*/*/*.png"):
             full = read_png(tmp_path / "out/full_img" / path.name)
             np.testing.assert_array_equal(read_png(path), make_whole(full, (72, 56), **levels))
@@ -263,7 +264,7 @@ def test_bad_image_is_named_and_all_others_are_done(plain, copy, tmp_path, capsy
     image, file = next(iter(plain.files.items()))
     (copy / file).write_bytes((copy / file).read_bytes()[:-100])
     out = tmp_path / "out"
-    command = [plain.name, str(copy), str(out), *SIZE_OPTION]
+    command = plain.command(copy, out)
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "images or masks at fault: 1, all others done" in error
