@@ -197,13 +197,13 @@ def warn_of_pixels(files, args: argparse.Namespace) -> None:
     """Say on standard error where up to 8 of the images do not look as networks expect them."""
     import numpy as np
 
-    from mammo.images.reading import pixel_warnings, read_resize_img
+    from mammo.images.pixels import Pixels, pixel_warnings
 
+    pixels = Pixels(None, args.img_scale, args.rescale_factor, height=args.img_height or args.img_size[0])
     images = []
     for index in np.linspace(0, len(files) - 1, min(8, len(files))).astype(int):
         with contextlib.suppress(InputError):  # told when it is to be mapped
-            images.append(read_resize_img(files[index], None, args.img_height or args.img_size[0], args.img_scale,
-                                          rescale_factor=args.rescale_factor, dicom_16_bit=True))  # fmt: skip
+            images.append(pixels.read(files[index]))
     for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None) if images else []:
         print(f"warning: {message}", file=sys.stderr)
 
@@ -225,19 +225,15 @@ def make_scorer(model, args: argparse.Namespace):
     """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `mammo.maps.compute`."""
     import keras
 
+    from dm_resnet import add_top_layers
+    from mammo.images.pixels import Pixels
     from mammo.maps.compute import ForwardPropagation, GradCam, Sweep
 
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
         raise InputError(f"{args.dl_state}: Expected a classifier of one image. Received inputs {model.input_shape}")
     if model.output_shape[-1] < 2:
         raise InputError(f"{args.dl_state}: Expected at least two classes. Received {model.output_shape[-1]}")
-    pixels = {
-        "target_scale": args.img_scale,
-        "rescale_factor": args.rescale_factor,
-        "equalize_hist": args.equalize_hist,
-        "mean": args.featurewise_mean if args.featurewise_center else 0.0,
-    }
-    whole = pixels | {"segment_breast": args.segment_breast}
+    pixels = Pixels.of(args)
     nested = any(isinstance(layer, keras.Model) for layer in model.layers)
     grad_cam = args.grad_cam if args.grad_cam is not None else nested and not args.fprop_mode
     if args.grad_cam_layer is not None and not grad_cam:
@@ -248,15 +244,16 @@ def make_scorer(model, args: argparse.Namespace):
             if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
                 raise InputError(f"Expected --img-size {built[0]} {built[1]}, for which it is built, or --no-grad-cam "
                                  f"for a patch classifier. Received {args.img_size[0]} {args.img_size[1]}")  # fmt: skip
-            return GradCam(model, args.img_size, layer=args.grad_cam_layer, **whole)
+            return GradCam(model, pixels, args.grad_cam_layer, args.segment_breast)
         if args.fprop_mode:
             geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
-            return ForwardPropagation(model, args.img_size, patch_net=args.net, **geometry, **whole)
+            heatmap_model = add_top_layers(model, args.img_size, patch_net=args.net, return_heatmap=True, **geometry)
+            return ForwardPropagation(heatmap_model, pixels, segment_breast=args.segment_breast, **geometry)
     except InputError as error:
         options = " (--img-size, --avg-pool-size)" if args.fprop_mode else ""
         raise InputError(f"{args.dl_state}: {error}{options}") from error
     args.img_height = args.img_height or args.img_size[0]
-    return Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, **pixels)
+    return Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, pixels)
 
 
 def main(argv=None) -> int:

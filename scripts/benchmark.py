@@ -28,16 +28,8 @@ from ddsm_train import sample_patches_combined as sampler
 from dm_image import DMImageDataGenerator
 from mammo.base.cli import HelpFormatter, complete, positive_int
 from mammo.base.files import atomic_write
-from mammo.data.patches import (
-    Roi,
-    find_breast,
-    image_item,
-    mask_name,
-    read_lesions,
-    read_resized_mask,
-    sample_image,
-    sample_patches,
-)
+from mammo.data.patch_rules import Roi, sample_patches
+from mammo.data.patches import mask_name, plan_patches, read_breast, read_lesions, read_sampled, sample_image
 from mammo.images.iterators import empty_aligned
 from mammo.phantom.prepared import make_phantom
 from mammo.train.backend import start_backend
@@ -231,17 +223,16 @@ class Study:
     def sample(self, lesion):
         """All of one image: from its files to its patches on disk."""
         class_dirs = {("calc", True): "cm", ("calc", False): "cb", ("mass", True): "mm", ("mass", False): "mb"}
-        return sample_image(image_item([lesion], self.args, class_dirs), self.args, class_dirs, self.root / "out")
+        return sample_image(plan_patches([lesion], self.args, class_dirs), self.args, class_dirs, self.root / "out")
 
     def image(self, lesion):
         return self.root / "full_img" / f"{lesion.image_id}.png"
 
     def read(self, lesion):
         """(padded breast, lesion mask of the breast)"""
-        paths = (self.image(lesion), self.root / "roi_mask" / mask_name(lesion))
-        whole, mask = (read_resized_mask(path, self.args) for path in paths)
-        breast, (left, top, width, height) = find_breast(whole, True)
-        return np.pad(breast, self.patch_size // 2), mask[top : top + height, left : left + width]
+        breast = read_breast(self.image(lesion), self.args)
+        mask = read_sampled(self.root / "roi_mask" / mask_name(lesion), self.args)
+        return breast.padded, mask[breast.top : breast.top + breast.height, breast.left : breast.left + breast.width]
 
 
 def sample_quietly(study, jobs):
@@ -511,9 +502,9 @@ def training_set(folder, size, model, workers):
     options |= {"featurewise_center": True, "augmentation": True, "auto_batch_balance": True}
     options["class_list"] = class_folders(folder)
     parser = (patch_clf_train if size == PATCH else image_clf_train).make_parser()
-    prepared = training.prepare(complete(parser, options, [str(folder)] * 3), model)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), prepared as training:
-        return training.train_set
+    args = complete(parser, options, [str(folder)] * 3)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return training.make_sets(args, model.input_shape[-1], allow_constant=True)[0]
 
 
 def smallest_network(size, folder):
@@ -611,7 +602,12 @@ def heatmap(args):
     """Maps of a patch classifier over one image: the forward propagation against the sliding windows of one grid."""
     start_backend()
     from dm_keras_ext import get_dl_model
+    from dm_resnet import add_top_layers
+    from mammo.images.pixels import Pixels
     from mammo.maps.compute import ForwardPropagation, Scan, Sweep
+
+    def forward_propagation(size):
+        return ForwardPropagation(add_top_layers(model, size, patch_net=net, return_heatmap=True), Pixels(size))
 
     patch, stride = PATCH[0], 32
     grid = [(size - patch) // stride + 1 for size in WHOLE]
@@ -627,9 +623,9 @@ def heatmap(args):
     for net in ("resnet50", "vgg16"):
         model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
         sweep = Sweep(model, WHOLE[0], patch, stride, batch_size)
-        forward = ForwardPropagation(model, WHOLE, patch_net=net)
+        forward = forward_propagation(WHOLE)
         window = image[:patch, :patch]
-        alone = ForwardPropagation(model, PATCH, patch_net=net).score(Scan("window", window, None))
+        alone = forward_propagation(PATCH).score(Scan("window", window, None))
         difference = np.abs(alone - sweep.score(Scan("window", window, None))).max()
         sweep.score(Scan("warm-up", image[: patch + stride * 10, : patch + stride * 5], None))  # 66 windows
         maps = forward.score(Scan("warm-up", image, None))

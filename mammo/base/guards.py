@@ -1,27 +1,26 @@
-"""What files from strangers may claim: limits that readers check before they reserve memory, and what they refuse.
+"""Guard against files from strangers: limits checked before memory is reserved, and refusals of what could run code.
 
 Images, archives and HDF5 files say in their headers how large they will be, and few bytes can claim more than any
-memory holds; HDF5 files can also say that their content is in another file. Only the standard library is imported at
-the start, since every command line imports this.
+memory holds; HDF5 files can also say that their content is in another file; models, classifiers and pickles can name
+code. SECURITY.md says what is promised. The guard of pickles is `mammo.base.unpickle`. Only the standard library is
+imported at the start, since every command line imports this.
 """
 
 import errno
-import io
 import json
 import math
 import os
-import pickle
-import pickletools
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from mammo.base.files import InputError, env_int, one_line
+
+# --------------------------------------------------------------------------------------------------------------- sizes
 
 # More than any mammogram has (films at 42 micrometres have 40 million), and so few that copies in float32 fit.
 _MAX_PIXELS = 2**27
@@ -35,9 +34,6 @@ _MAX_EXPANSION = 64
 
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
-# Groups within groups: Keras makes few, and HDF5 itself has no limit but its stack.
-_MAX_DEPTH = 64
-
 # OpenCV makes the same check of images before it decodes them. It takes its limit from the environment when it is
 # imported, and ends the process where that is no number.
 _given = os.environ.get(_PIXELS_OPTION, "")
@@ -48,12 +44,12 @@ os.environ.setdefault(
 
 
 def max_pixels() -> int:
-    """The most pixels an image may have: DM_MAX_PIXELS, or 2**27. Raises InputError where that is no such number."""
+    """Return the most pixels an image may have: DM_MAX_PIXELS, or 2**27. Raises InputError where it is no number."""
     return env_int(_PIXELS_OPTION, _MAX_PIXELS, 1)
 
 
 def too_many_pixels(where, claim: str) -> InputError:
-    """The error for an image whose header claims too many pixels. where: its file. claim: how many, such as "more"."""
+    """Return the error for an image of too many pixels. where: its file. claim: how many it has, such as "more"."""
     return InputError(
         f"{where}: refused: its header claims {claim} pixels. Expected at most {max_pixels()}; where it is a whole "
         f"mammogram, set the environment variable {_PIXELS_OPTION}"
@@ -67,13 +63,14 @@ def check_pixels(where, rows: int, columns: int) -> None:
 
 
 def max_bytes(file_size: int) -> int:
-    """The most bytes of memory that the content of a file of so many bytes may take."""
+    """Return the most bytes of memory that the content of a file of so many bytes may take."""
     return max(_MAX_BYTES, _MAX_EXPANSION * file_size)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """The content of a file that is read as a whole. Raises InputError, for pipes and devices, which never end, too.
+    """Return the content of a file that is read as a whole.
 
+    Raises InputError where it cannot be read, and for pipes and devices, which never end.
     Raises OSError where the machine lacks memory or open files: no file is left out for that.
     """
     try:
@@ -88,8 +85,32 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise InputError(f"{one_line(str(path))}: cannot be read: {error}") from error
 
 
+# ------------------------------------------------------------------------------------------------------- damaged files
+
+
+@contextmanager
+def readable(path: str | os.PathLike, complaint: str, kind: type[InputError] = InputError) -> Iterator[None]:
+    """Raise one line for whatever a library raises in the block on a damaged file: its `path` and the complaint.
+
+    Args:
+        complaint: what is wrong and what to do, with {} for the library's own words.
+
+    InputError passes as it is, since it says enough; so do MemoryError and OSError for want of memory or open files,
+    which are no fault of the file.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            raise
+        reason = one_line(str(error), 400) or type(error).__name__
+        raise kind(f"{path}: {complaint.format(reason)}") from error
+
+
 def parse_json(text: str | bytes):
-    """json.loads, with a ValueError also for values that are nested too deeply."""
+    """Read JSON as json.loads does, with a ValueError also for values that are nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -97,7 +118,7 @@ def parse_json(text: str | bytes):
 
 
 def read_json(path: str | os.PathLike) -> dict | None:
-    """The object in a JSON file that may be missing: None. Raises InputError for a damaged file, or another content."""
+    """Return the object in a JSON file, None where it is missing. Raises InputError for any other content."""
     try:
         content = parse_json(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -107,6 +128,9 @@ def read_json(path: str | os.PathLike) -> dict | None:
     if not isinstance(content, dict):
         raise InputError(f"{path}: Expected a JSON object. Received {type(content).__name__}; remove it to do without")
     return content
+
+
+# --------------------------------------------------------------------------------------------------- archives and HDF5
 
 
 def check_archive(path: str | os.PathLike, compressed: bool = False) -> None:
@@ -129,6 +153,10 @@ def check_bytes(path, claimed: int, file_size: int) -> None:
         raise InputError(
             f"{path}: refused: {file_size} bytes that claim to hold {claimed}. Expected at most {max_bytes(file_size)}"
         )
+
+
+# Groups within groups: Keras makes few, and HDF5 itself has no limit but its stack.
+_MAX_DEPTH = 64
 
 
 def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
@@ -182,7 +210,7 @@ def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
 
 
 def _are_chunks(dataset, size: int) -> bool:
-    """Whether all chunks of an HDF5 data set unpack to `size` bytes, and are compressed by gzip, once, or not at all.
+    """Tell whether all chunks of an HDF5 data set unpack to `size` bytes, by gzip once or not at all.
 
     HDF5 itself reserves memory for whatever the stream in a chunk makes, a thousand times its bytes.
     """
@@ -207,8 +235,70 @@ def _are_chunks(dataset, size: int) -> bool:
     return True
 
 
+# ------------------------------------------------------------------------------------------------------- image headers
+
+# A pixel of three 16-bit colours, with room for a header.
+_MAX_PIXEL_BYTES = 8
+
+
+def max_unpacked_size() -> int:
+    """Return the most bytes that the pixels of an image may unpack to."""
+    return _MAX_PIXEL_BYTES * max_pixels()
+
+
+def check_unpacked_size(fname: str | os.PathLike, size: int) -> None:
+    """Raise InputError for pixels that unpack to more bytes than any image has."""
+    if size > max_unpacked_size():
+        raise InputError(f"{fname}: refused: it unpacks to more than {max_unpacked_size()} bytes, which no image has")
+
+
+def check_frame(fname: str | os.PathLike, dataset) -> None:
+    """Raise InputError for a DICOM image larger than any, by its header or by its compressed pixels."""
+    from pydicom.encaps import get_frame
+    from pydicom.uid import RLELossless
+
+    check_pixels(fname, int(dataset.Rows), int(dataset.Columns))
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None or not syntax.is_encapsulated:
+        return
+    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    if syntax != RLELossless:
+        check_pixels(fname, *_codestream_size(frame))
+    elif 64 * len(frame) > max_unpacked_size():  # what PackBits unpacks two bytes to
+        check_unpacked_size(fname, _unpacked_size(frame[64:]))
+
+
+def _codestream_size(frame: bytes) -> tuple[int, int]:
+    """Return (rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 codestream, (0, 0) for others.
+
+    Decoders reserve memory by it, not by the header of the DICOM file.
+    """
+    if (start := frame.find(b"\xff\x4f\xff\x51", 0, 256)) >= 0:  # JPEG 2000, perhaps in a box
+        width, height, left, top = struct.unpack_from(">4I", frame, start + 8)
+        return height - top, width - left
+    position = 2
+    while frame[position : position + 1] == b"\xff" and position + 9 <= len(frame):
+        marker, length = struct.unpack_from(">BH", frame, position + 1)
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return struct.unpack_from(">HH", frame, position + 5)
+        position += 1 if marker == 0xFF else 2 + length  # markers may have such bytes before them
+    return 0, 0
+
+
+def _unpacked_size(packed: bytes) -> int:
+    """Return the number of bytes that PackBits data unpack to."""
+    size = position = 0
+    while position < len(packed):
+        header = packed[position]
+        size += header + 1 if header < 128 else (257 - header) % 129
+        position += header + 2 if header < 128 else 2 - (header == 128)
+    return size
+
+
+# -------------------------------------------------------------------------------------------------------- Keras models
+
 # What a .keras archive holds. Others are for layers that this refuses, such as vocabularies.
-_MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
+MODEL_MEMBERS = {"metadata.json", "config.json", "model.weights.h5"}
 
 # Modules of Keras whose names in a file may be looked up: others download, read and write files.
 _MODULES = re.compile(
@@ -231,9 +321,8 @@ _CONSTANTS = {"__numpy__", "__tensor__"}
 _NUMBERS = re.compile(r"bool|b?float\d+|u?int\d+")
 
 
-def _refuse_code(node: object, path: Path) -> None:
-    """Raise InputError when building the model described would run code stored in the file or named by it, read files,
-    or make texts of any length."""
+def refuse_code(node: object, path: Path) -> None:
+    """Raise InputError where building the model described would run code, read files, or make texts of any length."""
     if isinstance(node, dict):
         name = node.get("class_name")
         module = node.get("module") or "keras"
@@ -258,10 +347,11 @@ def _refuse_code(node: object, path: Path) -> None:
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
-            _refuse_code(child, path)
+            refuse_code(child, path)
 
 
 def _is_constant(node: dict) -> bool:
+    """Tell whether a node is a constant of numbers."""
     config = node.get("config")
     return (
         node["class_name"] in _CONSTANTS
@@ -270,25 +360,50 @@ def _is_constant(node: dict) -> bool:
     )
 
 
+# ----------------------------------------------------------------------------------------------- trees of scikit-learn
+
 # Trees, which skops does not trust by itself: they hold no code, but indices that scikit-learn follows unseen, so that
-# `_check_trees` looks at them.
-_TRUSTED = {
+# `check_trees` looks at them.
+_TREE_TYPES = {
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 }
 
 # The kinds of skops's nodes that such a classifier consists of; others call functions, or unpack arrays of any size.
-_NODES = {
+_TREE_NODES = {
     *("DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "CachedNode", "ObjectNode", "NdArrayNode"),
     *("TreeNode", "LossNode", "RandomGeneratorNode", "RandomStateNode"),
 }
 
 
-def _check_trees(model) -> None:
+def load_trees(path: str | os.PathLike):
+    """Read a `.skops` file without running code: raise InputError for one that asks for more than scikit-learn's trees.
+
+    Its archive, or its indices (see `check_trees`), may still be damaged, in which case skops raises errors of many
+    types.
+    """
+    import skops.io
+
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        others = set(_node_kinds(parse_json(archive.read("schema.json")))) - _TREE_NODES
+    if others:
+        raise InputError(f"{path}: refused: holds {min(others)}. Expected scikit-learn's trees alone")
+    unknown = set(skops.io.get_untrusted_types(file=path)) - _TREE_TYPES
+    if unknown:
+        raise InputError(
+            f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
+            "Expected scikit-learn's trees alone"
+        )
+    return skops.io.load(path, trusted=sorted(_TREE_TYPES))
+
+
+def check_trees(model) -> None:
     """Raise ValueError unless all splits lead to later nodes of their tree by features that there are.
 
     scikit-learn follows these indices as they are: it would read beyond its memory, or go round for ever.
     """
+    import numpy as np
     from sklearn.tree import DecisionTreeClassifier
 
     if hasattr(model, "estimators_"):
@@ -310,188 +425,12 @@ def _check_trees(model) -> None:
             raise ValueError("trees whose splits lead out of them")
 
 
-def _nodes(schema) -> Iterator[str]:
-    """The kinds of all nodes in the schema of a `.skops` file."""
+def _node_kinds(schema) -> Iterator[str]:
+    """Yield the kinds of all nodes in the schema of a `.skops` file."""
     if isinstance(schema, dict):
         if "__loader__" in schema:
             yield str(schema["__loader__"])
         schema = list(schema.values())
     if isinstance(schema, list):
         for part in schema:
-            yield from _nodes(part)
-
-
-# Of a pixel of three 16-bit colours, with room for a header.
-_MAX_PIXEL_BYTES = 8
-
-
-def _max_size() -> int:
-    return _MAX_PIXEL_BYTES * max_pixels()
-
-
-def _check_size(fname, size: int) -> None:
-    if size > _max_size():
-        raise InputError(f"{fname}: refused: it unpacks to more than {_max_size()} bytes, which no image has")
-
-
-def _check_frame(fname, dataset) -> None:
-    """InputError for a DICOM image that claims, in its header or in compressed pixels, to be larger than any."""
-    from pydicom.encaps import get_frame
-    from pydicom.uid import RLELossless
-
-    check_pixels(fname, int(dataset.Rows), int(dataset.Columns))
-    syntax = dataset.file_meta.get("TransferSyntaxUID")
-    if syntax is None or not syntax.is_encapsulated:
-        return
-    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-    if syntax != RLELossless:
-        check_pixels(fname, *_codestream_size(frame))
-    elif 64 * len(frame) > _max_size():  # what PackBits unpacks two bytes to
-        _check_size(fname, _unpacked_size(frame[64:]))
-
-
-def _codestream_size(frame: bytes) -> tuple[int, int]:
-    """(rows, columns) in the header of a JPEG, JPEG-LS or JPEG 2000 codestream, (0, 0) for others.
-
-    Decoders reserve memory by it, not by the header of the DICOM file.
-    """
-    if (start := frame.find(b"\xff\x4f\xff\x51", 0, 256)) >= 0:  # JPEG 2000, perhaps in a box
-        width, height, left, top = struct.unpack_from(">4I", frame, start + 8)
-        return height - top, width - left
-    position = 2
-    while frame[position : position + 1] == b"\xff" and position + 9 <= len(frame):
-        marker, length = struct.unpack_from(">BH", frame, position + 1)
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack_from(">HH", frame, position + 5)
-        position += 1 if marker == 0xFF else 2 + length  # markers may have such bytes before them
-    return 0, 0
-
-
-def _unpacked_size(packed: bytes) -> int:
-    """Bytes that PackBits data unpack to."""
-    size = position = 0
-    while position < len(packed):
-        header = packed[position]
-        size += header + 1 if header < 128 else (257 - header) % 129
-        position += header + 2 if header < 128 else 2 - (header == 128)
-    return size
-
-
-_EXPECTED = (
-    "Expected lists, dicts and NumPy arrays of numbers alone: opening anything else can run code. Where you trust the "
-    "file, convert it with Python: load it, and pickle the same as plain lists and dicts"
-)
-
-# How many times the bytes of a file may be copied into arrays.
-_MAX_COPIES = 4
-
-
-def load_plain(path: str | os.PathLike):
-    """The content of a pickle of lists, dicts, tuples, numbers, texts and NumPy arrays, of Python 2 too.
-
-    Nothing in the file is executed: whatever it names is looked up in a short table of stand-ins here, and arrays are
-    made from their bytes. Memory is bounded by a multiple of the file's size. One object may stand in the result
-    many times, so that following all references can take far longer than the file is large.
-    Raises InputError for a file that cannot be read, is no whole pickle, or holds anything else.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        _check_memo(data)
-        return _PlainUnpickler(data).load()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # damaged pickles end in errors of many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: not a whole pickle ({reason}); copy or compute it again") from error
-
-
-def _check_memo(data: bytes) -> None:
-    """Raise ValueError for lengths beyond the file's end, and numbers of remembered objects beyond their count.
-
-    The unpickler reserves memory for both before it looks whether they can be true.
-    """
-    for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
-            raise ValueError(f"object number {argument} after {count} operations")
-
-
-def _as_bytes(data: bytes | str) -> bytes:
-    """The bytes of an array, which are a text in pickles of Python 2."""
-    return data.encode("latin1") if isinstance(data, str) else data
-
-
-class _Dtype:
-    """Stands for numpy.dtype in a pickle: numbers and texts alone, since other types hold pointers.
-
-    spend: called with the bytes of each array that is made.
-    """
-
-    def __init__(self, code, spend):
-        if not re.fullmatch(r"[<>|=]?[fiubSU]\d{1,4}", code):
-            raise InputError(f"holds an array of {code}. {_EXPECTED}")
-        self.dtype = np.dtype(code)
-        self.spend = spend
-
-    def __setstate__(self, state):
-        if state[1] in ("<", ">"):  # of the state the byte order alone
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-    def values(self, data, shape, order="C") -> np.ndarray:
-        """The array of this type, shape and order with these bytes (of Python 2: a text)."""
-        array = np.frombuffer(_as_bytes(data), self.dtype).reshape(shape, order=order)
-        self.spend(array.nbytes)
-        return array
-
-
-class _Array(np.ndarray):
-    """Stands for numpy.ndarray in a pickle: takes its state only from an array that was made from the bytes there."""
-
-    def __new__(cls, *_):
-        return super().__new__(cls, 0)
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        data = _as_bytes(data)
-        values = dtype.values(data, shape, "F" if fortran else "C")
-        super().__setstate__((1, values.shape, values.dtype, bool(fortran), data))  # copies the bytes of few arrays
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Calls nothing but stand-ins for what pickles of arrays call, and copies no more bytes than honest ones ask for.
-
-    The bytes of an honest pickle's array are copied twice: encoded, and as an array. Others can name one text or array
-    again and again, a few bytes for each copy.
-    """
-
-    def __init__(self, data: bytes):
-        super().__init__(io.BytesIO(data), encoding="latin1")
-        left = _MAX_COPIES * len(data)
-
-        def spend(size: int) -> None:
-            nonlocal left
-            left -= size
-            if left < 0:
-                raise InputError("refused: copies the same bytes many times. Expected each array once")
-
-        def encode(text: str, _) -> bytes:  # how Python 3 writes bytes for Python 2
-            spend(len(text))
-            return text.encode("latin1")
-
-        # By module without "numpy.core." or "numpy._core.", which is so by NumPy's version.
-        self._stand_ins = {
-            ("numpy", "ndarray"): _Array,
-            ("numpy", "dtype"): lambda code, *_: _Dtype(code, spend),
-            ("multiarray", "_reconstruct"): _Array,
-            ("multiarray", "scalar"): lambda dtype, data: dtype.values(data, ())[()],
-            ("numeric", "_frombuffer"): lambda data, dtype, shape, order: dtype.values(data, shape, order),
-            ("_codecs", "encode"): encode,
-        }
-
-    def find_class(self, module, name):
-        key = module.removeprefix("numpy.core.").removeprefix("numpy._core."), name
-        if key not in self._stand_ins:
-            raise InputError(f"holds {module}.{name}. {_EXPECTED}")
-        return self._stand_ins[key]
+            yield from _node_kinds(part)

@@ -9,8 +9,14 @@ The darkest pixel becomes black and the brightest pixel of the breast white; a m
 import argparse
 import sys
 
+import cv2
+import numpy as np
+
 from mammo.base import cli
 from mammo.base.files import InputError, write_img
+from mammo.images.breast import DMImagePreprocessor
+from mammo.images.pixels import read_resize_img
+from mammo.images.reading import check_grey, read_img
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,12 +31,6 @@ def make_parser() -> argparse.ArgumentParser:
 def run(**options) -> None:
     """Write the picture; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
-    import cv2
-    import numpy as np
-
-    from mammo.images.breast import DMImagePreprocessor
-    from mammo.images.reading import check_grey, read_img, read_resize_img
-
     img = read_resize_img(args.image, target_height=args.height) if args.height else read_img(args.image)
     check_grey(args.image, img)
     try:

@@ -17,6 +17,7 @@ import sys
 
 from mammo.base import cli
 from mammo.base.files import InputError, check_writable, env_int, locked
+from mammo.images.pixels import PUBLISHED_PIXELS, add_pixel_options_of_model, choose_pixel_options
 from mammo.train import backend
 
 # Options that say how models predict; the pixel options do, too.
@@ -38,8 +39,6 @@ def finite(text: str) -> float:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from mammo.evaluate.preflight import add_pixel_options
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="MODEL... DATA", help="trained models, and last what to score them on")
@@ -90,14 +89,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--specificity", nargs="*", type=share, default=[0.9], metavar="SHARE", help="points of these specificities")
     add("--threshold", nargs="*", type=finite, default=[0.5], metavar="SCORE", help="points of these thresholds")
     add("--bootstrap", type=cli.positive_int, default=2000, help="draws of patients")
-    add_pixel_options(parser)
+    add_pixel_options_of_model(parser)
     return parser
 
 
 def run(**options) -> None:
     """Write the results; keyword arguments are the option names of `make_parser`."""
-    from mammo.evaluate.preflight import PUBLISHED_PIXELS
-
     parser = make_parser()
     args = cli.complete(parser, options)
     *models, source = args.inputs or [None]
@@ -162,7 +159,6 @@ def predict(args: argparse.Namespace, models: list, source):
     `Predictor`s by name."""
     from mammo.evaluate import inputs as data
     from mammo.evaluate.evaluation import PREDICTIONS, check_classes, write_predictions
-    from mammo.evaluate.preflight import choose_pixel_options
 
     given = {name: value for name, value in vars(args).items() if name != "class_list" or value is not None}
     files = dict(zip(data.name_models(models), models, strict=True))

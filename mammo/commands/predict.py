@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mammo.base import cli
 from mammo.base.files import InputError, atomic_write, check_writable, write_text
-from mammo.evaluate import preflight
+from mammo.images.pixels import add_pixel_options_of_model
 from mammo.train import backend
 
 
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", "-bs", type=cli.positive_int, default=4, help="images predicted at a time")
     add("--jobs", type=cli.positive_int, default=2, help="images read at the same time, while the network works")
     add("--trust-checkpoint", action="store_true", help="open a model file even where it holds Python code")
-    preflight.add_pixel_options(parser)
+    add_pixel_options_of_model(parser)
     return parser
 
 

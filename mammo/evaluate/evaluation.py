@@ -121,8 +121,8 @@ def evaluate_models(
                     points: [{name, threshold, sensitivity: {value, interval, bootstrap}, specificity: likewise}]
                     calibration: {brier: {value, bootstrap}, intercept: {value, interval}, slope: {value, interval},
                         bins: [{predicted, observed, interval, count}]}
-                    roc: {false_positive, true_positive, low, high}, lists of one length, as are those of
-                    pr: {recall, precision, low, high}
+                    roc: {false_positive, true_positive, low, high}, lists of one length
+                    pr: {recall, precision, low, high}, likewise
                 comparisons: [{models: [a, b], difference (of AUC, a - b), interval, p, bootstrap}]
 
     Raises:
@@ -377,7 +377,7 @@ def _band(rows: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _number(value) -> float | None:
-    """Return None for NaN and infinity, which JSON has not."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -1,29 +1,17 @@
-"""What a model was trained with, and warnings of images unlike those that it was trained on.
+"""Warn of images unlike those that a model was trained on.
 
-All pixel values are those after rescaling and before the mean is subtracted, about 0..255.
-
-Only the standard library is imported at the start, since command lines take their options from here.
+All pixel values are after rescaling and before the mean is subtracted, about 0..255.
 """
 
-import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mammo.base import cli
+import numpy as np
+
 from mammo.base.files import InputError
 from mammo.base.guards import read_json
-
-# What the released models were trained with; their mean is that of the DDSM ones.
-PUBLISHED_PIXELS = {
-    "img_size": [1152, 896],
-    "img_scale": None,
-    "rescale_factor": 0.003891,
-    "featurewise_center": True,
-    "featurewise_mean": 52.18,
-    "equalize_hist": False,
-    "class_list": ["neg", "pos"],
-}
+from mammo.images.pixels import is_number, pixel_warnings
 
 # Quantiles over the training images that are kept of each figure.
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)
@@ -31,106 +19,28 @@ _QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 # Shares of an image's range: darker is background, brighter is no tissue along a whole border.
 _DARK, _BRIGHT = 0.2, 0.8
 
-# ------------------------------------------------------------------------------- what a model was trained with
-
-
-class _OfModel:
-    """Default of an option that the model's own training decides; None would be a choice of the user's."""
-
-    def __repr__(self):
-        return "the model's"
-
-
-OF_MODEL = _OfModel()
-
-
-def add_pixel_options(parser: argparse.ArgumentParser) -> None:
-    """`mammo.base.cli.add_pixel_options` for scripts that are given trained models: see `choose_pixel_options`."""
-    cli.add_pixel_options(parser)
-    for action in parser._actions:
-        if action.dest in PUBLISHED_PIXELS and action.dest != "class_list" and action.help != argparse.SUPPRESS:
-            action.default = OF_MODEL
-            action.help = action.help.partition("; default")[0]
-
-
-def choose_pixel_options(
-    given: Mapping[str, Any], model_path, built: Sequence[int | None] = ()
-) -> tuple[dict[str, Any], str]:
-    """The pixel options (and `class_list`) to use with a model, and a sentence on where they come from.
-
-    given: values by name, those that are absent or OF_MODEL not being given. They win over those that the model was
-    trained with, and these over the published ones. built: (rows, columns) that the model is built for, if known,
-    which wins over the published size. Raises InputError as `read_settings` does.
-    """
-    chosen = {name: value for name, value in given.items() if name in PUBLISHED_PIXELS and value is not OF_MODEL}
-    settings, file = read_settings(model_path), _folder(model_path) / "args.json"
-    source = f"pixel options of the model's training, from {file}"
-    if settings is None:
-        settings = PUBLISHED_PIXELS | ({"img_size": list(built)} if built and None not in built else {})
-        source = f"pixel options of the published models, since there is no {file}"
-    rest = {name: value for name, value in settings.items() if name not in chosen}
-    if set(rest) <= {"class_list"}:
-        source = "pixel options as given"
-    return chosen | rest, source
-
-
-def read_settings(model_path) -> dict[str, Any] | None:
-    """Pixel options, and `class_list`, that a model was trained with, or None where they are not known.
-
-    They are in `<model without ending>/args.json`, which the trainers write. Raises InputError for a damaged file.
-    """
-    path = _folder(model_path) / "args.json"
-    content = read_json(path)
-    if content is None:
-        return None
-    settings = {name: content[name] for name in PUBLISHED_PIXELS if name in content}
-    numbers = [settings.get(name) for name in ("img_scale", "rescale_factor", "featurewise_mean")]
-    size, flags = settings.get("img_size"), [settings.get(name) for name in ("featurewise_center", "equalize_hist")]
-    fits = (
-        set(settings) == set(PUBLISHED_PIXELS)
-        and all(number is None or _is_number(number) for number in numbers)
-        and isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(length, int) and length > 0 for length in size)
-        and all(isinstance(flag, bool) for flag in flags)
-        and isinstance(settings["class_list"], list)
-        and all(isinstance(name, str) for name in settings["class_list"])
-        and not (settings["featurewise_center"] and settings["featurewise_mean"] is None)
-    )
-    if not fits:
-        raise InputError(f"{path}: Expected the options of a training. Received others; remove the file to do without")
-    return settings
-
 
 def read_pixel_stats(model_path) -> dict[str, Any] | None:
     """What `pixel_statistics` gave for a model's training images, or None where it is not known.
 
     It is in `<model without ending>/pixel_stats.json`, which the trainers write. Raises InputError for a damaged file.
     """
-    path = _folder(model_path) / "pixel_stats.json"
+    path = Path(model_path).with_suffix("") / "pixel_stats.json"
     content = read_json(path)
     if content is None:
         return None
     ranges = content.get("of_images")
     names = ("mean", "sd", "p99", "bright_border", "edge_line", "top_heavy")
     fits = (
-        _is_number(content.get("faces_left"))
+        is_number(content.get("faces_left"))
         and isinstance(content.get("images"), int)
         and isinstance(ranges, dict)
         and all(isinstance(ranges.get(name), list) and len(ranges[name]) == len(_QUANTILES) for name in names)
-        and all(_is_number(value) for name in names for value in ranges[name])
+        and all(is_number(value) for name in names for value in ranges[name])
     )
     if not fits:
         raise InputError(f"{path}: Expected statistics of training images. Received something else; remove the file")
     return content
-
-
-def _folder(model_path) -> Path:
-    return Path(model_path).with_suffix("")
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300  # whole ones, too
 
 
 # ------------------------------------------------------------------------------------------- measuring images
@@ -145,8 +55,6 @@ def measure(image) -> dict[str, float]:
     the brightest fifth; to_left, -1..1, how much of the brightness is in the right half, as in a breast that points to
     the left; top_heavy, -1..1, how much brighter the upper corner at the chest wall is than the lower one.
     """
-    import numpy as np
-
     image = np.asarray(image, np.float32)
     image = image[..., 0] if image.ndim == 3 else image
     rows, columns = image.shape
@@ -183,8 +91,6 @@ def pixel_statistics(images: Iterable) -> dict[str, Any]:
     ([H, W] of the first), mean and sd of all pixels, dark_border (mean share), faces_left (share of the images), and
     of_images: for each figure of `measure` its quantiles 0, 0.05, 0.5, 0.95 and 1 over the images.
     """
-    import numpy as np
-
     figures, size = [], None
     for image in images:
         size = size or list(image.shape[:2])
@@ -264,8 +170,6 @@ def _scale_warnings(image, figures, trained, mean) -> list[str]:
     """Mean and scale far from the training images', or from 0..255 and the mean to subtract."""
     advice = "check the rescale factor or scale, and that it was prepared as the training images were"
     if trained is None:
-        from mammo.images.reading import pixel_warnings
-
         messages = pixel_warnings([image])
         if mean is not None and not messages and not mean / 3 <= figures["mean"] <= 3 * mean:
             messages.append(

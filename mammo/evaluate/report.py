@@ -18,16 +18,8 @@ from cycler import cycler
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mammo.base.files import InputError, counted, write_text
-from mammo.evaluate.evaluation import (
-    AVERAGE,
-    FLIPS,
-    at_levels,
-    band_opacity,
-    describe_weights,
-    draw_calibration,
-    draw_pr,
-    draw_roc,
-)
+from mammo.evaluate import evaluation
+from mammo.evaluate.evaluation import AVERAGE, FLIPS, band_opacity
 from mammo.images.reading import check_grey, read_resized, resize
 
 if TYPE_CHECKING:
@@ -35,17 +27,11 @@ if TYPE_CHECKING:
 
 # The palette of Okabe and Ito 2008, told apart by colour-blind readers too, less its yellow; dark enough on white.
 _COLOURS = ("#0072b2", "#c24e00", "#00795a", "#a3497d", "#1a1a1a", "#8a6d00")
-
 _STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=_COLOURS)
-
 _NEGATIVE, _POSITIVE = _COLOURS[:2]
-
 _PICTURE_HEIGHT = 560  # pixels
-
 _BINS = 25  # of the histogram
-
 _NONE = "\u2013"  # a dash
-
 _LEVELS = {"image": "Images", "breast": "Breasts", "patient": "Patients"}
 
 
@@ -80,7 +66,7 @@ def write_report(
         OSError: as `write_text`.
     """
     data, levels = results["data"], results["levels"]
-    samples = at_levels(table, results["models"], data["patient_score"])
+    samples = evaluation.at_levels(table, results["models"], data["patient_score"])
     command = results.get("command")
     page = _render(
         title=title,
@@ -99,35 +85,21 @@ def write_report(
         remarks=[*data.get("notes", ()), *(f"Skipped: {message}" for message in data.get("skipped", ()))],
         with_calibration=_with_calibration,
         figures=lambda name: _figures(levels[name], samples[name]),
-        errors=_errors(results, table, nb_error),
-        predictors=predictors or {},
-        draw=lambda file, predictor: _pictures(Path(root, file), predictor, positive),
-        FLIPS=FLIPS,
-        Path=Path,
+        any_map=bool(predictors),
+        errors=_errors(results, table, root, predictors or {}, positive, nb_error),
         command=command if isinstance(command, str | None) else shlex.join(map(str, command)),
         origins=_origins(data),
         versions=results.get("versions"),
     )
-    write_text(path, page)
+    write_text(path, page + "\n")
 
 
 def _render(**content) -> str:
     environment = Environment(
-        loader=PackageLoader("mammo.evaluate", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=PackageLoader("mammo.evaluate", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {
-        "estimate": _estimate,
-        "interval": _interval,
-        "number": _number,
-        "p_value": _p_value,
-        "score": _score,
-        "thousands": "{:,}".format,
-    }
+    functions = (_estimate, _interval, _number, _p_value, _score, _thousands)
+    environment.filters |= {function.__name__.removeprefix("_"): function for function in functions}
     return environment.get_template("report.html.j2").render(content)
 
 
@@ -168,19 +140,23 @@ def _figures(level, samples: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     first = "".join(f"; dots: {point['name']}" for point in next(iter(models.values()))["points"][:1])
     areas = "; ".join(f"{name} {model['auc']['value']:.3f}" for name, model in models.items())
     caption = f"ROC curves{bands}{first}"
-    yield _draw_models(models, draw_roc), caption, f"{caption}. AUC: {areas}"
+    yield _draw_models(models, evaluation.draw_roc), caption, f"{caption}. AUC: {areas}"
     caption = f"Precision and recall{bands}"
-    yield _draw_models(models, draw_pr, level["positive"] / level["samples"]), caption, caption
+    yield _draw_models(models, evaluation.draw_pr, level["positive"] / level["samples"]), caption, caption
     if calibrated := _with_calibration(models):
         caption = "Observed share of cancer by predicted probability"
-        yield _draw_models(calibrated, draw_calibration), caption, caption
+        yield _draw_models(calibrated, evaluation.draw_calibration), caption, caption
     for name, model in models.items():
         caption = f"Scores of {name}" + "".join(f"; dashed: {point['name']}" for point in model["points"][:1])
         yield _draw_histogram(samples, name, model), caption, caption
 
 
-def _errors(results, table: pd.DataFrame, nb_error: int) -> Iterator[tuple[str, float, dict[str, tuple[int, list]]]]:
-    """Yield the name of each model, its threshold, and by kind of error their number and rows of the table."""
+def _errors(results, table, root, predictors, positive, nb_error) -> Iterator[tuple[str, float, bool, dict]]:
+    """Find the most confident errors of each model.
+
+    Yields its name, its threshold, whether it has maps, and by kind of error their number and, for the first of them,
+    the row of the table and what `_pictures` returns.
+    """
     for name in results["models"]:
         points = results["levels"]["image"]["models"][name]["points"]
         threshold = points[0]["threshold"] if points else 0.5
@@ -189,11 +165,13 @@ def _errors(results, table: pd.DataFrame, nb_error: int) -> Iterator[tuple[str, 
             "False positives": table[called & ~cancer].sort_values(name, ascending=False, kind="stable"),
             "False negatives": table[~called & cancer].sort_values(name, kind="stable"),
         }
-        yield (
-            name,
-            threshold,
-            {kind: (len(rows), rows.head(nb_error).to_dict("records")) for kind, rows in kinds.items()},
-        )
+        predictor = predictors.get(name.removesuffix(FLIPS))
+        shown = {}
+        for kind, rows in kinds.items():
+            first = rows.head(nb_error).to_dict("records")
+            pictures = (_pictures(Path(root, row["file"]), predictor, positive) for row in first)
+            shown[kind] = len(rows), list(zip(first, pictures, strict=True))
+        yield name, threshold, predictor is not None, shown
 
 
 def _pictures(file: Path, predictor, positive) -> tuple[list[tuple[str, int, int]], list[str]]:
@@ -232,10 +210,14 @@ def _origins(data) -> list[str]:
     for name, file in data.get("model_files", {}).items():
         options = data.get("pixel_options", {}).get(name, {})
         lines.append("; ".join([f"{name}: {file}", *(f"{option} {value}" for option, value in options.items())]))
-    return lines + describe_weights(data.get("average_weights", {}))
+    return lines + evaluation.describe_weights(data.get("average_weights", {}))
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def _thousands(number: int) -> str:
+    return f"{number:,}"
 
 
 def _number(value: float | None, sign: str = "") -> str:

@@ -15,15 +15,15 @@ import numpy as np
 
 from mammo.base.files import InputError, env_int, write_img
 from mammo.base.work import run_parallel
-from mammo.images import reading as dm_reading
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
 from mammo.images.check import check_images
-from mammo.images.reading import pixel_warnings
+from mammo.images.pixels import Pixels, pop_pixels
+from mammo.images.reading import IMAGE_SUFFIXES, ImageError, check_constant, is_image
 
 # Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
 cv2.setNumThreads(1)
 
-_NO_IMAGES = f"no images in this class folder. Expected {', '.join(dm_reading.IMAGE_SUFFIXES)}."
+_NO_IMAGES = f"no images in this class folder. Expected {', '.join(IMAGE_SUFFIXES)}."
 
 # How often others are tried where no image of a batch can be read: then they are gone with their disk.
 _MAX_ATTEMPTS = 5
@@ -292,7 +292,7 @@ class _SampleIterator(DMIterator):
         drawn = index
         for attempt in range(_MAX_ATTEMPTS):  # others take the place of a whole batch, such as a batch of one
             index = (drawn + attempt * len(drawn)) % self.nb_sample
-            images = self._map(self.load_or_lose, index)
+            images = self._map(self.load_or_none, index)
             there = [place for place, image in enumerate(images) if image is not None]
             if there:
                 break
@@ -316,7 +316,7 @@ class _SampleIterator(DMIterator):
     def load(self, index):
         raise NotImplementedError
 
-    def load_or_lose(self, index):
+    def load_or_none(self, index):
         """`load(index)`, or None for a sample whose place another one takes."""
         return self.load(index)
 
@@ -369,8 +369,7 @@ class _FileIterator(_SampleIterator):
 
     Args:
         paths, names: the files, and what to call them in `.filenames`.
-        target_size: (rows, columns); target_height, target_scale, gs_255, rescale_factor: see `read_resize_img`.
-        equalize_hist, dup_3_channels: see `read_img_for_pred`.
+        pixels: how the images are read.
         load_to_ram: keep the resized images as one array (N, H, W) of the files' integer type, read at once by
             `workers` threads. Batches are the same as from disk.
         on_error: "stop": an unreadable image raises InputError when it is read. "skip": all are read now, and
@@ -391,13 +390,7 @@ class _FileIterator(_SampleIterator):
         classes=None,
         nb_class=None,
         *,
-        target_size=(256, 256),
-        target_height=None,
-        target_scale=None,
-        gs_255=False,
-        rescale_factor=None,
-        equalize_hist=False,
-        dup_3_channels=False,
+        pixels: Pixels,
         load_to_ram=False,
         on_error="stop",
         checked=None,
@@ -407,12 +400,9 @@ class _FileIterator(_SampleIterator):
     ):
         if on_error not in ("stop", "skip"):
             raise InputError(f"on_error: Expected stop or skip. Received {on_error!r}.")
-        if load_to_ram and (target_size is None or target_height is not None):
+        if load_to_ram and (pixels.size is None or pixels.height is not None):
             raise InputError("load_to_ram: Expected target_size and no target_height, so that all images fit.")
-        self._gs_255 = gs_255
-        self._size_args = {"target_size": target_size, "target_height": target_height}
-        self._scale_args = {"target_scale": target_scale, "rescale_factor": rescale_factor}
-        self._input_args = (equalize_hist, generator.data_format, dup_3_channels)
+        self.pixels = pixels
         self._allow_constant = allow_constant
         self._paths, self.filenames = list(paths), list(names)
         self.nb_file = len(self._paths)
@@ -423,7 +413,7 @@ class _FileIterator(_SampleIterator):
         elif checked is not None:
             self._checks = [checked[_absolute(path)] for path in self._paths]
         elif on_error == "skip":
-            self._checks = check_images(self._paths, None, allow_constant, workers, gs_255)
+            self._checks = check_images(self._paths, None, allow_constant, workers, pixels.gs_255)
         if self._checks is not None:
             errors = [check.message for check in self._checks]
         if load_to_ram or self._checks is not None:
@@ -459,28 +449,26 @@ class _FileIterator(_SampleIterator):
 
     def _read(self, index):
         path = self._paths[index]
-        img = dm_reading.check_grey(path, dm_reading.read_img(path, self._gs_255, dicom_16_bit=True))
+        img = self.pixels.read_stored(path)
         if self._checks is not None:
             check = self._checks[index]
             if (img.dtype.name, *img.shape) != (check.type, check.rows, check.columns):
-                raise dm_reading.ImageError(
+                raise ImageError(
                     f"{path}: the image has changed. Expected {check.rows} x {check.columns} pixels of {check.type}, "
                     f"as when it was checked. Received {img.shape[0]} x {img.shape[1]} of {img.dtype}.",
                     "changed",
                 )
-        img = dm_reading.resize_as_asked(path, img, **self._size_args)
-        return img if self._allow_constant else dm_reading.check_constant(path, img)
+        img = self.pixels.resize(path, img)
+        return img if self._allow_constant else check_constant(path, img)
 
     def load(self, index):
         img = self._read(index) if self._ram is None else self._ram[index]
-        return dm_reading.to_network_input(
-            self._paths[index], dm_reading.scale_pixels(img, **self._scale_args), *self._input_args
-        )
+        return self.pixels.to_input(self._paths[index], img)
 
     def _name(self, index):
         return self._paths[index]
 
-    def load_or_lose(self, index):
+    def load_or_none(self, index):
         try:
             return self.load(index)
         except InputError as error:
@@ -515,10 +503,10 @@ class _FileIterator(_SampleIterator):
         """Allocate the array for all images; return how many threads can read them without adding much to it."""
         for path in self._paths:
             try:
-                source = dm_reading.check_grey(path, dm_reading.read_img(path, self._gs_255, dicom_16_bit=True))
+                source = self.pixels.read_stored(path)
             except InputError:
                 continue
-            self._ram = np.empty((len(self._paths), *map(int, self._size_args["target_size"])), source.dtype)
+            self._ram = np.empty((len(self._paths), *map(int, self.pixels.size)), source.dtype)
             # A reader holds the file's bytes and the decoded image, then that and the resized one. Files differ in
             # size, so this is well below the tenth that the peak may be above what is kept.
             reading = source.nbytes + max(os.path.getsize(path), self._ram[0].nbytes)
@@ -534,7 +522,7 @@ class ImageListIterator(_FileIterator):
     """Image files in a list, with class numbers (0 or 1) in another, or None.
 
     validation_mode: no shuffling, skipping or balancing. all_neg_skip: as no_pos_skip of `DMIterator`. The other
-    arguments are those of `_FileIterator`, `_SampleIterator` and `DMIterator`.
+    arguments are those of `pop_pixels`, `_FileIterator`, `_SampleIterator` and `DMIterator`.
     """
 
     def __init__(
@@ -543,8 +531,6 @@ class ImageListIterator(_FileIterator):
         img_list,
         lab_list=None,
         *,
-        target_size=(1152, 896),
-        target_scale=4095,
         class_mode="binary",
         validation_mode=False,
         all_neg_skip=0.0,
@@ -555,14 +541,14 @@ class ImageListIterator(_FileIterator):
         _check_labels(img_list, lab_list)
         if validation_mode:
             shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
+        pixels = pop_pixels(kwargs, generator.data_format, target_size=(1152, 896), target_scale=4095)
         super().__init__(
             generator,
             img_list,
             [str(path) for path in img_list],
             lab_list,
             _count_classes(lab_list),
-            target_size=target_size,
-            target_scale=target_scale,
+            pixels=pixels,
             class_mode=class_mode,
             shuffle=shuffle,
             no_pos_skip=all_neg_skip,
@@ -590,7 +576,7 @@ class DirectoryIterator(_FileIterator):
         allow_empty: accept class folders without images, as long as one has some.
         follow_links: also descend into linked folders.
         checked: see `_FileIterator`. Its files are the images then, whether or not they are still there.
-        Others: see `_FileIterator`, `_SampleIterator` and `DMIterator`.
+        Others: see `pop_pixels`, `_FileIterator`, `_SampleIterator` and `DMIterator`.
 
     `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers; `.empty_classes` lists the
     class folders without images.
@@ -623,13 +609,14 @@ class DirectoryIterator(_FileIterator):
             labels += [number] * len(found)
         if not names:
             raise InputError(f"{directory}: {_NO_IMAGES}")
+        pixels = pop_pixels(kwargs, generator.data_format, target_size=target_size)
         super().__init__(
             generator,
             [directory / name for name in names],
             names,
             labels,
             len(self.class_indices),
-            target_size=target_size,
+            pixels=pixels,
             checked=checked,
             **kwargs,
         )
@@ -664,7 +651,7 @@ def _find_images(directory, class_name, follow_links):
         Path(root, name).relative_to(directory).as_posix()
         for root, _, files in os.walk(folder, followlinks=follow_links)
         for name in files
-        if dm_reading.is_image(name)
+        if is_image(name)
     )
 
 
@@ -674,8 +661,7 @@ class ExamIterator(DMIterator):
     Args:
         exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
             or None) and "cancer" (0, 1 or None); or tuples (subj, exam, {"L": ..., "R": ...}).
-        target_size, target_height, target_scale, gs_255, rescale_factor, equalize_hist, dup_3_channels: see
-            `read_img_for_pred`.
+        Others: how images are read, see `pop_pixels`, and those of `DMIterator`.
         validation_mode: no shuffling; the first image of each view. Otherwise a view's image is drawn.
         prediction_mode: no shuffling; all images of each view.
         all_neg_skip, balance_classes: as in `DMIterator`, an exam counting as positive unless both breasts are known
@@ -691,13 +677,6 @@ class ExamIterator(DMIterator):
         generator,
         exam_list,
         *,
-        target_size=(1152, 896),
-        target_height=None,
-        target_scale=4095,
-        gs_255=False,
-        rescale_factor=None,
-        equalize_hist=False,
-        dup_3_channels=False,
         class_mode="binary",
         validation_mode=False,
         prediction_mode=False,
@@ -707,20 +686,10 @@ class ExamIterator(DMIterator):
         **kwargs,
     ):
         self.exams = [_exam_as_dict(exam) for exam in exam_list]
-        if target_size is None:
+        self.pixels = pop_pixels(kwargs, generator.data_format, target_size=(1152, 896), target_scale=4095)
+        if self.pixels.size is None:
             self._check_no_view_is_missing()
         self.prediction_mode, self.validation_mode = prediction_mode, validation_mode
-        self._pred_args = {
-            "target_size": target_size,
-            "target_height": target_height,
-            "target_scale": target_scale,
-            "gs_255": gs_255,
-            "rescale_factor": rescale_factor,
-            "equalize_hist": equalize_hist,
-            "dup_3_channels": dup_3_channels,
-            "data_format": generator.data_format,
-            "dicom_16_bit": True,
-        }
         cancer = np.array([[exam[side].get("cancer") for side in "LR"] for exam in self.exams], np.float64)
         self.cancer = np.nan_to_num(cancer).astype(int)
         if validation_mode or prediction_mode:
@@ -764,10 +733,8 @@ class ExamIterator(DMIterator):
 
     def load(self, fname):
         if fname is not None:
-            return dm_reading.read_img_for_pred(fname, **self._pred_args)
-        channels = 3 if self._pred_args["dup_3_channels"] else 1
-        shape = (*self._pred_args["target_size"], channels)
-        return np.zeros(shape if self.generator.data_format == "channels_last" else shape[-1:] + shape[:-1], "f4")
+            return self.pixels.read(fname)
+        return self.pixels.to_input("black image", np.zeros(self.pixels.size, np.uint8))
 
     def _exam_name(self, index):
         return f"exam {self.exams[index]['exam']} of {self.exams[index]['subj']}"
@@ -799,7 +766,7 @@ class CandidateRoiIterator(DMIterator):
 
     Args:
         img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.
-        target_height, target_scale, gs_255: how images are read; the breast is then cut out.
+        target_height, target_scale, gs_255, dup_3_channels: how images are read; the breast is then cut out.
         img_per_batch, roi_per_img, roi_size: images a batch, patches an image, (rows, columns) of a patch.
         low_int_threshold: see `DMImagePreprocessor.segment_breast`.
         blob_min_area, blob_min_int, blob_max_int, blob_th_step: spot detector; intensities as fractions of the
@@ -821,10 +788,6 @@ class CandidateRoiIterator(DMIterator):
         img_list,
         lab_list=None,
         *,
-        target_height=1024,
-        target_scale=4095,
-        gs_255=False,
-        dup_3_channels=False,
         img_per_batch=2,
         roi_per_img=32,
         roi_size=(256, 256),
@@ -850,13 +813,7 @@ class CandidateRoiIterator(DMIterator):
         if one_patch_mode and roi_clf is None:
             raise InputError("one_patch_mode: Expected a classifier (roi_clf) that tells which patch is best.")
         self.filenames = [str(path) for path in img_list]
-        self._read_args = {
-            "target_height": target_height,
-            "target_scale": target_scale,
-            "gs_255": gs_255,
-            "dicom_16_bit": True,
-        }
-        self._channels = 3 if dup_3_channels else 1
+        self.pixels = pop_pixels(kwargs, generator.data_format, target_height=1024, target_scale=4095)
         self.roi_per_img, self.roi_size = roi_per_img, tuple(roi_size)
         self.low_int_threshold = low_int_threshold
         self._blob_args = {
@@ -899,7 +856,7 @@ class CandidateRoiIterator(DMIterator):
 
     def _read_breast(self, index):
         fname = self.filenames[index]
-        img = dm_reading.check_grey(fname, dm_reading.read_resize_img(fname, **self._read_args))
+        img = self.pixels.rescale(self.pixels.resize(fname, self.pixels.read_stored(fname)), fname)
         try:
             return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
         except InputError as error:
@@ -918,7 +875,7 @@ class CandidateRoiIterator(DMIterator):
 
     def _as_input(self, patch):
         axis = 2 if self.generator.data_format == "channels_last" else 0
-        return np.repeat(np.expand_dims(patch, axis), self._channels, axis=axis)
+        return np.repeat(np.expand_dims(patch, axis), self.pixels.channels, axis=axis)
 
     def _choose(self, x, label):
         """Which of the candidates x to keep, and their classes."""
@@ -1002,21 +959,8 @@ def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
     return memory[start : start + size].reshape(shape)
 
 
-# --------------------------------------------------------------------------------------------------- checking
-
-
-def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
-    """Warnings about the pixel values that a network will see, with the values measured on up to `nb_images` images.
-
-    Told are: images before mean subtraction far outside 0..255 or within a small part of it (a wrong rescale factor
-    or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
-    """
-    generator = iterator.generator
-    return pixel_warnings(sample_images(iterator, nb_images), generator.mean if generator.featurewise_center else None)
-
-
 def sample_images(iterator, nb_images: int = 32) -> list[np.ndarray]:
     """Up to `nb_images` images of a file or array iterator, evenly spread, before augmentation and mean subtraction."""
     chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
-    images = [image for image in map(iterator.load_or_lose, chosen) if image is not None]
+    images = [image for image in map(iterator.load_or_none, chosen) if image is not None]
     return [image * iterator.generator.rescale for image in images] if iterator.generator.rescale else images

@@ -1,26 +1,23 @@
-"""Read mammograms from files and bring their pixels to the form that networks get.
-
-Images are (rows, columns); files hold 8- or 16-bit integers, networks get float32.
-"""
+"""Read mammograms from files: pixels as stored, (rows, columns) of 8- or 16-bit integers, and what headers tell."""
 
 import io
 import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from mammo.base.files import InputError, counted, walk_files
+from mammo.base.files import InputError, walk_files
 from mammo.base.guards import (
-    _check_frame,
-    _check_size,
-    _max_size,
+    check_frame,
     check_pixels,
+    check_unpacked_size,
     max_pixels,
+    max_unpacked_size,
     read_bytes,
     too_many_pixels,
 )
@@ -220,7 +217,9 @@ def _parse_dicom(fname, file, **options):
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     read_preamble(file, force=True)
     if _read_file_meta_info(file).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        _check_size(fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), _max_size() + 1)))
+        check_unpacked_size(
+            fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), max_unpacked_size() + 1))
+        )
     file.seek(0)
     return pydicom.dcmread(file, force=True, **options)
 
@@ -239,7 +238,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
             raise ImageError(
                 f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.", "wrong type"
             )
-        _check_frame(fname, dataset)
+        check_frame(fname, dataset)
         bits = dataset.BitsStored
         # Bits above those stored are dropped where they may be overlays or lack the sign; in other files they show
         # that the header is wrong, and dropping them would wrap bright pixels around to dark ones.
@@ -347,7 +346,7 @@ def read_resized(fname, target_size=None, target_height=None) -> np.ndarray:
 
 
 def resize_as_asked(fname, img: np.ndarray, target_size=None, target_height=None) -> np.ndarray:
-    """Resize (bicubic) an image that was read from the file `fname`; see `read_resize_img`."""
+    """Resize (bicubic) an image that was read from the file `fname`; see `pixels.read_resize_img`."""
     if target_size is None and target_height is None:
         raise InputError("One of [target_size, target_height] must not be None")
     if target_height is not None:
@@ -374,112 +373,6 @@ def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
         return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
     finally:
         cv2.ipp.setUseIPP(use_ipp)
-
-
-def scale_pixels(img: np.ndarray, target_scale=None, rescale_factor=None) -> np.ndarray:
-    """float32 copy of stored pixels, scaled so that this image's maximum is target_scale, then by rescale_factor."""
-    img = img.astype(np.float32)
-    maximum = float(img.max())
-    if target_scale is not None and maximum != 0:
-        img *= float(target_scale) / maximum
-    if rescale_factor is not None:
-        img *= float(rescale_factor)
-    return img
-
-
-def read_resize_img(
-    fname: str | os.PathLike,
-    target_size: tuple[int, int] | None = None,
-    target_height: int | None = None,
-    target_scale: float | None = None,
-    gs_255: bool = False,
-    rescale_factor: float | None = None,
-    dicom_16_bit: bool = False,
-) -> np.ndarray:
-    """Read an image, resize it (bicubic), and return it as float32 (H, W) (golden).
-
-    `target_size` is (rows, columns); `target_height` wins over it and keeps the aspect ratio, the width truncated.
-    Resizing happens in the stored integer type. `target_scale` maps this image's maximum to that value,
-    `rescale_factor` multiplies; `gs_255`, `dicom_16_bit`: see `read_img`. A colour file gives (H, W, C). Raises
-    InputError.
-    """
-    img = resize_as_asked(fname, read_img(fname, gs_255, dicom_16_bit), target_size, target_height)
-    return scale_pixels(img, target_scale, rescale_factor)
-
-
-def equalize_histogram(img: np.ndarray, name="image") -> np.ndarray:
-    """Histogram equalisation of a float (H, W) image within 0..255, truncated to 8 bits; float32 0..255.
-
-    The 2017 program wrapped values outside around; here they raise InputError naming `name`.
-    """
-    low, high = float(img.min()), float(img.max())
-    if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
-        raise InputError(
-            f"{name}: histogram equalisation needs an image within 0..255 after rescaling. "
-            f"Received {low:g}..{high:g}; set a rescale factor or target scale."
-        )
-    return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
-
-
-def to_network_input(
-    fname, img, equalize_hist, data_format, dup_3_channels, transformer=None, standardizer=None
-) -> np.ndarray:
-    """(H, W) float32 to the (possibly augmented) tensor of one sample."""
-    img = check_grey(fname, img)
-    if equalize_hist:
-        img = equalize_histogram(img, fname)
-    axis = 0 if data_format == "channels_first" else 2
-    x = np.expand_dims(img, axis)
-    if dup_3_channels:
-        # A view that repeats the channel: the augmentation then warps it only once.
-        x = np.broadcast_to(x, tuple(3 if i == axis else n for i, n in enumerate(x.shape)))
-    if transformer is not None:
-        x = transformer(x)
-    if standardizer is not None:
-        x = standardizer(x)
-    return x
-
-
-def read_img_for_pred(
-    fname: str | os.PathLike,
-    equalize_hist: bool = False,
-    data_format: str = "channels_last",
-    dup_3_channels: bool = True,
-    transformer: Callable | None = None,
-    standardizer: Callable | None = None,
-    **kwargs,
-) -> np.ndarray:
-    """Read one image as network input: float32 (H, W, 3), (H, W, 1), or channels first.
-
-    `kwargs` go to `read_resize_img`. `transformer` and `standardizer` (a generator's `random_transform` and
-    `standardize`) are applied last, in this order. Raises InputError, for colour images too.
-    """
-    img = read_resize_img(fname, **kwargs)
-    return np.ascontiguousarray(
-        to_network_input(fname, img, equalize_hist, data_format, dup_3_channels, transformer, standardizer)
-    )
-
-
-def pixel_warnings(images, mean=None) -> list[str]:
-    """Warnings about float images before mean subtraction, of any shapes, and the `mean` to subtract, or None."""
-    low = min(float(x.min()) for x in images)
-    high = max(float(x.max()) for x in images)
-    own = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {counted(len(images), 'image')}"
-    messages = []
-    if low < -64 or high > 320 or high < 32:
-        messages.append(
-            f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
-            "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
-        )
-    if mean is not None:
-        asked = float(np.mean(mean))
-        if abs(asked - own) > max(16.0, 0.5 * abs(own)):
-            messages.append(
-                f"the mean that is subtracted, {asked:.4g} (featurewise mean), is far from the images' own, "
-                f"{own:.4g} in {len(images)} of them."
-            )
-    return messages
 
 
 # Codes of SNOMED (old and new style) in the View Code Sequence.

@@ -16,14 +16,14 @@ from mammo.base.tables import read_rows
 from mammo.base.work import check_same_options, prefetch
 from mammo.data.patches import is_file_name, read_lesion_masks
 from mammo.images.breast import DMImagePreprocessor
-from mammo.images.reading import check_grey, equalize_histogram, read_img_for_pred, read_resize_img, scale_pixels
+from mammo.images.pixels import Pixels
 from mammo.maps.files import MAP_VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 
 # ------------------------------------------------------------------------------------------------- one image
 
 
 class Scan(NamedTuple):
-    """One mammogram as a network takes it, and where the cells of its map will be."""
+    """One mammogram as a network takes it but for the mean, and where the cells of its map will be."""
 
     file: str
     pixels: np.ndarray  # float32 (rows, columns)
@@ -34,9 +34,8 @@ class Sweep:
     """Sliding windows: the patch classifier's probabilities at windows that sweep the breast (golden).
 
     The image is resized to `target_height`, the breast cut out and padded by patch_size // 2 zeros, and each window
-    of `patch_size` scaled by its own maximum to `target_scale`, multiplied by `rescale_factor`, equalised if asked,
-    given to `preprocess` in batches (n, patch_size, patch_size, channels), and less `mean`. A cell is the centre of
-    its window.
+    of `patch_size` becomes input as `pixels` say, its scale by its own maximum; before the mean is subtracted,
+    `preprocess` is given batches (n, patch_size, patch_size, channels). A cell is the centre of its window.
 
     At most `batch_size` windows are in memory, whatever the image and the stride.
     """
@@ -50,11 +49,7 @@ class Sweep:
         patch_size: int,
         stride: int,
         batch_size: int,
-        *,
-        target_scale: float | None = None,
-        rescale_factor: float | None = None,
-        equalize_hist: bool = False,
-        mean: float = 0.0,
+        pixels: Pixels | None = None,
         preprocess: Callable | None = None,
     ):
         self.model = model
@@ -63,12 +58,7 @@ class Sweep:
         self.strides = (stride, stride)
         self.window = (patch_size, patch_size)
         self.batch_size = batch_size
-        self.pixel_options = {
-            "target_scale": target_scale,
-            "rescale_factor": rescale_factor,
-            "equalize_hist": equalize_hist,
-        }
-        self.mean = np.float32(mean)
+        self.pixels = pixels or Pixels()
         self.preprocess = preprocess
         built = model.input_shape[1:3]
         if any(size not in (None, patch_size) for size in built):
@@ -79,7 +69,7 @@ class Sweep:
 
     def read(self, fname) -> Scan:
         """Read an image and cut out the breast. Raises InputError."""
-        img = check_grey(fname, read_resize_img(fname, target_height=self.target_height, dicom_16_bit=True))
+        img = Pixels(height=self.target_height).read(fname)
         half = self.patch_size // 2
         try:
             breast, (left, top, _, _) = DMImagePreprocessor.segment_breast(img)
@@ -106,13 +96,13 @@ class Sweep:
             for window, i in zip(x, part, strict=False):
                 top, left = tops[i // len(lefts)], lefts[i % len(lefts)]
                 try:
-                    cut = cut_window(scan.pixels, top, left, self.patch_size, **self.pixel_options)
+                    cut = cut_window(scan.pixels, top, left, self.patch_size, self.pixels)
                 except InputError as error:
                     raise InputError(f"{scan.file}: {error}") from error
                 window[...] = cut[..., np.newaxis]
             if self.preprocess is not None:
                 x = self.preprocess(x)
-            probabilities = np.asarray(self.model.predict_on_batch(x - self.mean))[: len(part)]
+            probabilities = np.asarray(self.model.predict_on_batch(self.pixels.centered(x)))[: len(part)]
             if heatmap is None:
                 heatmap = np.empty((count, probabilities.shape[-1]), np.float32)
             heatmap[start : start + len(part)] = probabilities
@@ -120,38 +110,20 @@ class Sweep:
 
 
 class _WholeImage:
-    """What the ways that give the network the image at once share: it is read as the trainers read it.
+    """Base of the ways that give the network the image at once, read as the trainers read it.
 
     segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
     Each way has `first`, `strides` (see `Grid`) and `window`, the pixels that a cell stands for.
     """
 
-    def __init__(
-        self,
-        model,
-        img_size: Sequence[int],
-        *,
-        target_scale: float | None = None,
-        rescale_factor: float | None = None,
-        equalize_hist: bool = False,
-        mean: float = 0.0,
-        segment_breast: bool = False,
-    ):
+    def __init__(self, model, pixels: Pixels, segment_breast: bool = False):
         self.model = model
+        self.pixels = pixels
         self.segment_breast = segment_breast
-        self.read_options = {
-            "target_size": tuple(img_size),
-            "target_scale": target_scale,
-            "rescale_factor": rescale_factor,
-            "equalize_hist": equalize_hist,
-            "dup_3_channels": False,
-            "dicom_16_bit": True,
-        }
-        self.mean = np.float32(mean)
 
     def read(self, fname) -> Scan:
         """Read an image. Raises InputError, for one without a breast too."""
-        img = read_img_for_pred(fname, **self.read_options)[..., 0]
+        img = self.pixels.read(fname)
         if img.min() == img.max():
             raise InputError(f"{fname}: constant image. Expected a mammogram. Received {img.max():g} in all pixels")
         if self.segment_breast:
@@ -159,19 +131,21 @@ class _WholeImage:
                 img = DMImagePreprocessor.segment_breast(img, crop=False)[0]
             except InputError as error:
                 raise InputError(f"{fname}: {error}") from error
-        return Scan(str(fname), img - self.mean, Grid(img.shape, self.first, self.strides))
+        return Scan(str(fname), img, Grid(img.shape, self.first, self.strides))
 
     def _input(self, scan: Scan) -> np.ndarray:
         """(1, rows, columns, channels)."""
-        return np.repeat(scan.pixels[np.newaxis, ..., np.newaxis], self.model.input_shape[-1], axis=-1)
+        img = self.pixels.centered(scan.pixels)
+        return np.repeat(img[np.newaxis, ..., np.newaxis], self.model.input_shape[-1], axis=-1)
 
 
 class ForwardPropagation(_WholeImage):
     """The patch classifier applied to the whole image at once, in one pass of its convolutions (golden).
 
-    The feature map is average-pooled (`avg_pool_size` cells, with strides `hm_strides`), and the classifier's last
-    layer applied at every position. A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for
-    7 of the usual stride 32, and lies at its centre.
+    `heatmap_model` is what `dm_resnet.add_top_layers(..., return_heatmap=True)` makes of the classifier: the feature
+    map is average-pooled (`avg_pool_size` cells, with strides `hm_strides`), and its last layer applied everywhere.
+    A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for 7 of the usual stride 32, and lies
+    at its centre.
 
     The map equals that of `Sweep` over the same windows for a network without padding. With zero padding, as in
     all usual ones, a window's border features see zeros where the whole image has pixels: then the map of a window
@@ -181,18 +155,15 @@ class ForwardPropagation(_WholeImage):
 
     mode = "fprop"
 
-    def __init__(self, model, img_size, *, patch_net="vgg19", avg_pool_size=(7, 7), hm_strides=(1, 1), **pixel_options):
-        from dm_resnet import add_top_layers
-
-        heatmap_model = add_top_layers(
-            model,
-            img_size,
-            patch_net=patch_net,
-            avg_pool_size=avg_pool_size,
-            hm_strides=hm_strides,
-            return_heatmap=True,
-        )
-        super().__init__(heatmap_model, img_size, **pixel_options)
+    def __init__(
+        self,
+        heatmap_model,
+        pixels: Pixels,
+        avg_pool_size: Sequence[int] = (7, 7),
+        hm_strides: Sequence[int] = (1, 1),
+        segment_breast: bool = False,
+    ):
+        super().__init__(heatmap_model, pixels, segment_breast)
         stride, reach = _stride_and_reach(heatmap_model.layers[1])
         self.strides = tuple(float(stride * n) for n in hm_strides)
         self.window = tuple(stride * (n - 1) + max(stride, reach) for n in avg_pool_size)
@@ -233,16 +204,16 @@ class GradCam(_WholeImage):
 
     mode = "gradcam"
 
-    def __init__(self, model, img_size, *, layer=None, **pixel_options):
+    def __init__(self, model, pixels: Pixels, layer: str | None = None, segment_breast: bool = False):
         import keras
 
-        super().__init__(model, img_size, **pixel_options)
+        super().__init__(model, pixels, segment_breast)
         features = _feature_tensor(model, layer)
         self.trunk = keras.Model(model.inputs[0], features)
         self.head = keras.Model(features, _scores_before_softmax(model))
-        image = _Cells(np.full(2, 0.5), np.ones(2), np.array(img_size))
+        image = _Cells(np.full(2, 0.5), np.ones(2), np.array(pixels.size))
         cells = _cells(features, {id(model.inputs[0]): image})
-        expected = self.trunk.compute_output_shape((1, *img_size, self.model.input_shape[-1]))[1:3]
+        expected = self.trunk.compute_output_shape((1, *pixels.size, self.model.input_shape[-1]))[1:3]
         if tuple(cells.count) != tuple(expected):
             raise InputError(
                 f"Grad-CAM: cannot tell where the features are: Expected convolutions and poolings that give "
@@ -255,11 +226,12 @@ class GradCam(_WholeImage):
         """The maps of an image: float32 (map rows, map columns, classes)."""
         import keras
 
+        from mammo.train.devices import gradient_of_output
+
         features = keras.ops.convert_to_tensor(self.trunk.predict_on_batch(self._input(scan)))
         maps = []
         for index in range(self.head.output_shape[-1]):
-            gradient = keras.ops.convert_to_numpy(_gradient(self.head, features, index))
-            weights = gradient.mean(axis=(0, 1, 2))
+            weights = gradient_of_output(self.head, features, index).mean(axis=(0, 1, 2))
             maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
         return np.stack(maps, axis=-1)
 
@@ -343,29 +315,6 @@ def _scores_before_softmax(model):
     return scores
 
 
-def _gradient(head, features, index: int):
-    """Gradient of output `index` of a model with regard to its input, of any backend."""
-    import keras
-
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(features)
-            score = head(features, training=False)[:, index]
-        return tape.gradient(score, features)
-    if backend == "jax":
-        import jax
-
-        variables = [[v.value for v in group] for group in (head.trainable_variables, head.non_trainable_variables)]
-        return jax.grad(lambda x: head.stateless_call(*variables, x, training=False)[0][:, index].sum())(features)
-    import torch
-
-    features = features.detach().requires_grad_(True)
-    return torch.autograd.grad(head(features, training=False)[:, index].sum(), features)[0]
-
-
 # ------------------------------------------------------------------------------------------------ all the images
 
 
@@ -390,8 +339,7 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     """
     breasts, faults, rows = [], [], {}
     wanted = None if patients is None else set(patients)
-    for number, cells in read_rows(table, ("patient_id", "side", "cancer")):
-        row = f"{table}, row {number}"
+    for row, cells in read_rows(table, ("patient_id", "side", "cancer")):
         patient, side, cancer = cells["patient_id"], cells["side"], cells["cancer"]
         if not is_file_name(patient):
             raise InputError(f"{row}: patient_id is part of file names. Received {patient!r}")
@@ -400,8 +348,9 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
         if cancer not in ("0", "1"):
             raise InputError(f"{row}: cancer: Expected 0 or 1. Received {cancer!r}")
         if (patient, side) in rows:
-            raise InputError(f"{row}: repeats row {rows[patient, side]} ({patient} {side}); remove one of them")
-        rows[patient, side] = number
+            line = rows[patient, side].rpartition(", ")[2]
+            raise InputError(f"{row}: repeats {line} ({patient} {side}); remove one of them")
+        rows[patient, side] = row
         if wanted is not None and patient not in wanted:
             continue
         paths = {view: Path(img_folder, f"{patient}_{side}_{view.upper()}.png") for view in MAP_VIEWS}
@@ -557,10 +506,9 @@ def window_grid(img_shape: tuple[int, int], patch_size: int, stride: int) -> tup
     return starts(img_shape[0]), starts(img_shape[1])
 
 
-def cut_window(img, top, left, patch_size, target_scale=None, equalize_hist=False, rescale_factor=None) -> np.ndarray:
-    """float32 (patch_size, patch_size): one window of a sweep; see `sweep_img_patches`, `scale_pixels`."""
-    window = scale_pixels(img[top : top + patch_size, left : left + patch_size], target_scale, rescale_factor)
-    return equalize_histogram(window) if equalize_hist else window
+def cut_window(img: np.ndarray, top: int, left: int, patch_size: int, pixels: Pixels) -> np.ndarray:
+    """Return one window of a sweep, float32 (patch_size, patch_size), scaled and equalised as `pixels` say."""
+    return pixels.rescale(img[top : top + patch_size, left : left + patch_size])
 
 
 def sweep_img_patches(
@@ -575,7 +523,8 @@ def sweep_img_patches(
     Each window is scaled by its own maximum to `target_scale`, then equalised if asked (golden).
     """
     tops, lefts = window_grid(img.shape, patch_size, stride)
-    windows = [cut_window(img, top, left, patch_size, target_scale, equalize_hist) for top in tops for left in lefts]
+    pixels = Pixels(scale=target_scale, equalize=equalize_hist)
+    windows = [cut_window(img, top, left, patch_size, pixels) for top in tops for left in lefts]
     return np.stack(windows), len(tops), len(lefts)
 
 
@@ -611,15 +560,7 @@ def get_prob_heatmap(
         return [None]
     if isinstance(img_list, (str, os.PathLike)):
         img_list = [img_list]
-    sweep = Sweep(
-        model,
-        target_height,
-        patch_size,
-        stride,
-        batch_size,
-        target_scale=target_scale,
-        equalize_hist=equalize_hist,
-        mean=featurewise_mean if featurewise_center else 0.0,
-        preprocess=preprocess,
-    )
+    mean = featurewise_mean if featurewise_center else None
+    pixels = Pixels(scale=target_scale, equalize=equalize_hist, mean=mean)
+    sweep = Sweep(model, target_height, patch_size, stride, batch_size, pixels, preprocess)
     return [sweep.score(sweep.read(fname)) for fname in img_list]

@@ -62,32 +62,30 @@ def overlay_figure(
     """
     from matplotlib.figure import Figure
 
-    panels = [("lesion classes, sum", heatmap[..., 1:].sum(axis=-1))] if heatmap.shape[-1] > 2 else []
     by_class = [(name, heatmap[..., i]) for i, name in enumerate(class_names)]
-    panels += by_class[1:] + by_class[:1]
-    across = len(panels) + 1 if len(panels) < 4 else math.ceil((len(panels) + 1) / 2)
-    down = math.ceil((len(panels) + 1) / across)
-    width, height = 2.1, 2.1 * img.shape[0] / img.shape[1]
-    size = (width * across + 1.2, (height + 0.3) * down + 0.4)
+    panels = [("lesion classes, sum", heatmap[..., 1:].sum(axis=-1))] if heatmap.shape[-1] > 2 else []
+    panels = [("mammogram", None), *panels, *by_class[1:], by_class[0]]
+    across = len(panels) if len(panels) < 5 else math.ceil(len(panels) / 2)
+    down = math.ceil(len(panels) / across)
+    size = (2.1 * across + 1.2, (2.1 * img.shape[0] / img.shape[1] + 0.3) * down + 0.4)
     figure = Figure(figsize=size, dpi=160, layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     outlines = [outline for mask in masks for outline in _outlines(mask)]
-    white = _white(img)
-    shown = None
-    for ax, (name, values) in zip(axes.flat, [("mammogram", None), *panels], strict=False):
-        extent = (0, img.shape[1], img.shape[0], 0)
-        ax.imshow(img, cmap="gray", vmin=0, vmax=white, extent=extent, interpolation="antialiased")
+    place = {"extent": (0, img.shape[1], img.shape[0], 0), "vmin": 0}
+    white, shown = _white(img), None
+    for ax, (name, values) in zip(axes.flat, panels, strict=False):
+        ax.imshow(img, cmap="gray", vmax=white, interpolation="antialiased", **place)
         if values is not None:
             name = f"{name} (max {values.max():.2g})"
-            shown_values = resample(values, grid) if probabilities else share_of_largest(values, grid)
-            shown = ax.imshow(shown_values, cmap=_colours(), vmin=0, vmax=1, extent=extent, interpolation="nearest")
+            colours = resample(values, grid) if probabilities else share_of_largest(values, grid)
+            shown = ax.imshow(colours, cmap=_colours(), vmax=1, interpolation="nearest", **place)
         for outline in outlines:
             ax.plot(outline[:, 0], outline[:, 1], color="cyan", linewidth=0.9)
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=6)
     for i, ax in enumerate(axes.flat):
-        ax.xaxis.set_tick_params(labelbottom=i + across > len(panels))  # the lowest of its column
-        ax.set_visible(i <= len(panels))
+        ax.xaxis.set_tick_params(labelbottom=i + across >= len(panels))  # the lowest of its column
+        ax.set_visible(i < len(panels))
     bar = figure.colorbar(shown, ax=axes, fraction=0.03, aspect=30, pad=0.01)
     bar.set_label("probability" if probabilities else "Grad-CAM, share of the largest value", fontsize=8)
     bar.ax.set_facecolor("0.35")  # about the tissue below the colours

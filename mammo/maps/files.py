@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, is_file_name
-from mammo.base.guards import check_archive, check_h5, load_plain, max_pixels, parse_json
+from mammo.base.guards import check_archive, check_h5, max_pixels, parse_json, readable
+from mammo.base.unpickle import load_plain
 
 MAP_VIEWS = ("cc", "mlo")
 MODES = ("sweep", "fprop", "gradcam")
@@ -45,7 +46,7 @@ class Grid(NamedTuple):
 
 @dataclass
 class HeatmapRecord:
-    """The maps of one breast. What is missing is None: a view without an image, or, in a `.pkl` of 2017, grids."""
+    """The maps of one breast; None where a view has no image, and, in a `.pkl` of 2017, for grids."""
 
     patient_id: str
     side: str  # LEFT or RIGHT
@@ -147,30 +148,32 @@ def save_heatmaps(
         "mode": mode,
         "options": options or {},
     }
-    suffix = Path(path).suffix
+    dicts = [_to_dict(record) for record in records]
     with atomic_write(path, durable=True) as temporary:
-        if suffix == ".pkl":
-            content = [_to_dict(record) | header for record in records]
-            temporary.write_bytes(pickle.dumps(content, protocol=2))  # which Python 2 reads too
-            return
-        arrays = {
-            f"{i}_{view}": np.asarray(heatmap, np.float32)
-            for i, record in enumerate(records)
-            for view, heatmap, *_ in record.views()
-        }
-        header["records"] = [{k: v for k, v in _to_dict(record).items() if k not in MAP_VIEWS} for record in records]
-        text = json.dumps(header)
-        if suffix == ".npz":
-            np.savez_compressed(temporary, header=np.array(text), **arrays)
+        if Path(path).suffix == ".pkl":
+            temporary.write_bytes(pickle.dumps([entry | header for entry in dicts], protocol=2))  # as Python 2 reads
         else:
-            import h5py
+            _write_arrays(temporary, Path(path).suffix, header, dicts)
 
-            buffer = io.BytesIO()  # a failed write to a disk would crash HDF5 later
-            with h5py.File(buffer, "w") as h5:
-                h5["header"] = text
-                for name, array in arrays.items():
-                    h5.create_dataset(name, data=array, compression="gzip")
-            temporary.write_bytes(buffer.getbuffer())
+
+def _write_arrays(path: Path, suffix: str, header: dict[str, Any], dicts: list[dict]) -> None:
+    arrays = {}
+    for i, entry in enumerate(dicts):
+        for view in MAP_VIEWS:
+            if (heatmap := entry.pop(view)) is not None:
+                arrays[f"{i}_{view}"] = np.asarray(heatmap, np.float32)
+    text = json.dumps(header | {"records": dicts})
+    if suffix == ".npz":
+        np.savez_compressed(path, header=np.array(text), **arrays)
+        return
+    import h5py
+
+    buffer = io.BytesIO()  # a failed write to a disk would crash HDF5 later
+    with h5py.File(buffer, "w") as h5:
+        h5["header"] = text
+        for name, array in arrays.items():
+            h5.create_dataset(name, data=array, compression="gzip")
+    path.write_bytes(buffer.getbuffer())
 
 
 def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
@@ -187,7 +190,8 @@ def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: Expected a map file. Received {'a folder' if path.is_dir() else 'no file'}")
-    try:
+    received = f"Received {path.stat().st_size} bytes ({{}}); copy or compute it again"
+    with readable(path, f"not a whole map file: Expected what heatmap_score.py writes. {received}"):
         if path.suffix == ".pkl":
             return _from_dicts(load_plain(path))
         header, arrays = _read_arrays(path)
@@ -199,15 +203,6 @@ def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
         ]
         first, *others = dicts or [{}]  # not into each: both can be many
         return _from_dicts([first | header, *others])
-    except InputError:
-        raise
-    # What damaged archives, HDF5 files and pickles, or other content than maps, end in: errors of many types.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path}: not a whole map file: Expected what heatmap_score.py writes. Received {path.stat().st_size} "
-            f"bytes ({reason}); copy or compute it again"
-        ) from error
 
 
 def check_map_name(path: str | os.PathLike) -> None:

@@ -1,14 +1,13 @@
 """Classify breasts by the regions of their heatmaps: trees on the features of both views.
 
 The paper compares its networks with such trees, "at four probability cut-offs"; it does not say which, nor how many
-trees. The features of a map are `prob_heatmap_features` at several cut-offs. A view that is missing has NaN
-in all its features, and the trees learn on which side of each split such breasts go.
+trees. The features of a map are `prob_heatmap_features` at several cut-offs. A view that is missing has NaN in all its
+features, and the trees learn on which side of each split such breasts go.
 """
 
 import functools
 import os
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, write_json
-from mammo.base.guards import _NODES, _TRUSTED, _check_trees, _nodes, check_archive, parse_json
+from mammo.base.guards import check_trees, load_trees, readable
 from mammo.base.statistics import bootstrap_auc, bootstrap_counts, percentile_interval
 from mammo.base.work import run_parallel
 from mammo.maps.files import MAP_VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
@@ -26,12 +25,11 @@ from mammo.train.scoring import auc_by_class, plot_roc
 
 if TYPE_CHECKING:
     import pandas as pd
-    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+    from skimage.measure._regionprops import RegionProperties
+    from sklearn.base import ClassifierMixin
 
 CLASSIFIERS = ("rf", "gbt")
-
 _FORMAT = 1
-
 # What maps must share, beside class names, strides and mode, for one classifier to take them: the patch classifier and
 # the geometry, since areas are in cells. The scaling of pixels may differ, as it does between scanners.
 _SHARED_OPTIONS = ("dl_state_crc32", "window", "img_size", "img_height")
@@ -165,7 +163,13 @@ class HeatmapClassifier:
 
     @classmethod
     def fit(
-        cls, model, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
+        cls,
+        model: "ClassifierMixin",
+        heatmaps: Heatmaps,
+        features: np.ndarray,
+        cancer: np.ndarray,
+        cutoffs: Sequence[float],
+        k: int,
     ) -> "HeatmapClassifier":
         """Fit a model of `make_model` to the `feature_table` of heatmaps and cancer (n,) 0 or 1."""
         return cls(_fit(model, features, cancer), list(cutoffs), k, kind_of(heatmaps))
@@ -194,9 +198,7 @@ def _fit(model, features: np.ndarray, cancer: np.ndarray):
     return model.fit(np.where(empty, 0.0, features), cancer)
 
 
-def make_model(
-    name: str, trees: int, seed: int, jobs: int = 1
-) -> "RandomForestClassifier | HistGradientBoostingClassifier":
+def make_model(name: str, trees: int, seed: int, jobs: int = 1) -> "ClassifierMixin":
     """Make an unfitted random forest ("rf") or gradient-boosted trees ("gbt"); the classes weigh the same in both.
 
     Args:
@@ -209,10 +211,10 @@ def make_model(
         return RandomForestClassifier(trees, class_weight="balanced", random_state=seed, n_jobs=jobs)
     if name == "gbt":
         # Shallow trees and a low rate, since breasts are few and features many.
+        shallow = {"learning_rate": 0.05, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_features": 0.2}
         return HistGradientBoostingClassifier(
-            max_iter=trees, learning_rate=0.05, max_leaf_nodes=8, min_samples_leaf=5, max_features=0.2,
-            class_weight="balanced", early_stopping=False, random_state=seed,
-        )  # fmt: skip
+            max_iter=trees, class_weight="balanced", early_stopping=False, random_state=seed, **shallow
+        )
     raise InputError(f"unknown classifier: Expected {' or '.join(CLASSIFIERS)}. Received {name!r}")
 
 
@@ -238,7 +240,7 @@ def patient_folds(cancer: np.ndarray, patients: Sequence[str], nb_fold: int, see
 
 
 def cross_validate(
-    model, features: np.ndarray, cancer: np.ndarray, fold: np.ndarray, seed: int
+    model: "ClassifierMixin", features: np.ndarray, cancer: np.ndarray, fold: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict each breast by a model fitted without its fold, and measure how much each feature mattered.
 
@@ -317,44 +319,19 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         raise InputError(
             f"{path}: Expected a classifier's file. Received {'a folder' if Path(path).is_dir() else 'none'}"
         )
-    try:
-        content = _read_joblib(path) if Path(path).suffix == ".joblib" else _read_skops(path)
+    with readable(path, "not a whole classifier: Expected what heatmap_clf_train.py saves ({})"):
+        content = _read_joblib(path) if Path(path).suffix == ".joblib" else load_trees(path)
         if content.pop("format") != _FORMAT:
             raise InputError(f"{path}: a classifier of a later version of this program")
         classifier = HeatmapClassifier(**content)
         known = isinstance(classifier.model, (RandomForestClassifier, HistGradientBoostingClassifier))
         nb_feature = classifier.model.n_features_in_ if known else 0
         if known:
-            _check_trees(classifier.model)
+            check_trees(classifier.model)
         expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
-    except InputError:
-        raise
-    # What damaged archives and other objects end in; the libraries name no common error.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"{path}: not a whole classifier: Expected what heatmap_clf_train.py saves ({reason})"
-        ) from error
     if nb_feature != expected:
         raise InputError(f"{path}: Expected a forest or boosted trees on {expected} features. Received {nb_feature}")
     return classifier
-
-
-def _read_skops(path) -> dict:
-    import skops.io
-
-    check_archive(path)
-    with zipfile.ZipFile(path) as archive:
-        nodes = set(_nodes(parse_json(archive.read("schema.json"))))
-    if not nodes <= _NODES:
-        raise InputError(f"{path}: refused: holds {min(nodes - _NODES)}. Expected scikit-learn's trees alone")
-    unknown = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED
-    if unknown:
-        raise InputError(
-            f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
-            "Expected scikit-learn's trees alone"
-        )
-    return skops.io.load(path, trusted=sorted(_TRUSTED))
 
 
 def _read_joblib(path) -> dict:
@@ -475,39 +452,28 @@ def write_importances(
         figure.savefig(temporary, dpi=120)
 
 
-# What stands for a region that a map does not have. The Euler number of nothing is 2 in the published program.
-_NO_REGION = {
-    "area": 0,
-    "area_ratio": 0.0,
-    "area_ratio2": 0.0,
-    "eccentricity": 0.0,
-    "eig1": 0.0,
-    "eig2": 0.0,
-    "equivalent_diameter": 0.0,
-    "euler_number": 2,
-    "extent": 0.0,
-    "major_axis_length": 0.0,
-    "max_intensity": 0.0,
-    "mean_intensity": 0.0,
-    "minor_axis_length": 0.0,
-    "orientation": 0.0,
-    "perimeter": 0.0,
-    "solidity": 0.0,
-}
+# --------------------------------------------------------------------------------------------- the regions of a map
 
 
-def prob_heatmap_features(phm, cutoff, k, nb_cls=None):
+def prob_heatmap_features(
+    phm: np.ndarray | None, cutoff: float, k: int, nb_cls: int | None = None
+) -> list[dict[str, float]]:
     """Describe the regions of a heatmap where a class is at least as probable as `cutoff`.
 
-    phm: (rows, columns, classes) probabilities, class 0 being background; None for a view without an image.
-    cutoff: a region is a set of cells of at least this probability that touch at an edge or a corner.
-    k: how many regions to describe, the largest first.
-    nb_cls: classes, background included; default those of `phm`.
+    Args:
+        phm: (rows, columns, classes) probabilities, class 0 being background; None for a view without an image.
+        cutoff: a region is a set of cells of at least this probability that touch at an edge or a corner.
+        k: how many regions to describe, the largest first.
+        nb_cls: classes, background included; default: as many as `phm` has.
 
-    Returns a list of one dict a class, background excepted: "nb_regions", "total_area" and "global_max_intensity" of
-    all its regions, and "top1_area" .. "topK_solidity", the `region_features` of the k largest. Areas are in cells,
-    lengths in cells. A map without (so many) regions has the values of `region_features(None)`, a missing map NaN
-    throughout. Raises InputError for a map that is empty, of another shape, or not finite.
+    Returns:
+        A dict for each class except the background: "nb_regions", "total_area" and "global_max_intensity" of all its
+        regions, and "top1_area" .. "topK_solidity", the `region_features` of the k largest. Areas and lengths are in
+        cells. Regions that a map does not have are described as `region_features(None)`, a missing map as NaN
+        throughout.
+
+    Raises:
+        InputError: the map is empty, of another shape, or not finite.
     """
     from skimage.measure import label, regionprops
 
@@ -524,7 +490,7 @@ def prob_heatmap_features(phm, cutoff, k, nb_cls=None):
     return [_class_features(regionprops(label(map_ >= cutoff), map_), k) for map_ in maps]
 
 
-def _class_features(regions, k):
+def _class_features(regions: "list[RegionProperties]", k: int) -> dict[str, float]:
     features = {
         "nb_regions": len(regions),
         "total_area": total_area(regions),
@@ -536,32 +502,33 @@ def _class_features(regions, k):
     return features
 
 
-def total_area(regions):
-    """Cells in all of the regions (of `skimage.measure.regionprops`)."""
+def total_area(regions: "list[RegionProperties]") -> int:
+    """Count the cells in all of the regions (of `skimage.measure.regionprops`)."""
     return sum(int(region.area) for region in regions)
 
 
-def global_max_intensity(regions):
-    """Highest value in any of the regions; 0 where there are none."""
+def global_max_intensity(regions: "list[RegionProperties]") -> float:
+    """Return the highest value in any of the regions; 0 where there are none."""
     return max((float(region.intensity_max) for region in regions), default=0.0)
 
 
-def topK_region_idx(regions, k=1):
-    """Indices of the (at most) k regions of largest area, the largest first; of equal ones the later first."""
+def topK_region_idx(regions: "list[RegionProperties]", k: int = 1) -> list[int]:
+    """Return the indices of at most k regions of largest area, the largest first; of equal ones the later first."""
     areas = [region.area for region in regions]
     return [int(index) for index in np.argsort(areas, kind="stable")[::-1][:k]]
 
 
-def region_features(region):
-    """Area, shape and intensity of a region, by name.
+def region_features(region: "RegionProperties | None") -> dict[str, float]:
+    """Return area, shape and intensity of a region, by name.
 
-    region: one of `skimage.measure.regionprops(labels, intensities)`, or None for none.
+    "area_ratio" and "solidity" are both the share of the convex hull that the region covers, "area_ratio2" the share
+    of the region with its holes filled. "eig1" and "eig2" are the eigenvalues of the inertia tensor, the larger first.
+    "orientation" is the angle from the direction of the rows to the major axis, counter-clockwise as seen, -pi/2 to
+    pi/2 (pi/4 for regions of no direction): today's value of scikit-image, which starts from the direction of the
+    columns, turned by a right angle.
 
-    "area_ratio" and "solidity" are both the share of the convex hull that the region covers, "area_ratio2" that of
-    the region with its holes filled. "eig1" and "eig2" are the eigenvalues of the inertia tensor, the larger first.
-    "orientation" is the angle from the rows' direction to the major axis, counter-clockwise as seen, -pi/2 to pi/2
-    (pi/4 for regions of no direction): today's value of scikit-image, which starts from the columns' direction,
-    turned by a right angle.
+    Args:
+        region: one of `skimage.measure.regionprops(labels, intensities)`, or None where a map has no such region.
     """
     if region is None:
         return dict(_NO_REGION)
@@ -587,11 +554,19 @@ def region_features(region):
     }
 
 
-def _convex_area(image):
-    """Pixels in the convex hull of the 2-D mask of a region that fills its bounding box.
+# The Euler number of nothing is 2 in the published program.
+_NO_REGION = {
+    **{"area": 0, "area_ratio": 0.0, "area_ratio2": 0.0, "eccentricity": 0.0, "eig1": 0.0, "eig2": 0.0},
+    **{"equivalent_diameter": 0.0, "euler_number": 2, "extent": 0.0, "major_axis_length": 0.0, "max_intensity": 0.0},
+    **{"mean_intensity": 0.0, "minor_axis_length": 0.0, "orientation": 0.0, "perimeter": 0.0, "solidity": 0.0},
+}
 
-    The hull is that of the middles of all pixel edges. As in scikit-image 0.14 a pixel centre on its outline counts
-    only where the hull lies below or to the right of it (the usual crossing rule); later versions count them all.
+
+def _convex_area(image: np.ndarray) -> int:
+    """Count the pixels in the convex hull of the 2-D mask of a region that fills its bounding box.
+
+    The hull surrounds the middles of all pixel edges. As in scikit-image 0.14 a pixel centre on its outline counts only
+    where the hull lies below or to the right of it (the usual crossing rule); later versions count them all.
     """
     from scipy.spatial import ConvexHull
 

@@ -22,7 +22,16 @@ import keras
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, one_line
-from mammo.base.guards import _MEMBERS, _refuse_code, check_archive, check_bytes, check_h5, check_pixels, parse_json
+from mammo.base.guards import (
+    MODEL_MEMBERS,
+    check_archive,
+    check_bytes,
+    check_h5,
+    check_pixels,
+    parse_json,
+    readable,
+    refuse_code,
+)
 
 # Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
 _KERAS1_WEIGHTS = {
@@ -168,22 +177,18 @@ def _read_archive(path: Path) -> tuple[dict, int]:
     """The description of the model in a `.keras` file, and the number of values that it holds."""
     if path.suffix != ".keras":  # Keras chooses its reader by the name
         raise InputError(f"{path}: is a zip archive. If it is a Keras model, rename it to end in .keras")
-    try:
+    with readable(path, "cannot be opened as a Keras model: {}"):
         check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            if others := set(archive.namelist()) - _MEMBERS:
+            if others := set(archive.namelist()) - MODEL_MEMBERS:
                 raise InputError(
-                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(_MEMBERS))} alone"
+                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(MODEL_MEMBERS))} alone"
                 )
             description = parse_json(archive.read("config.json"))
             description.pop("compile_config", None)  # never used here
             with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as h5:
                 check_h5(path, h5, path.stat().st_size)
                 return description, _count(h5)
-    except InputError:
-        raise
-    except Exception as error:  # anything zipfile and h5py stumble over in a damaged archive
-        raise InputError(f"{path}: cannot be opened as a Keras model: {_one_line(error)}") from error
 
 
 def _count(group: h5py.Group) -> int:
@@ -211,7 +216,7 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
     with keras.StatelessScope() as scope:  # the variables made in it get their memory as it ends
         try:
             if not trust_checkpoint:
-                _refuse_code(description, path)
+                refuse_code(description, path)
             # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
             model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
             _check_size(model, stored, path)
@@ -442,11 +447,9 @@ def _pair_variables(layer: keras.Layer, weights: dict[str, h5py.Dataset], where:
 
 
 def _load_by_structure(model: keras.Model, path: Path) -> None:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what then fails
-            model.load_weights(path)
-    except Exception as error:  # Keras raises many types here, all for a file that does not fit
-        raise InputError(f"{path}: weights do not fit the model: {_one_line(error)}") from error
+    # Keras raises many types here, all for a file that does not fit, and warns of what then fails.
+    with readable(path, "weights do not fit the model: {}"), warnings.catch_warnings(action="ignore"):
+        model.load_weights(path)
 
 
 def _check_weight_count(model: keras.Model, h5: h5py.File, path: Path) -> None:

@@ -20,15 +20,15 @@ import pytest
 
 from mammo.base import guards
 from mammo.base.files import InputError, is_file_name, one_line
-from mammo.base.guards import check_h5, load_plain, max_pixels, parse_json, read_bytes
+from mammo.base.guards import check_h5, max_pixels, parse_json, read_bytes
+from mammo.base.unpickle import load_plain
 from mammo.base.work import check_kept_options, run_resumable
-from mammo.images import reading
+from mammo.images import pixels, reading
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.maps.trees import load_classifier
 from mammo.train.checkpoint import load_model, load_weights
 from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom, write_image
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_images_that_claim_to_be_giants_are_refused_by_their_header(tmp_path, na
     # In a process of its own, which has not imported OpenCV before.
     (tmp_path / name).write_bytes(GIANTS[name])
     code = (
-        "import resource, sys; from scripts import pixel_mean; import dm_image\n"
+        "import resource, sys; from mammo.commands import pixel_mean; import dm_image\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**28\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
         f"sys.exit(pixel_mean.main([{str(tmp_path / name)!r}]))"
@@ -111,7 +111,7 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path, monkeypatch):
 def test_a_line_of_pixels_does_not_become_a_giant(tmp_path, memory):
     write_image(tmp_path / "a.png", np.zeros((1, 50_000), np.uint8))
     with pytest.raises(InputError, match=r"a\.png: cannot resize \(1, 50000\) to 4096 rows x 204800000 columns"):
-        reading.read_resize_img(tmp_path / "a.png", target_height=4096)
+        pixels.read_resize_img(tmp_path / "a.png", target_height=4096)
 
 
 @pytest.mark.parametrize("syntax", SYNTAXES.values())
@@ -660,23 +660,28 @@ def test_plain_pickles_come_as_they_were(tmp_path, protocol):
         assert found[name].dtype.newbyteorder("=") == content[name].dtype.newbyteorder("=")
 
 
-def test_trees_hold_no_other_nodes(tmp_path, memory):
+@pytest.fixture
+def trees(tmp_path):
     make_trees(tmp_path, "rf")
-    path = tmp_path / "trees.skops"
-    load_classifier(path)
-    with zipfile.ZipFile(path) as archive:
+    load_classifier(tmp_path / "trees.skops")  # the imports take long where memory is traced
+    return tmp_path / "trees.skops"
+
+
+def test_trees_hold_no_other_nodes(trees, memory):
+    load_classifier(trees)
+    with zipfile.ZipFile(trees) as archive:
         schema = archive.read("schema.json").decode()
     for change, message in (
         (schema.replace("NdArrayNode", "SparseMatrixNode", 1), "holds SparseMatrixNode"),
         (schema.replace("ObjectNode", "MethodNode", 1), "holds MethodNode"),
         ("[" * 100_000, "nested too deeply"),
     ):
-        repack(path, zipfile.ZIP_STORED, {"schema.json": change.encode()})
+        repack(trees, zipfile.ZIP_STORED, {"schema.json": change.encode()})
         with pytest.raises(InputError, match=message):
-            load_classifier(path)
-    repack(path, zipfile.ZIP_DEFLATED)
+            load_classifier(trees)
+    repack(trees, zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="refused: compressed"):
-        load_classifier(path)
+        load_classifier(trees)
 
 
 # ------------------------------------------------------------------------------------------------- tables, names

@@ -18,8 +18,9 @@ from mammo.base.tables import find_columns, open_table
 from mammo.base.work import Job, Outcome, run_resumable
 from mammo.data.prepare import ImageRow, make_whole, read_image_table, write_image_table
 from mammo.data.splits import check_disjoint, read_patient_list, split_by_patient, split_in_three
-from mammo.images.reading import auto_levels, faces_left, parse_image_name, read_img, read_resize_img, to_uint16
-from tests.outputs import read_folder
+from mammo.images.pixels import read_resize_img
+from mammo.images.reading import auto_levels, faces_left, parse_image_name, read_img, to_uint16
+from tests.helpers import read_folder
 
 # ------------------------------------------------------------------------------------------- splits by patient
 

@@ -13,8 +13,8 @@ import pytest
 from mammo.base.files import InputError
 from mammo.commands import download_models
 from mammo.evaluate import published
-from mammo.evaluate.preflight import read_settings
 from mammo.evaluate.published import read_published
+from mammo.images.pixels import read_settings
 from mammo.train import checkpoint
 
 IMAGE, PATCH = "ddsm-vgg16-512x1", "patch-vgg16-s10"

@@ -1,11 +1,8 @@
-"""Scores of images, breasts and patients: by hand, by other libraries, and from the command line on every bad input."""
+"""Scores of images, breasts and patients: by hand, by other libraries, and of the published program."""
 
-import gzip
 import json
-import pickle
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,10 +10,10 @@ from scipy.stats import bootstrap, rankdata
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from mammo.base.files import InputError
-from mammo.commands import evaluate
-from mammo.data.prepare import ImageRow, write_image_table
+from mammo.base.statistics import average_precision, cumulative_counts
 from mammo.evaluate import evaluation
-from mammo.evaluate.inputs import name_models, read_images, read_predictions
+from mammo.evaluate.inputs import read_images
+from tests.helpers import exam, write_exams
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 NO_POINTS = evaluation.OperatingPoints(False, (), (), ())
@@ -40,6 +37,15 @@ def study(patients=40, models=("a", "b"), seed=0, effect=1.2):
 def auc_of(truth, score):
     positive = rankdata(score)[truth == 1]
     return (positive.sum() - len(positive) * (len(positive) + 1) / 2) / len(positive) / (truth == 0).sum()
+
+
+def precision_of(truth, score):
+    """Average precision, the same as scikit-learn's (see test_statistics), which takes long for thousands of draws."""
+    return average_precision(*cumulative_counts(truth, score)[1:])
+
+
+def image_level(table, models, replicates):
+    return evaluation.evaluate_models(table, models, NO_POINTS, replicates=replicates)["levels"]["image"]
 
 
 # -------------------------------------------------------------------------------------------------------- levels
@@ -166,9 +172,7 @@ def test_calibration_has_its_closed_forms():
     table = study(150)
     logits = np.log(table["a"] / (1 - table["a"]))
     table["twice"], table["shifted"] = 1 / (1 + np.exp(-2 * logits)), 1 / (1 + np.exp(-logits - 0.7))
-    found = evaluation.evaluate_models(table, ["a", "twice", "shifted"], NO_POINTS, replicates=50)["levels"]["image"][
-        "models"
-    ]
+    found = image_level(table, ["a", "twice", "shifted"], 50)["models"]
     slope, intercept = (
         {name: found[name]["calibration"][kind]["value"] for name in found} for kind in ("slope", "intercept")
     )
@@ -180,9 +184,7 @@ def test_calibration_has_its_closed_forms():
 def test_labels_drawn_from_the_probabilities_are_calibrated():
     table = study(300)
     table["label"] = (np.random.default_rng(1).random(len(table)) < table["a"]).astype(int)
-    calibration = evaluation.evaluate_models(table, ["a"], NO_POINTS, replicates=50)["levels"]["image"]["models"]["a"][
-        "calibration"
-    ]
+    calibration = image_level(table, ["a"], 50)["models"]["a"]["calibration"]
     for name, truth in (("slope", 1), ("intercept", 0)):
         low, high = calibration[name]["interval"]
         assert low < truth < high and high - low < 0.5
@@ -223,9 +225,9 @@ def test_draws_of_one_class_alone_are_not_enough():
 
 def test_the_bootstrap_of_independent_images_is_scipys():
     table = study(150).assign(patient="", side="")
-    found = evaluation.evaluate_models(table, ["a"], NO_POINTS, replicates=4000)["levels"]["image"]["models"]["a"]
+    found = image_level(table, ["a"], 4000)["models"]["a"]
     truth, score = table["label"].to_numpy(), table["a"].to_numpy()
-    for figure, statistic in (("auc", auc_of), ("average_precision", average_precision_score)):
+    for figure, statistic in (("auc", auc_of), ("average_precision", precision_of)):
         expected = bootstrap(
             (truth, score), statistic, paired=True, vectorized=False, method="percentile", n_resamples=1500, rng=1
         ).confidence_interval
@@ -263,7 +265,7 @@ def test_intervals_by_patient_are_those_of_drawing_patients():
 def test_tables_of_an_earlier_run_do_not_stay(results, tmp_path):
     evaluation.write_evaluation(tmp_path, study(), results)
     assert len(pd.read_csv(tmp_path / "comparisons.csv")) == 3
-    alone = evaluation.evaluate_models(study(), ["a"], NO_POINTS, replicates=20)
+    alone = evaluation.evaluate_models(study().assign(patient="", side=""), ["a"], NO_POINTS, replicates=20)
     evaluation.write_evaluation(tmp_path, study(), alone)
     assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["predictions.csv", "scores.csv"]
 
@@ -271,9 +273,7 @@ def test_tables_of_an_earlier_run_do_not_stay(results, tmp_path):
 def test_models_are_compared_in_pairs():
     table = study(80)
     table["c"], table["better"] = table["a"], table["a"] + table["label"] / 2
-    (same, better, _) = evaluation.evaluate_models(table, ["a", "c", "better"], NO_POINTS, replicates=200)["levels"][
-        "image"
-    ]["comparisons"]
+    (same, better, _) = image_level(table, ["a", "c", "better"], 200)["comparisons"]
     assert same == {
         "models": ["a", "c"],
         "difference": 0,
@@ -323,189 +323,6 @@ def test_fitted_weights_have_the_highest_likelihood():
         evaluation.fit_weights(table.assign(a=a * 3), ["a", "b"])
 
 
-# ---------------------------------------------------------------------------------------------- what is evaluated
-
-
-def write_png(path, value=0, shape=(8, 6)):
-    """An image of 16 bits whose first pixel is `value`."""
-    pixels = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape)
-    pixels[0, 0] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), pixels)
-    return path
-
-
-def prepared(folder, patients=6):
-    """A prepared data set: a breast in both views of each patient, the odd ones with cancer, all in test and val."""
-    rows = []
-    for part in ("val", "test"):
-        for number in range(patients):
-            label = ("neg", "pos")[number % 2]
-            for view in ("CC", "MLO"):
-                name = f"{part}/{label}/P_{part}{number}_LEFT_{view}.png"
-                value = (
-                    (20_000 if label == "pos" else 8_000)
-                    + 3_000 * number
-                    + 500 * (view == "CC")
-                    - 17_000 * (number == 5)
-                )
-                write_png(folder / name, value)
-                rows.append(ImageRow(name, part, label, f"Q_{part}{number}", "LEFT", view, "source.dcm"))
-    write_image_table(folder / "images.csv", rows)
-    return folder
-
-
-def write_list(path, rows, header="file,label"):
-    path.write_text("\n".join([header, *rows]) + "\n")
-    return path
-
-
-def test_prepared_folders_and_their_class_folders_take_patients_from_the_table(tmp_path):
-    folder = prepared(tmp_path / "data")
-    table = read_images(folder)
-    assert len(table) == 12 and table["label"].sum() == 6
-    assert set(table["patient"]) == {f"Q_test{number}" for number in range(6)}
-    assert set(zip(table["side"], table["view"], strict=True)) == {("LEFT", "CC"), ("LEFT", "MLO")}
-    assert all(Path(file).is_file() for file in table["file"])
-    assert set(read_images(folder, part="val")["patient"]) == {f"Q_val{number}" for number in range(6)}
-    by_folder = read_images(folder / "test")
-    by_file = {"by": "file", "ignore_index": True}
-    pd.testing.assert_frame_equal(by_folder.sort_values(**by_file), table.sort_values(**by_file))
-    # Without the table, names tell; which classes count is a choice.
-    (folder / "images.csv").unlink()
-    assert set(read_images(folder / "test")["patient"]) == {f"P_test{number}" for number in range(6)}
-    assert read_images(folder / "test", ["pos", "neg"], ["neg"])["label"].sum() == 6
-
-
-def test_images_of_no_known_patient_are_patients_of_their_own(tmp_path, capsys):
-    for name in ("neg/a.png", "neg/b.png", "pos/c.png"):
-        write_png(tmp_path / name)
-    assert read_images(tmp_path)["patient"].tolist() == ["", "", ""]
-    assert f"warning: {tmp_path}: 3 of 3 images have no patient" in capsys.readouterr().err
-    write_png(tmp_path / "pos/P_1_LEFT_CC.png")
-    table = read_images(tmp_path)
-    assert table["patient"].nunique() == 4 and "P_1" in set(table["patient"])
-    assert "3 of 4 images have no patient" in capsys.readouterr().err
-
-
-def test_lists_in_csv_files(tmp_path):
-    for name in ("a.png", "b.png", "P_7_RIGHT_MLO.png"):
-        write_png(tmp_path / "img" / name)
-    header = "file,label,patient,side,view,age"
-    rows = ["img/a.png,1,7,L,CC,50", "img/b.png,neg,7,right,,", f"{tmp_path}/img/P_7_RIGHT_MLO.png,pos,8,,MLO,"]
-    table = read_images(write_list(tmp_path / "a.csv", rows, header))
-    assert table["label"].tolist() == [1, 0, 1]
-    assert table["patient"].tolist() == ["7", "7", "8"]
-    assert table["side"].tolist() == ["LEFT", "RIGHT", ""]
-    assert table["view"].tolist() == ["CC", "", "MLO"]
-    rows = ["img/a.png,1,7,Left,cranio-caudal,", "img/b.png,0,7, R ,mlo ,"]
-    table = read_images(write_list(tmp_path / "a.csv", rows, header))
-    assert list(zip(table["side"], table["view"], strict=True)) == [("LEFT", "CC"), ("RIGHT", "MLO")]
-    listed = write_list(tmp_path / "b.csv", ["P_7_RIGHT_MLO.png,0", "a.png,1"])
-    table = read_images(listed, image_dir=tmp_path / "img")
-    rows = ["img/a.png,pos,training", "img/b.png,pos,test"]
-    sets = read_images(write_list(tmp_path / "c.csv", rows, "file,label,set"))
-    assert [Path(file).name for file in sets["file"]] == ["b.png"]
-    assert read_images(tmp_path / "c.csv", ["pos", "neg"], ["neg"])["label"].tolist() == [0]
-    assert table[["patient", "side", "view"]].iloc[0].tolist() == ["P_7", "RIGHT", "MLO"]
-
-
-def exam(number, left=0, right=0, views=("L-CC", "R-CC", "L-MLO", "R-MLO")):
-    """As in the README of the metarepository."""
-    names = {view: [f"{number}_{view.replace('-', '_')}"] for view in views}
-    return names | {"cancer_label": {"left_malignant": left, "right_malignant": right}, "horizontal_flip": "NO"}
-
-
-def write_exams(path, exams):
-    path.write_bytes(pickle.dumps(exams, protocol=4))
-    for one in exams:
-        for name in [name for view in ("L-CC", "R-CC", "L-MLO", "R-MLO") for name in one.get(view, ())]:
-            write_png(path.parent / "images" / f"{name}.png")
-    return path
-
-
-def test_exam_lists_of_the_metarepository(tmp_path, capsys):
-    mirrored = exam(2, left=1, views=("L-CC",)) | {"R-CC": [], "horizontal_flip": "YES"}
-    exams = write_exams(tmp_path / "data.pkl", [exam(0), exam(1, right=1), mirrored])
-    table = read_images(exams, image_dir=tmp_path / "images")
-    assert len(table) == 9
-    positive = table[table["label"] == 1]
-    assert [Path(file).name for file in positive["file"]] == ["1_R_CC.png", "1_R_MLO.png", "2_L_CC.png"]
-    assert positive["side"].tolist() == ["RIGHT", "RIGHT", "LEFT"]
-    assert table.groupby("patient").size().tolist() == [4, 4, 1]
-    assert capsys.readouterr().err.splitlines() == [
-        f"warning: {exams}: names no patients: each exam counts as a patient of its own",
-        f"warning: {exams}: 1 of 9 images are mirrored, and scored as they are",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda d: d / "missing", "missing: not found. Expected a folder of images, a table or an exam list"),
-        (lambda d: write_list(d / "a.csv", ["a.png,1"], "path,lobe"), "a.csv, line 1: missing columns label"),
-        (lambda d: write_list(d / "a.csv", ["a.png"]), "a.csv, line 2: Expected 2 cells. Received 1"),
-        (lambda d: write_list(d / "a.csv", []), "a.csv: no images of the set test"),
-        (lambda d: write_list(d / "a.csv", ["a.png,maybe"]), "a.csv, line 2: unknown label. Expected one of 0"),
-        (lambda d: write_list(d / "a.csv", ["a.png,1,up"], "file,label,side"), "line 2: unknown side. Expected l, "),
-        (lambda d: write_list(d / "a.csv", ["a.png,1,XCCL"], "file,label,view"), "line 2: unknown view. Expected cc, "),
-        (lambda d: write_list(d / "a.csv", ["a.png,1,fold3"], "file,label,set"), "line 2: unknown set. Expected tr"),
-        (lambda d: write_list(d / "a.csv", ["a.png,1", "b.png,0"]), "a.png: listed in .*a.csv, but not there (2 of 2"),
-        (lambda d: write_list(d / "a.csv", ["a.png,1", "a.png,0"], "file,file"), "missing columns label"),
-        (lambda d: write_png(d / "x" / "a.png").parent, "neg: no such class folder. Expected neg, pos"),
-        (lambda d: write_png(d / "x/neg/a.png").parents[1].joinpath("pos").mkdir() or d / "x", "pos: no images here"),
-        (lambda d: write_list(d / "a.pkl", ["x"]), "a.pkl: Expected --image-dir"),
-    ],
-)  # fmt: skip
-def test_data_that_cannot_be_evaluated(tmp_path, make, text):
-    with pytest.raises(InputError, match=text.replace("(", r"\(").replace(".csv", r"\.csv")):
-        read_images(make(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ({"a": 1}, "a list of exams"),
-        ([{"L-CC": ["a"]}], "exam 0: Expected a cancer_label with left_malignant 0 or 1"),
-        ([{"cancer_label": {}}], "no images in these exams"),
-        ([exam(0, left=None)], "exam 0: Expected a cancer_label with left_malignant"),
-    ],
-)
-def test_exam_lists_that_are_none(tmp_path, content, text):
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=4))
-    with pytest.raises(InputError, match=text):
-        read_images(tmp_path / "a.pkl", image_dir=tmp_path)
-
-
-def test_predictions_of_trainers_and_of_others(tmp_path, capsys):
-    header = "file,label,neg,pos,neg_flips,pos_flips"
-    rows = ["test/neg/P_1_LEFT_CC.png,neg,0.8,0.2,0.7,0.3", "test/pos/P_2_LEFT_CC.png,pos,0.4,0.6,0.3,0.7"]
-    table, models = read_predictions(write_list(tmp_path / "a.csv", rows, header))
-    assert models == ["pos", "pos_flips"]
-    assert table["patient"].tolist() == ["P_1", "P_2"] and table["label"].tolist() == [0, 1]
-    assert table[models].to_numpy().tolist() == [[0.2, 0.3], [0.6, 0.7]]
-    rows, header = ["x;malignant;0.5;;old", "y;benign;-3;2;new"], "Image path;Pathology;reader;net;scanner"
-    table, models = read_predictions(write_list(tmp_path / "b.csv", rows, header))
-    assert models == ["reader", "net"] and np.isnan(table["net"][0]) and table["reader"].tolist() == [0.5, -3]
-    assert table["label"].tolist() == [1, 0]
-    assert "columns without numbers are left out: scanner" in capsys.readouterr().err
-    # The labels of other classes, and one of several sets.
-    rows = ["x,mass_mal,0.5,val", "y,mass_ben,0.4,test", "z,mass_mal,0.7,test"]
-    listed = write_list(tmp_path / "c.csv", rows, "file,label,net,set")
-    table, models = read_predictions(listed, ["mass_ben", "mass_mal"], ["mass_mal"])
-    assert (models, table["file"].tolist(), table["label"].tolist()) == (["net"], ["y", "z"], [0, 1])
-    assert read_predictions(listed, ["mass_ben", "mass_mal"], ["mass_mal"], "val")[0]["file"].tolist() == ["x"]
-    for rows, header, text in (
-        (["x,1"], "file,label", "a column of predictions a model"),
-        (["x,1,high", "y,0,0.1"], "file,label,net", "Expected numbers in the column net. Received 'high' for x"),
-        (["x,1,high"], "file,label,net", "a column of predictions a model"),
-        (["x,0.2"], "file,net", "missing columns label"),
-        (["x,1,0.3", "x,0,0.2"], "file,label,net", "x stands there twice"),
-    ):
-        with pytest.raises(InputError, match=text):
-            read_predictions(write_list(tmp_path / "c.csv", rows, header))
-
-
 # ------------------------------------------------------------------------------------------------- golden figures
 
 
@@ -533,128 +350,8 @@ def test_flips_and_areas_are_those_of_the_published_program():
             guess = predict(FirstValues(2), (arrays[f"{key}_x"], truth), flips=True)[3]
         table = pd.DataFrame({"file": np.arange(len(truth)).astype(str), "patient": "", "side": "", "view": ""})
         table["label"], table["m"] = truth[:, 1].astype(int), guess[:, 1]
-        found = evaluation.evaluate_models(table, ["m"], NO_POINTS, replicates=10)["levels"]["image"]["models"]["m"][
-            "auc"
-        ]
+        found = image_level(table, ["m"], 10)["models"]["m"]["auc"]
         assert found["value"] == pytest.approx(case["auc"][1], abs=1e-9)
-
-
-@pytest.mark.slow
-def test_checkpoints_give_the_published_programs_predictions(golden, tmp_path):
-    """From the command line, on its pixels as 16-bit files: single and mean over the flips."""
-    name = "image_e_yaroslav_partfrozen_vgg64x1"
-    data = np.load(golden / f"checkpoints/{name}.npz")
-    model = tmp_path / "image_e.h5"
-    model.write_bytes(gzip.decompress((golden / f"checkpoints/{name}.h5.gz").read_bytes()))
-    rows = []
-    for i, raw in enumerate(data["raw"]):
-        assert cv2.imwrite(str(tmp_path / f"{i}.png"), raw)
-        rows.append(f"{i}.png,{i}")
-    listed = write_list(tmp_path / "list.csv", rows)
-    assert evaluate.main([str(model), str(listed), "--flips", "--out-dir", f"{tmp_path}/out", "--bootstrap", "10"]) == 0
-    table = pd.read_csv(tmp_path / "out/predictions.csv")
-    np.testing.assert_allclose(table["image_e"], data["predict"][:, 1], atol=1e-4)
-    np.testing.assert_allclose(table["image_e_flips"], data["predict_flip_mean"][:, 1], atol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------- the command line
-
-FACTOR, MEAN = 0.003891, 40.0
-
-
-def make_model(path, gain=0.05, centre=20.0, channels=1, mean=MEAN, classes=("neg", "pos")):
-    """A logistic regression on the first pixel, with the options of its training beside it."""
-    import keras
-
-    from mammo.train.checkpoint import save_model
-
-    image = keras.Input((8, 6, channels))
-    output = keras.layers.Dense(len(classes), activation="softmax")(keras.layers.Flatten()(image))
-    model = keras.Model(image, output)
-    kernel, bias = (np.zeros(weight.shape, np.float32) for weight in model.weights)
-    kernel[0, -1], bias[-1] = gain, -gain * centre
-    model.set_weights([kernel, bias])
-    save_model(model, path)
-    options = {
-        "img_size": [8, 6], "img_scale": None, "rescale_factor": FACTOR, "featurewise_center": True,
-        "featurewise_mean": mean, "equalize_hist": False, "class_list": list(classes),
-    }  # fmt: skip
-    path.with_suffix("").mkdir()
-    (path.with_suffix("") / "args.json").write_text(json.dumps(options))
-    return path
-
-
-def expected(files, gain=0.05, centre=20.0, mean=MEAN):
-    """Probabilities of `make_model` by hand: single, and the mean over the corners that flips bring to the front."""
-    corners = np.array([cv2.imread(str(file), cv2.IMREAD_UNCHANGED)[[0, 0, -1, -1], [0, -1, 0, -1]] for file in files])
-    probability = 1 / (1 + np.exp(-gain * (corners * FACTOR - mean - centre)))
-    return probability[:, 0], probability.mean(axis=1)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A prepared data set and three models, one of three channels and another mean."""
-    folder = tmp_path_factory.mktemp("trained")
-    prepared(folder / "data")
-    make_model(folder / "one.h5")
-    make_model(folder / "two.h5", gain=-0.02, centre=0)
-    make_model(folder / "three.h5", gain=0.1, mean=10.0, channels=3)
-    return folder
-
-
-def load_strictly(path):
-    def refuse(name):
-        raise AssertionError(f"{path}: {name}")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-@pytest.mark.filterwarnings("ignore:In the future `np.object`")
-def test_models_are_scored_singly_flipped_and_averaged(trained, tmp_path, capsys):
-    models = [str(trained / f"{name}.h5") for name in ("one", "two", "three")]
-    out, meta = tmp_path / "out", tmp_path / "meta.csv"
-    command = [*models, str(trained / "data"), "--flips", "--average", "mean", "--batch-size", "5", "--bootstrap", "50"]
-    assert evaluate.main([*command, "--out-dir", str(out), "--metarepository", str(meta)]) == 0
-    table = pd.read_csv(out / "predictions.csv")
-    names = ["one", "two", "three"]
-    flipped = [f"{name}_flips" for name in names]
-    assert table.columns.tolist() == [*evaluation.IMAGE_COLUMNS, *names, *flipped, "average", "average_flips"]
-    assert len(table) == 12
-    for name, options in (("one", {}), ("two", {"gain": -0.02, "centre": 0}), ("three", {"gain": 0.1, "mean": 10.0})):
-        single, mean_of_flips = expected(table["file"], **options)
-        np.testing.assert_allclose(table[name], single, atol=1e-5)
-        np.testing.assert_allclose(table[f"{name}_flips"], mean_of_flips, atol=1e-5)
-    np.testing.assert_allclose(table["average"], table[names].mean(axis=1))
-    np.testing.assert_allclose(table["average_flips"], table[flipped].mean(axis=1))
-
-    results = load_strictly(out / "evaluation.json")
-    assert results["models"] == [*names, *flipped, "average", "average_flips"]
-    assert len(results["levels"]["breast"]["comparisons"]) == 8 * 7 / 2
-    assert results["data"]["average_weights"]["average"] == pytest.approx(dict.fromkeys(names, 1 / 3))
-    assert results["data"]["pixel_options"]["three"]["featurewise_mean"] == 10
-    assert {"python", "numpy", "keras"} <= set(results["versions"]) and results["command"]
-    truth = table.groupby("patient")["label"].max()
-    auc = roc_auc_score(truth, table.groupby("patient")["average"].mean())
-    found = results["levels"]["patient"]["models"]["average"]["auc"]["value"]
-    assert found == pytest.approx(auc) and 0.5 < auc < 1
-    scores = pd.read_csv(out / "scores.csv").set_index(["level", "model"])
-    assert scores.loc[("patient", "average"), "auc"] == found
-    assert len(pd.read_csv(out / "points.csv")) == 3 * 8 * 4
-    assert all(cv2.imread(str(out / f"{name}.png")) is not None for name in ("roc", "pr", "calibration"))
-    printed = capsys.readouterr().out
-    assert f"{auc:.3f}" in printed and "breast level: 6 samples of 6 patients, 3 positive" in printed
-    assert "22 more comparisons of AUCs are in comparisons.csv" in printed
-    # What the metarepository's README asks for: these columns, names as in its exam lists, the row number first.
-    assert meta.read_text().splitlines()[0] == ",image_index,malignant_pred,malignant_label"
-    predictions = pd.read_csv(meta, index_col=0)
-    assert predictions["image_index"].tolist() == [Path(file).stem for file in table["file"]]
-    np.testing.assert_allclose(predictions["malignant_pred"], table["average_flips"])
-    assert predictions["malignant_label"].tolist() == table["label"].tolist()
-
-    # The same from the predictions, without models.
-    again = tmp_path / "again"
-    assert evaluate.main(["--predictions", f"{out}/predictions.csv", "--out-dir", str(again), "--bootstrap", "50"]) == 0
-    assert load_strictly(again / "evaluation.json")["levels"] == results["levels"]
 
 
 def test_the_metarepositorys_breast_scores_are_ours(tmp_path):
@@ -676,159 +373,3 @@ def test_the_metarepositorys_breast_scores_are_ours(tmp_path):
     assert levels["image"]["models"]["m"]["auc"]["value"] == pytest.approx(image)
     with pytest.raises(InputError, match="a name of its own for each image"):
         evaluation.write_metarepository(tmp_path / "b.csv", table.assign(file="x/a.png"), "m")
-
-
-def test_thresholds_and_weights_come_from_validation_images(trained, tmp_path, capsys):
-    models, data = [str(trained / f"{name}.h5") for name in ("one", "two")], trained / "data"
-    evaluate.run(inputs=[*models, data], val=str(data), average="fitted", out_dir=tmp_path, bootstrap=10, threshold=[])
-    results = load_strictly(tmp_path / "evaluation.json")
-    val = read_images(data, part="val")
-    val["one"], val["two"] = expected(val["file"])[0], expected(val["file"], -0.02, 0)[0]
-    weights = evaluation.fit_weights(val, ["one", "two"])
-    by_model = results["data"]["average_weights"]["average"]
-    assert list(by_model.values()) == pytest.approx(weights, abs=1e-3)
-    one, two = by_model.values()
-    assert f"average: {one:.3f} x one + {two:.3f} x two\n" in capsys.readouterr().out
-    points = results["levels"]["image"]["models"]["one"]["points"]
-    chosen = evaluation.OperatingPoints(thresholds=()).choose(val["label"].to_numpy(), val["one"].to_numpy())
-    assert {point["name"]: point["threshold"] for point in points} == pytest.approx(chosen, abs=1e-5)
-    assert results["data"]["thresholds_from"] == "other images"
-
-
-def test_unreadable_images_end_the_run_or_are_left_out(trained, tmp_path, capsys):
-    prepared(tmp_path / "data", 4)
-    bad = tmp_path / "data/test/neg/P_test2_LEFT_CC.png"
-    bad.write_bytes(b"no image")
-    command = [str(trained / "one.h5"), f"{tmp_path}/data", "--bootstrap", "10", "--out-dir", f"{tmp_path}/out"]
-    assert evaluate.main(command) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{evaluate.make_parser().prog}: error: {bad}")
-    assert not list((tmp_path / "out").iterdir())
-    assert evaluate.main([*command, "--on-error", "skip"]) == 0
-    assert f"skipped: {bad}" in (printed := capsys.readouterr().err) and "1 of 8 images skipped" in printed
-    results = load_strictly(tmp_path / "out/evaluation.json")
-    assert results["data"]["images"] == 7 and str(bad) in results["data"]["skipped"][0]
-
-
-def test_predictions_are_there_before_they_are_scored(trained, tmp_path, capsys):
-    """So that hours of them are not lost where scoring fails, and none beside the results of others."""
-    data, out = trained / "data", tmp_path / "out"
-    make_model(tmp_path / "diverged.h5", gain=np.nan)
-    command = ["--val", str(data), "--bootstrap", "10", "--out-dir", str(out)]
-    assert evaluate.main([str(trained / "one.h5"), str(data), *command]) == 0
-    scored = load_strictly(out / "evaluation.json")["levels"]
-    for name, part in (("predictions", "test"), ("val_predictions", "val")):
-        table = pd.read_csv(out / f"{name}.csv")
-        assert set(table["file"]) == set(read_images(data, part=part)["file"])
-        np.testing.assert_allclose(table["one"], expected(table["file"])[0], atol=1e-5)
-    again = ["--predictions", f"{out}/predictions.csv", "--val", f"{out}/val_predictions.csv", "--bootstrap", "10"]
-    assert evaluate.main([*again, "--out-dir", f"{tmp_path}/again"]) == 0
-    assert load_strictly(tmp_path / "again/evaluation.json")["levels"] == scored
-
-    assert evaluate.main([str(tmp_path / "diverged.h5"), str(data), "--out-dir", str(out)]) == 1
-    assert "diverged: Expected finite predictions. Received NaN or infinity for 12" in capsys.readouterr().err
-    assert pd.read_csv(out / "predictions.csv")["diverged"].isna().sum() == 12
-    assert not (out / "val_predictions.csv").exists() and not (out / "evaluation.json").exists()
-
-
-def test_the_report_has_figures_and_mammograms(trained, tmp_path, capsys):
-    path = tmp_path / "report.html"
-    evaluate.run(inputs=[trained / "one.h5", trained / "data"], out_dir=tmp_path, report=path, bootstrap=10)
-    assert capsys.readouterr().out.endswith(f"Results are in {tmp_path}, the report in {path}\n")
-    page = path.read_text()
-    auc = load_strictly(tmp_path / "evaluation.json")["levels"]["breast"]["models"]["one"]["auc"]["value"]
-    assert f"{auc:.3f}" in page and page.count("data:image/svg") >= 9 and page.count("data:image/jpeg") >= 2
-
-
-@pytest.mark.parametrize("option", ["report", "metarepository"])
-def test_places_that_cannot_be_written_to_are_told_before_the_scoring(trained, tmp_path, option):
-    (tmp_path / "file").touch()
-    path = tmp_path / "file" / "out.html"
-    with pytest.raises(InputError, match=rf"^{path}: cannot be written to \(Not a directory\)$"):
-        evaluate.run(inputs=[trained / "one.h5", trained / "data"], out_dir=tmp_path / "out", **{option: path})
-    assert not (tmp_path / "out").exists()
-
-
-def test_classes_of_patch_models_are_added_up(tmp_path):
-    classes = ("background", "mal", "ben", "pos")
-    make_model(tmp_path / "patch.h5", classes=classes)
-    rows = []
-    for i, label in enumerate(["background", "mal", "pos", "ben"]):
-        write_png(tmp_path / f"{i}.png", 10_000 * i)
-        rows.append(f"{i}.png,{label}")
-    listed = write_list(tmp_path / "list.csv", rows)
-    evaluate.run(
-        inputs=[tmp_path / "patch.h5", listed], positive=["mal", "pos"], out_dir=tmp_path / "out", bootstrap=10
-    )
-    table = pd.read_csv(tmp_path / "out/predictions.csv")
-    assert table["label"].tolist() == [0, 1, 1, 0]
-    odds = np.exp(0.05 * (np.arange(4) * 10_000 * FACTOR - MEAN - 20))
-    np.testing.assert_allclose(table["patch"], (1 + odds) / (3 + odds), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ([], "Expected MODEL... DATA, or --predictions FILE. Received neither"),
-        (["{d}/data"], "Expected MODEL... DATA, or --predictions FILE. Received neither"),
-        (["{d}/one.h5", "{d}/data", "--predictions", "a.csv"], "Received both, such as {d}/one.h5"),
-        (["--predictions", "{d}/good.csv", "--flips"], "--flips: Expected MODEL... DATA"),
-        (["--predictions", "{d}/good.csv", "--image-dir", "{d}"], "--image-dir: Expected MODEL... DATA"),
-        (["--predictions", "{d}/good.csv", "--on-error", "skip"], "--on-error: Expected MODEL... DATA"),
-        (["--predictions", "{d}/good.csv", "--batch-size", "2"], "--batch-size: Expected MODEL... DATA"),
-        (["--predictions", "{d}/good.csv", "--featurewise-mean", "44"], "--featurewise-mean: Expected MODEL... DATA"),
-        (["--predictions", "{d}/good.csv", "--no-img-scale"], "--img-scale: Expected MODEL... DATA"),
-        (["{d}/unread.h5", "{d}/negative.csv"], "Expected images of both classes. Received 12 with the label 0"),
-        (["{d}/one.h5", "{d}/nowhere"], "{d}/nowhere: not found"),
-        (["{d}/nothing.h5", "{d}/data"], "{d}/nothing.h5: "),
-        (["{d}/one.h5", "{d}/data", "--set", "train"], "no images of the set train"),
-        (["{d}/one.h5", "{d}/one.h5", "{d}/data"], "Expected each model once"),
-        (["{d}/label.h5", "{d}/data"], "{d}/label.h5: Expected a model file of another name"),
-        (["{d}/one.h5", "{d}/average.h5", "{d}/data"], "since average means something else in the results"),
-        (["{d}/one_flips.h5", "{d}/data"], "since one_flips means something else in the results"),
-        (["{d}/one.h5", "{d}/data", "--average", "fitted"], "--average fitted: Expected --val"),
-        (["{d}/one.h5", "{d}/data", "--average", "mean"], "--average: Expected several models. Received {d}/one.h5"),
-        (["{d}/one.h5", "{d}/two.h5", "{d}/data", "--metarepository", "{t}/m.csv"], "--metarepository: Expected one"),
-        (["{d}/one.h5", "{d}/data", "--positive", "malignant"], "one: no class malignant. Expected neg, pos"),
-        (["{d}/one.h5", "{d}/data", "--img-size", "9", "9"], "--img-size 8 6, for which it is built. Received 9 9"),
-        (["{d}/one.h5", "{d}/other.h5", "{d}/data"], "other: Expected the classes of one, neg pos. Received a b pos"),
-        (["{d}/one.h5", "{d}/data/test", "--class-list", "neg", "maybe"], "maybe: no such class folder"),
-        (["--predictions", "{d}/one_class.csv"], "Expected images of both classes. Received 2 with the label 1"),
-        (["--predictions", "{d}/nan.csv"], "net: Expected finite predictions. Received NaN or infinity for 1 of 3"),
-        (["--predictions", "{d}/good.csv", "--val", "{d}/nan.csv"], "net: Expected finite predictions"),
-        (["--predictions", "{d}/good.csv", "--val", "{d}/one_class.csv"], "the image level has no thresholds"),
-        (["--predictions", "{d}/good.csv", "--val", "{d}/others.csv"], "others.csv: Expected the models of"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_scored_is_one_line(trained, tmp_path, capsys, options, text):
-    if not (trained / "other.h5").exists():
-        make_model(trained / "other.h5", classes=("a", "b", "pos"))
-        for name, rows in {
-            "one_class": ["x,1,0.3", "y,1,0.2"],
-            "nan": ["x,1,nan", "y,0,0.2", "z,0,0.1"],
-            "good": ["x,1,0.4", "y,0,0.2", "z,0,0.1"],
-        }.items():
-            write_list(trained / f"{name}.csv", rows, "file,label,net")
-        files = [path.relative_to(trained) for path in sorted((trained / "data/test").rglob("*.png"))]
-        write_list(trained / "negative.csv", [f"{file},0" for file in files])
-        write_list(trained / "others.csv", ["x,1,0.4", "y,0,0.2"], "file,label,other")
-    places = {"d": trained, "t": tmp_path}
-    options = [option.format(**places) for option in options]
-    assert evaluate.main([*options, "--out-dir", f"{tmp_path}/out"]) == 1
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith(f"{evaluate.make_parser().prog}: error: ") and text.format(**places) in message
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
-
-
-@pytest.mark.parametrize(
-    "options", [["--sensitivity", "1.2"], ["--bootstrap", "0"], ["--average", "median"], ["--threshold", "nan"]]
-)
-def test_wrong_options_are_refused(options):
-    with pytest.raises(SystemExit) as exit:
-        evaluate.main([*options])
-    assert exit.value.code == 2
-
-
-def test_model_names_tell_files_apart(tmp_path):
-    assert name_models(["a/one.h5", "b/two.keras"]) == ["one", "two"]
-    assert name_models([tmp_path / "a/m.h5", tmp_path / "b/m.h5"]) == ["a/m", "b/m"]
-    assert name_models(["m.h5", "m.keras"]) == ["m.h5", "m.keras"]

@@ -16,10 +16,10 @@ from mammo.data.others import find_view
 from mammo.data.prepare import make_whole
 from mammo.evaluate import preflight
 from mammo.evaluate.predict import Predictor
+from mammo.images import pixels
 from mammo.images.reading import read_mammogram
 from mammo.train import checkpoint
-from tests.commands.test_scripts import write_dicom
-from tests.evaluate.test_preflight import SETTINGS, mammogram
+from tests.helpers import SETTINGS, mammogram, write_dicom
 
 FACTOR, MEAN = SETTINGS["rescale_factor"], SETTINGS["featurewise_mean"]
 
@@ -254,8 +254,8 @@ def test_released_models_get_the_published_options(work, capsys, tmp_path):
     assert "published" in err
     assert "general rules" in err
     predictor = Predictor(tmp_path / "released.h5")
-    assert predictor.options == preflight.PUBLISHED_PIXELS | {"img_size": [96, 72]}
-    assert predictor.mean == 52.18
+    assert predictor.options == pixels.PUBLISHED_PIXELS | {"img_size": [96, 72]}
+    assert predictor.pixels.mean == 52.18
     assert float(row["pos"]) != pytest.approx(by_hand(work, image), abs=1e-4)
 
 

@@ -7,28 +7,8 @@ import pytest
 
 from mammo.base.files import InputError
 from mammo.evaluate import preflight
-from mammo.images.reading import read_resize_img
-
-SETTINGS = {
-    "img_size": [96, 72],
-    "img_scale": None,
-    "rescale_factor": 0.003891,
-    "featurewise_center": True,
-    "featurewise_mean": 30.0,
-    "equalize_hist": False,
-    "class_list": ["neg", "pos"],
-}
-
-
-def mammogram(seed=0, view="CC", left=False):
-    """float32 (96, 72): a breast on the right side, so that it points to the left if `left`; MLO with a muscle."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:96, 0:72]
-    middle, reach = 50 + rng.uniform(-4, 4), rng.uniform(32, 42)
-    img = np.where(((y - middle) / 38) ** 2 + (x / reach) ** 2 < 1, 90 + 8 * rng.standard_normal(x.shape), 3)
-    if view == "MLO":
-        img[x + 0.6 * y < 30] = 150
-    return np.ascontiguousarray(img[:, ::-1] if left else img).astype(np.float32)
+from mammo.images import pixels
+from tests.helpers import SETTINGS, mammogram
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +30,8 @@ def save(folder, settings=SETTINGS, stats=None):
 
 
 def test_settings_are_the_pixel_options_of_the_training(tmp_path):
-    assert preflight.read_settings(save(tmp_path)) == SETTINGS
-    assert preflight.read_settings(tmp_path / "other.h5") is None
+    assert pixels.read_settings(save(tmp_path)) == SETTINGS
+    assert pixels.read_settings(tmp_path / "other.h5") is None
 
 
 @pytest.mark.parametrize(
@@ -71,13 +51,13 @@ def test_settings_are_the_pixel_options_of_the_training(tmp_path):
 def test_settings_that_are_none_are_refused(change, tmp_path):
     model = save(tmp_path, SETTINGS | change)
     with pytest.raises(InputError, match=r"args\.json: Expected the options of a training"):
-        preflight.read_settings(model)
+        pixels.read_settings(model)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100000, '{"img_size": [1, 2]}'])
 def test_damaged_settings_and_statistics_are_refused(text, tmp_path):
     model = save(tmp_path)
-    for name, read in [("args", preflight.read_settings), ("pixel_stats", preflight.read_pixel_stats)]:
+    for name, read in [("args", pixels.read_settings), ("pixel_stats", preflight.read_pixel_stats)]:
         (tmp_path / "model" / f"{name}.json").write_text(text)
         with pytest.raises(InputError, match=rf"{name}\.json") as caught:
             read(model)
@@ -86,18 +66,18 @@ def test_damaged_settings_and_statistics_are_refused(text, tmp_path):
 
 def test_what_the_user_gives_wins_over_the_training_and_this_over_the_published_values(tmp_path):
     model = save(tmp_path)
-    of_model = preflight.OF_MODEL
-    options, source = preflight.choose_pixel_options({"img_size": of_model, "rescale_factor": None}, model)
+    of_model = pixels.OF_MODEL
+    options, source = pixels.choose_pixel_options({"img_size": of_model, "rescale_factor": None}, model)
     assert options == SETTINGS | {"rescale_factor": None}
     assert str(tmp_path / "model" / "args.json") in source
-    options, source = preflight.choose_pixel_options({"featurewise_mean": 44.33, "other": 1}, tmp_path / "new.h5")
-    assert options == preflight.PUBLISHED_PIXELS | {"featurewise_mean": 44.33}
+    options, source = pixels.choose_pixel_options({"featurewise_mean": 44.33, "other": 1}, tmp_path / "new.h5")
+    assert options == pixels.PUBLISHED_PIXELS | {"featurewise_mean": 44.33}
     assert "published" in source
-    _, source = preflight.choose_pixel_options(SETTINGS, model)
+    _, source = pixels.choose_pixel_options(SETTINGS, model)
     assert source == "pixel options as given"
     for built, size in [((480, 384), [480, 384]), ((None, None), [1152, 896])]:
-        assert preflight.choose_pixel_options({}, tmp_path / "new.h5", built)[0]["img_size"] == size
-    assert preflight.choose_pixel_options({}, model, (480, 384))[0]["img_size"] == [96, 72]
+        assert pixels.choose_pixel_options({}, tmp_path / "new.h5", built)[0]["img_size"] == size
+    assert pixels.choose_pixel_options({}, model, (480, 384))[0]["img_size"] == [96, 72]
 
 
 # ------------------------------------------------------------------------------------------------ statistics
@@ -208,7 +188,7 @@ def test_few_training_images_say_nothing_of_orientation():
 
 def test_real_mammograms_pass_as_they_are_and_not_inverted(real_mammograms):
     for path in real_mammograms:
-        image = read_resize_img(path, (288, 224), rescale_factor=0.003891)
+        image = pixels.read_resize_img(path, (288, 224), rescale_factor=0.003891)
         assert preflight.warnings_for(image, mean=20.0, stored_size=(3328, 2560)) == []
         [message] = preflight.warnings_for(255 - image, mean=200.0)
         assert "black and white" in message

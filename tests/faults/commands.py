@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 # One process a core: several threads in each would only slow them down, and draw the kill moments apart.
 ENVIRONMENT = os.environ | {
     "NUM_CPU_CORES": "2",
@@ -46,7 +47,7 @@ PREPARING = ("--img-size", 96, 80, "--on-error", "skip", "--jobs", 2)
 
 
 def prepare_cbis(data: Path, out: Path) -> list[str]:
-    return script("mammo/commands/prepare_cbis_ddsm.py", data / "cbis-ddsm", out, *PREPARING)
+    return script("mammo/commands/prepare.py", "cbis-ddsm", data / "cbis-ddsm", out, *PREPARING)
 
 
 def prepare_inbreast(data: Path, out: Path) -> list[str]:
@@ -54,7 +55,7 @@ def prepare_inbreast(data: Path, out: Path) -> list[str]:
 
 
 def prepare_own(data: Path, out: Path) -> list[str]:
-    return script("mammo/commands/prepare.py", data / "phantom", out, "--format", "folders", *PREPARING)
+    return script("mammo/commands/prepare.py", "folders", data / "phantom", out, *PREPARING)
 
 
 def map_lesions(data: Path, out: Path) -> list[str]:

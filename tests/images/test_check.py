@@ -14,7 +14,7 @@ from mammo.base.files import InputError
 from mammo.commands import check_data
 from mammo.images import check as image_check
 from mammo.images.check import check_image, check_images, report_faults, warn_of_types
-from tests.outputs import read_csv
+from tests.helpers import read_csv
 
 HERE = Path(check_data.__file__).parents[2]
 
@@ -314,7 +314,7 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
 
     from ddsm_train import training
 
-    start = training.train
+    start = training.train_run
     lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
     write(sets / "train/pos/text.png", b"no image")
 
@@ -323,7 +323,7 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
             path.unlink()
         return start(*args, **kwargs)
 
-    monkeypatch.setattr(training, "train", lose_and_train)
+    monkeypatch.setattr(training, "train_run", lose_and_train)
     train(sets, on_error="skip", final_model=str(sets / "out/final.h5"))
     shown = capsys.readouterr()
     table = pd.read_csv(sets / "out/best/predictions.csv")
@@ -335,7 +335,7 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
     assert "warning: 2 of 11 training images skipped" in shown.err
     assert "warning: 1 of 10 test images skipped" in shown.err
 
-    monkeypatch.setattr(training, "train", start)
+    monkeypatch.setattr(training, "train_run", start)
     train(sets, on_error="skip", resume_from=str(sets / "out/best.h5"), nb_epoch=0, all_layer_epochs=0,
           best_model=str(sets / "out/again.h5"))  # fmt: skip
     again = pd.read_csv(sets / "out/again/predictions.csv")
@@ -349,7 +349,7 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
 
     from ddsm_train import training
 
-    start = training.train
+    start = training.train_run
     lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
     options = {"on_error": "skip", "nb_epoch": 4, "all_layer_epochs": 4}
     contents = [path.read_bytes() for path in lost]
@@ -362,7 +362,7 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
     def begin(name, **more):
         train(sets, best_model=str(sets / f"{name}.h5"), **options | more)
 
-    monkeypatch.setattr(training, "train", lose_and_train)
+    monkeypatch.setattr(training, "train_run", lose_and_train)
     begin("whole")
     for path, content in zip(lost, contents, strict=True):
         path.write_bytes(content)
@@ -378,7 +378,7 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
         context.setattr(training.HistoryFile, "on_epoch_begin", interrupt)
         with pytest.raises(KeyboardInterrupt):
             begin("stopped")
-    monkeypatch.setattr(training, "train", start)
+    monkeypatch.setattr(training, "train_run", start)
     begin("stopped")
     for name in ("history.csv", "predictions.csv"):
         whole, resumed = (pd.read_csv(sets / run / name) for run in ("whole", "stopped"))

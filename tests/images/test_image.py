@@ -10,7 +10,7 @@ from scipy import ndimage
 import dm_image
 from dm_image import DMImageDataGenerator
 from mammo.base.files import InputError
-from mammo.images import iterators, reading
+from mammo.images import iterators, pixels, reading
 from mammo.maps import compute
 
 ALL_ON = {
@@ -48,9 +48,9 @@ def test_golden_read_resize_img(golden):
         path, kwargs = folder / "input" / case["file"], case.get("kwargs", {})
         if "exception" in case:
             with pytest.raises(InputError):
-                reading.read_resize_img(path, **kwargs)
+                pixels.read_resize_img(path, **kwargs)
             continue
-        got, reference = reading.read_resize_img(path, **kwargs), expected[case["key"]]
+        got, reference = pixels.read_resize_img(path, **kwargs), expected[case["key"]]
         assert got.dtype == np.float32
         assert got.shape == reference.shape
         # Libraries decode JPEG within a grey level of each other; all else is the same to the bit.
@@ -66,7 +66,7 @@ def test_golden_read_img_for_pred(golden):
     for case in load(folder / "read_img_for_pred.json"):
         kwargs, reference = case["kwargs"], expected[case["key"]]
         try:
-            got = reading.read_img_for_pred(folder / "input" / case["file"], **kwargs)
+            got = pixels.read_img_for_pred(folder / "input" / case["file"], **kwargs)
         except InputError as error:
             assert "0..255" in str(error)  # the program wrapped these around
             refused += 1
@@ -86,8 +86,8 @@ def test_reads_8_bit_files_in_their_own_type(tmp_path, suffix):
 
 
 def test_target_height_wins_and_truncates_the_width(noise16):
-    assert reading.read_resize_img(noise16[0], target_size=(7, 7), target_height=33).shape == (33, 24)
-    np.testing.assert_array_equal(reading.read_resize_img(noise16[0], target_size=(40, 30)), noise16[1])
+    assert pixels.read_resize_img(noise16[0], target_size=(7, 7), target_height=33).shape == (33, 24)
+    np.testing.assert_array_equal(pixels.read_resize_img(noise16[0], target_size=(40, 30)), noise16[1])
 
 
 def write_dicom(path, pixels, **tags):
@@ -251,15 +251,15 @@ def bad_image(kind, folder):
 def test_bad_images_are_named_with_their_cause(tmp_path, kind, cause):
     path = bad_image(kind, tmp_path)
     with pytest.raises(InputError, match=cause) as caught:
-        reading.read_img_for_pred(path, target_size=(8, 8))
+        pixels.read_img_for_pred(path, target_size=(8, 8))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_histogram_equalisation_needs_0_to_255(noise16):
     with pytest.raises(InputError, match=r"0\.\.255"):
-        reading.read_img_for_pred(noise16[0], equalize_hist=True, target_size=(40, 30))
-    got = reading.read_img_for_pred(noise16[0], equalize_hist=True, target_size=(40, 30), rescale_factor=0.003891)
+        pixels.read_img_for_pred(noise16[0], equalize_hist=True, target_size=(40, 30))
+    got = pixels.read_img_for_pred(noise16[0], equalize_hist=True, target_size=(40, 30), rescale_factor=0.003891)
     expected = cv2.equalizeHist((noise16[1].astype(np.float32) * np.float32(0.003891)).astype(np.uint8))
     np.testing.assert_array_equal(got, np.repeat(expected[..., None], 3, axis=2))
 

@@ -22,13 +22,15 @@ from ddsm_train import heatmap_score
 from dm_resnet import add_top_layers
 from mammo.base.files import InputError
 from mammo.data.patches import read_lesion_masks
+from mammo.images.pixels import Pixels
 from mammo.maps import compute, draw, files
 from mammo.maps.compute import ForwardPropagation, GradCam, Scan, Sweep
 from mammo.maps.draw import share_of_largest
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.train.checkpoint import save_model
+from mammo.train.devices import gradient_of_output
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 rng = np.random.default_rng(3)
 
 
@@ -204,18 +206,24 @@ def test_a_bright_spot_is_where_the_sweep_says(tmp_path, enlarged, row, column):
     assert tuple(peaks.mean(axis=0) + 0.5) == (row + 1, column + 1)
 
 
+def forward_propagation(net, size, pooling):
+    heatmap_model = add_top_layers(net, size, patch_net="vgg16", avg_pool_size=pooling, return_heatmap=True)
+    return ForwardPropagation(heatmap_model, Pixels(size), pooling)
+
+
 @pytest.mark.parametrize("pooling", [(1, 1), (3, 3), (3, 2)])
 def test_a_bright_spot_is_where_the_forward_propagation_says(pooling):
     net = pooling_net(4)
     kernel, bias = net.layers[-1].get_weights()
-    net.layers[-1].set_weights([kernel / 1000, bias])  # so small that the softmax is linear
-    forward = ForwardPropagation(net, (80, 64), patch_net="vgg16", avg_pool_size=pooling)
+    net.layers[-1].set_weights([kernel / 100, bias])  # so small that the softmax is linear
+    forward = forward_propagation(net, (80, 64), pooling)
     assert forward.strides == (4, 4) and forward.window == (4 * pooling[0], 4 * pooling[1])
     assert forward.first == (2 * pooling[0], 2 * pooling[1])
     pixels = np.zeros((80, 64), np.float32)
     pixels[40:44, 20:24] = 1
     grid = Grid((80, 64), forward.first, forward.strides)
-    heatmap = forward.score(Scan("", pixels, grid))[..., 1] - 0.5
+    heatmap = forward.score(Scan("", pixels, grid))[..., 1]
+    heatmap -= heatmap[0, 0]  # 0.5, but for the rounding of the processor's softmax
     rows, columns = grid.centres(heatmap.shape)
     centroid = (heatmap.sum(1) @ rows / heatmap.sum(), heatmap.sum(0) @ columns / heatmap.sum())
     assert centroid == pytest.approx((42, 22), abs=0.02)
@@ -223,7 +231,7 @@ def test_a_bright_spot_is_where_the_forward_propagation_says(pooling):
 
 def test_a_bright_spot_is_where_grad_cam_says():
     # Images need not be a multiple of the stride: what is left over below and on the right gives no feature.
-    cam = GradCam(pooling_net(8), (63, 50))
+    cam = GradCam(pooling_net(8), Pixels((63, 50)))
     pixels = np.zeros((63, 50), np.float32)
     pixels[48:56, 16:24] = 1
     heatmap = cam.score(Scan("", pixels, None))[..., 1]
@@ -238,7 +246,7 @@ def test_a_bright_spot_is_where_grad_cam_of_the_last_layer_says():
     model, _ = add_top_layers(
         pooling_net(32), size, "vgg16", add_heatmap=True, avg_pool_size=(7, 7), hm_pool_size=(5, 5), add_conv=False,
     )  # fmt: skip
-    cam = GradCam(model, size, layer="last")
+    cam = GradCam(model, Pixels(size), layer="last")
     centres = Grid(size, cam.first, cam.strides).centres(cam.trunk.output_shape[1:3])
     assert [list(axis) for axis in centres] == [[176, 336, 496, 656, 816, 976], [176, 336, 496, 656]]
     # The first cell sees the first 7 + 4 features, the second begins 5 features on.
@@ -278,21 +286,21 @@ def test_cells_of_grad_cam_are_the_middles_of_what_features_see(net, size):
     from dm_keras_ext import get_dl_model
 
     model = averaging(get_dl_model(net, nb_class=3, use_pretrained=False)[0])
-    cam = GradCam(model, size)
+    cam = GradCam(model, Pixels(size))
     *_, channels = model.input_shape
     x = keras.ops.convert_to_tensor(100 + rng.random((1, *size, channels)).astype(np.float32))
     shape = cam.trunk(x).shape[1:3]
     rows, columns = Grid(size, cam.first, cam.strides).centres(shape)
     i, j = shape[0] // 2, shape[1] // 2
     feature = keras.Model(cam.trunk.inputs, cam.trunk.outputs[0][:, i, j, :])
-    sees = np.abs(keras.ops.convert_to_numpy(compute._gradient(feature, x, 0)))[0].sum(axis=-1)
+    sees = np.abs(gradient_of_output(feature, x, 0))[0].sum(axis=-1)
     middle = (sees.sum(1) @ (np.arange(size[0]) + 0.5), sees.sum(0) @ (np.arange(size[1]) + 0.5)) / sees.sum()
     # Exact but for the branches of Inception, of which some reach the image's border.
     assert (rows[i], columns[j]) == pytest.approx(tuple(middle), abs=1)
     # Pictures show the outermost cells up to the edges: the last feature sees all but what convolutions without padding
     # leave over.
     feature = keras.Model(cam.trunk.inputs, cam.trunk.outputs[0][:, -1, -1, :])
-    sees = np.abs(keras.ops.convert_to_numpy(compute._gradient(feature, x, 0)))[0].sum(axis=-1)
+    sees = np.abs(gradient_of_output(feature, x, 0))[0].sum(axis=-1)
     assert sees[-4, -4] > 0
 
 
@@ -300,17 +308,17 @@ def test_grad_cam_refuses_layers_whose_features_it_cannot_place():
     image = keras.Input((32, 32, 1))
     x = layers.GlobalAveragePooling2D()(layers.UpSampling2D(2)(layers.Conv2D(2, 3)(image)))
     with pytest.raises(InputError, match=r"Expected convolutions and poolings that give 30 x 30 .* Received 60 x 60"):
-        GradCam(keras.Model(image, layers.Dense(2, activation="softmax")(x)), (32, 32))
+        GradCam(keras.Model(image, layers.Dense(2, activation="softmax")(x)), Pixels((32, 32)))
 
 
 def test_networks_whose_features_lie_otherwise():
     # A 3x3 average "same" net in three forms: cells are as large as the patch that gives them.
     for padding, windows in (("same", 4 * 3), ("valid", 4 * 2 + 10)):
-        forward = ForwardPropagation(small_net(padding), (64, 64), patch_net="vgg16", avg_pool_size=(3, 3))
+        forward = forward_propagation(small_net(padding), (64, 64), (3, 3))
         assert forward.strides == (4, 4)
         assert forward.window == (windows, windows)
         pixels = np.zeros((windows, windows), np.float32)
-        single = ForwardPropagation(small_net(padding), (windows, windows), patch_net="vgg16", avg_pool_size=(3, 3))
+        single = forward_propagation(small_net(padding), (windows, windows), (3, 3))
         assert single.score(Scan("", pixels, None)).shape == (1, 1, 3)
 
 
@@ -341,7 +349,7 @@ def test_grad_cam_is_drawn_to_the_edges_of_the_image():
 
 def test_one_pass_equals_the_windows_of_a_network_without_padding():
     net, pixels = small_net("valid"), rng.random((58, 46)).astype(np.float32)
-    forward = ForwardPropagation(net, pixels.shape, patch_net="vgg16", avg_pool_size=(4, 4))
+    forward = forward_propagation(net, pixels.shape, (4, 4))
     patch = forward.window[0]
     assert patch == 22
     windows = Sweep(net, 58, patch, 4, 7).score(Scan("", pixels, None))
@@ -355,7 +363,7 @@ def test_one_pass_equals_the_windows_that_padding_does_not_reach():
     net, pixels = small_net("same"), rng.random((64, 48)).astype(np.float32)
 
     def forward(img):
-        scorer = ForwardPropagation(net, img.shape, patch_net="vgg16", avg_pool_size=(2, 2))
+        scorer = forward_propagation(net, img.shape, (2, 2))
         return scorer.score(Scan("", img, None))
 
     # A feature of 4 x 4 pixels sees 3 pixels around them: the outer features of a window see its padding.
@@ -402,7 +410,7 @@ def test_grad_cam_of_average_pooling_is_the_class_activation_map():
     kernel, bias = net.get_layer("classes").get_weights()
     net.get_layer("classes").set_weights([kernel + [0.5, 0, -0.5], bias])  # of one class at least, some is positive
     pixels = rng.random((32, 24)).astype(np.float32)
-    cam = GradCam(net, (32, 24))
+    cam = GradCam(net, Pixels((32, 24)))
     heatmap = cam.score(Scan("", pixels, None))
     features = cam.trunk.predict(pixels[None, ..., None], verbose=0)[0]
     kernel = net.get_layer("classes").get_weights()[0]
@@ -420,7 +428,7 @@ def test_grad_cam_of_whole_image_classifiers(add_conv):
         avg_pool_size=(2, 2), hm_pool_size=(3, 3), add_conv=add_conv, fc_init_units=8, add_shortcut=True,
     )  # fmt: skip
     pixels = rng.random((64, 48)).astype(np.float32) * 50
-    cam, last = GradCam(model, (64, 48)), GradCam(model, (64, 48), layer="last")
+    cam, last = GradCam(model, Pixels((64, 48))), GradCam(model, Pixels((64, 48)), layer="last")
     assert cam.trunk.output_shape[1:] == (16, 12, 6)
     assert last.score(Scan("", pixels, None)).shape == ((8, 6, 2) if add_conv else (5, 3, 2))
     # The scores before the softmax, and their gradient by differences.
@@ -428,7 +436,7 @@ def test_grad_cam_of_whole_image_classifiers(add_conv):
     features = cam.trunk.predict(x, verbose=0)
     scores = cam.head.predict(features, verbose=0)
     np.testing.assert_allclose(keras.ops.softmax(scores), model.predict(x, verbose=0), atol=1e-5)
-    gradient = keras.ops.convert_to_numpy(compute._gradient(cam.head, keras.ops.convert_to_tensor(features), 1))
+    gradient = gradient_of_output(cam.head, keras.ops.convert_to_tensor(features), 1)
     step = 1e-2 * gradient / np.abs(gradient).max()
     ahead, behind = (cam.head.predict(features + sign * step, verbose=0)[0, 1] for sign in (1, -1))
     assert ahead - behind == pytest.approx(2 * (gradient * step).sum(), rel=0.02)
@@ -436,10 +444,10 @@ def test_grad_cam_of_whole_image_classifiers(add_conv):
 
 def test_grad_cam_layer_errors():
     with pytest.raises(InputError, match="nested patch net"):
-        GradCam(small_net("same"), (32, 32), layer="patch")
+        GradCam(small_net("same"), Pixels((32, 32)), layer="patch")
     image = keras.Input((4, 4, 1))
     with pytest.raises(InputError, match="pooled globally or flattened"):
-        GradCam(keras.Model(image, layers.Reshape((16,))(image)), (4, 4))
+        GradCam(keras.Model(image, layers.Reshape((16,))(image)), Pixels((4, 4)))
 
 
 # ----------------------------------------------------------------------------------------------------- map files
@@ -710,19 +718,19 @@ def test_breasts_of_a_table(tmp_path):
     ]  # fmt: skip
     assert faults == [f"{folder / 'pat.csv'}: no row of patient P_9"]
     [fault] = compute.read_breasts(folder / "pat.csv", folder)[1]
-    assert "row 6: no image of P_4 LEFT" in fault
+    assert "line 6: no image of P_4 LEFT" in fault
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("P_1,UP,1", "row 3: unknown side"),
-        ("P_1,LEFT,2", "row 3: cancer: Expected 0 or 1. Received '2'"),
-        ("P_0,LEFT,1", "row 3: repeats row 2"),
-        ("../img/P_1,LEFT,1", "row 3: patient_id is part of file names. Received '../img/P_1'"),
-        ("P:1,LEFT,1", "row 3: patient_id is part of file names"),
-        ("..,LEFT,1", "row 3: patient_id is part of file names"),
-        ("P_1,LEFT", "row 3: cancer: Expected 0 or 1. Received ''"),
+        ("P_1,UP,1", "line 3: unknown side"),
+        ("P_1,LEFT,2", "line 3: cancer: Expected 0 or 1. Received '2'"),
+        ("P_0,LEFT,1", "line 3: repeats line 2"),
+        ("../img/P_1,LEFT,1", "line 3: patient_id is part of file names. Received '../img/P_1'"),
+        ("P:1,LEFT,1", "line 3: patient_id is part of file names"),
+        ("..,LEFT,1", "line 3: patient_id is part of file names"),
+        ("P_1,LEFT", "line 3: Expected 3 cells. Received 2"),
     ],
 )
 def test_wrong_tables_name_the_row(tmp_path, row, message):

@@ -175,10 +175,8 @@ def test_a_saved_classifier_predicts_the_same(fitted, table, tmp_path, monkeypat
     loaded = clf.load_classifier(tmp_path / "c.skops")
     np.testing.assert_array_equal(loaded.predict(some), fitted.predict(some))
     assert (loaded.cutoffs, loaded.k, loaded.kind) == (fitted.cutoffs, fitted.k, fitted.kind)
-    assert loaded.kind == {
-        "class_names": CLASSES, "strides": (8.0, 8.0), "mode": "fprop", "dl_state_crc32": None,
-        "window": [96.0, 96.0], "img_size": None, "img_height": None,
-    }  # fmt: skip
+    said = {"class_names": CLASSES, "strides": (8.0, 8.0), "mode": "fprop", "window": [96.0, 96.0]}
+    assert loaded.kind == said | dict.fromkeys(("dl_state_crc32", "img_size", "img_height"))
     clf.save_classifier(tmp_path / "c.joblib", fitted)
     with pytest.warns(UserWarning, match=r"c\.joblib: loading a \.joblib file runs any code"):
         loaded = clf.load_classifier(tmp_path / "c.joblib")
@@ -196,13 +194,15 @@ class Evil:
 
 
 def test_files_that_could_run_code_or_are_damaged_are_refused(fitted, tmp_path):
-    whole = tmp_path / "whole.skops"
-    clf.save_classifier(whole, fitted)
-    bad = tmp_path / "bad.skops"
+    import skops.io
 
-    bad.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(InputError, match="not a whole classifier"):
-        clf.load_classifier(bad)
+    whole, bad = tmp_path / "whole.skops", tmp_path / "bad.skops"
+    clf.save_classifier(whole, fitted)
+    other = skops.io.dumps({"format": 1, "model": 3})
+    for content in (pickle.dumps(Evil()), whole.read_bytes()[:2000], other):
+        bad.write_bytes(content)
+        with pytest.raises(InputError, match="not a whole classifier"):
+            clf.load_classifier(bad)
     assert not Evil.ran
 
     # A file in which another type stands for the trees.
@@ -217,14 +217,6 @@ def test_files_that_could_run_code_or_are_damaged_are_refused(fitted, tmp_path):
     with pytest.raises(InputError, match=r"bad\.skops: refused: asks for os\.system"):
         clf.load_classifier(bad)
 
-    bad.write_bytes(whole.read_bytes()[:2000])
-    with pytest.raises(InputError, match="not a whole classifier"):
-        clf.load_classifier(bad)
-    import skops.io
-
-    skops.io.dump({"format": 1, "model": 3}, bad)
-    with pytest.raises(InputError, match="not a whole classifier"):
-        clf.load_classifier(bad)
     with pytest.raises(InputError, match="Received none"):
         clf.load_classifier(tmp_path / "no.skops")
     with pytest.raises(InputError, match=r"ending in \.skops or \.joblib"):
@@ -232,14 +224,10 @@ def test_files_that_could_run_code_or_are_damaged_are_refused(fitted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"left": 10**6}, {"right": 10**6}, {"left": 0}, {"feature": 10**6}, {"feature": -7},
-    ],
-)  # fmt: skip
-def test_trees_that_lead_out_of_memory_or_in_a_circle_are_refused(fitted, tmp_path, change):
+    ("name", "value"), [("left", 10**6), ("right", 10**6), ("left", 0), ("feature", 10**6), ("feature", -7)]
+)
+def test_trees_that_lead_out_of_memory_or_in_a_circle_are_refused(fitted, tmp_path, name, value):
     crafted = copy.deepcopy(fitted)
-    (name, value), *_ = change.items()
     if hasattr(crafted.model, "estimators_"):
         tree = crafted.model.estimators_[0].tree_
         state = tree.__getstate__()
@@ -266,10 +254,8 @@ def trained(tmp_path_factory):
 
 def test_training_leaves_tables_scores_and_pictures(trained):
     out = trained / "out"
-    assert sorted(path.name for path in out.iterdir()) == [
-        "args.json", "heatmap_clf.skops", "importances.csv", "importances.png", "metrics.json", "predictions.csv",
-        "roc.png",
-    ]  # fmt: skip
+    written = "args.json heatmap_clf.skops importances.csv importances.png metrics.json predictions.csv roc.png"
+    assert sorted(path.name for path in out.iterdir()) == written.split()
     table = pd.read_csv(out / "predictions.csv")
     assert table.columns.tolist() == ["patient_id", "side", "views", "cancer", "probability", "set", "fold"]
     records = breasts(40) + breasts(20, seed=1, first=100)
@@ -303,9 +289,8 @@ def test_the_saved_classifier_scores_as_in_training_and_labels_are_not_needed(tr
     table = pd.read_csv(tmp_path / "out/predictions.csv")
     before = pd.read_csv(trained / "out/predictions.csv").query("set == 'test'")
     np.testing.assert_array_equal(table["probability"], before["probability"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "args.json", "metrics.json", "predictions.csv",
-    ]  # fmt: skip
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["args.json", "metrics.json", "predictions.csv"]
 
 
 def relabel(records, cancer):
@@ -317,30 +302,32 @@ def relabel(records, cancer):
 @pytest.mark.parametrize(
     ("make", "options", "text"),
     [
-        (lambda d: {"maps": [save(d / "a.npz", breasts(2))]}, {}, "too few patients for 3 folds"),
-        (lambda d: {"maps": [save(d / "a.npz", relabel(breasts(20), 0))]}, {}, "Received 0 and 20"),
-        (lambda d: {"maps": [save(d / "a.npz", relabel(breasts(9), None))]}, {}, "Expected cancer 0 or 1"),
+        (lambda d: [save(d / "a.npz", breasts(2))], {}, "too few patients for 3 folds"),
+        (lambda d: [save(d / "a.npz", relabel(breasts(20), 0))], {}, "Received 0 and 20"),
+        (lambda d: [save(d / "a.npz", relabel(breasts(9), None))], {}, "Expected cancer 0 or 1"),
+        (lambda d: [save(d / "a.npz", breasts(9))] * 2, {}, "P_0 LEFT stands there 2 times"),
         (
-            lambda d: {"maps": [save(d / "a.npz", breasts(20))], "test": [save(d / "b.npz", breasts(3, first=19))]},
-            {},
-            "1 patient in both MAPS and --test, such as P_19",
-        ),
-        (lambda d: {"maps": [save(d / "a.npz", breasts(9))] * 2}, {}, "P_0 LEFT stands there 2 times"),
-        (
-            lambda d: {"maps": [save(d / "a.npz", breasts(9)), save(d / "b.npz", breasts(9, first=9), strides=(4, 4))]},
+            lambda d: [save(d / "a.npz", breasts(9)), save(d / "b.npz", breasts(9, first=9), strides=(4, 4))],
             {},
             r"b\.npz: maps of another kind than those of .*a\.npz: strides: Expected \(8.0, 8.0\)",
         ),
-        (lambda d: {"maps": [save(d / "a.npz", breasts(20), mode="gradcam")]}, {}, r"a\.npz: .* Received Grad-CAM"),
-        (lambda d: {"maps": [str(d / "none.npz")]}, {}, "Expected a map file"),
-        (lambda d: {"maps": [save(d / "a.npz", breasts(9))]}, {"folds": 1}, "--folds: Expected at least 2"),
-        (lambda d: {"maps": [save(d / "a.npz", breasts(9))]}, {"save_model": "m.pkl"}, "unknown model format"),
-        (lambda d: {"maps": ["a.npz"]}, {"model": "m.skops", "test": ["b.npz"]}, "neither --test nor"),
+        (lambda d: [save(d / "a.npz", breasts(20), mode="gradcam")], {}, r"a\.npz: .* Received Grad-CAM"),
+        (lambda d: [str(d / "none.npz")], {}, "Expected a map file"),
+        (lambda d: [save(d / "a.npz", breasts(9))], {"folds": 1}, "--folds: Expected at least 2"),
+        (lambda d: [save(d / "a.npz", breasts(9))], {"save_model": "m.pkl"}, "unknown model format"),
+        (lambda d: ["a.npz"], {"model": "m.skops", "test": ["b.npz"]}, "neither --test nor"),
     ],
 )
 def test_bad_input_is_one_line(make, options, text, tmp_path):
     with pytest.raises(InputError, match=text):
-        heatmap_clf_train.run(**OPTIONS | make(tmp_path) | {"out_dir": str(tmp_path / "out")} | options)
+        heatmap_clf_train.run(**OPTIONS | {"maps": make(tmp_path), "out_dir": str(tmp_path / "out")} | options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_patient_in_training_and_test_is_refused(tmp_path):
+    maps, test = save(tmp_path / "a.npz", breasts(20)), save(tmp_path / "b.npz", breasts(3, first=19))
+    with pytest.raises(InputError, match="1 patient in both MAPS and --test, such as P_19"):
+        heatmap_clf_train.run(maps=[maps], test=[test], out_dir=str(tmp_path / "out"), **OPTIONS)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,322 @@
+"""Bring the pixels of mammograms to the form that networks get, and tell what form a trained model was given.
+
+Files hold 8- or 16-bit integers (rows, columns); networks get float32, about 0..255 before the mean is subtracted.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mammo.base import cli
+from mammo.base.files import InputError, counted
+from mammo.base.guards import read_json
+from mammo.images.reading import check_grey, read_img, resize_as_asked
+
+# The original's names of fields of `Pixels`, beside dup_3_channels and data_format.
+_KEYWORDS = {
+    "target_size": "size",
+    "target_height": "height",
+    "target_scale": "scale",
+    "rescale_factor": "factor",
+    "equalize_hist": "equalize",
+    "gs_255": "gs_255",
+}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How the pixels of a file become the input of a network, in the order of the fields.
+
+    Args:
+        size: (rows, columns) to resize to, bicubic, in the stored integer type.
+        scale: value that the image's own maximum becomes; None for no such scaling.
+        factor: number that pixels are multiplied by; None for none.
+        equalize: whether to equalise the histogram, which needs pixels within 0..255.
+        mean: number to subtract, which `centered` does and `read` does not; None for none.
+        channels: equal channels of the result; 0 for (rows, columns) alone.
+        height: rows to resize to, the aspect ratio kept, whatever `size` is.
+        gs_255: whether to read 8-bit grey; see `reading.read_img`.
+        data_format: "channels_last", or "channels_first".
+    """
+
+    size: tuple[int, int] | None = None
+    scale: float | None = None
+    factor: float | None = None
+    equalize: bool = False
+    mean: float | None = None
+    channels: int = 0
+    height: int | None = None
+    gs_255: bool = False
+    data_format: str = "channels_last"
+
+    @classmethod
+    def of(cls, options: argparse.Namespace | Mapping[str, Any], channels: int = 0) -> "Pixels":
+        """Return what the options of `cli.add_pixel_options` ask for, parsed or by name."""
+        of = options if isinstance(options, Mapping) else vars(options)
+        mean = of["featurewise_mean"] if of["featurewise_center"] else None
+        return cls(tuple(of["img_size"]), of["img_scale"], of["rescale_factor"], of["equalize_hist"], mean, channels)
+
+    @classmethod
+    def of_model(cls, model_path, channels: int = 0) -> "Pixels":
+        """Return what a trained model was given, by `args.json` in its folder; what the published ones were without it.
+
+        Raises InputError as `read_settings` does.
+        """
+        return cls.of(choose_pixel_options({}, model_path)[0], channels)
+
+    @classmethod
+    def of_keywords(cls, dup_3_channels: bool = False, data_format: str = "channels_last", **keywords) -> "Pixels":
+        """Return what the original's keywords ask for: `target_size` and others of `read_img_for_pred`."""
+        if unknown := sorted(set(keywords) - set(_KEYWORDS)):
+            raise TypeError(f"unknown keywords: {', '.join(unknown)}")
+        fields = {_KEYWORDS[name]: value for name, value in keywords.items()}
+        return cls(channels=3 if dup_3_channels else 1, data_format=data_format, **fields)
+
+    def read(self, file) -> np.ndarray:
+        """Return an image file as float32 network input, before mean subtraction; DICOM as `read_stored` reads it.
+
+        The shape is (rows, columns[, channels]), or with the channels first. Raises InputError.
+        """
+        return self.to_input(file, self.resize(file, self.read_stored(file)))
+
+    def read_stored(self, file) -> np.ndarray:
+        """Return the grey pixels of a file as stored, DICOM as the 16-bit PNG that data preparation makes of it."""
+        return check_grey(file, read_img(file, self.gs_255, dicom_16_bit=True))
+
+    def resize(self, file, stored: np.ndarray) -> np.ndarray:
+        """Return the pixels that were read from `file` in the size asked for, overshoots saturating."""
+        return resize_as_asked(file, stored, self.size, self.height)
+
+    def rescale(self, img: np.ndarray, name="image") -> np.ndarray:
+        """Return a float32 copy of stored pixels, scaled, and equalised if asked; `name` is for the InputError."""
+        img = img.astype(np.float32)
+        maximum = float(img.max())
+        if self.scale is not None and maximum != 0:
+            img *= float(self.scale) / maximum
+        if self.factor is not None:
+            img *= float(self.factor)
+        return _equalize_histogram(img, name) if self.equalize else img
+
+    def to_input(self, file, resized: np.ndarray) -> np.ndarray:
+        """Return resized pixels as `read` does. The channels are views of one: the augmentation warps it only once."""
+        img = self.rescale(resized, file)
+        if not self.channels:
+            return img
+        if self.data_format == "channels_first":
+            return np.broadcast_to(img, (self.channels, *img.shape))
+        return np.broadcast_to(img[..., np.newaxis], (*img.shape, self.channels))
+
+    def centered(self, x: np.ndarray) -> np.ndarray:
+        """Return network input less the mean."""
+        return x if self.mean is None else x - np.float32(self.mean)
+
+
+def pop_pixels(keywords: dict[str, Any], data_format: str, **defaults) -> Pixels:
+    """Take out of `keywords` what tells how images are read: `pixels`, or the original's names with their defaults."""
+    named = {name: keywords.pop(name) for name in (*_KEYWORDS, "dup_3_channels") if name in keywords}
+    pixels = keywords.pop("pixels", None) or Pixels.of_keywords(**(defaults | named))
+    return replace(pixels, data_format=data_format)
+
+
+def _equalize_histogram(img: np.ndarray, name) -> np.ndarray:
+    """Return the histogram equalisation of a float (H, W) image within 0..255, truncated to 8 bits; float32 0..255.
+
+    The 2017 program wrapped values outside around; here they raise InputError naming `name`.
+    """
+    low, high = float(img.min()), float(img.max())
+    if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
+        raise InputError(
+            f"{name}: histogram equalisation needs an image within 0..255 after rescaling. "
+            f"Received {low:g}..{high:g}; set a rescale factor or target scale."
+        )
+    return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------- the original's functions
+
+
+def read_resize_img(
+    fname: str | Path,
+    target_size: tuple[int, int] | None = None,
+    target_height: int | None = None,
+    target_scale: float | None = None,
+    gs_255: bool = False,
+    rescale_factor: float | None = None,
+    dicom_16_bit: bool = False,
+) -> np.ndarray:
+    """Read an image, resize it (bicubic), and return it as float32 (H, W) (golden).
+
+    `target_size` is (rows, columns); `target_height` wins over it and keeps the aspect ratio, the width truncated.
+    Resizing happens in the stored integer type. `target_scale` maps this image's maximum to that value,
+    `rescale_factor` multiplies; `gs_255`, `dicom_16_bit`: see `read_img`. A colour file gives (H, W, C). Raises
+    InputError.
+    """
+    pixels = Pixels(target_size, target_scale, rescale_factor, height=target_height)
+    return pixels.rescale(pixels.resize(fname, read_img(fname, gs_255, dicom_16_bit)))
+
+
+def read_img_for_pred(
+    fname: str | Path,
+    equalize_hist: bool = False,
+    data_format: str = "channels_last",
+    dup_3_channels: bool = True,
+    transformer: Callable | None = None,
+    standardizer: Callable | None = None,
+    dicom_16_bit: bool = False,
+    **kwargs,
+) -> np.ndarray:
+    """Read one image as network input: float32 (H, W, 3), (H, W, 1), or channels first.
+
+    `dicom_16_bit` and `kwargs` are those of `read_resize_img`. `transformer` and `standardizer` (a generator's
+    `random_transform` and `standardize`) are applied last, in this order. Raises InputError, for colour images too.
+    """
+    pixels = Pixels.of_keywords(dup_3_channels, data_format, equalize_hist=equalize_hist, **kwargs)
+    stored = check_grey(fname, read_img(fname, pixels.gs_255, dicom_16_bit))
+    x = pixels.to_input(fname, pixels.resize(fname, stored))
+    for function in (transformer, standardizer):
+        x = x if function is None else function(x)
+    return np.ascontiguousarray(x)
+
+
+# ------------------------------------------------------------------------------------------ what they look like
+
+
+def pixel_warnings(images: Sequence[np.ndarray], mean: float | None = None) -> list[str]:
+    """Return warnings about float images before mean subtraction, of any shapes, and the `mean` to subtract, or None.
+
+    Told are pixels far outside 0..255 or within a small part of it, and a mean far from the images' own.
+    """
+    low = min(float(x.min()) for x in images)
+    high = max(float(x.max()) for x in images)
+    own = float(np.mean([x.mean() for x in images], dtype=np.float64))
+    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {counted(len(images), 'image')}"
+    messages = []
+    if low < -64 or high > 320 or high < 32:
+        messages.append(
+            f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
+            "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
+        )
+    if mean is not None:
+        asked = float(np.mean(mean))
+        if abs(asked - own) > max(16.0, 0.5 * abs(own)):
+            messages.append(
+                f"the mean that is subtracted, {asked:.4g} (featurewise mean), is far from the images' own, "
+                f"{own:.4g} in {len(images)} of them."
+            )
+    return messages
+
+
+def pixel_warnings_of_files(files: Sequence, pixels: Pixels, nb_images: int = 32) -> list[str]:
+    """Return the `pixel_warnings` of up to `nb_images` of the files, evenly spread, without those at fault."""
+    images = []
+    for index in np.linspace(0, len(files) - 1, min(nb_images, len(files))).astype(int):
+        with contextlib.suppress(InputError):  # told when its turn comes
+            images.append(pixels.read(files[index]))
+    return pixel_warnings(images, pixels.mean) if images else []
+
+
+# ------------------------------------------------------------------------------- what a model was trained with
+
+# What the released models were trained with; their mean is that of the DDSM ones.
+PUBLISHED_PIXELS = {
+    "img_size": [1152, 896],
+    "img_scale": None,
+    "rescale_factor": 0.003891,
+    "featurewise_center": True,
+    "featurewise_mean": 52.18,
+    "equalize_hist": False,
+    "class_list": ["neg", "pos"],
+}
+
+
+class _OfModel:
+    """Default of an option that the model's own training decides; None would be a choice of the user's."""
+
+    def __repr__(self):
+        return "the model's"
+
+
+OF_MODEL = _OfModel()
+
+
+def add_pixel_options_of_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `cli.add_pixel_options` for a command that is given trained models."""
+    cli.add_pixel_options(parser)
+    for action in parser._actions:
+        if action.dest in PUBLISHED_PIXELS and action.dest != "class_list" and action.help != argparse.SUPPRESS:
+            action.default = OF_MODEL
+            action.help = action.help.partition("; default")[0]
+
+
+def choose_pixel_options(
+    given: Mapping[str, Any], model_path, built: Sequence[int | None] = ()
+) -> tuple[dict[str, Any], str]:
+    """Return the pixel options, and `class_list`, to use with a model, and a sentence on where they come from.
+
+    Args:
+        given: values by name, those that are absent or OF_MODEL not being given. They win over what the model was
+            trained with, which wins over what the published models were.
+        model_path: file of the model.
+        built: (rows, columns) that the model is built for, if known, which win over the published size.
+
+    Raises:
+        InputError: as `read_settings` does.
+    """
+    chosen = {name: value for name, value in given.items() if name in PUBLISHED_PIXELS and value is not OF_MODEL}
+    settings, file = read_settings(model_path), _settings_file(model_path)
+    source = f"pixel options of the model's training, from {file}"
+    if settings is None:
+        settings = PUBLISHED_PIXELS | ({"img_size": list(built)} if built and None not in built else {})
+        source = f"pixel options of the published models, since there is no {file}"
+    rest = {name: value for name, value in settings.items() if name not in chosen}
+    if set(rest) <= {"class_list"}:
+        source = "pixel options as given"
+    return chosen | rest, source
+
+
+def read_settings(model_path) -> dict[str, Any] | None:
+    """Return pixel options, and `class_list`, that a model was trained with, or None where they are not known.
+
+    They are in `<model without ending>/args.json`, which the trainers write. Raises InputError for a damaged file.
+    """
+    path = _settings_file(model_path)
+    content = read_json(path)
+    if content is None:
+        return None
+    settings = {name: content[name] for name in PUBLISHED_PIXELS if name in content}
+    if not _are_settings(settings):
+        raise InputError(f"{path}: Expected the options of a training. Received others; remove the file to do without")
+    return settings
+
+
+def _settings_file(model_path) -> Path:
+    return Path(model_path).with_suffix("") / "args.json"
+
+
+def _are_settings(settings: dict[str, Any]) -> bool:
+    """Return whether JSON values are pixel options, and a list of classes, of the right types."""
+    if set(settings) != set(PUBLISHED_PIXELS):
+        return False
+    scale, factor, mean = (settings[name] for name in ("img_scale", "rescale_factor", "featurewise_mean"))
+    size, classes = settings["img_size"], settings["class_list"]
+    return (
+        all(number is None or is_number(number) for number in (scale, factor, mean))
+        and isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(length, int) and length > 0 for length in size)
+        and all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
+        and isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and not (settings["featurewise_center"] and mean is None)
+    )
+
+
+def is_number(value: object) -> bool:
+    """Return whether a JSON value is a finite number, whole ones included, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
