@@ -19,7 +19,7 @@ from mammo.data.prepare import (
     place_pictures,
     run_jobs,
     write_lists,
-    write_report,
+    write_preparation_report,
 )
 from mammo.data.splits import named_sets, print_split, split_by_options
 
@@ -73,7 +73,7 @@ def run(name: str, **options) -> None:
         lists = write_lists(args.out, sets, pictures, results)
         report = make_report(data_set, listing, pictures, sets, lists, results)
         data_set.complete(report, listing, jobs, results)
-        write_report(report, args)
+        write_preparation_report(report, args)
 
 
 def make_parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:

@@ -412,7 +412,7 @@ def make_report(
     return report
 
 
-def write_report(report: dict, args: argparse.Namespace) -> None:
+def write_preparation_report(report: dict, args: argparse.Namespace) -> None:
     """Write report.json and near_duplicates.csv, and print what matters of them.
 
     Raises InputError for faults, unless `args.on_error` is "skip".

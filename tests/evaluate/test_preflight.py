@@ -86,7 +86,7 @@ def test_what_the_user_gives_wins_over_the_training_and_this_over_the_published_
 def test_figures_of_an_image_by_hand():
     image = np.zeros((100, 100), np.float32)
     image[:50, 60:] = 100  # the brightest corner: above, at the right
-    figures = preflight.measure(image)
+    figures = preflight.measure_image(image)
     assert figures["mean"] == pytest.approx(20)
     assert figures["sd"] == pytest.approx(40)  # 100 * sqrt(0.2 * 0.8)
     assert figures["p99"] == 100
@@ -95,7 +95,7 @@ def test_figures_of_an_image_by_hand():
     assert figures["bright_border"] == pytest.approx((0.4 + 0.5) / 4)
     assert figures["dark_border"] == pytest.approx(1 - 0.9 / 4)
     assert figures["edge_line"] == pytest.approx(0.5)
-    mirrored = preflight.measure(image[::-1, ::-1, np.newaxis])
+    mirrored = preflight.measure_image(image[::-1, ::-1, np.newaxis])
     assert mirrored["to_left"] == mirrored["top_heavy"] == -1
 
 
