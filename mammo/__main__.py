@@ -1,6 +1,7 @@
 """Run a command by its name: `mammo COMMAND ...` or `python -m mammo COMMAND ...`."""
 
 import importlib
+import os
 import sys
 
 # In the order of the work: name, module, what it does.
@@ -41,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
             sys.argv[0] = f"mammo {name}"  # what argparse calls the program
             return importlib.import_module(module).main(argv[1:]) or 0
     asked = not argv or argv[0] in ("-h", "--help")
-    print(usage(), file=sys.stdout if asked else sys.stderr)
+    try:
+        print(usage(), file=sys.stdout if asked else sys.stderr, flush=True)
+    except BrokenPipeError:  # the reader had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not asked:
         print(f"mammo: error: Expected one of these commands. Received {' '.join(argv[:2])}", file=sys.stderr)
     return 0 if asked else 2

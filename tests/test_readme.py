@@ -22,8 +22,8 @@ import pandas as pd
 import pytest
 
 from mammo.__main__ import COMMANDS, main
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 GUIDE = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*GUIDE, *(ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"))]

@@ -125,7 +125,7 @@ def check_metarepository(args: argparse.Namespace, models: list) -> None:
 def evaluate(args: argparse.Namespace, models: list, source) -> None:
     from mammo.evaluate import evaluation
 
-    tables, names, about, predictors = predict(args, models, source) if models else read(args)
+    tables, names, about, predictors = predict_source(args, models, source) if models else read(args)
     if args.average:
         fitted_on = tables[1] if args.average == "fitted" else None
         averaged = [evaluation.add_averages(table, names, fitted_on) for table in tables]
@@ -154,7 +154,7 @@ def sets_of(args: argparse.Namespace, source) -> list[tuple]:
     return [(source, args.set)] + ([] if args.val is None else [(args.val, "val")])
 
 
-def predict(args: argparse.Namespace, models: list, source):
+def predict_source(args: argparse.Namespace, models: list, source):
     """Tables of DATA and of --val, if given, the names of the models, what to say of them in the results, and the
     `Predictor`s by name."""
     from mammo.evaluate import inputs as data

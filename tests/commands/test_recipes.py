@@ -24,8 +24,8 @@ from mammo.base.files import InputError
 from mammo.data import splits
 from mammo.evaluate import published
 from mammo.evaluate.published import FIGURES, read_published
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CLEARED = (
     *("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL", "RANDOM_SEED", "MEAN"),
     *("PATIENTS", "FAIL", "INBREAST"),

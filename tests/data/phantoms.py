@@ -16,7 +16,7 @@ from mammo.images.reading import read_img
 from mammo.phantom.cbis_ddsm import make_download, write_dicom
 from mammo.phantom.draw import draw_patients, draw_view
 from mammo.phantom.inbreast import make_inbreast
-from tests.outputs import read_report
+from tests.helpers import read_report
 
 SIZE = 144, 128
 WHOLE = {"img_size": [72, 56]}

@@ -21,7 +21,7 @@ from mammo.images.reading import read_img
 from mammo.phantom.cbis_ddsm import TREES, write_dicom
 from tests.data import phantoms
 from tests.data.phantoms import SIZE, by_key, download_cbis, draw_row
-from tests.outputs import files_of, read_csv, read_folder, read_png
+from tests.helpers import files_of, read_csv, read_folder, read_png
 
 prepare = functools.partial(phantoms.prepare, "cbis-ddsm")
 

@@ -37,7 +37,7 @@ from mammo.phantom.inbreast import HEADER, ODDITIES, write_dicom
 from tests.data import phantoms
 from tests.data.phantoms import SIZE, draw_inbreast, usable
 from tests.fuzz.seeds import as_biff2
-from tests.outputs import files_of, read_csv, read_folder, read_png
+from tests.helpers import files_of, read_csv, read_folder, read_png
 
 prepare = functools.partial(phantoms.prepare, "inbreast")
 

@@ -28,7 +28,7 @@ from mammo.data.others import (
 from mammo.data.prepare import read_image_table
 from mammo.phantom.cbis_ddsm import write_dicom
 from tests.data.phantoms import OWN, WHOLE, images_of, to_eight_bits, write, write_rows
-from tests.outputs import read_csv, read_png, read_report
+from tests.helpers import read_csv, read_png, read_report
 
 LABELS = read_labels()
 CLASSES = read_classes(["1", "2"], ["4", "5", "6"])

@@ -19,7 +19,7 @@ from mammo.data.prepare import make_whole, read_image_table
 from mammo.images.reading import parse_image_name
 from mammo.phantom.cbis_ddsm import write_dicom
 from tests.data.phantoms import OWN, SIZE, WHOLE, images_of, prepare
-from tests.outputs import files_of, read_folder, read_png, read_report
+from tests.helpers import files_of, read_folder, read_png, read_report
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 

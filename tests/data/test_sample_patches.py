@@ -19,7 +19,7 @@ from ddsm_train import sample_patches_combined, sample_patches_main
 from mammo.base.files import InputError
 from mammo.base.work import MANIFEST, OPTIONS
 from mammo.data.patches import TABLES, read_lesions
-from tests.outputs import read_csv, read_folder
+from tests.helpers import read_csv, read_folder
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
 

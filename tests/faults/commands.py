@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 # One process a core: several threads in each would only slow them down, and draw the kill moments apart.
 ENVIRONMENT = os.environ | {
     "NUM_CPU_CORES": "2",

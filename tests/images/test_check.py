@@ -14,7 +14,7 @@ from mammo.base.files import InputError
 from mammo.commands import check_data
 from mammo.images import check as image_check
 from mammo.images.check import check_image, check_images, report_faults, warn_of_types
-from tests.outputs import read_csv
+from tests.helpers import read_csv
 
 HERE = Path(check_data.__file__).parents[2]
 

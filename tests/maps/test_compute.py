@@ -29,8 +29,8 @@ from mammo.maps.draw import share_of_largest
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.train.checkpoint import save_model
 from mammo.train.devices import gradient_of_output
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 rng = np.random.default_rng(3)
 
 

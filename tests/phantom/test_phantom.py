@@ -17,7 +17,7 @@ from mammo.phantom import cbis_ddsm
 from mammo.phantom.cbis_ddsm import ODDITIES, make_download
 from mammo.phantom.draw import STYLES, Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
 from mammo.phantom.prepared import main, make_phantom
-from tests.outputs import read_csv, read_folder
+from tests.helpers import read_csv, read_folder
 
 HEIGHT, WIDTH = 192, 144
 PATHOLOGIES = ["BENIGN", "MALIGNANT"]
