@@ -11,7 +11,18 @@ import cv2
 import numpy as np
 
 from mammo.base.files import InputError
-from mammo.images.iterators import clust_kpts, empty_aligned, get_roi_patches, index_balancer, to_sparse
+from mammo.images.iterators import (
+    ArrayIterator,
+    CandidateRoiIterator,
+    DirectoryIterator,
+    ExamIterator,
+    ImageListIterator,
+    clust_kpts,
+    empty_aligned,
+    get_roi_patches,
+    index_balancer,
+    to_sparse,
+)
 from mammo.images.pixels import read_img_for_pred, read_resize_img
 from mammo.maps.compute import add_img_margins, crop_img, get_prob_heatmap, sweep_img_patches
 
@@ -211,32 +222,22 @@ class DMImageDataGenerator:
 
     def flow(self, X, y=None, batch_size=32, **kwargs):
         """Iterate over arrays; see `mammo.images.iterators.ArrayIterator`."""
-        from mammo.images.iterators import ArrayIterator
-
         return ArrayIterator(self, X, y, batch_size, **kwargs)
 
     def flow_from_directory(self, directory, target_size=(256, 256), **kwargs):
         """Iterate over image files in one folder a class; see `mammo.images.iterators.DirectoryIterator`."""
-        from mammo.images.iterators import DirectoryIterator
-
         return DirectoryIterator(self, directory, target_size, **kwargs)
 
     def flow_from_img_list(self, img_list, lab_list=None, **kwargs):
         """Iterate over a list of image files; see `mammo.images.iterators.ImageListIterator`."""
-        from mammo.images.iterators import ImageListIterator
-
         return ImageListIterator(self, img_list, lab_list, **kwargs)
 
     def flow_from_exam_list(self, exam_list, **kwargs):
         """Iterate over exams, two breasts of two views each; see `mammo.images.iterators.ExamIterator`."""
-        from mammo.images.iterators import ExamIterator
-
         return ExamIterator(self, exam_list, **kwargs)
 
     def flow_from_candid_roi(self, img_list, lab_list=None, **kwargs):
         """Iterate over patches around bright spots; see `mammo.images.iterators.CandidateRoiIterator`."""
-        from mammo.images.iterators import CandidateRoiIterator
-
         return CandidateRoiIterator(self, img_list, lab_list, **kwargs)
 
 

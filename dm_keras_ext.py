@@ -5,9 +5,10 @@ all layers); both are lists of `Stage`s run by `train_stages`.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import keras
 import numpy as np
@@ -233,6 +234,39 @@ class Stage:
     dropout: float | None = None
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs, learning rates, weight decays and dropout rates of a training in stages, by the names of the options.
+
+    Epochs are totals that are reached when a stage ends. The rate of a later stage is `init_lr` times its multiplier.
+    A weight decay or dropout rate of None leaves what the model was built with.
+    """
+
+    nb_epoch: int
+    all_layer_epochs: int
+    init_lr: float
+    all_layer_multiplier: float
+    top_layer_epochs: int = 0
+    top_layer_multiplier: float = 1.0
+    weight_decay: float | None = None
+    hidden_dropout: float | None = None
+    weight_decay2: float | None = None
+    hidden_dropout2: float | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Schedule":
+        """Take the options of a schedule from among others, such as `vars(args)`."""
+        return cls(**{field.name: options[field.name] for field in fields(cls) if field.name in options})
+
+    def first_stage(self, first_layer: int) -> Stage:
+        """Return the stage that trains the layers from index `first_layer` on until `nb_epoch`."""
+        return Stage(self.nb_epoch, self.init_lr, first_layer, self.weight_decay, self.hidden_dropout)
+
+    def later_stage(self, end_epoch: int, multiplier: float, first_layer: int) -> Stage:
+        """Return a stage that trains the layers from index `first_layer` on until `end_epoch`."""
+        return Stage(end_epoch, self.init_lr * multiplier, first_layer, self.weight_decay2, self.hidden_dropout2)
+
+
 def freeze_below(model: keras.Model, first_layer: int, frozen_bn: str = "batch") -> None:
     """Train the layers of `model` from index `first_layer` on; freeze those below, nested models whole.
 
@@ -388,64 +422,38 @@ def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -
 
 
 def patch_stages(
-    model: keras.Model,
-    *,
-    net: str,
-    use_pretrained: bool,
-    top_layer_nb: int | None,
-    nb_epoch: int,
-    top_layer_epochs: int,
-    all_layer_epochs: int,
-    init_lr: float,
-    top_layer_multiplier: float,
-    all_layer_multiplier: float,
-    weight_decay: float | None = None,
-    hidden_dropout: float | None = None,
-    weight_decay2: float | None = None,
-    hidden_dropout2: float | None = None,
+    model: keras.Model, schedule: Schedule, *, net: str, use_pretrained: bool, top_layer_nb: int | None
 ) -> list[Stage]:
-    """Stages of patch training: last layer, top layers, all layers (paper, section on patch training).
+    """Return the stages of patch training: last layer, top layers, all layers (paper, section on patch training).
 
-    Epochs are cumulative totals. Without pretrained weights, and for nets that have none (YaroslavNet, those of
-    ResNetBuilder), there is one stage of `nb_epoch` epochs on all layers.
+    Without pretrained weights, and for nets that have none (YaroslavNet, those of ResNetBuilder), there is one stage of
+    `nb_epoch` epochs on all layers.
     """
     if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
         print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
         use_pretrained = False
-    if not use_pretrained and max(top_layer_epochs, all_layer_epochs) > nb_epoch:
-        print(f"Without ImageNet weights there is one stage, of --nb-epoch {nb_epoch} epochs", flush=True)
     if not use_pretrained:
-        return [Stage(nb_epoch, init_lr, 0, weight_decay, hidden_dropout)]
+        if max(schedule.top_layer_epochs, schedule.all_layer_epochs) > schedule.nb_epoch:
+            print(f"Without ImageNet weights there is one stage, of --nb-epoch {schedule.nb_epoch} epochs", flush=True)
+        return [schedule.first_stage(0)]
     check_top_layer(model, top_layer_nb)
     return [
-        Stage(nb_epoch, init_lr, len(model.layers) - 1, weight_decay, hidden_dropout),
-        Stage(top_layer_epochs, init_lr * top_layer_multiplier, top_layer_nb, weight_decay2, hidden_dropout2),
-        Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2),
+        schedule.first_stage(len(model.layers) - 1),
+        schedule.later_stage(schedule.top_layer_epochs, schedule.top_layer_multiplier, top_layer_nb),
+        schedule.later_stage(schedule.all_layer_epochs, schedule.all_layer_multiplier, 0),
     ]
 
 
-def image_stages(
-    model: keras.Model,
-    *,
-    top_layer_nb: int | None,
-    nb_epoch: int,
-    all_layer_epochs: int,
-    init_lr: float,
-    all_layer_multiplier: float,
-    weight_decay: float,
-    hidden_dropout: float,
-    weight_decay2: float,
-    hidden_dropout2: float,
-) -> list[Stage]:
-    """Stages of whole-image training: the new layers, all layers (paper, section on whole-image training).
+def image_stages(model: keras.Model, schedule: Schedule, *, top_layer_nb: int | None) -> list[Stage]:
+    """Return the stages of whole-image training: new layers, all layers (paper, section on whole-image training).
 
-    Epochs are cumulative totals. `nb_epoch` 0 leaves out the first stage, which is finetuning; otherwise
-    `top_layer_nb`, the index of the first new layer, must be given.
+    `nb_epoch` 0 leaves out the first stage, which is finetuning; otherwise `top_layer_nb`, the index of the first new
+    layer, must be given.
     """
-    stages = [Stage(all_layer_epochs, init_lr * all_layer_multiplier, 0, weight_decay2, hidden_dropout2)]
-    if nb_epoch > 0:
+    stages = [schedule.later_stage(schedule.all_layer_epochs, schedule.all_layer_multiplier, 0)]
+    if schedule.nb_epoch > 0:
         check_top_layer(model, top_layer_nb)
-        stages.insert(0, Stage(nb_epoch, init_lr, top_layer_nb, weight_decay, hidden_dropout))
+        stages.insert(0, schedule.first_stage(top_layer_nb))
     return stages
 
 
@@ -489,33 +497,12 @@ def do_3stage_training(
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.
     """
-    stages = patch_stages(
-        model,
-        net=net,
-        use_pretrained=use_pretrained,
-        top_layer_nb=top_layer_nb,
-        nb_epoch=nb_epoch,
-        top_layer_epochs=top_layer_epochs,
-        all_layer_epochs=all_layer_epochs,
-        init_lr=init_lr,
-        top_layer_multiplier=top_layer_multiplier,
-        all_layer_multiplier=all_layer_multiplier,
-        weight_decay2=weight_decay2,
-        hidden_dropout2=hidden_dropout2,
-    )
-    history = train_stages(
-        model,
-        stages,
-        train_generator,
-        validation_set,
-        optim=optim,
-        callbacks=[BestModel(best_model_file, "val_accuracy", model_to_save=org_model)],
-        es_patience=es_patience,
-        lr_patience=lr_patience,
-        class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
-        frozen_bn=frozen_bn,
-    )
-    return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]
+    schedule = Schedule.of(locals())
+    stages = patch_stages(model, schedule, net=net, use_pretrained=use_pretrained, top_layer_nb=top_layer_nb)
+    keeper = BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
+    weights = None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight)
+    options = {"optim": optim, "es_patience": es_patience, "lr_patience": lr_patience, "frozen_bn": frozen_bn}
+    return _train_published(model, stages, train_generator, validation_set, keeper, class_weight=weights, **options)
 
 
 def do_2stage_training(
@@ -553,29 +540,15 @@ def do_2stage_training(
     Returns:
         (model, validation losses, validation accuracies), one value an epoch.
     """
-    stages = image_stages(
-        model,
-        top_layer_nb=top_layer_nb,
-        nb_epoch=nb_epoch,
-        all_layer_epochs=all_layer_epochs,
-        init_lr=init_lr,
-        all_layer_multiplier=all_layer_multiplier,
-        weight_decay=weight_decay,
-        hidden_dropout=hidden_dropout,
-        weight_decay2=weight_decay2,
-        hidden_dropout2=hidden_dropout2,
-    )
+    stages = image_stages(model, Schedule.of(locals()), top_layer_nb=top_layer_nb)
+    keeper = auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
     nb_class = model.output_shape[-1]
-    history = train_stages(
-        model,
-        stages,
-        train_generator,
-        validation_set,
-        optim=optim,
-        callbacks=[auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)],
-        es_patience=es_patience,
-        lr_patience=lr_patience,
-        class_weight=None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight),
-        frozen_bn=frozen_bn,
-    )
+    weights = None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight)
+    options = {"optim": optim, "es_patience": es_patience, "lr_patience": lr_patience, "frozen_bn": frozen_bn}
+    return _train_published(model, stages, train_generator, validation_set, keeper, class_weight=weights, **options)
+
+
+def _train_published(model, stages, train_set, validation_set, keeper, **options):
+    """Run the stages; return what the original's drivers do: (model, validation losses, validation accuracies)."""
+    history = train_stages(model, stages, train_set, validation_set, callbacks=[keeper], **options)
     return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]

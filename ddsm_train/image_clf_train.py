@@ -134,32 +134,22 @@ def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
     backend.start_backend(args.deterministic)
-    from ddsm_train import training
-    from dm_keras_ext import image_stages
+    from ddsm_train.training import run_training
+    from dm_keras_ext import Schedule, image_stages
     from mammo.train.callbacks import DMAucModelCheckpoint
 
     model, top_layer_nb = build_model(args)
-    with training.prepare(args, model, allow_constant=False) as prepared:
-        stages = image_stages(
-            prepared.model,
-            top_layer_nb=top_layer_nb,
-            nb_epoch=args.nb_epoch,
-            all_layer_epochs=args.all_layer_epochs,
-            init_lr=args.init_lr,
-            all_layer_multiplier=args.all_layer_multiplier,
-            weight_decay=args.weight_decay,
-            hidden_dropout=args.hidden_dropout,
-            weight_decay2=args.weight_decay2,
-            hidden_dropout2=args.hidden_dropout2,
-        )
-        best = DMAucModelCheckpoint(args.best_model, prepared.val_set, model_to_save=prepared.org_model)
-        history = training.train(prepared, stages, best)
-        training.finish(prepared, best, history, flips=args.test_augment)
+    run_training(
+        args,
+        model,
+        lambda model: image_stages(model, Schedule.of(vars(args)), top_layer_nb=top_layer_nb),
+        lambda run: DMAucModelCheckpoint(args.best_model, run.val_set, model_to_save=run.org_model),
+        allow_constant=False,
+        flips=args.test_augment,
+    )
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

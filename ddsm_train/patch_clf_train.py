@@ -67,8 +67,8 @@ def run(**options) -> None:
     """Train and score; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
     backend.start_backend(args.deterministic)
-    from ddsm_train import training
-    from dm_keras_ext import BUILDER_OPTIONS, get_dl_model, patch_stages
+    from ddsm_train.training import run_training
+    from dm_keras_ext import BUILDER_OPTIONS, Schedule, get_dl_model, patch_stages
     from mammo.train.callbacks import BestModel
 
     model, _, top_layer_nb = get_dl_model(
@@ -85,31 +85,16 @@ def run(**options) -> None:
         nb_init_filter=args.nb_init_filter,
         **{name: getattr(args, name) for name in BUILDER_OPTIONS},
     )
-    with training.prepare(args, model) as prepared:
-        stages = patch_stages(
-            prepared.model,
-            net=args.net,
-            use_pretrained=args.use_pretrained,
-            top_layer_nb=top_layer_nb,
-            nb_epoch=args.nb_epoch,
-            top_layer_epochs=args.top_layer_epochs,
-            all_layer_epochs=args.all_layer_epochs,
-            init_lr=args.init_lr,
-            top_layer_multiplier=args.top_layer_multiplier,
-            all_layer_multiplier=args.all_layer_multiplier,
-            weight_decay=args.weight_decay,
-            hidden_dropout=args.hidden_dropout,
-            weight_decay2=args.weight_decay2,
-            hidden_dropout2=args.hidden_dropout2,
-        )
-        best = BestModel(args.best_model, "val_accuracy", model_to_save=prepared.org_model)
-        history = training.train(prepared, stages, best)
-        training.finish(prepared, best, history)
+    networks = {"net": args.net, "use_pretrained": args.use_pretrained, "top_layer_nb": top_layer_nb}
+    run_training(
+        args,
+        model,
+        lambda model: patch_stages(model, Schedule.of(vars(args)), **networks),
+        lambda run: BestModel(args.best_model, "val_accuracy", model_to_save=run.org_model),
+    )
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,15 @@
-"""What the two trainers' command lines share: the image sets before training, the summary and scores after it."""
+"""Run a training of either trainer: from its options and a model to weights, history and test scores.
+
+`run_training` is the whole run; the sections below it are its steps, in order: options, lock and state, model, images,
+training, scores.
+"""
 
 import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +32,7 @@ from mammo.images.check import (
     warn_of_types,
 )
 from mammo.images.iterators import find_classes, sample_images
-from mammo.images.pixels import pixel_warnings
+from mammo.images.pixels import Pixels, pixel_warnings
 from mammo.train import checkpoint, memory
 from mammo.train.callbacks import BestModel, HistoryFile, tensorboard
 from mammo.train.checkpoint import check_outputs
@@ -56,210 +60,61 @@ _ENVIRONMENT = {"RANDOM_SEED": 12345, "NUM_GPU_DEVICES": 1}  # with their defaul
 
 
 @dataclass
-class Training:
+class Run:
     """A model and its image sets, ready to train."""
 
     args: argparse.Namespace
+    out_dir: Path | None  # where results are written, or None
+    state: TrainingState
     model: keras.Model
     org_model: keras.Model  # the same on a single device: the one that is saved
     fitted: keras.Model  # shares the layers of `model`, and may keep fewer activations: the one that is fitted
     train_set: keras.utils.PyDataset
     val_set: keras.utils.PyDataset
     test_set: keras.utils.PyDataset
-    out_dir: Path | None  # where results are written, or None
-    state: TrainingState
 
 
-@contextmanager
-def prepare(args: argparse.Namespace, model: keras.Model, allow_constant: bool = True) -> Iterator[Training]:
-    """Check the model against the options and make the training, validation and test sets of a trainer.
+def run_training(
+    args: argparse.Namespace,
+    model: keras.Model,
+    make_stages: Callable[[keras.Model], list[Stage]],
+    make_keeper: Callable[[Run], BestModel],
+    *,
+    allow_constant: bool = True,
+    flips: bool = False,
+) -> None:
+    """Train a classifier in stages, keep its best weights and score them on the test set.
 
-    While the block runs, no other training can write to the output folder, or the same models.
-    Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
-    channel shift within 20. Constant images are legal among patches; without `allow_constant` they count as unreadable.
-    Raises InputError for data or a model that do not fit the options, and where the output folder holds the state of
-    a training with other options.
+    Args:
+        args: the options of a trainer.
+        model: a classifier of one image.
+        make_stages: returns the stages of the model that is trained, a copy of `model` on several devices.
+        make_keeper: returns the callback that keeps the best weights.
+        allow_constant: constant images are legal among patches; otherwise they count as unreadable.
+        flips: score the mean of four flips too.
+
+    Raises InputError for data or a model that do not fit the options, and where the output folder holds the state of a
+    training with other options. While it runs, no other training can write to the output folder, or the same models.
     """
-    check_options(args, model)
+    check_training_options(args, model)
     out_dir = _out_dir(args)
-    models = [Path(name) for name in (args.best_model, args.final_model) if name != "NOSAVE"]
     with ExitStack() as stack:
-        if out_dir is not None:
-            stack.enter_context(locked(out_dir))
-            remove_partial(out_dir)
-        for model_file in models:
-            stack.enter_context(locked(model_file.parent, model_file.name))
-            remove_partial(model_file)
-        training = _prepare(args, model, allow_constant, out_dir, _open_state(args, out_dir))
-        for image_set in (training.train_set, training.val_set, training.test_set):
+        _lock_outputs(args, out_dir, stack)
+        state = _open_state(args, out_dir)
+        trained, org_model, fitted = _place_model(args, model)
+        sets = _open_sets(args, out_dir, state, channels=model.input_shape[-1], allow_constant=allow_constant)
+        for image_set in sets:
             stack.callback(image_set.close)
-        yield training
+        run = Run(args, out_dir, state, trained, org_model, fitted, *sets)
+        stages, keeper = make_stages(trained), make_keeper(run)
+        history = train_run(run, stages, keeper)
+        score_run(run, keeper, history, flips)
 
 
-def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState:
-    epochs = max(args.nb_epoch, args.all_layer_epochs, getattr(args, "top_layer_epochs", 0))
-    trains = out_dir is not None and epochs > 0  # without epochs, models are only scored
-    state = TrainingState(out_dir / "state" if trains else None, args.save_every)
-    fresh = args.fresh or args.resume == "off"
-    if trains and not fresh:
-        _check_best_model(args, state.folder)
-    # Without resuming, too, what was saved goes: the models that it belongs to are about to be replaced.
-    state.open(fresh)
-    if args.resume == "off":
-        state = TrainingState()
-    options = {name: value for name, value in vars(args).items() if name not in _FREE_TO_CHANGE}
-    options["best_model_in_memory"] = args.best_model == "NOSAVE"
-    outputs = [Path(name).resolve() for name in (args.best_model, args.final_model)]
-    for name in _FILES_READ:
-        if options.get(name) is not None:
-            options[name] = _describe_file(Path(options[name]), outputs)
-    environment = {name: env_int(name, default) for name, default in _ENVIRONMENT.items()}
-    state.check(**options, **environment, KERAS_BACKEND=keras.backend.backend())
-    return state
+# ---------------------------------------------------------------------------------------------------- options
 
 
-def _check_best_model(args: argparse.Namespace, state_folder: Path) -> None:
-    """Raise InputError where the best model is of a training with another output folder, or of none that is known."""
-    best, read = Path(args.best_model), [getattr(args, name, None) for name in _FILES_READ]
-    going_on = any(name is not None and Path(name).resolve() == best.resolve() for name in read)
-    if best.exists() and not state_folder.exists() and not going_on:
-        raise InputError(
-            f"--best-model {best}: is there already, of a training whose state is not in {state_folder}. Give the "
-            "--out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
-        )
-
-
-def _describe_file(path: Path, outputs: Sequence[Path]) -> str:
-    """Name and digest of a file that a training begins with: the same one may lie elsewhere on another machine, and
-    another one of its name in its place. One of the `outputs`, which the training replaces, goes by its name alone.
-    """
-    if path.resolve() in outputs or not path.is_file():
-        return path.name
-    with open(path, "rb") as file:
-        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
-
-
-def _prepare(args, model, allow_constant, out_dir, state) -> Training:
-    seed = env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"])
-    model, org_model = make_parallel(model, env_int("NUM_GPU_DEVICES", _ENVIRONMENT["NUM_GPU_DEVICES"]))
-    if args.mixed_precision:
-        memory.mixed_precision(model)
-    fitted = memory.rematerialize(model, tuple(args.img_size)) if args.remat else model
-
-    plain = DMImageDataGenerator(featurewise_center=args.featurewise_center)
-    augmented = DMImageDataGenerator(featurewise_center=args.featurewise_center)
-    if args.featurewise_center:
-        plain.mean = augmented.mean = args.featurewise_mean
-    if args.augmentation:
-        augmented.horizontal_flip = augmented.vertical_flip = True
-        augmented.rotation_range = 25.0
-        augmented.shear_range = 0.2
-        augmented.zoom_range = [0.8, 1.2]
-        augmented.channel_shift_range = 20.0
-
-    pixels = {
-        "target_size": tuple(args.img_size),
-        "target_scale": args.img_scale,
-        "rescale_factor": args.rescale_factor,
-        "equalize_hist": args.equalize_hist,
-        "dup_3_channels": model.input_shape[-1] == 3,
-        "classes": args.class_list,
-        "class_mode": "categorical",
-        "on_error": args.on_error,
-        "allow_constant": allow_constant,
-    }
-    checked = _check_data(args, out_dir, allow_constant, state.is_resumed)
-    train_set = augmented.flow_from_directory(
-        args.train_dir,
-        batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
-        shuffle=True,
-        seed=seed,
-        auto_batch_balance=args.auto_batch_balance,
-        load_to_ram=args.load_train_ram,
-        checked=checked,
-        **pixels,
-    )
-    # A class may be absent where nothing is learned: its scores are then undefined, which is said.
-    scoring = {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True, **pixels}
-    val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, checked=checked, **scoring)
-    test_set = plain.flow_from_directory(args.test_dir, checked=checked, **scoring)
-    _describe_sets(train=train_set, validation=val_set, test=test_set)
-    images = sample_images(train_set)
-    for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None):
-        print(f"warning: {message}", file=sys.stderr)
-
-    for folder in (*val_set.empty_classes, *test_set.empty_classes):
-        print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
-    _report_skipped(training=train_set, validation=val_set, test=test_set)
-
-    state.check(training_images=_fingerprint(train_set), validation_images=_fingerprint(val_set))
-    if out_dir is not None:
-        write_json(out_dir / "pixel_stats.json", pixel_statistics(images))
-    return Training(args, model, org_model, fitted, train_set, val_set, test_set, out_dir, state)
-
-
-def _fingerprint(image_set) -> str:
-    """Number of the files of a set, and a digest of their names and sizes, in order."""
-    digest = hashlib.sha256()
-    for name, size in zip(image_set.filenames, image_set.file_sizes, strict=True):
-        digest.update(f"{name}\0{size}\0".encode())
-    return f"{image_set.nb_sample} files {digest.hexdigest()[:12]}"
-
-
-def _check_data(args, out_dir: Path | None, allow_constant: bool, resumed: bool) -> dict[str, ImageCheck] | None:
-    """What is known of the images of all sets, by file, or None where they are not checked.
-
-    Raises InputError for images that cannot be used, unless they are skipped.
-
-    A resumed training that skips images takes them for what they were when it began: one that cannot be read since is
-    a lost one, so that the order of the others stays.
-    """
-    if not args.check_data:
-        return None
-    folders = [Path(folder).absolute() for folder in (args.train_dir, args.val_dir, args.test_dir)]
-    table = None if out_dir is None else out_dir / TABLE
-    known = read_checks(table) if resumed and args.on_error == "skip" else {}
-    if all(any(Path(file).is_relative_to(folder) for file in known) for folder in folders):
-        return {file: accept_constant(check) if allow_constant else check for file, check in known.items()}
-    files = [
-        folder / name
-        for folder in folders
-        for names in find_classes(folder, args.class_list).values()
-        for name in names
-    ]
-    checks = check_images(files, table, allow_constant)
-    if args.img_scale is None:
-        warn_of_types(checks)
-    report_faults(checks, table, args.on_error)
-    return {check.file: check for check in checks}
-
-
-def _describe_sets(**sets) -> None:
-    """Print what is in each set, and warn of images that seem to be in two: such a leak makes any score too good."""
-    for name, image_set in sets.items():
-        counts = np.bincount(image_set.classes, minlength=image_set.nb_class)
-        by_class = ", ".join(f"{label} {count}" for label, count in zip(image_set.class_indices, counts, strict=True))
-        print(f"{name} set: {counted(image_set.nb_sample, 'image')} ({by_class})")
-    for (name, one), (other, two) in combinations(sets.items(), 2):
-        shared = {Path(file).name for file in one.filenames} & {Path(file).name for file in two.filenames}
-        if shared:
-            print(
-                f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set, such as "
-                f"{min(shared)}: no image or patient should be",
-                file=sys.stderr,
-            )
-
-
-def _report_skipped(**sets) -> None:
-    for name, image_set in sets.items():
-        for message in image_set.skipped:
-            print(f"skipped: {message}", file=sys.stderr)
-        if image_set.skipped:
-            count, total = len(image_set.skipped), image_set.nb_file
-            print(f"warning: {count} of {total} {name} images skipped", file=sys.stderr)
-
-
-def check_options(args: argparse.Namespace, model: keras.Model) -> None:
+def check_training_options(args: argparse.Namespace, model: keras.Model) -> None:
     """Raise InputError where model, options and places to write do not fit, before any image is read."""
     source = args.resume_from or getattr(args, "patch_model_state", None) or "model"
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.outputs) != 1:
@@ -318,14 +173,208 @@ def _out_dir(args: argparse.Namespace) -> Path | None:
     return None if args.best_model == "NOSAVE" else Path(args.best_model).with_suffix("")
 
 
-def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[dict]:
-    """Run the stages; the logs of every epoch. `args.json`, `history.csv` and its picture go to the output folder."""
-    args = training.args
-    callbacks: list[keras.callbacks.Callback] = [best]
+# ---------------------------------------------------------------------------------------------- lock and state
+
+
+def _lock_outputs(args: argparse.Namespace, out_dir: Path | None, stack: ExitStack) -> None:
+    """Lock the output folder and the models until `stack` closes; remove what a killed run left half written."""
+    models = [Path(name) for name in (args.best_model, args.final_model) if name != "NOSAVE"]
+    for place in ([] if out_dir is None else [(out_dir,)]) + [(file.parent, file.name) for file in models]:
+        stack.enter_context(locked(*place))
+        remove_partial(Path(*place))
+
+
+def _open_state(args: argparse.Namespace, out_dir: Path | None) -> TrainingState:
+    epochs = max(args.nb_epoch, args.all_layer_epochs, getattr(args, "top_layer_epochs", 0))
+    trains = out_dir is not None and epochs > 0  # without epochs, models are only scored
+    state = TrainingState(out_dir / "state" if trains else None, args.save_every)
+    fresh = args.fresh or args.resume == "off"
+    if trains and not fresh:
+        _check_best_model(args, state.folder)
+    # Without resuming, too, what was saved goes: the models that it belongs to are about to be replaced.
+    state.open(fresh)
+    if args.resume == "off":
+        state = TrainingState()
+    options = {name: value for name, value in vars(args).items() if name not in _FREE_TO_CHANGE}
+    options["best_model_in_memory"] = args.best_model == "NOSAVE"
+    outputs = [Path(name).resolve() for name in (args.best_model, args.final_model)]
+    for name in _FILES_READ:
+        if options.get(name) is not None:
+            options[name] = _describe_file(Path(options[name]), outputs)
+    environment = {name: env_int(name, default) for name, default in _ENVIRONMENT.items()}
+    state.check(**options, **environment, KERAS_BACKEND=keras.backend.backend())
+    return state
+
+
+def _check_best_model(args: argparse.Namespace, state_folder: Path) -> None:
+    """Raise InputError where the best model was not written by the training whose state is in `state_folder`."""
+    best, read = Path(args.best_model), [getattr(args, name, None) for name in _FILES_READ]
+    going_on = any(name is not None and Path(name).resolve() == best.resolve() for name in read)
+    if best.exists() and not state_folder.exists() and not going_on:
+        raise InputError(
+            f"--best-model {best}: is there already, of a training whose state is not in {state_folder}. Give the "
+            "--out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
+        )
+
+
+def _describe_file(path: Path, outputs: Sequence[Path]) -> str:
+    """Return the name and digest of a file that a training begins with.
+
+    The same file may lie elsewhere on another machine, and another file of its name in its place. One of the `outputs`,
+    which the training replaces, goes by its name alone.
+    """
+    if path.resolve() in outputs or not path.is_file():
+        return path.name
+    with open(path, "rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+
+def _place_model(args: argparse.Namespace, model: keras.Model) -> tuple[keras.Model, keras.Model, keras.Model]:
+    """Return (model to train, model to save, model to fit), on the devices and in the precision that are asked for."""
+    model, org_model = make_parallel(model, env_int("NUM_GPU_DEVICES", _ENVIRONMENT["NUM_GPU_DEVICES"]))
+    if args.mixed_precision:
+        memory.mixed_precision(model)
+    return model, org_model, memory.rematerialize(model, tuple(args.img_size)) if args.remat else model
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+def _open_sets(
+    args: argparse.Namespace, out_dir: Path | None, state: TrainingState, channels: int, allow_constant: bool
+) -> list[keras.utils.PyDataset]:
+    """Check the images, return the training, validation and test set, and say what is in them and looks wrong."""
+    checked = _check_data(args, out_dir, allow_constant, state.is_resumed)
+    train_set, val_set, test_set = sets = make_sets(args, channels, allow_constant, checked)
+    _describe_sets(train=train_set, validation=val_set, test=test_set)
+    images = sample_images(train_set)
+    for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None):
+        print(f"warning: {message}", file=sys.stderr)
+    for folder in (*val_set.empty_classes, *test_set.empty_classes):
+        print(f"warning: {folder}: no images in this class folder", file=sys.stderr)
+    _report_skipped(training=train_set, validation=val_set, test=test_set)
+    state.check(training_images=_fingerprint(train_set), validation_images=_fingerprint(val_set))
+    if out_dir is not None:
+        write_json(out_dir / "pixel_stats.json", pixel_statistics(images))
+    return sets
+
+
+def make_sets(
+    args: argparse.Namespace, channels: int, allow_constant: bool, checked: dict[str, ImageCheck] | None = None
+) -> list[keras.utils.PyDataset]:
+    """Return the training, validation and test set.
+
+    Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
+    channel shift within 20.
+    """
+    plain = DMImageDataGenerator(featurewise_center=args.featurewise_center)
+    augmented = DMImageDataGenerator(featurewise_center=args.featurewise_center)
+    if args.featurewise_center:
+        plain.mean = augmented.mean = args.featurewise_mean
+    if args.augmentation:
+        augmented.horizontal_flip = augmented.vertical_flip = True
+        augmented.rotation_range = 25.0
+        augmented.shear_range = 0.2
+        augmented.zoom_range = [0.8, 1.2]
+        augmented.channel_shift_range = 20.0
+    common = {
+        "pixels": Pixels.of(args, channels),
+        "classes": args.class_list,
+        "class_mode": "categorical",
+        "on_error": args.on_error,
+        "allow_constant": allow_constant,
+        "checked": checked,
+    }
+    train_set = augmented.flow_from_directory(
+        args.train_dir,
+        batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
+        shuffle=True,
+        seed=env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"]),
+        auto_batch_balance=args.auto_batch_balance,
+        load_to_ram=args.load_train_ram,
+        **common,
+    )
+    # A class may be absent where nothing is learned: its scores are then undefined, which is said.
+    common |= {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True}
+    val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, **common)
+    return [train_set, val_set, plain.flow_from_directory(args.test_dir, **common)]
+
+
+def _check_data(args, out_dir: Path | None, allow_constant: bool, resumed: bool) -> dict[str, ImageCheck] | None:
+    """Return what is known of the images of all sets, by file, or None where they are not checked.
+
+    Raises InputError for images that cannot be used, unless they are skipped.
+
+    A resumed training that skips images takes them for what they were when it began: one that cannot be read since is
+    a lost one, so that the order of the others stays.
+    """
+    if not args.check_data:
+        return None
+    folders = [Path(folder).absolute() for folder in (args.train_dir, args.val_dir, args.test_dir)]
+    table = None if out_dir is None else out_dir / TABLE
+    known = read_checks(table) if resumed and args.on_error == "skip" else {}
+    if all(any(Path(file).is_relative_to(folder) for file in known) for folder in folders):
+        return {file: accept_constant(check) if allow_constant else check for file, check in known.items()}
+    files = [
+        folder / name
+        for folder in folders
+        for names in find_classes(folder, args.class_list).values()
+        for name in names
+    ]
+    checks = check_images(files, table, allow_constant)
+    if args.img_scale is None:
+        warn_of_types(checks)
+    report_faults(checks, table, args.on_error)
+    return {check.file: check for check in checks}
+
+
+def _fingerprint(image_set) -> str:
+    """Return the number of files of a set, and a digest of their names and sizes, in order."""
+    digest = hashlib.sha256()
+    for name, size in zip(image_set.filenames, image_set.file_sizes, strict=True):
+        digest.update(f"{name}\0{size}\0".encode())
+    return f"{image_set.nb_sample} files {digest.hexdigest()[:12]}"
+
+
+def _describe_sets(**sets) -> None:
+    """Print what is in each set, and warn of images that seem to be in two: such a leak makes any score too good."""
+    for name, image_set in sets.items():
+        counts = np.bincount(image_set.classes, minlength=image_set.nb_class)
+        by_class = ", ".join(f"{label} {count}" for label, count in zip(image_set.class_indices, counts, strict=True))
+        print(f"{name} set: {counted(image_set.nb_sample, 'image')} ({by_class})")
+    for (name, one), (other, two) in combinations(sets.items(), 2):
+        shared = {Path(file).name for file in one.filenames} & {Path(file).name for file in two.filenames}
+        if shared:
+            print(
+                f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set, such as "
+                f"{min(shared)}: no image or patient should be",
+                file=sys.stderr,
+            )
+
+
+def _report_skipped(**sets) -> None:
+    for name, image_set in sets.items():
+        for message in image_set.skipped:
+            print(f"skipped: {message}", file=sys.stderr)
+        if image_set.skipped:
+            count, total = len(image_set.skipped), image_set.nb_file
+            print(f"warning: {count} of {total} {name} images skipped", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train_run(run: Run, stages: Sequence[Stage], keeper: BestModel) -> list[dict]:
+    """Run the stages and return the logs of every epoch; write `args.json`, `history.csv` and its picture."""
+    args = run.args
+    callbacks: list[keras.callbacks.Callback] = [keeper]
     history_file = None
-    if training.out_dir is not None:
-        write_json(training.out_dir / "args.json", vars(args))
-        history_file = HistoryFile(training.out_dir / "history.csv")
+    if run.out_dir is not None:
+        write_json(run.out_dir / "args.json", vars(args))
+        history_file = HistoryFile(run.out_dir / "history.csv")
         callbacks.append(history_file)
     if args.tensorboard is not None:
         callbacks.append(tensorboard(args.tensorboard))
@@ -333,10 +382,10 @@ def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[
     if not args.auto_batch_balance:
         weights = class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
     history = train_stages(
-        training.model,
+        run.model,
         stages,
-        training.train_set,
-        training.val_set,
+        run.train_set,
+        run.val_set,
         optim=args.optim,
         callbacks=callbacks,
         es_patience=args.es_patience,
@@ -345,17 +394,20 @@ def train(training: Training, stages: Sequence[Stage], best: BestModel) -> list[
         frozen_bn=args.frozen_bn,
         accumulate=args.accumulate,
         jit=args.jit,
-        fitted=training.fitted,
-        state=training.state,
+        fitted=run.fitted,
+        state=run.state,
     )
-    if history_file is not None and training.state.is_resumed:
+    if history_file is not None and run.state.is_resumed:
         history_file.draw()  # which a stop at the end of the last stage left undone
     return history
 
 
-def finish(training: Training, best: BestModel, history: Sequence[dict], flips: bool = False) -> None:
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def score_run(run: Run, keeper: BestModel, history: Sequence[dict], flips: bool = False) -> None:
     """Save the final model, print the training summary, and score the test set with the best weights."""
-    args, model = training.args, training.org_model
+    args, model = run.args, run.org_model
     if history:
         losses = [row["val_loss"] for row in history]
         # A diverged epoch has a NaN loss; it must not win.
@@ -364,23 +416,23 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
         print(f"Minimum val loss achieved at epoch: {epoch + 1}")
         print(f"Best val loss: {losses[epoch]}")
         print(f"Best val accuracy: {history[epoch]['val_accuracy']}")
-    if best.best_epoch is not None:
+    if keeper.best_epoch is not None:
         kept = "kept in memory" if args.best_model == "NOSAVE" else f"saved in {args.best_model}"
-        print(f"Best model: epoch {best.best_epoch + 1}, {kept}")
+        print(f"Best model: epoch {keeper.best_epoch + 1}, {kept}")
     diverged = bool(history) and not np.isfinite(history[-1]["loss"])
     if args.final_model != "NOSAVE" and diverged:
         print("the final model is not saved: its loss is not finite", file=sys.stderr)
-    elif args.final_model != "NOSAVE" and not training.state.finished:  # the weights of the end are gone by then
+    elif args.final_model != "NOSAVE" and not run.state.finished:  # the weights of the end are gone by then
         checkpoint.save_model(model, args.final_model)
         print(f"Final model saved in {args.final_model}")
     elif args.final_model != "NOSAVE" and not Path(args.final_model).exists():
         print("the final model is not saved: the training had ended without one; --fresh trains anew", file=sys.stderr)
-    best.restore(model)
+    keeper.restore(model)
     memory.full_precision(model)  # as the saved file predicts
 
     print("\n==== Evaluating the best model on the test set ====", flush=True)
-    y_true, y_pred, _, y_flips = predict(model, training.test_set, flips=flips, progress=True)
-    _, files = drop_unreadable(y_true, np.array(training.test_set.filenames))
+    y_true, y_pred, _, y_flips = predict(model, run.test_set, flips=flips, progress=True)
+    _, files = drop_unreadable(y_true, np.array(run.test_set.filenames))
     y_true, y_pred, y_flips = drop_unreadable(y_true, y_pred, y_flips)
     predictions = {"single": y_pred} | ({"flips": y_flips} if flips else {})
     scores = classification_scores(y_true, y_pred, args.class_list)
@@ -392,11 +444,11 @@ def finish(training: Training, best: BestModel, history: Sequence[dict], flips: 
         print("test set: the AUC is undefined for classes that hold all samples or none", file=sys.stderr)
     if flips:
         print(f"AUROC on test set, mean of 4 flips: {auc_line(auc_by_class(y_true, y_flips), args.class_list)}")
-    if training.out_dir is not None:
-        write_test_results(training.out_dir, files, y_true, predictions, args.class_list)
-        print(f"Results are in {training.out_dir}", flush=True)
+    if run.out_dir is not None:
+        write_test_results(run.out_dir, files, y_true, predictions, args.class_list)
+        print(f"Results are in {run.out_dir}", flush=True)
     if diverged:
-        training.state.discard()
+        run.state.discard()
     else:
-        training.state.finish()
-    _report_skipped(training=training.train_set, validation=training.val_set, test=training.test_set)
+        run.state.finish()
+    _report_skipped(training=run.train_set, validation=run.val_set, test=run.test_set)

@@ -23,22 +23,22 @@ step "3/7 Sampling patches around and away from the lesions"
 sample
 
 step "4/7 Training a small patch classifier from random weights"
-train_patch "$out/patch_model.h5" "$out/patch"
+train_patch "$out/patch.h5" "$out/patch"
 
 step "5/7 Converting it and training the whole-image classifier in two stages"
-train_image "$out/patch_model.h5" "$out/image_model.h5" "$out/image"
+train_image "$out/patch.h5" "$out/image.h5" "$out/image"
 
 step "6/7 Mapping where the patch classifier sees lesions, and how well the maps point at them"
-sweep "$out/patch_model.h5" "$out/maps.npz" --pat-list "$data/pat_test.txt"
+sweep "$out/patch.h5" "$out/maps.npz" --pat-list "$data/pat_test.txt"
 python ddsm_train/localise.py "$out/maps.npz" --roi-mask-dir "$data/roi_mask" --out-dir "$out/localisation"
 
 step "7/7 Drawing such maps, and what the whole-image classifier looks at: a patient of each kind of lesion"
 awk -F, 'NR == FNR {test[$1]; next} ($1 in test) && !seen[substr($5, 1, 3) $6]++ {print $1}' \
     "$data/pat_test.txt" "$data/roi_mask_path.csv" | sort -u > "$out/drawn.txt"
-sweep "$out/patch_model.h5" "$out/drawn.npz" --pat-list "$out/drawn.txt" --overlay "$out/overlays" \
+sweep "$out/patch.h5" "$out/drawn.npz" --pat-list "$out/drawn.txt" --overlay "$out/overlays" \
     --roi-mask-dir "$data/roi_mask"
 # The labels beside the breast are blanked: their letters are bright and sharp, and Grad-CAM would point at them.
-map_lesions "$out/image_model.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt" --overlay "$out/gradcam" \
+map_lesions "$out/image.h5" "$out/gradcam.npz" --pat-list "$out/drawn.txt" --overlay "$out/gradcam" \
     --roi-mask-dir "$data/roi_mask" --segment-breast
 
 step "Done"

@@ -364,16 +364,38 @@ def _is_constant(node: dict) -> bool:
 
 # Trees, which skops does not trust by itself: they hold no code, but indices that scikit-learn follows unseen, so that
 # `check_trees` looks at them.
-TREE_TYPES = {
+_TREE_TYPES = {
     "sklearn.tree._tree.Tree",
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
 }
 
 # The kinds of skops's nodes that such a classifier consists of; others call functions, or unpack arrays of any size.
-TREE_NODES = {
+_TREE_NODES = {
     *("DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "CachedNode", "ObjectNode", "NdArrayNode"),
     *("TreeNode", "LossNode", "RandomGeneratorNode", "RandomStateNode"),
 }
+
+
+def load_trees(path: str | os.PathLike):
+    """Read a `.skops` file without running code: raise InputError for one that asks for more than scikit-learn's trees.
+
+    Its archive, or its indices (see `check_trees`), may still be damaged, in which case skops raises errors of many
+    types.
+    """
+    import skops.io
+
+    check_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        others = set(_node_kinds(parse_json(archive.read("schema.json")))) - _TREE_NODES
+    if others:
+        raise InputError(f"{path}: refused: holds {min(others)}. Expected scikit-learn's trees alone")
+    unknown = set(skops.io.get_untrusted_types(file=path)) - _TREE_TYPES
+    if unknown:
+        raise InputError(
+            f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
+            "Expected scikit-learn's trees alone"
+        )
+    return skops.io.load(path, trusted=sorted(_TREE_TYPES))
 
 
 def check_trees(model) -> None:
@@ -403,7 +425,7 @@ def check_trees(model) -> None:
             raise ValueError("trees whose splits lead out of them")
 
 
-def node_kinds(schema) -> Iterator[str]:
+def _node_kinds(schema) -> Iterator[str]:
     """Yield the kinds of all nodes in the schema of a `.skops` file."""
     if isinstance(schema, dict):
         if "__loader__" in schema:
@@ -411,4 +433,4 @@ def node_kinds(schema) -> Iterator[str]:
         schema = list(schema.values())
     if isinstance(schema, list):
         for part in schema:
-            yield from node_kinds(part)
+            yield from _node_kinds(part)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw a mammogram as an 8-bit picture with the outlines of its lesions.
 
   python -m mammo draw-lesions full_img/P_00005_RIGHT_CC.png out.png roi_mask/Calc-Training_P_00005_RIGHT_CC_1.png
@@ -7,10 +6,15 @@ The darkest pixel becomes black and the brightest pixel of the breast white; a m
 """
 
 import argparse
-import sys
+
+import cv2
+import numpy as np
 
 from mammo.base import cli
 from mammo.base.files import InputError, write_img
+from mammo.images.breast import DMImagePreprocessor
+from mammo.images.pixels import read_resize_img
+from mammo.images.reading import check_grey, read_img
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,12 +29,6 @@ def make_parser() -> argparse.ArgumentParser:
 def run(**options) -> None:
     """Write the picture; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
-    import cv2
-    import numpy as np
-
-    from mammo.images.breast import DMImagePreprocessor
-    from mammo.images.reading import check_grey, read_img, read_resize_img
-
     img = read_resize_img(args.image, target_height=args.height) if args.height else read_img(args.image)
     check_grey(args.image, img)
     try:
@@ -47,9 +45,4 @@ def run(**options) -> None:
     write_img(args.out, picture)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -6,20 +6,20 @@ column a model follows: its probability of the positive classes.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, env_int
 from mammo.base.tables import find_columns, open_table
-from mammo.data.others import COLUMNS as TABLE_COLUMNS
-from mammo.data.others import REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
+from mammo.data.others import OWN_COLUMNS, REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
 from mammo.data.prepare import IMAGE_TABLE, read_image_table
 from mammo.evaluate.evaluation import AVERAGE, FLIPS, IMAGE_COLUMNS
-from mammo.images.reading import parse_image_name
+from mammo.images.pixels import Pixels, pixel_warnings_of_files
+from mammo.images.reading import check_constant, find_images, parse_image_name
 
 
 def read_images(
@@ -73,8 +73,6 @@ def _read_prepared(folder: Path, part: str) -> list[tuple]:
 
 
 def _read_classes(folder: Path, classes, positive) -> list[tuple]:
-    from mammo.images.reading import find_images
-
     listed = {}
     if (folder.parent / IMAGE_TABLE).is_file():
         images = read_image_table(folder.parent / IMAGE_TABLE)
@@ -105,7 +103,7 @@ def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[d
         labels = read_labels(["0", *(name for name in classes if name not in positive)], ["1", *positive])
     rows, others = [], []
     with open_table(path) as (header, lines):
-        places = find_columns(path, header, TABLE_COLUMNS, TABLE_COLUMNS.keys() - REQUIRED)
+        places = find_columns(path, header, OWN_COLUMNS, OWN_COLUMNS.keys() - REQUIRED)
         if len(set(header)) < len(header):
             raise InputError(f"{path}, line 1: Expected each column once. Received {','.join(header)[:300]}")
         unnamed = {name: place for place, name in enumerate(header) if place not in places.values()}
@@ -232,59 +230,57 @@ def predict_images(
     Returns:
         the table, of the images that could be read, and a message for each of the others.
     """
-    from dm_image import DMImageDataGenerator
-    from mammo.images.iterators import check_pixel_stats
-    from mammo.train.scoring import predict
-
-    alike: dict[tuple, list[str]] = {}
+    alike: dict[Pixels, list[str]] = {}
     for name, predictor in predictors.items():
         if missing := [label for label in positive if label not in predictor.class_list]:
             raise InputError(
                 f"{name}: no class {missing[0]}. Expected {', '.join(predictor.class_list)}; see --positive"
             )
-        pixels = {key: value for key, value in predictor.options.items() if key != "class_list"}
-        alike.setdefault((repr(sorted(pixels.items())), predictor.model.input_shape[-1]), []).append(name)
-    skipped = {}
-    for (_, channels), names in alike.items():
-        first = predictors[names[0]]
-        generator = DMImageDataGenerator(featurewise_center=first.pixels.mean is not None)
-        generator.mean = first.pixels.mean
-        images = generator.flow_from_img_list(
-            table["file"],
-            table["label"],
-            pixels=replace(first.pixels, channels=channels),
-            batch_size=batch_size,
-            validation_mode=True,
-            on_error=on_error,
-            allow_constant=False,
-        )
-        skipped |= dict.fromkeys(images.skipped)
-        for message in check_pixel_stats(images):
+        alike.setdefault(predictor.pixels, []).append(name)
+    faults: dict[str, str] = {}
+    for pixels, names in alike.items():
+        files = [file for file in table["file"] if file not in faults]
+        for message in pixel_warnings_of_files(files, pixels):
             print(f"warning: {', '.join(names)}: {message}", file=sys.stderr)
-        together = _Together([predictors[name].model for name in names])
-        _, single, _, averaged = predict(together, images, flips=flips, progress=True)
-        columns, start = {}, 0
-        for name in names:
-            class_list = predictors[name].class_list
-            wanted = [start + class_list.index(label) for label in positive]
-            start += len(class_list)
-            columns[name] = single[:, wanted].sum(axis=1, dtype=np.float64)
-            if flips:
-                columns[name + FLIPS] = averaged[:, wanted].sum(axis=1, dtype=np.float64)
-        table = table.join(pd.DataFrame(columns, index=images.filenames), on="file", how="inner")
-    return table[[*IMAGE_COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(skipped)
+        predicted = []
+        for images, at_fault in _read_batches(files, pixels, batch_size):
+            faults |= at_fault
+            if faults and on_error == "stop":
+                raise InputError(next(iter(faults.values())))
+            if images:
+                columns = [_predict_positive(name, predictors[name], images, positive, flips) for name in names]
+                predicted.append(pd.concat(columns, axis=1))
+        if not predicted:
+            raise InputError(f"none of {len(table)} images can be read; the first: {next(iter(faults.values()))}")
+        table = table.join(pd.concat(predicted), on="file", how="inner")
+    return table[[*IMAGE_COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(faults.values())
+
+
+def _read_batches(files, pixels: Pixels, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
+    """Yield network input by file, in batches, and the faults met on the way by file.
+
+    A mammogram whose pixels are all equal is broken.
+    """
+    from mammo.evaluate.predict import read_batches
+
+    def read(file):
+        resized = pixels.resize(file, pixels.read_stored(file))
+        return pixels.to_input(file, check_constant(file, resized))
+
+    batches = read_batches(read, files, batch_size, env_int("NUM_CPU_CORES", 4, minimum=1))
+    for batch in tqdm(batches, total=-(-len(files) // batch_size), desc="predict", disable=None):
+        images = {file: image for file, image, fault in batch if fault is None}
+        yield images, {file: fault for file, _, fault in batch if fault is not None}
+
+
+def _predict_positive(name: str, predictor, images: dict[str, np.ndarray], positive, flips: bool) -> pd.DataFrame:
+    """Return the probabilities of the positive classes, by file, in the columns of one model."""
+    wanted = [predictor.class_list.index(label) for label in positive]
+    found = predictor.probabilities(np.stack(list(images.values())), flips)
+    values = np.stack([probabilities[:, wanted].sum(axis=1, dtype=np.float64) for probabilities in found], axis=1)
+    return pd.DataFrame(values, index=list(images), columns=model_columns([name], flips))
 
 
 def model_columns(names: Iterable[str], flips: bool) -> list[str]:
     """Names of the columns that `predict_images` adds for these models."""
     return [name + way for way in (("", FLIPS) if flips else ("",)) for name in names]
-
-
-class _Together:
-    """Models of the same input as one whose outputs stand side by side."""
-
-    def __init__(self, models):
-        self.models = models
-
-    def predict_on_batch(self, x):
-        return np.concatenate([np.asarray(model.predict_on_batch(x)) for model in self.models], axis=1)

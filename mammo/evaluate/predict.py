@@ -1,6 +1,6 @@
 """One trained whole-image classifier applied to image files: probabilities, warnings before them, and Grad-CAM."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,11 +29,18 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A model with the pixel options that it is to be used with; see `mammo.images.pixels.choose_pixel_options`.
+    """A model that predicts image files, with the pixel options of its training unless others are given.
 
-    `class_list` names its outputs, `source` says where the options come from, `trained` is what is known of its
-    training images, or None. Raises InputError for a file that cannot be opened, a model that is no classifier of one
-    image, or options that do not fit it.
+    `pixels` reads the images, `options` are the same by name, `source` says where they come from; `class_list` names
+    the outputs; `trained` is what is known of the training images, or None.
+
+    Args:
+        given: options that win over the training's; see `mammo.images.pixels.choose_pixel_options`.
+        trust_checkpoint: open a file that holds Python code, too.
+
+    Raises:
+        InputError: for a file that cannot be opened, a model that is no classifier of one image, or options that do
+            not fit it.
     """
 
     def __init__(self, model_path, given: Mapping[str, Any] | None = None, trust_checkpoint: bool = False):
@@ -57,55 +64,50 @@ class Predictor:
 
     @property
     def is_of_patches(self) -> bool:
-        """Whether the model seems to be a patch classifier: classes other than two, background among them, or a small
-        square image size in a network that takes any size."""
+        """Return whether the model seems to be a patch classifier.
+
+        It has classes other than two, background among them, or a small square image size though it takes any size.
+        """
         rows, columns = self.options["img_size"]
         small = rows == columns <= _MAX_PATCH_SIZE and None in self.model.input_shape[1:3]
         return len(self.class_list) != 2 or "background" in self.class_list or small
 
     def predict(self, files: Sequence, flips: bool = False, batch_size: int = 4, jobs: int = 1) -> Iterator[Prediction]:
-        """Predictions of image files, in their order; one at fault does not stop the others.
+        """Predict image files, in their order; one at fault does not stop the others.
 
         flips: the mean of the four flips of each image. jobs: threads that read images while the network works.
         """
-        waiting: list[tuple[str, np.ndarray | None, list[str], str | None]] = []
-
-        def finish():
-            images = [pixels for _, pixels, _, _ in waiting if pixels is not None]
-            probabilities = iter(self._probabilities(np.stack(images), flips) if images else ())
-            for file, pixels, warnings, fault in waiting:
-                yield Prediction(file, None if pixels is None else next(probabilities), warnings, fault)
-            waiting.clear()
-
-        for read in prefetch(self._read_or_fault, files, jobs):
-            waiting.append(read)
-            if sum(pixels is not None for _, pixels, _, _ in waiting) == batch_size:
-                yield from finish()
-        yield from finish()
+        for batch in read_batches(self.read, files, batch_size, jobs):
+            images = [read[0] for _, read, _ in batch if read]
+            probabilities = iter(self.probabilities(np.stack(images), flips)[-1] if images else ())
+            for file, read, fault in batch:
+                if fault is None:
+                    yield Prediction(file, next(probabilities), read[1], None)
+                else:
+                    yield Prediction(file, None, [], fault)
 
     def read(self, file) -> tuple[np.ndarray, list[str]]:
-        """Pixels of an image as the network gets them, before mean subtraction, float32 (H, W), and what is unlike the
-        training images; see `mammo.evaluate.preflight.warnings_for`. Raises InputError."""
+        """Return the pixels of an image before mean subtraction, float32 (H, W), and what is unlike the training's.
+
+        See `mammo.evaluate.preflight.warnings_for`. Raises InputError.
+        """
         stored = self.pixels.read_stored(file)
         x = self.pixels.to_input(file, self.pixels.resize(file, stored))
         return x, preflight.warnings_for(
             x, self.trained, mean=self.pixels.mean, stored_size=stored.shape, view=find_view(file)
         )
 
-    def _read_or_fault(self, file):
-        try:
-            return str(file), *self.read(file), None
-        except InputError as error:
-            return str(file), None, [], str(error)
+    def probabilities(self, images: np.ndarray, flips: bool = False) -> tuple[np.ndarray, ...]:
+        """Return the probabilities, float32 (N, classes), of images (N, H, W) as `read` gives them.
 
-    def _probabilities(self, images: np.ndarray, flips: bool) -> np.ndarray:
-        """float32 (N, classes) of images (N, H, W)."""
+        With `flips`, also return the mean over the four flips of each image.
+        """
         x = np.repeat(self.pixels.centered(images)[..., np.newaxis], self.model.input_shape[-1], axis=-1)
         _, single, _, averaged = predict(self.model, (x, np.zeros(len(x))), batch_size=len(x), flips=flips)
-        return averaged if flips else single
+        return (single, averaged) if flips else (single,)
 
     def explain(self, file) -> tuple[np.ndarray, np.ndarray, Grid]:
-        """Pixels (H, W) of an image as `read` gives them, its Grad-CAM maps (rows, columns, classes) and their grid.
+        """Return the pixels (H, W) of an image as `read` does, its Grad-CAM maps (rows, columns, classes), their grid.
 
         Raises InputError, for networks without a feature map too.
         """
@@ -117,3 +119,28 @@ class Predictor:
         from mammo.maps.compute import GradCam
 
         return GradCam(self.model, self.pixels)
+
+
+def read_batches(
+    read: Callable[[Any], Any], files: Iterable, batch_size: int, jobs: int = 1
+) -> Iterator[list[tuple[str, Any, str | None]]]:
+    """Read image files ahead by `jobs` threads, and yield them in batches of `batch_size` that could be read.
+
+    Of each file a batch holds its name, what `read` gives for it or None, and its fault, the message of an InputError,
+    or None. Those at fault come with the others around them, in the order of the files.
+    """
+
+    def read_or_fault(file):
+        try:
+            return str(file), read(file), None
+        except InputError as error:
+            return str(file), None, str(error)
+
+    batch = []
+    for entry in prefetch(read_or_fault, files, jobs):
+        batch.append(entry)
+        if sum(fault is None for _, _, fault in batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

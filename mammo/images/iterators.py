@@ -17,7 +17,7 @@ from mammo.base.files import InputError, env_int, write_img
 from mammo.base.work import run_parallel
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
 from mammo.images.check import check_images
-from mammo.images.pixels import Pixels, pixel_warnings, pop_pixels
+from mammo.images.pixels import Pixels, pop_pixels
 from mammo.images.reading import IMAGE_SUFFIXES, ImageError, check_constant, is_image
 
 # Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
@@ -957,19 +957,6 @@ def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
     memory = np.empty(size + 15, np.float32)
     start = -memory.ctypes.data % 64 // 4
     return memory[start : start + size].reshape(shape)
-
-
-# --------------------------------------------------------------------------------------------------- checking
-
-
-def check_pixel_stats(iterator, nb_images: int = 32) -> list[str]:
-    """Warnings about the pixel values that a network will see, with the values measured on up to `nb_images` images.
-
-    Told are: images before mean subtraction far outside 0..255 or within a small part of it (a wrong rescale factor
-    or target scale), and a generator's mean far from the images' mean. Batches of file and array iterators only.
-    """
-    generator = iterator.generator
-    return pixel_warnings(sample_images(iterator, nb_images), generator.mean if generator.featurewise_center else None)
 
 
 def sample_images(iterator, nb_images: int = 32) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ Files hold 8- or 16-bit integers (rows, columns); networks get float32, about 0.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,6 +210,15 @@ def pixel_warnings(images: Sequence[np.ndarray], mean: float | None = None) -> l
                 f"{own:.4g} in {len(images)} of them."
             )
     return messages
+
+
+def pixel_warnings_of_files(files: Sequence, pixels: Pixels, nb_images: int = 32) -> list[str]:
+    """Return the `pixel_warnings` of up to `nb_images` of the files, evenly spread, without those at fault."""
+    images = []
+    for index in np.linspace(0, len(files) - 1, min(nb_images, len(files))).astype(int):
+        with contextlib.suppress(InputError):  # told when its turn comes
+            images.append(pixels.read(files[index]))
+    return pixel_warnings(images, pixels.mean) if images else []
 
 
 # ------------------------------------------------------------------------------- what a model was trained with

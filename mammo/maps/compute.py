@@ -226,11 +226,12 @@ class GradCam(_WholeImage):
         """The maps of an image: float32 (map rows, map columns, classes)."""
         import keras
 
+        from mammo.train.devices import gradient_of_output
+
         features = keras.ops.convert_to_tensor(self.trunk.predict_on_batch(self._input(scan)))
         maps = []
         for index in range(self.head.output_shape[-1]):
-            gradient = keras.ops.convert_to_numpy(_gradient(self.head, features, index))
-            weights = gradient.mean(axis=(0, 1, 2))
+            weights = gradient_of_output(self.head, features, index).mean(axis=(0, 1, 2))
             maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
         return np.stack(maps, axis=-1)
 
@@ -314,29 +315,6 @@ def _scores_before_softmax(model):
     return scores
 
 
-def _gradient(head, features, index: int):
-    """Gradient of output `index` of a model with regard to its input, of any backend."""
-    import keras
-
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(features)
-            score = head(features, training=False)[:, index]
-        return tape.gradient(score, features)
-    if backend == "jax":
-        import jax
-
-        variables = [[v.value for v in group] for group in (head.trainable_variables, head.non_trainable_variables)]
-        return jax.grad(lambda x: head.stateless_call(*variables, x, training=False)[0][:, index].sum())(features)
-    import torch
-
-    features = features.detach().requires_grad_(True)
-    return torch.autograd.grad(head(features, training=False)[:, index].sum(), features)[0]
-
-
 # ------------------------------------------------------------------------------------------------ all the images
 
 
@@ -361,8 +339,7 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     """
     breasts, faults, rows = [], [], {}
     wanted = None if patients is None else set(patients)
-    for number, cells in read_rows(table, ("patient_id", "side", "cancer")):
-        row = f"{table}, row {number}"
+    for row, cells in read_rows(table, ("patient_id", "side", "cancer")):
         patient, side, cancer = cells["patient_id"], cells["side"], cells["cancer"]
         if not is_file_name(patient):
             raise InputError(f"{row}: patient_id is part of file names. Received {patient!r}")
@@ -371,8 +348,9 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
         if cancer not in ("0", "1"):
             raise InputError(f"{row}: cancer: Expected 0 or 1. Received {cancer!r}")
         if (patient, side) in rows:
-            raise InputError(f"{row}: repeats row {rows[patient, side]} ({patient} {side}); remove one of them")
-        rows[patient, side] = number
+            line = rows[patient, side].rpartition(", ")[2]
+            raise InputError(f"{row}: repeats {line} ({patient} {side}); remove one of them")
+        rows[patient, side] = row
         if wanted is not None and patient not in wanted:
             continue
         paths = {view: Path(img_folder, f"{patient}_{side}_{view.upper()}.png") for view in MAP_VIEWS}

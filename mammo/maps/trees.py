@@ -8,7 +8,6 @@ features, and the trees learn on which side of each split such breasts go.
 import functools
 import os
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write, write_json
-from mammo.base.guards import TREE_NODES, TREE_TYPES, check_archive, check_trees, node_kinds, parse_json, readable
+from mammo.base.guards import check_trees, load_trees, readable
 from mammo.base.statistics import bootstrap_auc, bootstrap_counts, percentile_interval
 from mammo.base.work import run_parallel
 from mammo.maps.files import MAP_VIEWS, HeatmapRecord, Heatmaps, load_heatmaps
@@ -321,7 +320,7 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
             f"{path}: Expected a classifier's file. Received {'a folder' if Path(path).is_dir() else 'none'}"
         )
     with readable(path, "not a whole classifier: Expected what heatmap_clf_train.py saves ({})"):
-        content = _read_joblib(path) if Path(path).suffix == ".joblib" else _read_skops(path)
+        content = _read_joblib(path) if Path(path).suffix == ".joblib" else load_trees(path)
         if content.pop("format") != _FORMAT:
             raise InputError(f"{path}: a classifier of a later version of this program")
         classifier = HeatmapClassifier(**content)
@@ -333,23 +332,6 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
     if nb_feature != expected:
         raise InputError(f"{path}: Expected a forest or boosted trees on {expected} features. Received {nb_feature}")
     return classifier
-
-
-def _read_skops(path) -> dict:
-    import skops.io
-
-    check_archive(path)
-    with zipfile.ZipFile(path) as archive:
-        nodes = set(node_kinds(parse_json(archive.read("schema.json"))))
-    if not nodes <= TREE_NODES:
-        raise InputError(f"{path}: refused: holds {min(nodes - TREE_NODES)}. Expected scikit-learn's trees alone")
-    unknown = set(skops.io.get_untrusted_types(file=path)) - TREE_TYPES
-    if unknown:
-        raise InputError(
-            f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
-            "Expected scikit-learn's trees alone"
-        )
-    return skops.io.load(path, trusted=sorted(TREE_TYPES))
 
 
 def _read_joblib(path) -> dict:

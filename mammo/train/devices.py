@@ -1,4 +1,4 @@
-"""Train on several devices, repeat exactly: what each Keras backend needs for them.
+"""Train on several devices, repeat exactly, differentiate: what each Keras backend needs for them.
 
 TensorFlow mirrors a model on every device, JAX splits every batch over them; the batch size is that of all devices
 together. A step is that of one device with the same batch, except where TensorFlow's batch normalization takes the
@@ -82,6 +82,29 @@ def set_random_state(arrays):
     torch.set_rng_state(states[0])
     for device, state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, device)
+
+
+def gradient_of_output(model: keras.Model, x, index: int) -> np.ndarray:
+    """Return the gradient of output `index` of a model, summed over the batch, with regard to its input tensor `x`."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            score = model(x, training=False)[:, index]
+        gradient = tape.gradient(score, x)
+    elif backend == "jax":
+        import jax
+
+        variables = [[v.value for v in group] for group in (model.trainable_variables, model.non_trainable_variables)]
+        gradient = jax.grad(lambda x: model.stateless_call(*variables, x, training=False)[0][:, index].sum())(x)
+    else:
+        import torch
+
+        x = x.detach().requires_grad_(True)
+        gradient = torch.autograd.grad(model(x, training=False)[:, index].sum(), x)[0]
+    return keras.ops.convert_to_numpy(gradient)
 
 
 class _EvenBatches(keras.utils.PyDataset):

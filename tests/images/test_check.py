@@ -14,9 +14,7 @@ from mammo.base.files import InputError
 from mammo.commands import check_data
 from mammo.images import check as image_check
 from mammo.images.check import check_image, check_images, report_faults, warn_of_types
-from tests.outputs import read_csv
-
-HERE = Path(check_data.__file__).parents[2]
+from tests.helpers import read_csv
 
 
 def picture(seed=0, dtype="uint16", shape=(40, 30)):
@@ -200,7 +198,7 @@ def test_mixed_pixel_types_are_warned_of(folder, capsys):
 
 
 def run_script(*arguments, **options):
-    command = [sys.executable, str(HERE / "mammo/commands/check_data.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "mammo", "check-data", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
@@ -209,7 +207,8 @@ def test_the_script_lists_faults_and_fails(folder, tmp_path):
     assert run.returncode == 1
     assert run.stdout.startswith("pixel types: uint16 (2), uint8 (1)\nsizes: 40 x 30 (3)\n11 images listed in ")
     assert "8 of 11 images cannot be used:" in run.stdout
-    assert run.stderr.splitlines()[-1].startswith("check_data.py: error: 8 images cannot be used; data_check.csv lists")
+    [*_, line] = run.stderr.splitlines()
+    assert line.startswith("mammo check-data: error: 8 images cannot be used; data_check.csv lists")
     assert len(read_csv(tmp_path / "data_check.csv")) == 11
 
 
@@ -314,7 +313,7 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
 
     from ddsm_train import training
 
-    start = training.train
+    start = training.train_run
     lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
     write(sets / "train/pos/text.png", b"no image")
 
@@ -323,7 +322,7 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
             path.unlink()
         return start(*args, **kwargs)
 
-    monkeypatch.setattr(training, "train", lose_and_train)
+    monkeypatch.setattr(training, "train_run", lose_and_train)
     train(sets, on_error="skip", final_model=str(sets / "out/final.h5"))
     shown = capsys.readouterr()
     table = pd.read_csv(sets / "out/best/predictions.csv")
@@ -335,7 +334,7 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
     assert "warning: 2 of 11 training images skipped" in shown.err
     assert "warning: 1 of 10 test images skipped" in shown.err
 
-    monkeypatch.setattr(training, "train", start)
+    monkeypatch.setattr(training, "train_run", start)
     train(sets, on_error="skip", resume_from=str(sets / "out/best.h5"), nb_epoch=0, all_layer_epochs=0,
           best_model=str(sets / "out/again.h5"))  # fmt: skip
     again = pd.read_csv(sets / "out/again/predictions.csv")
@@ -349,7 +348,7 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
 
     from ddsm_train import training
 
-    start = training.train
+    start = training.train_run
     lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
     options = {"on_error": "skip", "nb_epoch": 4, "all_layer_epochs": 4}
     contents = [path.read_bytes() for path in lost]
@@ -362,7 +361,7 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
     def begin(name, **more):
         train(sets, best_model=str(sets / f"{name}.h5"), **options | more)
 
-    monkeypatch.setattr(training, "train", lose_and_train)
+    monkeypatch.setattr(training, "train_run", lose_and_train)
     begin("whole")
     for path, content in zip(lost, contents, strict=True):
         path.write_bytes(content)
@@ -378,7 +377,7 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
         context.setattr(training.HistoryFile, "on_epoch_begin", interrupt)
         with pytest.raises(KeyboardInterrupt):
             begin("stopped")
-    monkeypatch.setattr(training, "train", start)
+    monkeypatch.setattr(training, "train_run", start)
     begin("stopped")
     for name in ("history.csv", "predictions.csv"):
         whole, resumed = (pd.read_csv(sets / run / name) for run in ("whole", "stopped"))

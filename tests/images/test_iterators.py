@@ -20,11 +20,11 @@ from dm_keras_ext import DMAucModelCheckpoint
 from dm_resnet import MultiViewResNetBuilder
 from mammo.base.files import InputError
 from mammo.images.check import check_images
-from mammo.images.iterators import batch_weights, check_pixel_stats
-from mammo.images.pixels import read_resize_img
+from mammo.images.iterators import batch_weights, sample_images
+from mammo.images.pixels import pixel_warnings, read_resize_img
 from mammo.images.reading import read_img
 from mammo.train.keras2 import Accuracy, WeightedCrossentropy
-from tests.commands.test_scripts import write_dicom
+from tests.helpers import write_dicom
 
 AUGMENT = {"rotation_range": 25.0, "zoom_range": [0.8, 1.2], "channel_shift_range": 20.0, "horizontal_flip": True}
 
@@ -728,9 +728,8 @@ def test_images_of_different_sizes_do_not_make_a_batch(folders):
 
 def test_pixel_range_and_mean_are_checked(folders):
     def messages(mean=None, **args):
-        generator = DMImageDataGenerator(featurewise_center=mean is not None)
-        generator.mean = mean
-        return check_pixel_stats(generator.flow_from_directory(folders, target_size=(4, 4), **args))
+        iterator = DMImageDataGenerator().flow_from_directory(folders, target_size=(4, 4), **args)
+        return pixel_warnings(sample_images(iterator), mean)
 
     own_mean = np.mean([read_resize_img(p, (4, 4), rescale_factor=0.01).mean() for p in folders.rglob("*.png")])
     assert messages(own_mean, rescale_factor=0.01) == []

@@ -28,8 +28,9 @@ from mammo.maps.compute import ForwardPropagation, GradCam, Scan, Sweep
 from mammo.maps.draw import share_of_largest
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.train.checkpoint import save_model
+from mammo.train.devices import gradient_of_output
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 rng = np.random.default_rng(3)
 
 
@@ -292,14 +293,14 @@ def test_cells_of_grad_cam_are_the_middles_of_what_features_see(net, size):
     rows, columns = Grid(size, cam.first, cam.strides).centres(shape)
     i, j = shape[0] // 2, shape[1] // 2
     feature = keras.Model(cam.trunk.inputs, cam.trunk.outputs[0][:, i, j, :])
-    sees = np.abs(keras.ops.convert_to_numpy(compute._gradient(feature, x, 0)))[0].sum(axis=-1)
+    sees = np.abs(gradient_of_output(feature, x, 0))[0].sum(axis=-1)
     middle = (sees.sum(1) @ (np.arange(size[0]) + 0.5), sees.sum(0) @ (np.arange(size[1]) + 0.5)) / sees.sum()
     # Exact but for the branches of Inception, of which some reach the image's border.
     assert (rows[i], columns[j]) == pytest.approx(tuple(middle), abs=1)
     # Pictures show the outermost cells up to the edges: the last feature sees all but what convolutions without padding
     # leave over.
     feature = keras.Model(cam.trunk.inputs, cam.trunk.outputs[0][:, -1, -1, :])
-    sees = np.abs(keras.ops.convert_to_numpy(compute._gradient(feature, x, 0)))[0].sum(axis=-1)
+    sees = np.abs(gradient_of_output(feature, x, 0))[0].sum(axis=-1)
     assert sees[-4, -4] > 0
 
 
@@ -435,7 +436,7 @@ def test_grad_cam_of_whole_image_classifiers(add_conv):
     features = cam.trunk.predict(x, verbose=0)
     scores = cam.head.predict(features, verbose=0)
     np.testing.assert_allclose(keras.ops.softmax(scores), model.predict(x, verbose=0), atol=1e-5)
-    gradient = keras.ops.convert_to_numpy(compute._gradient(cam.head, keras.ops.convert_to_tensor(features), 1))
+    gradient = gradient_of_output(cam.head, keras.ops.convert_to_tensor(features), 1)
     step = 1e-2 * gradient / np.abs(gradient).max()
     ahead, behind = (cam.head.predict(features + sign * step, verbose=0)[0, 1] for sign in (1, -1))
     assert ahead - behind == pytest.approx(2 * (gradient * step).sum(), rel=0.02)
@@ -717,19 +718,19 @@ def test_breasts_of_a_table(tmp_path):
     ]  # fmt: skip
     assert faults == [f"{folder / 'pat.csv'}: no row of patient P_9"]
     [fault] = compute.read_breasts(folder / "pat.csv", folder)[1]
-    assert "row 6: no image of P_4 LEFT" in fault
+    assert "line 6: no image of P_4 LEFT" in fault
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("P_1,UP,1", "row 3: unknown side"),
-        ("P_1,LEFT,2", "row 3: cancer: Expected 0 or 1. Received '2'"),
-        ("P_0,LEFT,1", "row 3: repeats row 2"),
-        ("../img/P_1,LEFT,1", "row 3: patient_id is part of file names. Received '../img/P_1'"),
-        ("P:1,LEFT,1", "row 3: patient_id is part of file names"),
-        ("..,LEFT,1", "row 3: patient_id is part of file names"),
-        ("P_1,LEFT", "row 3: cancer: Expected 0 or 1. Received ''"),
+        ("P_1,UP,1", "line 3: unknown side"),
+        ("P_1,LEFT,2", "line 3: cancer: Expected 0 or 1. Received '2'"),
+        ("P_0,LEFT,1", "line 3: repeats line 2"),
+        ("../img/P_1,LEFT,1", "line 3: patient_id is part of file names. Received '../img/P_1'"),
+        ("P:1,LEFT,1", "line 3: patient_id is part of file names"),
+        ("..,LEFT,1", "line 3: patient_id is part of file names"),
+        ("P_1,LEFT", "line 3: Expected 3 cells. Received 2"),
     ],
 )
 def test_wrong_tables_name_the_row(tmp_path, row, message):

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import h5py
@@ -21,8 +20,8 @@ from mammo.base.cli import Terminated
 from mammo.base.files import InputError
 from mammo.train import callbacks, checkpoint, resume
 from mammo.train.resume import TrainingState
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16
 
 
@@ -186,7 +185,7 @@ def test_a_training_killed_after_its_last_epoch_saves_the_final_model_of_its_las
     """Its dropout and weight decay are in the file, though no stage is left to set them."""
     options = ("--hidden-dropout2", "0.5", "--weight-decay2", "0.02", "--nb-epoch", "1", "--all-layer-epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "finish", lambda *args, **kwargs: kill())
+        patch.setattr(training, "score_run", lambda *args, **kwargs: kill())
         with pytest.raises(Killed):
             train(data, tmp_path / "killed", *options)
     files = {}
