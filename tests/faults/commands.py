@@ -125,7 +125,8 @@ def make_inputs(data: Path) -> None:
     patches = sample(data, data / "patches", "--nb-abn", 4, "--nb-bkg", 4)
     model = [
         sys.executable, "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import keras, dm_keras_ext; from mammo.train import checkpoint\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import keras, dm_keras_ext\n"
+        "from mammo.train import checkpoint\n"
         "keras.utils.set_random_seed(1)\n"
         f"network = dm_keras_ext.Yaroslav(classes={len(CLASSES)}, nb_init_filter=2)\n"
         f"checkpoint.save_model(network, {str(data / 'patch.h5')!r})",
