@@ -4,7 +4,7 @@
 Reads a table of lesions, a list of patients, whole images and lesion masks; writes one folder of 16-bit PNG
 patches a class, `pat_lst.txt` (the patients of the set) and `patches.csv` (where each patch was cut) into the
 training and into the validation folder. A run that was killed and is started again ends with the same files.
-The rules of sampling are in `dm_region`.
+The rules of sampling are in `mammo.data.patch_rules`.
 """
 
 import argparse

@@ -249,7 +249,7 @@ def sampling(args):
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
         print("Choosing the centres of 10 + 10 patches, and all of it (decode, segment, choose, encode, write), ms an")
-        print("image 4096 x 3328: the 2017 rule with masks as large as the image against dm_region, fastest of 3.")
+        print("image 4096 x 3328: the 2017 rule with masks as large as the image against patch_rules, fastest of 3.")
         print(
             f"{'image':>18} {'2017':>8} {'ours':>8} {'ratio':>6} {'all 2017':>9} {'all ours':>9} {'ratio':>6}  centres"
         )

@@ -85,11 +85,11 @@ def _balance(one, other) -> float:
 
 
 def pixel_statistics(images: Iterable) -> dict[str, Any]:
-    """What training images look like, for `pixel_stats.json`: plain types that JSON can hold.
+    """Return what training images look like, for `pixel_stats.json`: plain types that JSON can hold.
 
     images: float (H, W[, C]) each, at least one, after rescaling and before mean subtraction. Returns images, size
     ([H, W] of the first), mean and sd of all pixels, dark_border (mean share), faces_left (share of the images), and
-    of_images: for each figure of `measure` its quantiles 0, 0.05, 0.5, 0.95 and 1 over the images.
+    of_images: for each figure of `measure_image` its quantiles 0, 0.05, 0.5, 0.95 and 1 over the images.
     """
     figures, size = [], None
     for image in images:
