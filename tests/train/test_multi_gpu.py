@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import keras
@@ -13,7 +14,7 @@ from keras import layers
 
 from dm_multi_gpu import make_parallel
 from mammo.train.devices import even_batches, set_determinism, training_scope
-from tests.train.networks import Batches
+from tests.train.networks import EAGER, Batches, quick_training
 
 SIMULATE = {"tensorflow": {}, "jax": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
 
@@ -40,13 +41,13 @@ def batches(size=8):
     return Batches([array[:size] for array in data()], 4)
 
 
-def train(model, size=8):
+def train(model, size=8, **options):
     """Weights after two epochs, and the accuracy logged in the second."""
     from mammo.train.keras2 import Accuracy, WeightedCrossentropy
 
     with training_scope(model):
         optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
-        model.compile(optimizer, WeightedCrossentropy(), metrics=[Accuracy(name="accuracy")])
+        model.compile(optimizer, WeightedCrossentropy(), metrics=[Accuracy(name="accuracy")], **options)
     fit = model.fit(even_batches(batches(size), model), epochs=2, shuffle=False, verbose=0)
     return model.get_weights(), fit.history["accuracy"][-1]
 
@@ -60,7 +61,7 @@ def check_two_devices(folder):
     with pytest.raises(InputError, match=r"Expected 3 devices to train on\. Received: 2\."):
         make_parallel(make_net(), 3)
     sizes = (8, 7, 5)  # batches of 4 and 4, 4 and 3, 4 and 1: two, two and one device with samples of the last batch
-    one_device = [train(make_net(), size) for size in sizes]
+    one_device = [train(make_net(), size, **EAGER) for size in sizes]
 
     net = make_net()
     net.layers[2].trainable = False
@@ -128,7 +129,8 @@ def check_trainers(folder):
     for devices in ("1", "2"):
         os.environ["NUM_GPU_DEVICES"] = devices
         files = {"best_model": str(folder / f"patch{devices}.keras"), "final_model": str(folder / f"final{devices}.h5")}
-        patch_clf_train.run(**options, **stages, **files, net="vgg16", resume_from=str(folder / "net.keras"))
+        with quick_training() if devices == "1" else nullcontext():
+            patch_clf_train.run(**options, **stages, **files, net="vgg16", resume_from=str(folder / "net.keras"))
     one, two = (checkpoint.load_model(folder / f"final{devices}.h5") for devices in "12")
     assert [layer.name for layer in one.layers] == [layer.name for layer in two.layers]
     for expected, weight in zip(one.get_weights(), two.get_weights(), strict=True):
