@@ -256,9 +256,7 @@ def make_scorer(model, args: argparse.Namespace):
     return Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, pixels)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

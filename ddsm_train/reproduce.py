@@ -178,9 +178,7 @@ class Reproduction:
         self.recipe.step(row.name, script, words, env=env, places=places, **how)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

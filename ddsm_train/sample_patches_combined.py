@@ -14,12 +14,12 @@ from mammo.base.cli import (
     HelpFormatter,
     add_flag,
     add_optional,
+    command,
     complete,
     fraction,
     natural_int,
     positive_float,
     positive_int,
-    run_main,
 )
 from mammo.data.patches import LESION_COLUMNS, sample_dataset
 from mammo.data.prepare import add_work_options
@@ -102,9 +102,7 @@ def run(*paths, **options):
     sample_dataset(args, class_dirs)
 
 
-def main(argv=None):
-    return run_main(make_parser(), run, argv)
-
+main = command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

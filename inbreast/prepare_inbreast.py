@@ -4,9 +4,8 @@
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
 
-from mammo.base.cli import run_main
+from mammo.base.cli import command
 from mammo.commands import prepare
 
 run = functools.partial(prepare.run, "inbreast")
@@ -16,9 +15,7 @@ def make_parser() -> argparse.ArgumentParser:
     return prepare.make_parser("inbreast")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_main(make_parser(), run, argv)
-
+main = command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

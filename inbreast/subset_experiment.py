@@ -117,9 +117,7 @@ def read_models(words: list[str], parser: argparse.ArgumentParser) -> dict[str, 
     return models
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

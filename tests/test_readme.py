@@ -68,7 +68,7 @@ def test_links_lead_somewhere(page):
         if not link.startswith(("https://", "http://", "mailto:")):
             path, _, anchor = link.partition("#")
             target = (page.parent / path).resolve() if path else page
-            assert target.exists() or path in COMING, link
+            assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
 
 
@@ -104,7 +104,6 @@ def test_the_inbreast_recipe_is_the_published_command():
     assert options((ROOT / "ddsm_train" / "train_image_clf_inbreast.sh").read_text()) == published
 
 
-COMING = ("docs/architecture.md", "architecture.md")
 PASSING_ON = ("reproduce", "subset")  # their further options are those of the trainers
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Score whole-image classifiers on labelled mammograms: by image, breast and patient, with 95% intervals.
 
   python -m mammo evaluate resnet.h5 vgg.h5 data --flips --average mean --out-dir evaluation
@@ -219,9 +218,4 @@ def read(args: argparse.Namespace):
     return [table, *(other for other, _ in others)], names, {"source": str(args.predictions), "val": args.val}, {}
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -46,7 +46,7 @@ OTHER_VIEWS = ("FB",)
 BIRADS = ("0", "1", "2", "3", "4", "4a", "4b", "4c", "5", "6")
 
 # Why an image is no part of the data set, though nothing is wrong with it.
-EXCLUSIONS = {
+INBREAST_EXCLUSIONS = {
     "no_screening_view": "views other than CC and MLO are no part of screening",
     "birads_of_no_class": "their BI-RADS category is in neither class (--neg-birads, --pos-birads)",
     "dicom_without_row": "their File Name is not in the table, so there is no label",
@@ -230,7 +230,7 @@ class InbreastPicture(Picture):
 def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes) -> Listing:
     """Find the patient and the class of each row."""
     listing = Listing(
-        excluded={kind: [] for kind in EXCLUSIONS},
+        excluded={kind: [] for kind in INBREAST_EXCLUSIONS},
         repairs=defaultdict(list, table.repairs),
         report={"table": {"file": table.path.name} | count_rows(table.rows)},
     )
@@ -470,7 +470,7 @@ class Inbreast(DataSet):
         *("duplicate_rows_merged", "rows_without_file_name", "several_files_for_one_image", "monochrome1_inverted"),
         *("points_drawn_as_discs", "points_without_extent_left_out", "findings_of_unknown_name"),
     )
-    exclusions = EXCLUSIONS
+    exclusions = INBREAST_EXCLUSIONS
     prepare = staticmethod(prepare_inbreast_image)
 
     @property

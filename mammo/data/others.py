@@ -86,7 +86,7 @@ MIAS_SEVERITIES = ("B", "M")
 MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
 
 # Why an image is no part of the data set, though nothing is wrong with it.
-EXCLUSIONS = {
+OWN_EXCLUSIONS = {
     "label_of_no_class": "their labels are in neither class",
     "file_without_row": "nothing in the table is about them, so there is no label",
     "file_in_no_set": "they lie beside the folders train, val and test",
@@ -94,7 +94,7 @@ EXCLUSIONS = {
 
 
 def _start_listing() -> Listing:
-    return Listing(excluded={kind: [] for kind in EXCLUSIONS}, repairs=defaultdict(list))
+    return Listing(excluded={kind: [] for kind in OWN_EXCLUSIONS}, repairs=defaultdict(list))
 
 
 class Labels(NamedTuple):
@@ -502,7 +502,7 @@ class OwnData(DataSet):
         *("monochrome1_inverted", "8_bit_scaled_to_16_bit", "mirror_image_undone"),
         *("rows_of_one_breast_merged", "rows_without_image"),
     )
-    exclusions = EXCLUSIONS
+    exclusions = OWN_EXCLUSIONS
     prepare = staticmethod(prepare_own_image)
     table: ClassVar[str | None] = None  # what --table is, if there is one; required unless that is a default
 

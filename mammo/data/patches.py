@@ -31,14 +31,14 @@ from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import read_resize_img
 from mammo.images.reading import check_grey, read_size
 
-FOLDERS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
+FOLDER_OPTIONS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 
 # Written when a set is complete.
 TABLES = ("pat_lst.txt", "patches.csv")
 
 # Options that decide nothing about a patch.
 _OTHER_OPTIONS = (
-    *FOLDERS,
+    *FOLDER_OPTIONS,
     "roi_mask_path_file",
     "pat_train_list_file",
     "val_size",
@@ -170,7 +170,7 @@ def patch_name(image_id: str, class_dir: str, number: str, index: int) -> str:
     return f"{class_dir}/{image_id}_{number}_{index:04d}.png"
 
 
-class Breast(NamedTuple):
+class BreastImage(NamedTuple):
     """Hold one image as it is sampled.
 
     padded: the breast, with a margin of half a patch of zeros on each side. left, top: of the breast in the whole image
@@ -186,17 +186,17 @@ class Breast(NamedTuple):
     source_size: tuple[int, int]
 
 
-def read_breast(path: Path, args: Namespace) -> Breast:
+def read_breast(path: Path, args: Namespace) -> BreastImage:
     """Read an image and find the breast in it. Raises InputError for an image without, or an unreadable one."""
     whole = read_sampled(path, args)
     source_size, height, width = read_size(path), *whole.shape
     breast, box = whole, (0, 0, width, height)
     if args.segment_breast:
         breast, box = DMImagePreprocessor.segment_breast(whole)
-    return Breast(np.pad(breast, args.patch_size // 2), *box, whole.shape, source_size)
+    return BreastImage(np.pad(breast, args.patch_size // 2), *box, whole.shape, source_size)
 
 
-def read_roi(path: Path, breast: Breast, args: Namespace) -> Roi:
+def read_roi(path: Path, breast: BreastImage, args: Namespace) -> Roi:
     """Read the mask of a lesion. Raises InputError for one that is unreadable, empty or of another image."""
     mask = read_sampled(path, args)
     mask = mask[breast.top : breast.top + breast.height, breast.left : breast.left + breast.width]
@@ -274,7 +274,7 @@ def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | 
 
 
 def _write_row(
-    rows: io.StringIO, file: str, class_dir: str, lesion: Lesion, patch: Patch, breast: Breast, half: int
+    rows: io.StringIO, file: str, class_dir: str, lesion: Lesion, patch: Patch, breast: BreastImage, half: int
 ) -> None:
     """Write the row of patches.csv about one patch. half: the margin of the padded image."""
     row = PatchRow(
@@ -353,7 +353,7 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
     """
     check_sampling_options(args, class_dirs)
     # The workers of a cluster start in folders of their own.
-    folders = {name: Path(getattr(args, name)).absolute() for name in FOLDERS}
+    folders = {name: Path(getattr(args, name)).absolute() for name in FOLDER_OPTIONS}
     args = Namespace(**vars(args) | folders)
     table = read_lesions(args.roi_mask_path_file)
     lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
@@ -463,7 +463,7 @@ def check_sampling_options(args: Namespace, class_dirs: Mapping) -> None:
     if Path(args.train_out_dir).resolve() == Path(args.val_out_dir).resolve():
         raise InputError(f"training and validation folder are the same: {args.train_out_dir}")
     for name, value in vars(args).items():
-        if name.endswith("_dir") and name not in FOLDERS and not is_file_name(value):
+        if name.endswith("_dir") and name not in FOLDER_OPTIONS and not is_file_name(value):
             option = name.replace("_", "-")
             raise InputError(f"--{option}: Expected the name of a folder, without a path. Received {value!r}")
     if args.bkg_dir in class_dirs.values():

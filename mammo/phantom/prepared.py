@@ -19,7 +19,6 @@ import argparse
 import functools
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -27,12 +26,12 @@ import cv2
 from mammo.base.cli import (
     HelpFormatter,
     add_parallel_options,
+    command,
     complete,
     fraction,
     natural_float,
     natural_int,
     positive_int,
-    run_main,
 )
 from mammo.base.files import InputError, atomic_write, write_img, write_text
 from mammo.base.work import run_parallel
@@ -221,9 +220,4 @@ def run(**options):
     make(**args)
 
 
-def main(argv=None):
-    return run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command(make_parser, run)
