@@ -19,7 +19,15 @@ setup(
     package_data={"mammo.evaluate": ["*.csv", "*.j2"], "ddsm_train": ["*.sh"], "inbreast": ["*.sh"]},
     entry_points={"console_scripts": ["mammo = mammo.__main__:main"]},
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "tensorboard>=2.18", "openpyxl>=3.1", "xlrd>=2.0"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "setuptools>=70.1",
+            "tensorboard>=2.18",
+            "openpyxl>=3.1",
+            "xlrd>=2.0",
+        ],
         "tensorboard": ["tensorboard>=2.18"],
         "download": ["gdown>=5.2"],
         "excel": ["openpyxl>=3.1", "xlrd>=2.0"],

@@ -125,9 +125,7 @@ def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     )
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

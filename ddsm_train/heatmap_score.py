@@ -280,9 +280,7 @@ def make_forward_propagation(model, args: argparse.Namespace) -> compute.Forward
     return compute.ForwardPropagation(heatmap_model, Pixels.of(args), segment_breast=args.segment_breast, **geometry)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -93,9 +93,7 @@ def warn_of_missing_masks(path, records, marked, wanted) -> None:
             print(f"Warning: {path}: {missing} of {expected} malignant lesions of its images have no mask")
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

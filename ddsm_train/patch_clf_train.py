@@ -94,9 +94,7 @@ def run(**options) -> None:
     )
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

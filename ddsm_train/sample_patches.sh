@@ -26,7 +26,7 @@ esac
 [ -e "$data/roi_mask_path.csv" ] || fail "$data: Expected the folder that mammo prepare cbis-ddsm wrote"
 
 for part in train val test; do
-    python "$here/sample_patches_combined.py" \
+    "${PYTHON:-python}" "$here/sample_patches_combined.py" \
         "$data/roi_mask_path.csv" "$data/roi_mask" "$data/pat_$part.txt" "$data/full_img" "$out/$part" "$out/none" \
         --val-size 0 --target-height 1152 --patch-size 224 --nb-abn "$number" --nb-bkg "$number" --nb-hns 0 \
         --pos-cutoff 0.9 --jobs "$NUM_CPU_CORES" --no-verbose "$@"

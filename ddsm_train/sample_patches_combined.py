@@ -14,20 +14,20 @@ from mammo.base.cli import (
     HelpFormatter,
     add_flag,
     add_optional,
+    command,
     complete,
     fraction,
     natural_int,
     positive_float,
     positive_int,
-    run_main,
 )
-from mammo.data.patches import COLUMNS, sample_dataset
-from mammo.data.prepare import add_prepare_options
+from mammo.data.patches import LESION_COLUMNS, sample_dataset
+from mammo.data.prepare import add_work_options
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Options of both patch samplers."""
-    parser.add_argument("roi_mask_path_file", help=f"CSV table of lesions with the columns {','.join(COLUMNS)}")
+    parser.add_argument("roi_mask_path_file", help=f"CSV table of lesions with the columns {','.join(LESION_COLUMNS)}")
     parser.add_argument("roi_mask_dir", help="folder of masks: <Calc|Mass>-Training_<image>_<abn_num>.png")
     parser.add_argument(
         "pat_train_list_file",
@@ -73,7 +73,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bkg-dir", default="background", help="class folder of background patches")
     add_flag(parser, "--avoid-all-rois", False, "background keeps off all lesions of an image, not only its first")
-    add_prepare_options(parser)
+    add_work_options(parser)
     add_flag(parser, "--verbose", True, "print what was sampled from each image")
 
 
@@ -102,9 +102,7 @@ def run(*paths, **options):
     sample_dataset(args, class_dirs)
 
 
-def main(argv=None):
-    return run_main(make_parser(), run, argv)
-
+main = command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

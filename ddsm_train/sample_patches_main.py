@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from ddsm_train.sample_patches_combined import add_sampling_options
-from mammo.base.cli import HelpFormatter, complete, run_main
+from mammo.base.cli import HelpFormatter, command, complete
 from mammo.data.patches import sample_dataset
 
 
@@ -33,9 +33,7 @@ def run(*paths, **options):
     sample_dataset(args, class_dirs, prefix=f"{args.itype}-Training_")
 
 
-def main(argv=None):
-    return run_main(make_parser(), run, argv)
-
+main = command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ data="${DATA:-prepared}"
 for set in ${SETS:-train val test}; do
     list="$data/pat_$set.txt"
     [ -f "$list" ] || fail "no patient list $list: set DATA to the folder of mammo prepare cbis-ddsm, or SETS"
-    python "$here/heatmap_score.py" "$data/full_img" "$model" --pat-csv "$data/pat_side_cancer.csv" --pat-list "$list" \
+    "${PYTHON:-python}" "$here/heatmap_score.py" "$data/full_img" "$model" --pat-csv "$data/pat_side_cancer.csv" --pat-list "$list" \
         --rescale-factor 0.003891 --featurewise-center --featurewise-mean 52.18 --no-equalize-hist \
         --img-size 1152 896 --img-height 1152 --patch-size 224 --stride 32 \
         --out "${OUT:-$data/heatmaps/sweep}/$set.${FORMAT:-npz}" "$@"

@@ -52,7 +52,7 @@ else
     start=(--patch-model-state "$patch_model" --patch-net "$net" "${layers[@]}" --nb-epoch 30)
 fi
 
-exec python "$here/image_clf_train.py" \
+exec "${PYTHON:-python}" "$here/image_clf_train.py" \
     "${TRAIN_DIR:-$data/train}" "${VAL_DIR:-$data/val}" "${TEST_DIR:-$data/test}" \
     --img-size 1152 896 --no-img-scale --class-list neg pos "${training[@]}" --batch-size 4 --train-bs-multiplier 0.5 \
     "${start[@]}" --all-layer-epochs 50 --init-learningrate 0.0001 --all-layer-multiplier 0.1 --es-patience 10 \

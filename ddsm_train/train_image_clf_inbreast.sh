@@ -7,7 +7,7 @@
 #       FINAL_MODEL (NOSAVE), NUM_CPU_CORES (4).
 set -euo pipefail
 source "$(dirname "$(realpath "$0")")/recipe.sh"
-exec python "$here/image_clf_train.py" "${TRAIN_DIR:-INbreast/train}" "${VAL_DIR:-INbreast/val}" \
+exec "${PYTHON:-python}" "$here/image_clf_train.py" "${TRAIN_DIR:-INbreast/train}" "${VAL_DIR:-INbreast/val}" \
     "${TEST_DIR:-INbreast/test}" \
     --no-patch-model-state \
     --resume-from "${RESUME_FROM:-ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5}" \

@@ -27,7 +27,7 @@ esac
 data="${DATA:-prepared}"
 patches="$data/patches_$patch_set"
 
-exec python "$here/patch_clf_train.py" \
+exec "${PYTHON:-python}" "$here/patch_clf_train.py" \
     "${TRAIN_DIR:-$patches/train}" "${VAL_DIR:-$patches/val}" "${TEST_DIR:-$patches/test}" \
     --net "$net" --img-size 224 224 --class-list background calc_mal calc_ben mass_mal mass_ben \
     "${training[@]}" --batch-size 64 --train-bs-multiplier 0.5 \

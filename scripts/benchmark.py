@@ -28,16 +28,8 @@ from ddsm_train import sample_patches_combined as sampler
 from dm_image import DMImageDataGenerator
 from mammo.base.cli import HelpFormatter, complete, positive_int
 from mammo.base.files import atomic_write
-from mammo.data.patches import (
-    Roi,
-    find_breast,
-    image_item,
-    mask_name,
-    read_lesions,
-    read_resized_mask,
-    sample_image,
-    sample_patches,
-)
+from mammo.data.patch_rules import Roi, sample_patches
+from mammo.data.patches import mask_name, plan_patches, read_breast, read_lesions, read_sampled, sample_image
 from mammo.images.iterators import empty_aligned
 from mammo.phantom.prepared import make_phantom
 from mammo.train.backend import start_backend
@@ -231,17 +223,16 @@ class Study:
     def sample(self, lesion):
         """All of one image: from its files to its patches on disk."""
         class_dirs = {("calc", True): "cm", ("calc", False): "cb", ("mass", True): "mm", ("mass", False): "mb"}
-        return sample_image(image_item([lesion], self.args, class_dirs), self.args, class_dirs, self.root / "out")
+        return sample_image(plan_patches([lesion], self.args, class_dirs), self.args, class_dirs, self.root / "out")
 
     def image(self, lesion):
         return self.root / "full_img" / f"{lesion.image_id}.png"
 
     def read(self, lesion):
         """(padded breast, lesion mask of the breast)"""
-        paths = (self.image(lesion), self.root / "roi_mask" / mask_name(lesion))
-        whole, mask = (read_resized_mask(path, self.args) for path in paths)
-        breast, (left, top, width, height) = find_breast(whole, True)
-        return np.pad(breast, self.patch_size // 2), mask[top : top + height, left : left + width]
+        breast = read_breast(self.image(lesion), self.args)
+        mask = read_sampled(self.root / "roi_mask" / mask_name(lesion), self.args)
+        return breast.padded, mask[breast.top : breast.top + breast.height, breast.left : breast.left + breast.width]
 
 
 def sample_quietly(study, jobs):

@@ -155,9 +155,7 @@ def run(**options) -> None:
     print(table.groupby(by, sort=False)[values].agg(["mean", "std"]).round(3).to_string())
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
+main = cli.command(make_parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,26 @@
-"""Inputs that the tests of several rooms share."""
+"""Write inputs of tests, and read back what scripts left: what tests of several rooms share."""
 
+import csv
+import json
 import pickle
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 
 from mammo.data.prepare import ImageRow, write_image_table
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "img_size": [96, 72],
+    "img_scale": None,
+    "rescale_factor": 0.003891,
+    "featurewise_center": True,
+    "featurewise_mean": 30.0,
+    "equalize_hist": False,
+    "class_list": ["neg", "pos"],
+}
 
 
 def write_png(path, value=0, shape=(8, 6)):
@@ -51,3 +66,78 @@ def write_exams(path, exams):
         for name in [name for view in ("L-CC", "R-CC", "L-MLO", "R-MLO") for name in one.get(view, ())]:
             write_png(path.parent / "images" / f"{name}.png")
     return path
+
+
+def varied(shape):
+    img = np.zeros(shape, np.uint16)
+    img[1:] = 7
+    return img
+
+
+def write_dicom(path, pixels, bits=None, syntax=None, **tags):
+    """A DICOM file of integer pixels, 8 or 16 bits each; tags of None are left out."""
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.2", "1.2.3"
+    dataset.PhotometricInterpretation = "MONOCHROME2"
+    dataset.BitsAllocated = 8 * pixels.itemsize
+    dataset.BitsStored = bits or dataset.BitsAllocated
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, int(pixels.dtype.kind == "i")
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
+    for name, value in tags.items():
+        if value is None:
+            delattr(dataset, name)
+        else:
+            setattr(dataset, name, value)
+    if syntax:
+        dataset.compress(syntax)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def mammogram(seed=0, view="CC", left=False):
+    """float32 (96, 72): a breast on the right side, so that it points to the left if `left`; MLO with a muscle."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:96, 0:72]
+    middle, reach = 50 + rng.uniform(-4, 4), rng.uniform(32, 42)
+    img = np.where(((y - middle) / 38) ** 2 + (x / reach) ** 2 < 1, 90 + 8 * rng.standard_normal(x.shape), 3)
+    if view == "MLO":
+        img[x + 0.6 * y < 30] = 150
+    return np.ascontiguousarray(img[:, ::-1] if left else img).astype(np.float32)
+
+
+def write_images(folder, names, count, seed, size=64):
+    """Classes differ in brightness, so that a network can tell them apart."""
+    rng = np.random.default_rng(seed)
+    for level, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            image = rng.integers(0, 16000, (size, size)) + 16000 * level
+            cv2.imwrite(str(folder / name / f"{i}.png"), image.astype(np.uint16))
+
+
+def read_report(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def read_png(path):
+    return cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_folder(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def files_of(out):
+    """What the trainers and the sampler read of a prepared folder, without what names sources."""
+    others = ("report.json", "manifest.jsonl", "images.csv")
+    return {name: data for name, data in read_folder(out).items() if name not in others}

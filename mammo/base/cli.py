@@ -141,6 +141,11 @@ def complete(parser: argparse.ArgumentParser, given: dict, positional: Sequence 
     return argparse.Namespace(**{name: given.get(name, parser.get_default(name)) for name in actions})
 
 
+def command(make_parser: Callable[[], argparse.ArgumentParser], run: Callable) -> Callable[..., int]:
+    """Return the `main(argv=None)` of a command, which returns the exit status of `run_main`."""
+    return lambda argv=None: run_main(make_parser(), run, argv)
+
+
 def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str] | None = None) -> int:
     """Parse `argv`, call `run` with the options as keyword arguments, and return the exit status.
 

@@ -174,28 +174,17 @@ def is_below(name: str) -> bool:
     return bool(posix.parts) and not anchored and name.isprintable()
 
 
-def read_rows(path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and the cells of these columns, stripped, of each row of a CSV table with a header line.
+def read_rows(path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Iterate over the rows of a CSV table: where each stands ("path, line n"), and its stripped cells by column.
 
     Raises InputError for what is no such table.
     """
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
-    try:
-        header = reader.fieldnames or ()
+    with open_csv(path) as (header, rows):
         if wrong := [name for name in columns if header.count(name) != 1]:
             raise InputError(
                 f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(columns)}. "
                 f"Received {','.join(header)[:200]}"
             )
-        for cells in reader:
-            yield reader.line_num, {name: (cells[name] or "").strip() for name in columns}
-    except csv.Error as error:
-        raise InputError(f"{path}, row {reader.line_num}: not a CSV table: {error}") from None
-
-
-def _read_text(path) -> str:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return file.read()
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file: Expected UTF-8 text") from None
+        places = {name: header.index(name) for name in columns}
+        for where, cells in rows:
+            yield where, {name: cells[place].strip() for name, place in places.items()}

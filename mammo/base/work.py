@@ -10,7 +10,7 @@ import traceback
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -239,8 +239,33 @@ def run_resumable(
     Returns one result an item, in their order. Raises InputError when `folders` hold files of someone else, or another
     run writes to `out`.
     """
+    download, out = Path(download), Path(out)
     with locked(out):
-        return _run_jobs(items, function, Path(download), Path(out), folders, jobs, backend, on_error, fresh, desc)
+        manifest = out / MANIFEST
+        records, ours = _read_manifest(manifest)
+        _make_ready(out, folders, ours)
+        stamps = {item.name: _stamp(download, item) for item in items}
+        records = {} if fresh else _still_whole(records, stamps, out, jobs)
+        pending = [item for item in items if item.name not in records]
+        if records:
+            print(f"{len(records)} of {len(items)} images are there from an earlier run")
+        # Starts with the end of the line that a killed run may have left half written.
+        append_text(
+            manifest, "\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n"
+        )
+        for item, result in zip(pending, run_parallel(function, pending, jobs, backend, desc), strict=True):
+            if result.faults and on_error == "stop":
+                raise InputError(result.faults[0])
+            if result.log:
+                tqdm.write("\n".join([*result.log, *result.faults]))
+            records[item.name] = _to_record(result, stamps[item.name], out)
+            append_text(manifest, _to_line(records[item.name]))
+        ordered = [records[item.name] for item in items]
+        ours.update(path for item in items for path in item.outputs)
+        for path in ours.difference(*(record["outputs"] for record in ordered)):
+            Path(out, path).unlink(missing_ok=True)
+        write_text(manifest, "".join(map(_to_line, ordered)))
+        return [_to_outcome(record) for record in ordered]
 
 
 def keep_options(out, options: Mapping, fresh: bool = False) -> None:
@@ -260,9 +285,8 @@ def check_kept_options(out, options: Mapping) -> None:
         check_same_options(out, earlier, ours, "another folder, or --fresh to replace the work")
 
 
-def _run_jobs(items, function, download, out, folders, jobs, backend, on_error, fresh, desc):
-    manifest = out / MANIFEST
-    records, ours = _read_manifest(manifest)
+def _make_ready(out: Path, folders: Sequence[str], ours: Container[str]) -> None:
+    """Make the output folders, without what a killed run left half written; InputError for files of someone else."""
     present = [path for folder in folders for path in Path(out, folder).rglob("*") if path.is_file()]
     for path in sorted(present):
         if path.relative_to(out).as_posix() not in ours and not path.name.startswith("."):
@@ -275,36 +299,17 @@ def _run_jobs(items, function, download, out, folders, jobs, backend, on_error, 
         remove_partial(folder)
     for folder in folders:
         (out / folder).mkdir(parents=True, exist_ok=True)
-    stamps = {item.name: _stamp(download, item) for item in items}
-    if fresh:
-        records = {}
+
+
+def _still_whole(records: Mapping[str, dict], stamps: Mapping[str, str], out: Path, jobs: int) -> dict[str, dict]:
+    """Return the records of items whose sources and plan are the same, and whose outputs are as they were written."""
     earlier = [records[name] for name, stamp in stamps.items() if name in records and records[name]["stamp"] == stamp]
     whole = run_parallel(functools.partial(_is_whole, out), earlier, jobs, "threading", "checking")
-    records = {record["name"]: record for record, kept in zip(earlier, whole, strict=True) if kept}
-    pending = [item for item in items if item.name not in records]
-    if records:
-        print(f"{len(records)} of {len(items)} images are there from an earlier run")
-    # Starts with the end of the line that a killed run may have left half written.
-    append_text(manifest, "\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n")
-    for item, result in zip(pending, run_parallel(function, pending, jobs, backend, desc), strict=True):
-        if result.faults and on_error == "stop":
-            raise InputError(result.faults[0])
-        checksums = [_checksum(out / path) for path in result.outputs]
-        if result.log:
-            tqdm.write("\n".join([*result.log, *result.faults]))
-        records[item.name] = {"stamp": stamps[item.name], "checksums": checksums, **asdict(result)}
-        del records[item.name]["log"]
-        append_text(manifest, _to_line(records[item.name]))
-    ordered = [records[item.name] for item in items]
-    ours.update(path for item in items for path in item.outputs)
-    for path in ours.difference(*(record["outputs"] for record in ordered)):
-        Path(out, path).unlink(missing_ok=True)
-    write_text(manifest, "".join(map(_to_line, ordered)))
-    return [_to_prepared(record) for record in ordered]
+    return {record["name"]: record for record, kept in zip(earlier, whole, strict=True) if kept}
 
 
 def _stamp(download: Path, item: Job) -> str:
-    """Changes with the item's sources and settings."""
+    """Return a text that changes with the item's sources and settings."""
     sources = []
     for source in item.sources:
         try:
@@ -322,7 +327,7 @@ def _checksum(path: Path) -> int:
 
 
 def _is_whole(out: Path, record: dict) -> bool:
-    """Whether an earlier result had no fault and its outputs are still there as written."""
+    """Tell whether an earlier result had no fault and its outputs are still there as written."""
     if record["faults"]:
         return False
     try:
@@ -331,13 +336,22 @@ def _is_whole(out: Path, record: dict) -> bool:
         return False
 
 
-def _to_prepared(record: dict) -> Outcome:
+def _to_record(result: Outcome, stamp: str, out: Path) -> dict:
+    """Return what the manifest keeps of a result."""
+    checksums = [_checksum(out / path) for path in result.outputs]
+    record = {"stamp": stamp, "checksums": checksums, **asdict(result)}
+    del record["log"]
+    return record
+
+
+def _to_outcome(record: dict) -> Outcome:
+    """Return the result that the manifest keeps."""
     fields = {name: record[name] for name in ("name", "outputs", "repairs", "faults", "facts")}
     return Outcome(**fields | {"repairs": [tuple(repair) for repair in record["repairs"]]})
 
 
 def _to_line(record: dict) -> str:
-    """A record as a line of the manifest, with a checksum of itself: damaged ones are made anew."""
+    """Return a record as a line of the manifest, with a checksum of itself: damaged ones are made anew."""
     return json.dumps(record | {"checksum": _checksum_of_record(record)}) + "\n"
 
 
@@ -346,7 +360,7 @@ def _checksum_of_record(record: dict) -> int:
 
 
 def _is_own_file(name: object) -> bool:
-    """Whether an output that the manifest lists is below its folder. Names of images may hold any character."""
+    """Tell whether an output that the manifest lists is below its folder. Names of images may hold any character."""
     if not isinstance(name, str) or "\0" in name:
         return False
     path = PurePosixPath(name)
@@ -354,7 +368,7 @@ def _is_own_file(name: object) -> bool:
 
 
 def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
-    """The last record of each item by its name, and all outputs that were ever announced or made."""
+    """Return the last record of each item by its name, and all outputs that were ever announced or made."""
     records, outputs = {}, set()
     lines = path.read_bytes().splitlines() if path.exists() else ()
     for line in lines:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Read all images of a data set and list those that cannot be used, by cause; exit status 1 if there are any.
 
   python -m mammo check-data data/train data/val data/test
@@ -8,7 +7,6 @@ type and what is wrong with it; images that it has already are not read again, a
 """
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -44,9 +42,4 @@ def run(**options) -> None:
     report_faults(checks, args.table)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Convert DICOM mammograms of any source to 16-bit greyscale PNG files, which all other scripts read.
 
   python -m mammo dicom-to-png downloads/mine converted --jobs 4
@@ -12,7 +11,6 @@ inverted. An interrupted run goes on where it was; other options are refused the
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
 from mammo.base import cli
@@ -143,9 +141,4 @@ def run(**options) -> None:
         raise InputError("none of the files could be converted")
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

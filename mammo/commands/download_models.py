@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Download the models that the paper's authors released, and check that each is what it should be.
 
   python -m mammo download-models --list
@@ -73,9 +72,4 @@ def fetch_all(models, folder) -> list:
     return missing
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw a mammogram as an 8-bit picture with the outlines of its lesions.
 
   python -m mammo draw-lesions full_img/P_00005_RIGHT_CC.png out.png roi_mask/Calc-Training_P_00005_RIGHT_CC_1.png
@@ -7,7 +6,6 @@ The darkest pixel becomes black and the brightest pixel of the breast white; a m
 """
 
 import argparse
-import sys
 
 import cv2
 import numpy as np
@@ -47,9 +45,4 @@ def run(**options) -> None:
     write_img(args.out, picture)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Score whole-image classifiers on labelled mammograms: by image, breast and patient, with 95% intervals.
 
   python -m mammo evaluate resnet.h5 vgg.h5 data --flips --average mean --out-dir evaluation
@@ -125,7 +124,7 @@ def check_metarepository(args: argparse.Namespace, models: list) -> None:
 def evaluate(args: argparse.Namespace, models: list, source) -> None:
     from mammo.evaluate import evaluation
 
-    tables, names, about, predictors = predict(args, models, source) if models else read(args)
+    tables, names, about, predictors = predict_source(args, models, source) if models else read(args)
     if args.average:
         fitted_on = tables[1] if args.average == "fitted" else None
         averaged = [evaluation.add_averages(table, names, fitted_on) for table in tables]
@@ -154,7 +153,7 @@ def sets_of(args: argparse.Namespace, source) -> list[tuple]:
     return [(source, args.set)] + ([] if args.val is None else [(args.val, "val")])
 
 
-def predict(args: argparse.Namespace, models: list, source):
+def predict_source(args: argparse.Namespace, models: list, source):
     """Tables of DATA and of --val, if given, the names of the models, what to say of them in the results, and the
     `Predictor`s by name."""
     from mammo.evaluate import inputs as data
@@ -219,9 +218,4 @@ def read(args: argparse.Namespace):
     return [table, *(other for other, _ in others)], names, {"source": str(args.predictions), "val": args.val}, {}
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

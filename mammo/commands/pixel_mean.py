@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Mean pixel of a training set after rescaling, and the rescale factor that its pixels suggest.
 
   python -m mammo pixel-mean data/train --img-size 1152 896
@@ -117,9 +116,4 @@ def run(**options) -> None:
     print(f"--rescale-factor {factor:g} --featurewise-mean {figures['featurewise_mean']:.2f}")
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """The probability of cancer in mammograms, by a trained whole-image classifier.
 
   python -m mammo predict image_model.h5 mammogram.dcm > predictions.csv
@@ -144,9 +143,4 @@ def draw(predictor, prediction, path) -> None:
         figure.savefig(temporary)
 
 
-def main(argv=None) -> int:
-    return cli.run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = cli.command(make_parser, run)

@@ -1,47 +1,37 @@
-"""CBIS-DDSM as downloaded: its description files, its folder layouts, and the files of one image.
+"""Prepare CBIS-DDSM as downloaded: its folder layouts, and the files of one image.
 
 Three layouts are in circulation: folders named by UID, as the description files have them; folders named by date and
-series description; and the JPEG re-release. Which file of a lesion is its mask and which its crop is told by their
-content.
+series description; and the JPEG re-release. The content of a lesion's files tells which is its mask and which its crop.
 """
 
 import re
+from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from mammo.base.files import InputError, walk_files, write_img
-from mammo.base.tables import find_columns, missing_columns, open_csv
-from mammo.base.work import Outcome
-from mammo.data.prepare import whole_img_path, write_whole
-from mammo.images.reading import to_uint16
+import cv2
+import numpy as np
 
-# Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
-COLUMNS = {
-    "patient": ("patient id",),
-    "side": ("left or right breast", "side"),
-    "view": ("image view", "view"),
-    "number": ("abnormality id", "abn num"),
-    "type": ("abnormality type",),
-    "pathology": ("pathology",),
-    "image": ("image file path", "od img path"),
-    "crop": ("cropped image file path", "od crop path"),
-    "mask": ("roi mask file path", "mask path"),
-}
-
-ALLOWED = {
-    "side": ("LEFT", "RIGHT"),
-    "view": ("CC", "MLO"),
-    "type": ("calcification", "mass"),
-    "pathology": ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK"),
-}
+from mammo.base.files import InputError, walk_files
+from mammo.base.tables import missing_columns, open_csv, write_csv
+from mammo.base.work import Job, Outcome
+from mammo.data.cbis_tables import Finding, find_tables, find_view_folder, read_cbis_tables
+from mammo.data.listing import FOLDERS, DataSet, Listing
+from mammo.data.patches import ASPECT_TOLERANCE, LESION_COLUMNS
+from mammo.data.prepare import finished, full_img_path, whole_img_path, whole_options, write_output, write_whole
+from mammo.images.reading import (
+    DICOM_SUFFIXES,
+    check_grey,
+    is_image,
+    read_dicom_header,
+    read_img,
+    read_size,
+    to_uint16,
+)
 
 DICOM_INFO_COLUMNS = ("image_path", "PatientID", "SeriesDescription")
-
-# A folder of one view, or with a number at its end of one lesion; also the PatientID in its DICOM files.
-FOLDER = re.compile(r"(Calc|Mass)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?")
 
 # What SeriesDescription has, in capitals or not.
 IMAGE_DESCRIPTION, MASK_DESCRIPTION, CROP_DESCRIPTION = "full mammogram", "roi mask", "cropped"
@@ -54,229 +44,12 @@ JPEG_SHARE = 0.05
 # Masks of another size than their image have more than this share of its pixels, and most crops have fewer.
 LEAST_SHARE = 0.25
 
-# Sizes that differ, though not in the aspect ratio by more than this, are said to be of one shape.
-ASPECT_TOLERANCE = 0.02
-
-# Counted for each description file.
-TABLE_ODDITIES = ("newline_in_path_cell", "backslash_path", "roi_and_crop_in_different_folders")
-
-# Kinds of repairs that report.json counts even where there are none, besides those found in the tables.
-REPAIRS = (
-    "mask_found_by_content",
-    "mask_resized",
-    "mask_of_another_size_not_taken",
-    "masks_united",
-    "monochrome1_inverted",
-    "8_bit_scaled_to_16_bit",
-    "one_copy_of_image_kept",
-    "unreadable_copy_of_image_not_needed",
-    "unreadable_file_not_needed",
-    "several_files_for_one_image",
-)
-
-
-class Finding(NamedTuple):
-    """One row of the description files. image, crop, mask: path cells, as tuples of their parts."""
-
-    patient: str
-    side: str
-    view: str
-    number: int
-    type: str  # calc or mass
-    pathology: str
-    official: str  # train or test
-    image: tuple[str, ...]
-    crop: tuple[str, ...]
-    mask: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        return f"{self.patient}_{self.side}_{self.view}"
-
-    @property
-    def image_folder(self) -> str:
-        """The folder of its view, as its path cell has it or, where that has none, as the download names them."""
-        division = {"train": "Training", "test": "Test"}[self.official]
-        return _find_folder(self.image) or f"{self.type.capitalize()}-{division}_{self.key}"
-
-    @property
-    def roi_folder(self) -> str:
-        return _find_folder(self.mask) or f"{self.image_folder}_{self.number}"
-
-    @property
-    def malignant(self) -> bool:
-        return self.pathology == "MALIGNANT"
-
-
-def _find_folder(parts: Iterable[str]) -> str | None:
-    return next(filter(FOLDER.fullmatch, parts), None)
-
-
-# ------------------------------------------------------------------------------------------- description files
-
-
-def find_tables(folder) -> list[Path]:
-    """The description files in `folder` or below it, sorted by name."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder: Expected the one that holds the description files")
-    paths = [path for path in walk_files(folder) if re.fullmatch(r"[^.].*case_description.*\.csv", path.name)]
-    paths.sort(key=lambda path: path.name)
-    if not paths:
-        raise InputError(
-            f"{folder}: no description files: Expected calc_case_description_train_set.csv and its three siblings "
-            f"there or below; name their folder with --csv-dir"
-        )
-    names = [path.name for path in paths]
-    for path, following in pairwise(paths):
-        if path.name == following.name:
-            raise InputError(f"{path} and {following}: two files of one name; name the right folder with --csv-dir")
-    for kind in ("calc", "mass"):
-        for division in ("train", "test"):
-            if not any(kind in name and division in name for name in names):
-                print(f"Warning: no {kind}_case_description_{division}_set.csv in {folder}")
-    return paths
-
-
-def read_table(path) -> tuple[list[Finding], Counter]:
-    """Rows of one description file, in its order, and how many rows have each of its oddities.
-
-    InputError names the line that is wrong. Rows with an unknown value are never left out: the label of the image
-    may depend on them.
-    """
-    findings, oddities = [], Counter()
-    division = re.findall("train|test", Path(path).stem.lower())
-    with open_csv(path) as (header, rows):
-        places = find_columns(path, header, COLUMNS)
-        for where, cells in rows:
-            cells = {name: cells[place] for name, place in places.items()}
-            findings.append(_read_finding(cells, where, division[-1] if division else None, oddities))
-    return findings, oddities
-
-
-def _read_finding(cells: Mapping[str, str], where: str, division: str | None, oddities: Counter) -> Finding:
-    paths = {name: cells[name] for name in ("image", "crop", "mask")}
-    oddities["newline_in_path_cell"] += any("\n" in path or "\r" in path for path in paths.values())
-    oddities["backslash_path"] += any("\\" in path for path in paths.values())
-    paths = {name: _read_path(path, f"{where}, {COLUMNS[name][0]}") for name, path in paths.items()}
-    oddities["roi_and_crop_in_different_folders"] += paths["crop"][:-1] != paths["mask"][:-1]
-    cells = {name: cell.strip() for name, cell in cells.items()}
-    for name, allowed in ALLOWED.items():
-        if cells[name] not in allowed:
-            raise InputError(f"{where}: unknown {name}: Expected {' or '.join(allowed)}. Received {cells[name]!r}")
-    patient = re.search(r"P_\d+", cells["patient"])
-    if not patient:
-        raise InputError(f"{where}: unknown patient: Expected an id like P_00001. Received {cells['patient']!r}")
-    if not re.fullmatch(r"0*[1-9]\d{0,3}", cells["number"]):
-        raise InputError(f"{where}: unknown abnormality id: Expected 1, 2, ... Received {cells['number']!r}")
-    folder = _find_folder(paths["image"])
-    if division is None and folder is None:
-        raise InputError(f"{where}: in the official training or test set? Expected a file name that has train or test")
-    official = division or ("test" if "-Test_" in folder else "train")
-    kind = "calc" if cells["type"] == "calcification" else "mass"
-    number = int(cells["number"])
-    finding = Finding(
-        patient[0], cells["side"], cells["view"], number, kind, cells["pathology"], official, **paths
-    )  # fmt: skip
-    for name, path in paths.items():
-        found = _find_folder(path)
-        if found and "_".join(FOLDER.fullmatch(found).group(3, 4, 5)) != finding.key:
-            raise InputError(f"{where}: the {name} path is of another image. Expected {finding.key}. Received {found}")
-    return finding
-
-
-def _read_path(cell: str, where: str) -> tuple[str, ...]:
-    """Parts of a path cell below whatever drive or folder "/" it gives. Newlines are dropped, ".." is refused."""
-    path = re.sub(r"\s*[\r\n]\s*", "", cell).strip().replace("\\", "/")
-    parts = tuple(part for part in re.sub("^[A-Za-z]:", "", path).split("/") if part not in ("", "."))
-    if ".." in parts:
-        raise InputError(f"{where}: Expected a path below the download folder. Received {path!r}")
-    if not path.isprintable():
-        raise InputError(f"{where}: Expected a path. Received {path!r}")
-    return parts
-
-
-class Tables(NamedTuple):
-    """All findings by the key of their image, images sorted, duplicates merged; and the counts of report.json."""
-
-    images: dict[str, list[Finding]]
-    counts: dict
-    repairs: dict[str, list[str]]
-
-    def cancer(self) -> dict[str, bool]:
-        """For each patient, whether any finding is malignant."""
-        cancer = defaultdict(bool)
-        for findings in self.images.values():
-            cancer[findings[0].patient] |= is_positive(findings)
-        return dict(cancer)
-
-
-def is_positive(findings: Iterable[Finding]) -> bool:
-    return any(finding.malignant for finding in findings)
-
-
-def read_tables(paths: Sequence[Path]) -> Tables:
-    """Read and merge the description files."""
-    rows, files = [], {}
-    for path in paths:
-        findings, oddities = read_table(path)
-        rows += findings
-        files[path.name] = _count(findings) | {name: oddities[name] for name in TABLE_ODDITIES}
-    if not rows:
-        raise InputError(f"{', '.join(map(str, paths))}: no rows below the header")
-    repairs = {}
-    repeated = Counter(rows)
-    repairs["duplicate_rows_merged"] = [
-        f"{row.key} {row.type} {row.number}: {n} rows" for row, n in repeated.items() if n > 1
-    ]
-    images, lesions = defaultdict(list), defaultdict(set)
-    for finding in sorted(repeated, key=lambda row: (row.key, row.type, row.number)):
-        images[finding.key].append(finding)
-        lesions[finding.key, finding.type, finding.number].add(finding.pathology)
-
-    def listed(differ):
-        return sorted(key for key, findings in images.items() if differ(findings))
-
-    def both(findings, attribute):
-        return len({getattr(finding, attribute) for finding in findings}) == 2
-
-    divisions = defaultdict(set)
-    for row in rows:
-        divisions[row.patient].add(row.official)
-    repairs["mixed_pathologies"] = listed(
-        lambda findings: is_positive(findings) and not all(finding.malignant for finding in findings)
-    )
-    repairs["pathologies_of_one_lesion_differ"] = [
-        f"{key} {kind} {number}: {', '.join(sorted(found))}"
-        for (key, kind, number), found in lesions.items()
-        if len(found) > 1
-    ]
-    repairs["patients_in_both_official_sets"] = sorted(patient for patient, sets in divisions.items() if len(sets) == 2)
-    repairs["images_in_both_official_sets"] = listed(lambda findings: both(findings, "official"))
-    repairs["images_in_calc_and_mass_of_one_set"] = listed(
-        lambda findings: any(
-            both([f for f in findings if f.official == official], "type") for official in ("train", "test")
-        )
-    )
-    repairs["images_in_calc_and_mass"] = listed(lambda findings: both(findings, "type"))
-    counts = _count(rows) | {
-        "image_folders": len({row.image_folder for row in rows}),
-        "lesions": len(lesions),
-        "positive_images": sum(map(is_positive, images.values())),
-    }
-    return Tables(dict(images), {"tables": files, "all": counts}, repairs)
-
-
-def _count(findings: Sequence[Finding]) -> dict[str, int]:
-    keys, patients = {finding.key for finding in findings}, {finding.patient for finding in findings}
-    return {"rows": len(findings), "images": len(keys), "patients": len(patients)}
-
 
 # ---------------------------------------------------------------------------------------------- download folder
 
 
-class Download(NamedTuple):
-    """Where the images lie. Paths are relative to the download folder.
+class CbisFiles(NamedTuple):
+    """Hold where the images lie. Paths are relative to the download folder.
 
     by_series: files by the name of the folder they are in. by_folder: files by the `FOLDER` they are below or,
     where there is none, by their PatientID. descriptions: SeriesDescription of files, where a table tells it.
@@ -287,19 +60,19 @@ class Download(NamedTuple):
     descriptions: dict[str, str]
 
     def find(self, cell: Sequence[str], folder: str) -> list[str]:
-        """Files that the path cell of an image may mean: those of its series or, where there are none, of its `folder`.
+        """Return the files that the path cell of an image may mean: its series or, where that has none, its `folder`.
 
-        Where some of a series have the name that the cell gives, only these.
+        Where some files of a series have the name that the cell gives, only these.
         """
         series = self._find_series(cell, folder)
         named = [path for path in series if path.split("/")[-1] == cell[-1]]
         return named or series or self.by_folder.get(folder, [])
 
     def find_roi(self, row: Finding, findings: Iterable[Finding]) -> tuple[str, ...]:
-        """Files that may be the mask of a row, which is one of the `findings` of its image.
+        """Return the files that may be the mask of a row, one of the `findings` of its image.
 
-        Those of the series that its path cells name. Where there are none, those of its ROI folder that are not of
-        the series of another row; where there is no such folder, those of the folder of its view.
+        These are the files of the series that its path cells name. Where there are none, they are the files of its ROI
+        folder that are not of the series of another row; without such a folder, the files of the folder of its view.
         """
         if own := self._find_own(row):
             return tuple(sorted(own))
@@ -310,8 +83,8 @@ class Download(NamedTuple):
         return {path for cell in (row.mask, row.crop) for path in self._find_series(cell, row.roi_folder)}
 
     def _find_series(self, cell: Sequence[str], folder: str) -> list[str]:
-        """Files of the series that a cell names: in the folder that it gives, else `folder`, if it is there."""
-        series, below = self.by_series.get(_series(cell), []), self.by_folder.get(_find_folder(cell) or folder)
+        """Return the files of the series that a cell names, in the folder that it gives, else in `folder`."""
+        series, below = self.by_series.get(_series(cell), []), self.by_folder.get(find_view_folder(cell) or folder)
         return series if below is None else [path for path in series if path in below]
 
 
@@ -319,10 +92,8 @@ def _series(cell: Sequence[str]) -> str | None:
     return cell[-2] if len(cell) > 1 else None
 
 
-def scan_download(root, skip: Iterable = ()) -> Download:
+def scan_cbis(root: str | Path, skip: Iterable = ()) -> CbisFiles:
     """Find all images below `root`, in any of the layouts that are in circulation, but not in the folders `skip`."""
-    from mammo.images.reading import DICOM_SUFFIXES, is_image
-
     by_series, by_folder, orphans = defaultdict(list), defaultdict(list), []
     descriptions, patient_ids = {}, {}
     for file in walk_files(root, skip):
@@ -333,7 +104,7 @@ def scan_download(root, skip: Iterable = ()) -> Download:
         if not is_image(file):
             continue
         by_series[series].append(path)
-        if view := _find_folder(reversed(relative.parts[:-1])):
+        if view := find_view_folder(reversed(relative.parts[:-1])):
             by_folder[view].append(path)
         else:
             orphans.append(path)
@@ -350,11 +121,11 @@ def scan_download(root, skip: Iterable = ()) -> Download:
                 by_folder[read_header(root, path, {}).patient_id].append(path)
             except InputError:  # it may be found by its series, and is reported where it is wanted
                 continue
-    return Download(dict(by_series), dict(by_folder), told)
+    return CbisFiles(dict(by_series), dict(by_folder), told)
 
 
-def read_dicom_info(path) -> tuple[dict[str, str], dict[str, str]]:
-    """PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
+def read_dicom_info(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Read PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
     with open_csv(path) as (header, rows):
         if missing := [name for name in DICOM_INFO_COLUMNS if name not in header]:
             raise missing_columns(path, missing, header)
@@ -368,7 +139,7 @@ def read_dicom_info(path) -> tuple[dict[str, str], dict[str, str]]:
 
 
 class Header(NamedTuple):
-    """What is known of an image file without its pixels. description: SeriesDescription in small letters, or ""."""
+    """Hold what is known of an image file without its pixels. description: SeriesDescription in small letters."""
 
     path: str
     height: int
@@ -386,10 +157,8 @@ class Header(NamedTuple):
         return self.height * self.width
 
 
-def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
-    """InputError when there is no header to be read, as `read_dicom_header` and `read_size`."""
-    from mammo.images.reading import DICOM_SUFFIXES, read_dicom_header, read_size
-
+def read_header(root: str | Path, path: str, descriptions: Mapping[str, str]) -> Header:
+    """Read the header of an image file. Raises InputError as `read_dicom_header` and `read_size`."""
     file = Path(root, path)
     try:
         if not path.lower().endswith(DICOM_SUFFIXES):
@@ -402,10 +171,8 @@ def read_header(root, path: str, descriptions: Mapping[str, str]) -> Header:
     return Header(path, int(tags.Rows), int(tags.Columns), str(tags.get("PatientID") or ""), described, inverted)
 
 
-def read_grey(root, path: str):
-    """Pixels (H, W) of an image file; InputError as `read_img`, naming the path below the download folder."""
-    from mammo.images.reading import check_grey, read_img
-
+def read_grey(root: str | Path, path: str) -> np.ndarray:
+    """Read the pixels (H, W) of an image file. Raises InputError, which names the path below the download folder."""
     file = Path(root, path)
     try:
         # The re-release has some grey pictures in three channels.
@@ -418,17 +185,17 @@ def read_grey(root, path: str):
 
 
 class Copy(NamedTuple):
-    """One of the files that hold an image: those of its calc and of its mass rows may differ."""
+    """Hold the files of one copy of an image: its calc and its mass rows may name different ones."""
 
     folder: str
-    files: tuple[str, ...]  # as `Download.find` gives them
+    files: tuple[str, ...]  # as `CbisFiles.find` gives them
 
 
 class Candidates(NamedTuple):
-    """Files that may be the masks of rows of one lesion.
+    """Hold the files that may be the masks of rows of one lesion.
 
-    copy: index of the `Copy` of their image. named: the files that the mask cells of these rows name. lesions: the
-    number of lesions that these files may be of.
+    copy: index of the `Copy` of their image. named: the files that the mask cells of these rows name. lesions: how many
+    lesions these files may belong to.
     """
 
     copy: int
@@ -437,36 +204,40 @@ class Candidates(NamedTuple):
     lesions: int
 
 
-class Lesion(NamedTuple):
-    """All rows with one image, type and number."""
+class CbisLesion(NamedTuple):
+    """Hold what all rows with one image, type and number say together."""
 
     type: str
     number: int
     pathology: str
     masks: tuple[Candidates, ...]
 
+    def mask_path(self, key: str) -> str:
+        """Return the path of its mask below the output folder, for the image of this name."""
+        return f"roi_mask/{self.type.capitalize()}-Training_{key}_{self.number}.png"
 
-class Plan(NamedTuple):
-    """What is to be made of one image, in types that JSON can hold.
+
+class CbisPlan(NamedTuple):
+    """Hold what is to be made of one image, in types that JSON can hold.
 
     folder: of the whole image, such as train/pos; None for no set. whole: options of `make_whole`.
     """
 
     copies: tuple[Copy, ...]
-    lesions: tuple[Lesion, ...]
+    lesions: tuple[CbisLesion, ...]
     folder: str | None
     whole: dict
     descriptions: dict[str, str]
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All files that the image and its masks may be made from."""
+        """Return all files that the image and its masks may be made from."""
         files = {path for copy in self.copies for path in copy.files}
         return tuple(sorted(files.union(*(masks.files for lesion in self.lesions for masks in lesion.masks))))
 
 
-def plan_image(findings: Sequence[Finding], download: Download, folder: str | None, whole: dict) -> Plan:
-    """The plan for the image of these findings. folder, whole: see `Plan`."""
+def plan_image(findings: Sequence[Finding], download: CbisFiles, folder: str | None, whole: dict) -> CbisPlan:
+    """Return the plan for the image of these findings. folder, whole: see `CbisPlan`."""
     copies, lesions, lesions_of = {}, defaultdict(list), Counter()
     for finding in findings:
         name = finding.image_folder
@@ -486,57 +257,44 @@ def plan_image(findings: Sequence[Finding], download: Download, folder: str | No
             Candidates(copy, tuple(named), files, lesions_of[copy, files])
             for (copy, files), named in candidates[kind, number].items()
         )
-        plans.append(Lesion(kind, number, pathologies[0], masks))
-    plan = Plan(tuple(copies.values()), tuple(plans), folder, whole, {})
+        plans.append(CbisLesion(kind, number, pathologies[0], masks))
+    plan = CbisPlan(tuple(copies.values()), tuple(plans), folder, whole, {})
     descriptions = {path: download.descriptions[path] for path in plan.sources if path in download.descriptions}
     return plan._replace(descriptions=descriptions)
 
 
-def full_img_path(key: str) -> str:
-    return f"full_img/{key}.png"
-
-
-def mask_path(key: str, lesion: Lesion) -> str:
-    return f"roi_mask/{lesion.type.capitalize()}-Training_{key}_{lesion.number}.png"
-
-
-def list_outputs(key: str, plan: Plan) -> tuple[str, ...]:
-    """Paths of all files that `prepare_image` may write for the image, below the output folder."""
+def list_outputs(key: str, plan: CbisPlan) -> tuple[str, ...]:
+    """Return the paths of all files that `prepare_cbis_image` may write for the image, below the output folder."""
     whole = (whole_img_path(key, plan.folder),) if plan.folder else ()
-    return full_img_path(key), *whole, *(mask_path(key, lesion) for lesion in plan.lesions)
+    return full_img_path(key), *whole, *(lesion.mask_path(key) for lesion in plan.lesions)
 
 
-def prepare_image(item, download, out):
-    """Write the full image, the masks and the whole image of one item; see `mammo.base.work.prepare`."""
-    plan, result = item.plan, Outcome(item.name)
-
-    def write(path, pixels):
-        write_img(Path(out, path), pixels)
-        result.outputs.append(path)
-
+def prepare_cbis_image(job: Job, download: Path, out: Path) -> Outcome:
+    """Write the full image, the masks and the whole image of one job; see `work.run_resumable`."""
+    plan, result = job.plan, Outcome(job.name)
     try:
         img, source, headers = read_image(plan, download, result)
         if plan.folder:
             write_whole(img, out, plan.folder, plan.whole, source, result)
-        write(full_img_path(item.name), to_uint16(img))
+        write_output(to_uint16(img), out, full_img_path(job.name), result)
     except InputError as error:
-        result.faults.append(f"{item.name}: {error}; left out with its masks")
+        result.faults.append(f"{job.name}: {error}; left out with its masks")
         return result
     result.facts["lesions"] = []
     for lesion in plan.lesions:
-        name = f"{item.name} {lesion.type} {lesion.number}"
+        name = f"{job.name} {lesion.type} {lesion.number}"
         try:
             mask = read_mask(name, lesion, headers, img.shape, plan.descriptions, download, result)
         except InputError as error:
             result.faults.append(f"{name}: {error}")
             continue
-        write(mask_path(item.name, lesion), mask)
+        write_output(mask, out, lesion.mask_path(job.name), result)
         result.facts["lesions"].append([lesion.type, lesion.number, lesion.pathology])
     return result
 
 
-def read_image(plan: Plan, download, result):
-    """Pixels and path of the first readable copy of an image, and the header of each copy, None for one without.
+def read_image(plan: CbisPlan, download: Path, result: Outcome) -> tuple[np.ndarray, str, list[Header | None]]:
+    """Read pixels and path of the first readable copy of an image, and the header of each copy, None for one without.
 
     The calc and the mass rows of one view have files of their own, of the same film; one is kept.
     """
@@ -564,11 +322,12 @@ def read_image(plan: Plan, download, result):
     return img, kept.path, headers
 
 
-def choose_image(copy: Copy, descriptions, download, result) -> Header:
-    """The header of the full mammogram among the files of `copy`.
+def choose_image(copy: Copy, descriptions: Mapping[str, str], download: Path, result: Outcome) -> Header:
+    """Return the header of the full mammogram among the files of `copy`.
 
-    Of several, those that are described as one, by their header, table or path; failing that, those that are not
-    described as masks or crops. Of these the largest that has more than two values, which masks have not.
+    Of several files, the ones count that are described as mammograms, by their header, table or path; failing that,
+    the ones that are not described as masks or crops. The largest of them with more than two values is taken, since
+    masks have two.
     """
     headers, problems = [], []
     for path in copy.files:
@@ -599,8 +358,8 @@ def choose_image(copy: Copy, descriptions, download, result) -> Header:
     )
 
 
-def check_mammogram(path: str, img):
-    """`img` if it is a picture of unsigned pixels of more than two values, else InputError."""
+def check_mammogram(path: str, img: np.ndarray) -> np.ndarray:
+    """Return `img` if it is a picture of unsigned pixels of more than two values, else InputError."""
     if img.dtype.name not in ("uint8", "uint16"):
         raise InputError(f"{path}: Expected 8- or 16-bit unsigned pixels. Received {img.dtype}")
     if img.min() == img.max():
@@ -610,14 +369,24 @@ def check_mammogram(path: str, img):
     return img
 
 
-def read_mask(name: str, lesion: Lesion, headers: Sequence[Header | None], shape, descriptions, download, result):
-    """The mask of one lesion, the union of those of its rows: uint8 0/255 (*shape).
+def read_mask(
+    name: str,
+    lesion: CbisLesion,
+    headers: Sequence[Header | None],
+    shape: tuple[int, int],
+    descriptions: Mapping[str, str],
+    download: Path,
+    result: Outcome,
+) -> np.ndarray:
+    """Return the mask of one lesion, the union of the masks of its rows: uint8 0/255 (*shape).
 
-    headers: of each copy of the image. shape: of the one that is kept. Raises InputError when a row has no mask.
+    Args:
+        headers: of each copy of the image.
+        shape: of the copy that is kept.
+
+    Raises:
+        InputError: when a row has no mask.
     """
-    import cv2
-    import numpy as np
-
     union, used, repairs = np.zeros(shape, bool), set(), {}  # a dict, so that nothing is listed twice
     images = {header.path for header in headers if header}
     for copy, named, files, lesions in lesion.masks:
@@ -661,10 +430,10 @@ def read_mask(name: str, lesion: Lesion, headers: Sequence[Header | None], shape
 
 
 def is_where_named(path: str, named: Iterable[str], candidates: Sequence[str]) -> bool:
-    """Whether a mask is the file that one of the cells `named` means, in a layout of whatever names.
+    """Return whether a mask is the file that one of the cells `named` means, in a layout of whatever names.
 
-    000000.dcm is 1-1.dcm and 1-234.jpg: the first of its folder. Where the folder that a cell gives is not among
-    those of the `candidates`, as in the descriptive layouts, the position alone counts; in folders that no layout
+    000000.dcm is 1-1.dcm and 1-234.jpg: the first of its folder. Where the folder that a cell gives has
+    none of the `candidates`, as in the descriptive layouts, the position alone counts; in folders that no layout
     has, not even that.
     """
     parts = path.split("/")
@@ -674,18 +443,24 @@ def is_where_named(path: str, named: Iterable[str], candidates: Sequence[str]) -
         position = re.fullmatch(r"(\d+)\.\w+|1-(\d+)\.\w+", cell[-1])
         if _series(cell) in present and _series(cell) != _series(parts):
             continue
-        if len(beside) == 1 or not position or not (_find_folder(parts) or _series(cell) in present):
+        if len(beside) == 1 or not position or not (find_view_folder(parts) or _series(cell) in present):
             return True
         if beside.index(path) == (int(position[1]) if position[1] else int(position[2]) - 1):
             return True
     return False
 
 
-def find_masks(candidates: Sequence[str], size, descriptions, download):
-    """Masks among the candidates, by path as boolean arrays; paths of masks not taken; what is wrong with the others.
+def find_masks(
+    candidates: Sequence[str], size: tuple[int, int], descriptions: Mapping[str, str], download: Path
+) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """Find masks among the candidates.
 
-    Files of two values are masks. Of each folder, those that have the image's `size` (height, width) are taken.
-    Where it has none, those of another size are that are described as masks or, failing that, the largest.
+    Files of two values are masks. In each folder, the masks that have the image's `size` (height, width) are taken.
+    Where there are none, masks of another size are taken: the ones that are described as masks or, failing that, the
+    largest.
+
+    Returns:
+        The masks by path as boolean arrays; the paths of masks not taken; what is wrong with the other files.
     """
     problems, folders = [], defaultdict(lambda: ({}, {}, {}))  # of the image's size, described as masks, others
     for path in candidates:
@@ -719,13 +494,12 @@ def find_masks(candidates: Sequence[str], size, descriptions, download):
 
 
 def is_lossy(path: str) -> bool:
+    """Return whether a file is JPEG, by its name."""
     return path.lower().endswith((".jpg", ".jpeg"))
 
 
-def as_mask(img, lossy: bool):
-    """Where an image of two values is bright, or None if it has more or fewer. lossy: JPEG has blurred its edges."""
-    import numpy as np
-
+def as_mask(img: np.ndarray, lossy: bool) -> np.ndarray | None:
+    """Return where an image of two values is bright, None for others. lossy: JPEG has blurred its edges."""
     lowest, highest = int(img.min()), int(img.max())
     if lowest == highest:
         return None
@@ -734,3 +508,100 @@ def as_mask(img, lossy: bool):
     if between > (JPEG_SHARE * img.size if lossy else 0):
         return None
     return img > (lowest + highest) / 2
+
+
+# ------------------------------------------------------------------------------------------------- the data set
+
+
+class CbisDdsm(DataSet):
+    """Prepare CBIS-DDSM as downloaded.
+
+    Reads the DICOM files of the archive, in any of its folder layouts, or the JPEG files of the re-release, and the
+    four description files. An image is positive when any of its findings is malignant.
+    """
+
+    name = "cbis-ddsm"
+    data_help = "folder of the download: the images and, unless --csv-dir names another, description files"
+    files = """\
+    full_img/<patient>_<side>_<view>.png                                    16-bit mammograms, as they are
+    roi_mask/<Calc|Mass>-Training_<patient>_<side>_<view>_<number>.png      8-bit masks, 255 in the lesion
+    roi_mask_path.csv      the lesions (the sampler's names: also test patients have "Training" in them)
+    pat_side_cancer.csv    1 where a breast has a malignant finding
+"""
+    splits = {  # noqa: RUF012
+        "author": "--test-size for the test, then --val-size of the others for validation, stratified by any "
+        "malignancy (the paper's)",
+        "official": "the data set's own test patients, with those who are in both of its sets, then --val-size of the "
+        "others",
+    }
+    repairs = (
+        *("mask_found_by_content", "mask_resized", "mask_of_another_size_not_taken", "masks_united"),
+        *("monochrome1_inverted", "8_bit_scaled_to_16_bit", "several_files_for_one_image", "one_copy_of_image_kept"),
+        *("unreadable_copy_of_image_not_needed", "unreadable_file_not_needed"),
+    )
+    prepare = staticmethod(prepare_cbis_image)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return "full_img", "roi_mask", *FOLDERS
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--csv-dir", metavar="DIR", help="folder of the four description files; default: below the download folder"
+        )
+
+    def read(self) -> Listing:
+        listing = read_cbis_tables(find_tables(self.args.csv_dir or self.args.data))
+        self._print_tables(listing)
+        return listing
+
+    def _print_tables(self, listing: Listing) -> None:
+        for name, counts in listing.report["tables"].items():
+            print(f"{name}: {counts['rows']} rows, {counts['images']} images, {counts['patients']} patients")
+        counts, repairs = listing.counts, {kind: len(items) for kind, items in listing.repairs.items()}
+        print(
+            f"together: {counts['rows']} rows, {counts['lesions']} lesions, {counts['image_folders']} image folders, "
+            f"{counts['images']} images ({counts['positive_images']} positive), {counts['patients']} patients"
+        )
+        print(
+            f"in both official sets: {repairs['patients_in_both_official_sets']} patients, "
+            f"{repairs['images_in_both_official_sets']} images"
+            + ("; they are for the test only" if self.args.split == "official" else "")
+        )
+        print(
+            f"in the calc and the mass table: {repairs['images_in_calc_and_mass']} images "
+            f"({repairs['images_in_calc_and_mass_of_one_set']} within one official set); each is taken once"
+        )
+        print(f"both malignant and other findings: {repairs['mixed_pathologies']} images, which are positive")
+
+    def plan(self, pictures, places) -> list[Job]:
+        """Return a job for each image; without a place, full image and masks alone are made."""
+        self.download = scan_cbis(self.args.data, self.skip)
+        jobs = []
+        for name, picture in pictures.items():
+            plan = plan_image(picture.findings, self.download, places[name], whole_options(self.args))
+            jobs.append(Job(name, plan.sources, list_outputs(name, plan), plan))
+        return jobs
+
+    def complete(self, report, listing, jobs, results) -> None:
+        """Write roi_mask_path.csv and pat_side_cancer.csv, of what was made, and count masks and files."""
+        lesions = [
+            (*result.name.rsplit("_", 2), number, pathology, kind)
+            for result in results
+            for kind, number, pathology in result.facts.get("lesions", ())
+        ]
+        write_csv(Path(self.args.out, "roi_mask_path.csv"), LESION_COLUMNS, lesions)
+        breasts = defaultdict(bool)
+        for picture in listing.pictures:
+            breasts[picture.patient, picture.side] |= picture.positive
+        seen = {tuple(result.name.rsplit("_", 2)[:2]) for result in finished(results)}
+        cancers = [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen]
+        write_csv(Path(self.args.out, "pat_side_cancer.csv"), ["patient_id", "side", "cancer"], cancers)
+        found = {path for paths in self.download.by_series.values() for path in paths}
+        report["counts"] |= {
+            "masks_prepared": len(lesions),
+            "masks_skipped": listing.counts["lesions"] - len(lesions),
+            "files_found": len(found),
+            "files_of_no_row": len(found.difference(*(job.sources for job in jobs))),
+        }

@@ -1,46 +1,61 @@
-"""INbreast as downloaded: its table, the names of its DICOM files, its annotations, and the files of one image.
+"""Prepare INbreast as downloaded: its table, the names of its DICOM files, its annotations, and the files of one image.
 
-The table says "removed" for every patient: who an image is of stands in the name of its DICOM file alone,
+The table says "removed" for every patient: the patient stands in the name of the DICOM file alone,
 `<File Name>_<patient>_MG_<L|R>_<CC|ML>_ANON.dcm`, where ML means MLO. Annotations are Apple property lists as the
 viewer OsiriX exports them, `<File Name>.xml`, with the outlines of findings in pixels of the DICOM image.
 """
 
 import plistlib
 import re
+from argparse import ArgumentParser
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mammo.base.files import InputError, walk_files, write_img
+import cv2
+import numpy as np
+
+from mammo.base.files import InputError, counted, walk_files
 from mammo.base.guards import read_bytes
-from mammo.base.tables import TABLE_SUFFIXES, find_columns, open_table
+from mammo.base.tables import TABLE_SUFFIXES, find_columns, open_table, write_csv
 from mammo.base.work import Job, Outcome
-from mammo.data.prepare import CLASSES, whole_img_path, write_whole
-from mammo.data.splits import Image, sets_of_patients
+from mammo.data.listing import CLASSES, FOLDERS, RANDOM_SPLIT, DataSet, Listing, Picture
+from mammo.data.prepare import (
+    full_img_path,
+    print_exclusions,
+    whole_img_path,
+    whole_options,
+    write_output,
+    write_whole,
+)
+from mammo.data.splits import INBREAST_SIDES, INBREAST_VIEWS, parse_inbreast_name
+from mammo.images.reading import DICOM_SUFFIXES, read_dicom_16_bit
 
-COLUMNS = {"file": ("file name",), "side": ("laterality",), "view": ("view",), "birads": ("bi-rads", "birads")}
-
-SIDES = {"L": "LEFT", "R": "RIGHT"}
-
-VIEWS = {"CC": "CC", "MLO": "MLO", "ML": "MLO"}
+INBREAST_COLUMNS = {
+    "file": ("file name",),
+    "side": ("laterality",),
+    "view": ("view",),
+    "birads": ("bi-rads", "birads"),
+}
 
 # Views that are no part of screening: one image is FB, from below.
 OTHER_VIEWS = ("FB",)
 
 BIRADS = ("0", "1", "2", "3", "4", "4a", "4b", "4c", "5", "6")
 
-# Why a picture is no part of the data set, though nothing is wrong with it.
-EXCLUSIONS = {
+# Why an image is no part of the data set, though nothing is wrong with it.
+INBREAST_EXCLUSIONS = {
     "no_screening_view": "views other than CC and MLO are no part of screening",
     "birads_of_no_class": "their BI-RADS category is in neither class (--neg-birads, --pos-birads)",
     "dicom_without_row": "their File Name is not in the table, so there is no label",
 }
 
-REPAIRS = (
-    *("duplicate_rows_merged", "rows_without_file_name", "several_files_for_one_image", "monochrome1_inverted"),
-    *("points_drawn_as_discs", "points_without_extent_left_out", "findings_of_unknown_name"),
-)
+MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
+
+# What the paper's models subtract after finetuning.
+PUBLISHED_MEAN = 44.33
 
 # Kinds of findings by the names that annotations give them, in small letters and with their misspellings.
 KINDS = {
@@ -63,14 +78,11 @@ POINT_RADIUS = 3
 # Coordinates beyond any detector are damage; OpenCV would wrap them around.
 MAX_COORDINATE = 100_000
 
-_DICOM_NAME = re.compile(r"(\d+)_([0-9a-z]+)_MG_([LR])_([A-Z]+)_ANON", re.IGNORECASE)
-
-
 # ------------------------------------------------------------------------------------------------------- table
 
 
-class Row(NamedTuple):
-    """One image in the table. file: the number that it calls File Name. birads: one of `BIRADS`."""
+class InbreastRow(NamedTuple):
+    """Hold one image in the table. file: the number that it calls File Name. birads: one of `BIRADS`."""
 
     file: str
     side: str
@@ -78,22 +90,23 @@ class Row(NamedTuple):
     birads: str
 
 
-class Table(NamedTuple):
-    """Rows sorted by file, each once, with the place it stands at; and what was mended."""
+class InbreastTable(NamedTuple):
+    """Hold the rows sorted by file, each once, with the place it stands at; and what was mended."""
 
     path: Path
-    rows: dict[Row, str]
+    rows: dict[InbreastRow, str]
     repairs: dict[str, list[str]]
 
 
-def read_table(path) -> Table:
-    """Rows of INbreast.csv or .xls.
+def read_inbreast_table(path: str | Path) -> InbreastTable:
+    """Read the rows of INbreast.csv or .xls.
 
-    InputError names the line of an unknown value, and of a file with two rows that differ: the label depends on them.
+    Raises InputError, which names the line, for an unknown value, and for a file with two rows that differ: the label
+    depends on them.
     """
     rows, lines, repairs = {}, {}, defaultdict(list)
     with open_table(path) as (header, cells_of):
-        places = find_columns(path, header, COLUMNS)
+        places = find_columns(path, header, INBREAST_COLUMNS)
         for where, cells in cells_of:
             cells = {name: cells[place].strip() for name, place in places.items()}
             if not cells["file"]:  # the .xls ends with rows of sums
@@ -108,10 +121,10 @@ def read_table(path) -> Table:
             rows.setdefault(row, where)
     if not rows:
         raise InputError(f"{path}: no rows below the header")
-    return Table(Path(path), dict(sorted(rows.items(), key=lambda item: int(item[0].file))), dict(repairs))
+    return InbreastTable(Path(path), dict(sorted(rows.items(), key=lambda item: int(item[0].file))), dict(repairs))
 
 
-def _read_row(cells: Mapping[str, str], where: str) -> Row:
+def _read_row(cells: Mapping[str, str], where: str) -> InbreastRow:
     file = re.fullmatch(r"([0-9]{1,20})(\.0|\.dcm)?", cells["file"])
     if not file:
         raise InputError(
@@ -119,42 +132,42 @@ def _read_row(cells: Mapping[str, str], where: str) -> Row:
         )
     side, view, birads = cells["side"].upper(), cells["view"].upper(), cells["birads"].lower().removesuffix(".0")
     for name, value, allowed in (
-        ("Laterality", side, SIDES),
-        ("View", view, (*VIEWS, *OTHER_VIEWS)),
+        ("Laterality", side, INBREAST_SIDES),
+        ("View", view, (*INBREAST_VIEWS, *OTHER_VIEWS)),
         ("Bi-Rads", birads, BIRADS),
     ):
         if value not in allowed:
             raise InputError(f"{where}: unknown {name}: Expected {', '.join(allowed)}. Received {value!r}")
-    return Row(file[1], SIDES[side], VIEWS.get(view, view), birads)
+    return InbreastRow(file[1], INBREAST_SIDES[side], INBREAST_VIEWS.get(view, view), birads)
 
 
-def count_rows(rows: Iterable[Row]) -> dict:
-    """Rows by BI-RADS category and by view, sorted."""
+def count_rows(rows: Iterable[InbreastRow]) -> dict:
+    """Count rows by BI-RADS category and by view, sorted."""
     rows = list(rows)
     birads, views = (Counter(getattr(row, name) for row in rows) for name in ("birads", "view"))
     return {"rows": len(rows), "birads": dict(sorted(birads.items())), "views": dict(sorted(views.items()))}
 
 
 class Classes(NamedTuple):
-    """BI-RADS categories of the negative and of the positive class."""
+    """Hold the BI-RADS categories of the negative and of the positive class."""
 
     neg: frozenset[str]
     pos: frozenset[str]
 
     def label(self, birads: str) -> str | None:
-        """One of `CLASSES`, or None for neither."""
+        """Return one of `CLASSES`, or None for neither."""
         return next((name for name in CLASSES if birads in getattr(self, name)), None)
 
 
-def add_class_options(parser, title: str = "classes") -> None:
+def add_class_options(parser: ArgumentParser) -> None:
     """Add the options whose values `read_classes` takes."""
-    group = parser.add_argument_group(f"{title} (other categories are left out; 4 stands for 4a, 4b and 4c too)")
+    group = parser.add_argument_group("classes (other categories are left out; 4 stands for 4a, 4b and 4c too)")
     group.add_argument("--neg-birads", nargs="+", choices=BIRADS, default=["1", "2"], help="negative (1 2)")
     group.add_argument("--pos-birads", nargs="+", choices=BIRADS, default=["4", "5", "6"], help="positive (4 5 6)")
 
 
 def read_classes(neg: Iterable[str], pos: Iterable[str]) -> Classes:
-    """Classes of these categories; 4 stands for 4a, 4b and 4c too. InputError for one in both."""
+    """Return the classes of these categories; 4 stands for 4a, 4b and 4c too. Raises InputError for one in both."""
 
     def expand(names):
         return frozenset(birads for birads in BIRADS for name in names if birads == name or birads[:-1] == name)
@@ -168,15 +181,15 @@ def read_classes(neg: Iterable[str], pos: Iterable[str]) -> Classes:
 # ---------------------------------------------------------------------------------------------- download folder
 
 
-class Download(NamedTuple):
-    """Where the files lie, as paths below the download folder. dicoms, annotations: by File Name."""
+class InbreastFiles(NamedTuple):
+    """Hold where the files lie, as paths below the download folder. dicoms, annotations: by File Name."""
 
     tables: list[str]
     dicoms: dict[str, list[str]]
     annotations: dict[str, list[str]]
 
-    def find_table(self, root) -> Path:
-        """INbreast.csv or, where there is none, .xlsx or .xls. InputError for neither, or two of one kind."""
+    def find_table(self, root: str | Path) -> Path:
+        """Return INbreast.csv, or else .xlsx or .xls. Raises InputError for neither, or two of one kind."""
         for suffix in TABLE_SUFFIXES:
             found = [path for path in self.tables if path.lower().endswith(suffix)]
             if len(found) > 1:
@@ -186,10 +199,8 @@ class Download(NamedTuple):
         raise InputError(f"{root}: no table: Expected INbreast.csv or .xls there or below; or name it with --table")
 
 
-def scan_download(root, skip: Iterable = ()) -> Download:
+def scan_inbreast(root: str | Path, skip: Iterable = ()) -> InbreastFiles:
     """Find the tables, DICOM files and annotations below `root`, but not in the folders `skip`."""
-    from mammo.images.reading import DICOM_SUFFIXES
-
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: Expected that of the download")
@@ -200,51 +211,42 @@ def scan_download(root, skip: Iterable = ()) -> Download:
             continue
         if suffix in DICOM_SUFFIXES:
             dicoms[file.stem.split("_")[0]].append(path)
-        elif suffix == ".xml" and file.stem.isdecimal() and "muscle" not in path.lower():  # those of pectoral muscles
+        elif (
+            suffix == ".xml" and file.stem.isdecimal() and "muscle" not in path.lower()
+        ):  # outlines of the pectoral muscle
             annotations[file.stem].append(path)
         elif suffix in TABLE_SUFFIXES and file.stem.lower() == "inbreast":
             tables.append(path)
-    return Download(tables, dict(dicoms), dict(annotations))
+    return InbreastFiles(tables, dict(dicoms), dict(annotations))
 
 
-class Picture(NamedTuple):
-    """An image of the data set: its row, its DICOM file and its annotations (None: there are none)."""
+@dataclass(frozen=True)
+class InbreastPicture(Picture):
+    """Hold one image, and the path of its annotations (None: there are none)."""
 
-    row: Row
-    dicom: str
-    annotation: str | None
-
-
-class Selection(NamedTuple):
-    """What the table and the names of files make of the data set.
-
-    images, pictures: by the name of the image to be, `<patient>_<side>_<view>`, with _2, _3 ... for further images of
-    one view. excluded: pictures by the keys of `EXCLUSIONS`. faults: why rows that should be images are none.
-    """
-
-    images: dict[str, Image]
-    pictures: dict[str, Picture]
-    excluded: dict[str, list[str]]
-    faults: list[Outcome]
-    repairs: dict[str, list[str]]
+    annotation: str | None = None
 
 
-def select(table: Table, download: Download, classes: Classes) -> Selection:
+def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes) -> Listing:
     """Find the patient and the class of each row."""
-    selection = Selection({}, {}, {kind: [] for kind in EXCLUSIONS}, [], defaultdict(list, table.repairs))
+    listing = Listing(
+        excluded={kind: [] for kind in INBREAST_EXCLUSIONS},
+        repairs=defaultdict(list, table.repairs),
+        report={"table": {"file": table.path.name} | count_rows(table.rows)},
+    )
     views = Counter()
     for row, where in table.rows.items():
         label = classes.label(row.birads)
         if row.view in OTHER_VIEWS:
-            selection.excluded["no_screening_view"].append(f"{row.file}: {row.view}")
+            listing.excluded["no_screening_view"].append(f"{row.file}: {row.view}")
             continue
         if label is None:
-            selection.excluded["birads_of_no_class"].append(f"{row.file}: BI-RADS {row.birads}")
+            listing.excluded["birads_of_no_class"].append(f"{row.file}: BI-RADS {row.birads}")
         try:
             patient, paths = identify(row, where, download)
         except InputError as error:
             if label is not None:
-                selection.faults.append(Outcome(row.file, faults=[f"{error}; left out"]))
+                listing.faults.append(Outcome(row.file, faults=[f"{error}; left out"]))
             continue
         # Counted over rows of no class too, so that other classes do not change the names.
         name = f"{patient}_{row.side}_{row.view}"
@@ -255,32 +257,29 @@ def select(table: Table, download: Download, classes: Classes) -> Selection:
         annotations = download.annotations.get(row.file, [])
         for several in (paths, annotations):
             if len(several) > 1:
-                text = f"{name}: {several[0]} of {', '.join(several)}"
-                selection.repairs["several_files_for_one_image"].append(text)
-        selection.images[name] = Image(patient, row.side, row.view, label == "pos")
-        selection.pictures[name] = Picture(row, paths[0], annotations[0] if annotations else None)
+                listing.repairs["several_files_for_one_image"].append(f"{name}: {several[0]} of {', '.join(several)}")
+        annotation = annotations[0] if annotations else None
+        listing.pictures.append(
+            InbreastPicture(paths[0], label == "pos", patient, row.side, row.view, name=name, annotation=annotation)
+        )
     known = {row.file for row in table.rows}
     without = sorted(path for file, paths in download.dicoms.items() if file not in known for path in paths)
-    selection.excluded["dicom_without_row"].extend(without)
-    return selection
+    listing.excluded["dicom_without_row"].extend(without)
+    return listing
 
 
-def parse_dicom_name(stem: str) -> tuple[str, str, str | None] | None:
-    """(patient, side, view) of a DICOM file's name without ending, None for names of another form. view: None where it
-    is neither CC nor MLO."""
-    match = _DICOM_NAME.fullmatch(stem)
-    return match and (match[2].lower(), SIDES[match[3].upper()], VIEWS.get(match[4].upper()))
+def identify(row: InbreastRow, where: str, download: InbreastFiles) -> tuple[str, list[str]]:
+    """Return patient and DICOM files of a row, by the names of the files.
 
-
-def identify(row: Row, where: str, download: Download) -> tuple[str, list[str]]:
-    """Patient and DICOM files of a row, by the names of these. InputError for none, or others than the row tells."""
+    Raises InputError for none, or for others than the row tells.
+    """
     form = f"{row.file}_<patient>_MG_{row.side[0]}_{'ML' if row.view == 'MLO' else row.view}_ANON.dcm"
     paths = download.dicoms.get(row.file, [])
     if not paths:
         raise InputError(f"{where}: no DICOM file: Expected {form} below the download folder")
     patients = set()
     for path in paths:
-        known = parse_dicom_name(Path(path).stem)
+        known = parse_inbreast_name(Path(path).stem)
         if known is None:
             raise InputError(f"{path}: the name tells no patient: Expected {form}")
         patient, side, view = known
@@ -297,32 +296,37 @@ def identify(row: Row, where: str, download: Download) -> tuple[str, list[str]]:
 # ------------------------------------------------------------------------------------------------- annotations
 
 
-class Finding(NamedTuple):
-    """A region as annotated. points: (x, y) in pixels, from the upper left corner."""
+class Outline(NamedTuple):
+    """Hold a finding as annotated. points: (x, y) in pixels, from the upper left corner."""
 
     name: str
     points: list[tuple[float, float]]
 
     @property
     def kind(self) -> str:
+        """Return what it is, a value of `KINDS` or `OTHER_KIND`."""
         return KINDS.get(self.name.lower(), OTHER_KIND)
 
 
-class Lesion(NamedTuple):
-    """What becomes one mask. kind: a value of `KINDS`, or `OTHER_KIND`. number: from 1, over all of an image."""
+class Region(NamedTuple):
+    """Hold what becomes one mask. kind: see `Outline.kind`. number: from 1, over all of an image."""
 
     kind: str
     number: int
-    findings: list[Finding]
+    findings: list[Outline]
+
+    def mask_path(self, name: str) -> str:
+        """Return the path of its mask, for the image of this name, as `patches.read_lesion_masks` finds it."""
+        return f"roi_mask/{self.kind}-INbreast_{name}_{self.number}.png"
 
 
-def read_annotation(path) -> list[Finding]:
-    """Findings of an annotation file, in its order. InputError for a damaged file."""
+def read_annotation(path: str | Path) -> list[Outline]:
+    """Read the findings of an annotation file, in its order. Raises InputError for a damaged file."""
     data = read_bytes(path)
     try:
         images = plistlib.loads(data, fmt=plistlib.FMT_XML)["Images"]
         return [
-            Finding(" ".join(str(roi["Name"]).split()), [_read_point(text) for text in roi["Point_px"]])
+            Outline(" ".join(str(roi["Name"]).split()), [_read_point(text) for text in roi["Point_px"]])
             for image in images
             for roi in image["ROIs"]
         ]
@@ -338,13 +342,13 @@ def _read_point(text: str) -> tuple[float, float]:
     return x, y
 
 
-def group_findings(findings: Iterable[Finding]) -> tuple[list[Lesion], list[tuple[str, str]]]:
-    """The lesions that findings make, and the repairs that this takes.
+def group_findings(findings: Iterable[Outline]) -> tuple[list[Region], list[tuple[str, str]]]:
+    """Return the regions that findings make, and the repairs that this takes.
 
-    A region is a lesion. Single calcifications, outlined or marked by a point each, are one lesion together: there
-    are dozens in some images. Points of other kinds have no extent and are left out.
+    Single calcifications, outlined or marked by a point each, are one region together: there are dozens in some
+    images. Points of other kinds have no extent and are left out.
     """
-    lesions, repairs, calcs = [], [], None
+    regions, repairs, calcs = [], [], None
     for finding in findings:
         if finding.kind == OTHER_KIND:
             repairs.append(("findings_of_unknown_name", finding.name))
@@ -353,24 +357,21 @@ def group_findings(findings: Iterable[Finding]) -> tuple[list[Lesion], list[tupl
         elif finding.kind == "Calc" and calcs:
             calcs.findings.append(finding)
         else:
-            lesions.append(Lesion(finding.kind, len(lesions) + 1, [finding]))
-            calcs = lesions[-1] if finding.kind == "Calc" else calcs
-    points = sum(len(finding.points) == 1 for lesion in lesions for finding in lesion.findings)
+            regions.append(Region(finding.kind, len(regions) + 1, [finding]))
+            calcs = regions[-1] if finding.kind == "Calc" else calcs
+    points = sum(len(finding.points) == 1 for region in regions for finding in region.findings)
     if points:
         repairs.append(("points_drawn_as_discs", f"{points} of Calc"))
-    return lesions, repairs
+    return regions, repairs
 
 
-def draw_mask(lesion: Lesion, shape: tuple[int, int]):
-    """uint8 mask (*shape), 255 in the lesion: regions filled, points as discs of `POINT_RADIUS` pixels.
+def draw_mask(region: Region, shape: tuple[int, int]) -> np.ndarray:
+    """Draw a uint8 mask (*shape), 255 in the region: outlines filled, points as discs of `POINT_RADIUS` pixels.
 
-    Raises InputError for a lesion beside the image.
+    Raises InputError for a region beside the image.
     """
-    import cv2
-    import numpy as np
-
     mask = np.zeros(shape, np.uint8)
-    for finding in lesion.findings:
+    for finding in region.findings:
         points = np.rint(finding.points).astype(np.int32)
         if len(points) == 1:
             cv2.circle(mask, points[0].tolist(), POINT_RADIUS, 255, cv2.FILLED)
@@ -384,10 +385,11 @@ def draw_mask(lesion: Lesion, shape: tuple[int, int]):
 # -------------------------------------------------------------------------------------------------- one image
 
 
-class Plan(NamedTuple):
-    """What is to be made of one image, in types that JSON can hold.
+class InbreastPlan(NamedTuple):
+    """Hold what is to be made of one image, in types that JSON can hold.
 
     annotation: None to write no masks. folder: of the whole image, such as train/pos. whole: options of `make_whole`.
+    full: whether to write the image in full size too.
     """
 
     dicom: str
@@ -397,76 +399,157 @@ class Plan(NamedTuple):
     full: bool
 
 
-def full_img_path(name: str) -> str:
-    return f"full_img/{name}.png"
-
-
-def mask_path(name: str, lesion: Lesion) -> str:
-    """As the readers of masks want it, which take Mass and Calc."""
-    return f"roi_mask/{lesion.kind}-INbreast_{name}_{lesion.number}.png"
-
-
-def plan_images(selection: Selection, sets: Mapping[str, Sequence[str]], root, whole: dict, masks: bool) -> list[Job]:
-    """One item an image of the patients in a set. masks: whether to write lesion masks, and full images with them."""
-    set_of, items = sets_of_patients(sets), []
-    for name, image in selection.images.items():
-        if image.patient not in set_of:
-            continue
-        picture = selection.pictures[name]
-        folder = f"{set_of[image.patient]}/{CLASSES[image.positive]}"
-        annotation = picture.annotation if masks else None
-        plan = Plan(picture.dicom, annotation, folder, whole, masks)
-        outputs = [whole_img_path(name, folder)]
-        if masks:
-            outputs += [full_img_path(name), *(mask_path(name, lesion) for lesion in _list_lesions(root, annotation))]
-        items.append(Job(name, (picture.dicom, *([annotation] if annotation else ())), tuple(outputs), plan))
-    return items
-
-
-def _list_lesions(root, annotation: str | None) -> list[Lesion]:
+def list_regions(path: Path) -> list[Region]:
+    """Return the regions of an annotation file; none of a damaged one, which is reported when masks are to be made."""
     try:
-        return group_findings(read_annotation(Path(root, annotation)))[0] if annotation else []
-    except InputError:  # told when the masks are to be made
+        return group_findings(read_annotation(path))[0]
+    except InputError:
         return []
 
 
-def prepare_image(item: Job, download, out) -> Outcome:
-    """Write the whole image of one item, and if asked its full image and its masks; see `mammo.base.work.prepare`."""
-    from mammo.images.reading import read_dicom_16_bit
-
-    plan, result = item.plan, Outcome(item.name)
+def prepare_inbreast_image(job: Job, download: Path, out: Path) -> Outcome:
+    """Write the whole image of one job, and if asked its full image and its masks; see `work.run_resumable`."""
+    plan, result = job.plan, Outcome(job.name)
     try:
         img, header = read_dicom_16_bit(Path(download, plan.dicom), auto_levels=plan.whole["levels"])
         write_whole(img, out, plan.folder, plan.whole, plan.dicom, result)
     except InputError as error:
-        result.faults.append(f"{item.name}: {error}; left out")
+        result.faults.append(f"{job.name}: {error}; left out")
         return result
     if header.PhotometricInterpretation == "MONOCHROME1":
-        result.repairs.append(("monochrome1_inverted", f"{item.name}: {plan.dicom}"))
+        result.repairs.append(("monochrome1_inverted", f"{job.name}: {plan.dicom}"))
     if plan.full:
-        write_img(Path(out, full_img_path(item.name)), img)
-        result.outputs.append(full_img_path(item.name))
+        write_output(img, out, full_img_path(job.name), result)
     if plan.annotation:
-        write_masks(item, download, out, img.shape, result)
+        write_masks(job, download, out, img.shape, result)
     return result
 
 
-def write_masks(item: Job, download, out, shape: tuple[int, int], result: Outcome) -> None:
+def write_masks(job: Job, download: Path, out: Path, shape: tuple[int, int], result: Outcome) -> None:
     """Write the masks of one image of `shape` (rows, columns), and note them in the facts of `result`."""
     try:
-        lesions, repairs = group_findings(read_annotation(Path(download, item.plan.annotation)))
+        regions, repairs = group_findings(read_annotation(Path(download, job.plan.annotation)))
     except InputError as error:
-        result.faults.append(f"{item.name}: {error}; left without masks")
+        result.faults.append(f"{job.name}: {error}; left without masks")
         return
-    result.repairs += [(kind, f"{item.name}: {what}") for kind, what in repairs]
+    result.repairs += [(kind, f"{job.name}: {what}") for kind, what in repairs]
     result.facts["lesions"] = []
-    for lesion in lesions:
-        path = mask_path(item.name, lesion)
+    for region in regions:
+        path = region.mask_path(job.name)
         try:
-            write_img(Path(out, path), draw_mask(lesion, shape))
+            write_output(draw_mask(region, shape), out, path, result)
         except InputError as error:
-            result.faults.append(f"{item.name}: {item.plan.annotation}: {lesion.kind} {lesion.number}: {error}")
+            result.faults.append(f"{job.name}: {job.plan.annotation}: {region.kind} {region.number}: {error}")
             continue
-        result.outputs.append(path)
-        names = sorted({finding.name for finding in lesion.findings})
-        result.facts["lesions"].append([path, lesion.number, lesion.kind, "; ".join(names), len(lesion.findings)])
+        names = sorted({finding.name for finding in region.findings})
+        result.facts["lesions"].append([path, region.number, region.kind, "; ".join(names), len(region.findings)])
+
+
+# ------------------------------------------------------------------------------------------------- the data set
+
+
+class Inbreast(DataSet):
+    """Prepare INbreast as downloaded.
+
+    Reads the table (INbreast.csv, or .xls with the package xlrd), the DICOM files and, with --roi-masks, the XML
+    annotations. BI-RADS 1 and 2 are negative, 4 to 6 positive, 3 is left out. A patient is known by the name of the
+    DICOM file. Each annotated region is a mask; the single calcifications of an image are one mask together, with
+    points as discs of radius 3 pixels.
+    """
+
+    name = "inbreast"
+    data_help = "folder of the download: DICOM files, annotations and, unless --table names another, the table"
+    files = """\
+    full_img/<image>.png                        with --roi-masks: 16-bit mammograms of full size
+    roi_mask/<Kind>-INbreast_<image>_<n>.png    with --roi-masks: 8-bit masks of the same size, 255 in the lesion
+    roi_masks.csv          number and kind of each mask, names and number of the findings in it
+"""
+    splits = {"random": f"{RANDOM_SPLIT} (the paper's shares)"}  # noqa: RUF012
+    test_size = 0.3
+    repairs = (
+        *("duplicate_rows_merged", "rows_without_file_name", "several_files_for_one_image", "monochrome1_inverted"),
+        *("points_drawn_as_discs", "points_without_extent_left_out", "findings_of_unknown_name"),
+    )
+    exclusions = INBREAST_EXCLUSIONS
+    prepare = staticmethod(prepare_inbreast_image)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (*FOLDERS, "full_img", "roi_mask") if self.args.roi_masks else FOLDERS
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--table", metavar="FILE", help="INbreast.csv or .xls; default: below the download folder, a CSV first"
+        )
+        add_class_options(parser)
+        group = parser.add_argument_group("annotations")
+        group.add_argument(
+            "--roi-masks", action="store_true", help="also write lesion masks, and full images with them"
+        )
+
+    def read(self) -> Listing | None:
+        args = self.args
+        classes = read_classes(args.neg_birads, args.pos_birads)
+        download = scan_inbreast(args.data, self.skip)
+        table = read_inbreast_table(args.table or download.find_table(args.data))
+        print_table(table, classes)
+        if not download.dicoms:
+            if args.dry_run:
+                print("no DICOM files here, whose names tell the patients: no split")
+                return None
+            raise InputError(f"{args.data}: no DICOM files: Expected AllDICOMs there or below")
+        listing = list_images(table, download, classes)
+        print_exclusions(listing, self.exclusions)
+        patients = {picture.patient for picture in listing.pictures}
+        positive = sum(picture.positive for picture in listing.pictures)
+        images = counted(len(listing.pictures), "image")
+        print(f"used: {images} ({positive} positive) of {counted(len(patients), 'patient')}")
+        return listing
+
+    def plan(self, pictures, places) -> list[Job]:
+        """Return a job for each image of the patients in a set."""
+        masks, whole, jobs = self.args.roi_masks, whole_options(self.args), []
+        for name, picture in pictures.items():
+            folder = places[name]
+            if folder is None:
+                continue
+            annotation = picture.annotation if masks else None
+            outputs, sources = [whole_img_path(name, folder)], [picture.file]
+            if masks:
+                outputs.append(full_img_path(name))
+            if annotation:
+                sources.append(annotation)
+                outputs += [region.mask_path(name) for region in list_regions(Path(self.args.data, annotation))]
+            plan = InbreastPlan(picture.file, annotation, folder, whole, masks)
+            jobs.append(Job(name, tuple(sources), tuple(outputs), plan))
+        return jobs
+
+    def complete(self, report, listing, jobs, results) -> None:
+        """Write roi_masks.csv, count the masks, and compare the pixel mean with the paper's."""
+        table = Path(self.args.out, "roi_masks.csv")
+        if not self.args.roi_masks:
+            table.unlink(missing_ok=True)  # an earlier run's, whose masks are gone
+        else:
+            masks = [mask for result in results for mask in result.facts.get("lesions", ())]
+            write_csv(table, MASK_COLUMNS, masks)
+            report["counts"] |= {
+                "masks_prepared": len(masks),
+                "images_without_annotations": sum(job.plan.annotation is None for job in jobs),
+            }
+        if report["featurewise_mean"] is not None:
+            print(
+                f"pixel mean: {report['featurewise_mean']:.2f}; the paper's, {PUBLISHED_MEAN}, is of other patients "
+                f"and another conversion: where they differ much, see --auto-levels, and give the trainer your own"
+            )
+
+
+def print_table(table: InbreastTable, classes: Classes) -> None:
+    """Print what the table holds, and what the classes make of it."""
+    counts = count_rows(table.rows)
+    print(f"{table.path.name}: {counts['rows']} rows")
+    for title, values in (("BI-RADS", counts["birads"]), ("views", counts["views"])):
+        print(f"  {title}: " + ", ".join(f"{value} {count}" for value, count in values.items()))
+    for name, title in (("neg", "negative"), ("pos", "positive"), (None, "in neither class")):
+        mine = {birads: count for birads, count in counts["birads"].items() if classes.label(birads) == name}
+        print(f"  {title}: {sum(mine.values())} (BI-RADS {', '.join(mine) or 'none'})")

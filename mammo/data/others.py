@@ -1,29 +1,41 @@
-"""Data sets of the user's own, and four public ones, as they come: who is on which file, with what label.
+"""Prepare data sets of the user's own, and four public ones: who is on which file, with what label.
 
-Each reader gives a `Reading`. Its pictures become whole images by `prepare_picture`. The data sets are CMMD (Chinese
-Mammography Database), VinDr-Mammo, MIAS (the small version) and exam lists of the NYU metarepository.
+The public ones are CMMD (Chinese Mammography Database), VinDr-Mammo, MIAS (the small version) and exam lists of the NYU
+metarepository.
 """
 
+import argparse
 import functools
 import itertools
 import re
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from mammo.base.files import InputError, walk_files
+from mammo.base.files import InputError, counted, walk_files
 from mammo.base.guards import read_bytes
 from mammo.base.tables import TABLE_SUFFIXES, find_columns, is_below, open_table, plain_header
+from mammo.base.unpickle import load_plain
 from mammo.base.work import Job, Outcome, run_parallel
-from mammo.data.inbreast import Classes, parse_dicom_name
-from mammo.data.prepare import CLASSES, SETS, whole_img_path, write_whole
-from mammo.data.splits import Image, sets_of_patients
-from mammo.images.reading import dicom_side, dicom_view, is_dicom, parse_image_name, read_mammogram
+from mammo.data.inbreast import Classes, add_class_options, read_classes
+from mammo.data.listing import RANDOM_SPLIT, DataSet, Listing, Picture
+from mammo.data.prepare import print_exclusions, whole_img_path, whole_options, write_whole
+from mammo.data.splits import parse_inbreast_name
+from mammo.images.reading import (
+    IMAGE_SUFFIXES,
+    dicom_side,
+    dicom_view,
+    is_dicom,
+    parse_image_name,
+    read_dicom_header,
+    read_mammogram,
+)
 
 # Columns of a table of one's own, by the spellings that `tables.find_columns` takes; all but two may be missing.
-COLUMNS = {
+OWN_COLUMNS = {
     "file": ("file", "filename", "file name", "file path", "path", "image", "image path", "image file path"),
     "label": ("label", "class", "cancer", "target", "pathology"),
     "patient": ("patient", "patient id", "patientid"),
@@ -33,6 +45,8 @@ COLUMNS = {
 }
 
 REQUIRED = ("file", "label")
+
+COLUMN_OPTIONS = {f"{name}_column": name for name in OWN_COLUMNS}
 
 NEGATIVE = ("0", "neg", "negative", "normal", "benign", "benign_without_callback", "false", "no")
 
@@ -71,53 +85,27 @@ MIAS_SEVERITIES = ("B", "M")
 
 MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
 
-# Why a picture is no part of the data set, though nothing is wrong with it.
-EXCLUSIONS = {
+# Why an image is no part of the data set, though nothing is wrong with it.
+OWN_EXCLUSIONS = {
     "label_of_no_class": "their labels are in neither class",
     "file_without_row": "nothing in the table is about them, so there is no label",
     "file_in_no_set": "they lie beside the folders train, val and test",
 }
 
-REPAIRS = (
-    *("monochrome1_inverted", "8_bit_scaled_to_16_bit", "mirror_image_undone"),
-    *("rows_of_one_breast_merged", "rows_without_image"),
-)
 
-
-class Picture(NamedTuple):
-    """What is known of one file. file: below the data folder. patient: "" where not known. set: "" where not named."""
-
-    file: str
-    positive: bool
-    patient: str
-    side: str
-    view: str
-    set: str = ""
-    mirrored: bool = False
-
-
-class Reading(NamedTuple):
-    """What a reader found. excluded: files by the keys of `EXCLUSIONS`. faults: files without a label, and why not."""
-
-    pictures: list[Picture]
-    excluded: dict[str, list[str]]
-    repairs: dict[str, list[str]]
-    faults: list[Outcome]
-
-
-def _start() -> Reading:
-    return Reading([], {kind: [] for kind in EXCLUSIONS}, defaultdict(list), [])
+def _start_listing() -> Listing:
+    return Listing(excluded={kind: [] for kind in OWN_EXCLUSIONS}, repairs=defaultdict(list))
 
 
 class Labels(NamedTuple):
-    """Which values mean negative, and which positive, in small letters. strict: others are errors."""
+    """Hold the values that mean negative, and positive, in small letters. strict: others are errors."""
 
     neg: frozenset[str]
     pos: frozenset[str]
     strict: bool
 
     def is_positive(self, value: str, where: str) -> bool | None:
-        """None for a value of neither class; InputError, which says `where`, when labels are strict."""
+        """Return None for a value of neither class. Raises InputError, which says `where`, when labels are strict."""
         value = value.strip().lower()
         if value in self.neg | self.pos:
             return value in self.pos
@@ -130,7 +118,10 @@ class Labels(NamedTuple):
 
 
 def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = None) -> Labels:
-    """Labels by their values; where either is given, values of neither are left out. InputError for one in both."""
+    """Return labels by their values; where either is given, values of neither are left out.
+
+    Raises InputError for a value in both.
+    """
     strict = neg is None and pos is None
     classes = [frozenset(map(str.lower, values)) for values in (neg or NEGATIVE, pos or POSITIVE)]
     if both := sorted(classes[0] & classes[1]):
@@ -139,14 +130,17 @@ def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = No
 
 
 def known_value(value: str, allowed: Mapping[str, str], name: str, where: str) -> str:
-    """What a cell of a table means, such as a side by `SIDES`; InputError, which says `where`, for an unknown one."""
+    """Return what a cell of a table means, such as a side by `SIDES`.
+
+    Raises InputError, which says `where`, for an unknown value.
+    """
     if value.strip().lower() not in allowed:
         raise InputError(f"{where}: unknown {name}. Expected {', '.join(allowed)}. Received {value!r}")
     return allowed[value.strip().lower()]
 
 
 def _once(places: dict[str, str], file: str, where: str) -> None:
-    """InputError for a file that was seen before. places: where each was seen."""
+    """Raise InputError for a file that was seen before. places: where each was seen."""
     if (other := places.setdefault(file, where)) != where:
         raise InputError(f"{where}: {file} stands at {other} too; remove one of them")
 
@@ -154,51 +148,65 @@ def _once(places: dict[str, str], file: str, where: str) -> None:
 # -------------------------------------------------------------------------------------- tables and folders of one's own
 
 
-def find_patient(name: str, pattern: re.Pattern | None) -> str:
-    """The patient in a file's name by `pattern`: its first group, or all that it matches. InputError for none."""
-    match = pattern.search(name)
-    if not (match and match[min(1, pattern.groups)]):
-        raise InputError(f"{name}: no patient in this name. Expected what --patient-regex {pattern.pattern!r} finds")
-    return match[min(1, pattern.groups)]
+def find_patient(name: str, pattern: str | None) -> str:
+    """Return the patient in a file's name by `pattern`: its first group, or all that it matches.
+
+    Raises InputError where there is none.
+    """
+    match = re.search(pattern, name)
+    patient = match and match[min(1, match.re.groups)]
+    if not patient:
+        raise InputError(f"{name}: no patient in this name. Expected what --patient-regex {pattern!r} finds")
+    return patient
 
 
-def _from_name(name: str, pattern: re.Pattern | None) -> dict[str, str]:
-    """Patient, side and view by the name of a file, "" where they are not in it."""
+def _from_name(name: str, pattern: str | None) -> dict[str, str]:
+    """Return patient, side and view by the name of a file, "" where they are not in it."""
     found = parse_image_name(Path(name).stem) or ("", "", "")
     known = dict(zip(("patient", "side", "view"), found, strict=True))
     return known if pattern is None else known | {"patient": find_patient(name, pattern)}
 
 
-def read_table(root, path, labels: Labels, columns: Mapping[str, str], pattern: re.Pattern | None = None) -> Reading:
-    """Pictures by a table with a row a file, whose names start from the folder `root`.
+def read_own_table(
+    root: str | Path,
+    path: str | Path,
+    labels: Labels,
+    columns: Mapping[str, str],
+    pattern: str | None = None,
+) -> Listing:
+    """List images by a table with a row a file, whose names start from the folder `root`.
 
-    columns: headers of the table where they differ from `COLUMNS`. pattern: what finds the patient in a file's name;
-    without it and without such columns, patient, side and view are those of names of the usual form.
-    InputError names the line of an unknown value, a file outside `root`, or one that stands there twice.
+    Args:
+        columns: headers of the table where they differ from `OWN_COLUMNS`.
+        pattern: finds the patient in a file's name; without it and without such columns, patient, side and view are
+            read from names of the form that prepared images have.
+
+    Raises:
+        InputError: names the line of an unknown value, a file outside `root`, or one that stands there twice.
     """
-    reading, lines = _start(), {}
-    spellings = COLUMNS | {name: (plain_header(header),) for name, header in columns.items()}
+    listing, lines = _start_listing(), {}
+    spellings = OWN_COLUMNS | {name: (plain_header(header),) for name, header in columns.items()}
     with open_table(path) as (header, rows):
-        places = find_columns(path, header, spellings, COLUMNS.keys() - {*REQUIRED, *columns})
+        places = find_columns(path, header, spellings, OWN_COLUMNS.keys() - {*REQUIRED, *columns})
         for where, cells in rows:
             row = {name: cells[place].strip() for name, place in places.items()}
             file = _relative(root, row.pop("file"), where)
             _once(lines, file, where)
             positive = labels.is_positive(row.pop("label"), where)
             if positive is None:
-                reading.excluded["label_of_no_class"].append(file)
+                listing.excluded["label_of_no_class"].append(file)
                 continue
             known = _from_name(file, pattern) | {name: cell for name, cell in row.items() if cell or name == "set"}
             for name, allowed in (("side", SIDES), ("view", VIEWS)):
                 known[name] = known[name] and known_value(known[name], allowed, name, where)
             if "set" in known:
                 known["set"] = known_value(known["set"], SET_NAMES, "set", where)
-            reading.pictures.append(Picture(file, positive, **known))
-    return reading
+            listing.pictures.append(Picture(file, positive, **known))
+    return listing
 
 
 def _relative(root, cell: str, where: str) -> str:
-    """The path of a cell below `root`; InputError for one that leads elsewhere."""
+    """Return the path of a cell below `root`. Raises InputError for one that leads elsewhere."""
     path = cell.replace("\\", "/")
     if Path(path).is_absolute() and Path(path).is_relative_to(Path(root).absolute()):
         path = Path(path).relative_to(Path(root).absolute()).as_posix()
@@ -207,38 +215,37 @@ def _relative(root, cell: str, where: str) -> str:
     return Path(path).as_posix()
 
 
-def read_folders(root, labels: Labels, pattern: re.Pattern | None = None, skip: Iterable = ()) -> Reading:
-    """Pictures in class folders, such as neg and pos, which may stand in train, val and test; then others are left out.
+def read_folders(root: str | Path, labels: Labels, pattern: str | None = None, skip: Iterable = ()) -> Listing:
+    """List images in class folders, such as neg and pos, which may stand in train, val and test.
 
-    The patient is what `pattern` finds in the path below the class folder, else that of names of the usual form, else
-    the sub-folder of the class folder that the file is in. skip: folders that are not read.
+    Images beside train, val and test are left out then.
+    The patient is what `pattern` finds in the path below the class folder, else the patient in a name of the form that
+    prepared images have, else the sub-folder of the class folder. skip: folders that are not read.
     """
-    reading, files = _start(), _list_files(root, skip)
+    listing, files = _start_listing(), _list_files(root, skip)
     in_sets = any(file.split("/")[0].lower() in SET_NAMES for file in files)
     place = 1 if in_sets else 0
     for file in files:
         *folders, _ = parts = file.split("/")
         name = SET_NAMES.get(folders[0].lower(), "") if in_sets and folders else ""
         if in_sets and not name:
-            reading.excluded["file_in_no_set"].append(file)
+            listing.excluded["file_in_no_set"].append(file)
             continue
         if len(folders) == place:
             raise InputError(f"{file}: Expected images of {root} in class folders, such as neg/ or train/neg/")
         positive = labels.is_positive(folders[place], f"{Path(root, *folders[: place + 1])}")
         if positive is None:
-            reading.excluded["label_of_no_class"].append(file)
+            listing.excluded["label_of_no_class"].append(file)
             continue
         known = _from_name("/".join(parts[place + 1 :]), pattern)
         if not known["patient"] and len(folders) > place + 1:
             known["patient"] = folders[place + 1]
-        reading.pictures.append(Picture(file, positive, **known, set=name))
-    return reading
+        listing.pictures.append(Picture(file, positive, **known, set=name))
+    return listing
 
 
 def _list_files(root, skip: Iterable = (), suffixes: Sequence[str] | None = None) -> list[str]:
-    """Paths of the images below `root`; InputError where there are none. suffixes: of their names."""
-    from mammo.images.reading import IMAGE_SUFFIXES
-
+    """Return the paths of the images below `root`. suffixes: of their names. Raises InputError where there are none."""
     suffixes = tuple(suffixes or (*IMAGE_SUFFIXES, ".pgm"))
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder. Expected that of the images")
@@ -250,7 +257,7 @@ def _list_files(root, skip: Iterable = (), suffixes: Sequence[str] | None = None
 
 
 def _find_table(root, start: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> Path:
-    """The one file below `root` whose name starts with `start`, in small letters, and ends in one of `suffixes`."""
+    """Return the one file below `root` whose name, in small letters, has this start and one of the `suffixes`."""
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder. Expected that of the data set")
     found = [path for path in walk_files(root) if path.name.lower().startswith(start)]
@@ -264,11 +271,11 @@ def _find_table(root, start: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> P
     return found[0]
 
 
-def find_view(path) -> str | None:
-    """CC or MLO as the header of a DICOM image tells, else the name of the file: a prepared image's, INbreast's, or one
-    with L_CC, RIGHT-MLO or the like in it. None where neither tells."""
-    from mammo.images.reading import read_dicom_header
+def find_view(path: str | Path) -> str | None:
+    """Return CC or MLO by the header of a DICOM image, else by the name of the file; None where neither tells.
 
+    Names that tell are a prepared image's, INbreast's, or one with L_CC, RIGHT-MLO or the like in it.
+    """
     if is_dicom(path):
         try:
             view = VIEWS.get(dicom_view(read_dicom_header(path)).lower())
@@ -277,18 +284,18 @@ def find_view(path) -> str | None:
         if view:
             return view
     stem = Path(path).stem
-    if known := parse_image_name(stem) or parse_dicom_name(stem):
+    if known := parse_image_name(stem) or parse_inbreast_name(stem):
         return known[2]
     match = _VIEW_IN_NAME.search(stem)
     return match and VIEWS[match[1].lower()]
 
 
-def read_cmmd(root, table=None, jobs: int = 1, skip: Iterable = ()) -> Reading:
-    """CMMD: a row a breast in the table, Benign or Malignant; side and view of each file by its header.
+def read_cmmd(root: str | Path, table: str | Path | None = None, jobs: int = 1, skip: Iterable = ()) -> Listing:
+    """List the images of CMMD: a row a breast in the table, Benign or Malignant; side and view by each file's header.
 
     table: default: CMMD_clinicaldata_revision.csv or .xlsx below `root`. jobs: headers read at the same time.
     """
-    reading, breasts, rows_of = _start(), {}, defaultdict(list)
+    listing, breasts, rows_of = _start_listing(), {}, defaultdict(list)
     path = table or _find_table(root, "cmmd_clinicaldata")
     with open_table(path) as (header, rows):
         places = find_columns(path, header, CMMD_COLUMNS)
@@ -302,7 +309,7 @@ def read_cmmd(root, table=None, jobs: int = 1, skip: Iterable = ()) -> Reading:
             breasts[breast] = breasts.get(breast, False) or row["label"].lower() == "malignant"
             rows_of[breast].append(where)
     merged = [f"{' '.join(breast)}: {', '.join(wheres)}" for breast, wheres in rows_of.items() if len(wheres) > 1]
-    reading.repairs["rows_of_one_breast_merged"] += merged
+    listing.repairs["rows_of_one_breast_merged"] += merged
     files = _list_files(root, skip, (".dcm", ".dicom"))
     ids = {patient for patient, _ in breasts}
     read = functools.partial(_read_cmmd_header, root, ids)
@@ -310,20 +317,18 @@ def read_cmmd(root, table=None, jobs: int = 1, skip: Iterable = ()) -> Reading:
         files, run_parallel(read, files, jobs, "threading", "reading headers"), strict=True
     ):
         if fault:
-            reading.faults.append(Outcome(file, faults=[f"{file}: {fault}; left out"]))
+            listing.faults.append(Outcome(file, faults=[f"{file}: {fault}; left out"]))
         elif (patient, side) in breasts:
-            reading.pictures.append(Picture(file, breasts[patient, side], patient, side, view))
+            listing.pictures.append(Picture(file, breasts[patient, side], patient, side, view))
         else:
-            reading.excluded["file_without_row"].append(file)
-    seen = {(picture.patient, picture.side) for picture in reading.pictures}
-    reading.repairs["rows_without_image"] += [" ".join(breast) for breast in sorted(breasts.keys() - seen)]
-    return reading
+            listing.excluded["file_without_row"].append(file)
+    seen = {(picture.patient, picture.side) for picture in listing.pictures}
+    listing.repairs["rows_without_image"] += [" ".join(breast) for breast in sorted(breasts.keys() - seen)]
+    return listing
 
 
 def _read_cmmd_header(root, ids: set[str], file: str) -> tuple[str, str, str, str]:
-    """Patient, side, view and what is wrong with the header of a file."""
-    from mammo.images.reading import read_dicom_header
-
+    """Return patient, side, view and what is wrong with the header of a file."""
     try:
         header = read_dicom_header(Path(root, file))
         side = known_value(dicom_side(header), SIDES, "ImageLaterality", "header")
@@ -334,12 +339,12 @@ def _read_cmmd_header(root, ids: set[str], file: str) -> tuple[str, str, str, st
     return str(header.get("PatientID") or next(folders, "")), side, view if view in VIEWS.values() else "", ""
 
 
-def read_vindr(root, classes: Classes, table=None) -> Reading:
-    """VinDr-Mammo: images/<study>/<image>.dicom; a study counts as a patient. classes: which BI-RADS mean what.
+def read_vindr(root: str | Path, classes: Classes, table: str | Path | None = None) -> Listing:
+    """List the images of VinDr-Mammo, images/<study>/<image>.dicom; a study counts as a patient.
 
-    table: default: breast-level_annotations.csv below `root`.
+    classes: which BI-RADS mean what. table: default: breast-level_annotations.csv below `root`.
     """
-    reading, lines = _start(), {}
+    listing, lines = _start_listing(), {}
     path = table or _find_table(root, "breast-level_annotations")
     with open_table(path) as (header, rows):
         places = find_columns(path, header, VINDR_COLUMNS)
@@ -357,19 +362,19 @@ def read_vindr(root, classes: Classes, table=None) -> Reading:
             )
             name = known_value(row["set"], SET_NAMES, "split", where)
             if label := classes.label(birads[1]):
-                reading.pictures.append(Picture(file, label == "pos", row["study"], side, view, name))
+                listing.pictures.append(Picture(file, label == "pos", row["study"], side, view, name))
             else:
-                reading.excluded["label_of_no_class"].append(file)
-    return reading
+                listing.excluded["label_of_no_class"].append(file)
+    return listing
 
 
-def read_mias(root, table=None, skip: Iterable = ()) -> Reading:
-    """MIAS: rows of one finding each, "M" for malignant, several of one image or none; all views are MLO.
+def read_mias(root: str | Path, table: str | Path | None = None, skip: Iterable = ()) -> Listing:
+    """List the images of MIAS, whose table has rows of one finding each, "M" for malignant; all views are MLO.
 
     Films are in pairs of one patient, by the data set's description: the left breast has the even number, the right one
     the odd number before it. table: default: Info.txt below `root`.
     """
-    reading, images = _start(), {}
+    listing, images = _start_listing(), {}
     path = table or _find_table(root, "info", (".txt",))
     try:
         lines = read_bytes(path).decode("utf-8-sig").splitlines()
@@ -398,19 +403,18 @@ def read_mias(root, table=None, skip: Iterable = ()) -> Reading:
         found = files.pop(name, [f"{name}.pgm"])
         if len(found) > 1:
             raise InputError(f"{root}: Expected one file of {name}. Received {', '.join(found)}; remove the others")
-        reading.pictures.append(Picture(found[0], positive, patient, side, "MLO"))
-    reading.excluded["file_without_row"] += sorted(itertools.chain(*files.values()))
-    return reading
+        listing.pictures.append(Picture(found[0], positive, patient, side, "MLO"))
+    listing.excluded["file_without_row"] += sorted(itertools.chain(*files.values()))
+    return listing
 
 
-def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
-    """Images of an exam list of the NYU metarepository: (id, exam, side, view, malignant, whether it is mirrored).
+def read_exams(path: str | Path) -> Iterator[tuple[str, str, str, str, bool, bool]]:
+    """Read the images of an exam list of the NYU metarepository: (id, exam, side, view, malignant, whether mirrored).
 
-    exam: the part that the ids of its images share, as in 0_L_CC, else its number in the list. Ids are those of files
-    without ending. InputError for another pickle, a breast without a label, or an image that is there twice.
+    exam: the part that the ids of its images share, as in 0_L_CC, else its number in the list. Ids are the names of
+    files without ending. Raises InputError for another pickle, a breast without a label, or an image that is there
+    twice.
     """
-    from mammo.base.unpickle import load_plain
-
     exams = load_plain(path)
     if not isinstance(exams, list) or not all(isinstance(exam, dict) for exam in exams):
         raise InputError(f"{path}: Expected a list of exams, a dict each. Received something else")
@@ -442,91 +446,26 @@ def read_exams(path) -> Iterator[tuple[str, str, str, bool, bool]]:
             yield name, patient, NYU_VIEWS[key].upper(), key[2:], bool(malignant), flip == "YES"
 
 
-def read_nyu(root, path) -> Reading:
-    """An exam list and its images, `<root>/<id>.png`. The list names no patients: each exam counts as one."""
-    reading = _start()
+def read_nyu(root: str | Path, path: str | Path) -> Listing:
+    """List the images of an exam list, `<root>/<id>.png`. The list names no patients: each exam counts as one."""
+    listing = _start_listing()
     for name, patient, side, view, malignant, mirrored in read_exams(path):
         file = _relative(root, f"{name}.png", str(path))
-        reading.pictures.append(Picture(file, malignant, patient, side, view, mirrored=mirrored))
-    return reading
+        listing.pictures.append(Picture(file, malignant, patient, side, view, mirrored=mirrored))
+    return listing
 
 
 # ---------------------------------------------------------------------------------------------------- preparation
 
 
-def name_pictures(pictures: Iterable[Picture]) -> tuple[dict[str, Picture], list[str]]:
-    """Pictures by the name of their image, `<patient>_<side>_<view>` with _2, _3 ... where there are several.
-
-    Signs that do not belong into a file's name become "-". Pictures of no known patient get one of their own, called
-    as their file. Returns also the files of these. InputError for two patients that would have one name.
-    """
-    named, patients, unknown = {}, {}, []
-    for picture in sorted(pictures, key=lambda picture: (picture.patient, picture.side, picture.view, picture.file)):
-        if not picture.patient:
-            unknown.append(picture.file)
-            picture = picture._replace(patient=picture.file)
-            start = Path(picture.file).with_suffix("").as_posix()
-        else:
-            start = picture.patient
-        safe = re.sub(r"[^\w.-]+", "-", start).strip(".-") or "patient"
-        if patients.setdefault(safe, picture.patient) != picture.patient:
-            raise InputError(
-                f"patients {patients[safe]!r} and {picture.patient!r} would both be called {safe} in file names; "
-                f"rename one of them"
-            )
-        first = "_".join(filter(None, (safe, picture.side, picture.view)))
-        name, number = first, 1
-        while name in named:
-            number += 1
-            name = f"{first}_{number}"
-        named[name] = picture
-    return named, unknown
-
-
-def describe_dataset(pictures: Mapping[str, Picture]) -> dict[str, Image]:
-    return {
-        name: Image(picture.patient, picture.side, picture.view, picture.positive) for name, picture in pictures.items()
-    }
-
-
-def named_sets(pictures: Iterable[Picture]) -> dict[str, set[str]] | None:
-    """Patients of the sets that the data name, or None where they name none."""
-    sets = {name: {picture.patient for picture in pictures if picture.set == name} for name in SETS}
-    return sets if any(sets.values()) else None
-
-
-def plan_pictures(
-    pictures: Mapping[str, Picture], root, sets: Mapping[str, Sequence[str]], whole: dict, voi_lut: bool
-) -> list[Job]:
-    """An item for each picture whose patient is in a set. whole: options of `make_whole`; voi_lut: see `read_dicom`.
-
-    A file that is not there is a fault of its own; InputError where none is there.
-    """
-    set_of, items = sets_of_patients(sets), []
-    for name, picture in pictures.items():
-        if picture.patient not in set_of:
-            continue
-        folder = f"{set_of[picture.patient]}/{CLASSES[picture.positive]}"
-        plan = {"file": picture.file, "folder": folder, "whole": whole, "voi_lut": voi_lut}
-        plan |= {"mirrored": picture.mirrored}
-        sources = (picture.file,) if Path(root, picture.file).is_file() else ()
-        items.append(Job(name, sources, (whole_img_path(name, folder),), plan))
-    if items and not any(item.sources for item in items):
-        raise InputError(
-            f"{root}: none of the {len(items)} files is there. Expected the folder that their names start from, in "
-            f"which {items[0].plan['file']} is"
-        )
-    return items
-
-
-def prepare_picture(item: Job, download, out) -> Outcome:
-    """Write the whole image of one item; see `mammo.base.work.prepare`."""
-    plan, result = item.plan, Outcome(item.name)
+def prepare_own_image(job: Job, download: Path, out: Path) -> Outcome:
+    """Write the whole image of one job; see `work.run_resumable`."""
+    plan, result = job.plan, Outcome(job.name)
     try:
         img, stored = read_mammogram(Path(download, plan["file"]), plan["voi_lut"], plan["whole"]["levels"])
         write_whole(img[:, ::-1] if plan["mirrored"] else img, out, plan["folder"], plan["whole"], plan["file"], result)
     except InputError as error:
-        result.faults.append(f"{item.name}: {error}; left out")
+        result.faults.append(f"{job.name}: {error}; left out")
         return result
     result.facts |= stored
     kinds = {
@@ -534,12 +473,211 @@ def prepare_picture(item: Job, download, out) -> Outcome:
         "8_bit_scaled_to_16_bit": stored["bits"] == 8,
         "mirror_image_undone": plan["mirrored"],
     }
-    result.repairs += [(kind, f"{item.name}: {plan['file']}") for kind, present in kinds.items() if present]
+    result.repairs += [(kind, f"{job.name}: {plan['file']}") for kind, present in kinds.items() if present]
     return result
 
 
 def stored_bits(results: Iterable[Outcome]) -> int | None:
-    """Bits that the pixels of the 16-bit files use that are not DICOM, whose header would tell; None without any."""
+    """Return the bits that pixels of 16-bit files use, None without any. DICOM does not count: its header tells."""
     files = [result.facts for result in results if result.facts.get("bits") == 16]
     brightest = [facts["brightest"] for facts in files if not facts["photometric"]]
     return max(brightest).bit_length() if brightest else None
+
+
+# ------------------------------------------------------------------------------------------------- the data sets
+
+
+class OwnData(DataSet):
+    """Prepare images whose label is known, and perhaps patient, side, view and set, and nothing else.
+
+    `list_pictures` returns them; the work on each is the same for all formats.
+    """
+
+    splits = {  # noqa: RUF012
+        "official": "the sets that the data name, --val-size of the training patients being for validation where they "
+        "name none; where they name no sets, as random",
+        "random": RANDOM_SPLIT,
+    }
+    repairs = (
+        *("monochrome1_inverted", "8_bit_scaled_to_16_bit", "mirror_image_undone"),
+        *("rows_of_one_breast_merged", "rows_without_image"),
+    )
+    exclusions = OWN_EXCLUSIONS
+    prepare = staticmethod(prepare_own_image)
+    table: ClassVar[str | None] = None  # what --table is, if there is one; required unless that is a default
+
+    def __init__(self, args: Namespace) -> None:
+        # One command had the options of all formats once: folders that it began go on.
+        options = dict.fromkeys((*COLUMN_OPTIONS, "neg_labels", "pos_labels", "patient_regex"))
+        options |= {"format": self.name, "neg_birads": ["1", "2"], "pos_birads": ["4", "5", "6"]}
+        super().__init__(Namespace(**options | vars(args)))
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        if cls.table:
+            parser.add_argument("--table", metavar="FILE", help=cls.table, required="default" not in cls.table)
+        parser.add_argument(
+            "--voi-lut", action="store_true",
+            help="apply the display window or lookup table of each DICOM file that has one",
+        )  # fmt: skip
+
+    def list_pictures(self) -> Listing:
+        """Return the pictures of the data."""
+        raise NotImplementedError
+
+    def read(self) -> Listing:
+        listing = self.list_pictures()
+        positive = sum(picture.positive for picture in listing.pictures)
+        print(f"found: {counted(len(listing.pictures), 'image')} ({positive} positive)")
+        print_exclusions(listing, self.exclusions)
+        for kind, listed in listing.repairs.items():
+            if listed:
+                print(f"{kind.replace('_', ' ')}: {len(listed)}, such as {listed[0]}")
+        return listing
+
+    def plan(self, pictures, places) -> list[Job]:
+        """Return a job for each picture whose patient is in a set.
+
+        A file that is not there is a fault of its own. Raises InputError where none is there.
+        """
+        args, jobs = self.args, []
+        for name, picture in pictures.items():
+            if (folder := places[name]) is None:
+                continue
+            plan = {"file": picture.file, "folder": folder, "whole": whole_options(args), "voi_lut": args.voi_lut}
+            plan |= {"mirrored": picture.mirrored}
+            sources = (picture.file,) if Path(args.data, picture.file).is_file() else ()
+            jobs.append(Job(name, sources, (whole_img_path(name, folder),), plan))
+        if jobs and not any(job.sources for job in jobs):
+            raise InputError(
+                f"{args.data}: none of the {len(jobs)} files is there. Expected the folder that their names start "
+                f"from, in which {jobs[0].plan['file']} is"
+            )
+        return jobs
+
+    def complete(self, report, listing, jobs, results) -> None:
+        """Report how many bits 16-bit files use, and warn of dark images."""
+        bits = report["stored_bits"] = stored_bits(results)
+        if bits is not None and bits < 15 and not self.args.auto_levels:
+            print(
+                f"Warning: the pixels of all 16-bit files use {bits} bits, so that the images are dark: after the "
+                f"rescale factor they reach {255 * 2**bits / 2**16:.0f} of 255; --auto-levels stretches them"
+            )
+
+
+def _add_labels(parser: ArgumentParser) -> None:
+    """Add the options that say which labels mean what, and how patients stand in the names of files."""
+    add = parser.add_argument_group("labels and patients").add_argument
+    meaning = "values or folders that mean"
+    add("--neg-labels", nargs="+", metavar="LABEL", help=f"{meaning} negative (0 neg benign normal ...)")
+    add("--pos-labels", nargs="+", metavar="LABEL", help=f"{meaning} positive (1 pos malignant cancer ...); "
+        "where either is given, images of other labels are left out")  # fmt: skip
+    add("--patient-regex", type=_pattern, metavar="REGEX", help="finds the patient in a file's name, below the class "
+        "folder if there is one: the first group, or all; default: by names such as <patient>_LEFT_CC, then by the "
+        "sub-folder of the class folder")  # fmt: skip
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"Expected a regular expression ({error}). Received {text!r}") from None
+    return text
+
+
+class OwnTable(OwnData):
+    """Prepare images listed in a table of your own.
+
+    The table is CSV or Excel and has a row an image, with file and label, and perhaps patient, side, view and set.
+    Images are PNG, JPEG, TIFF, BMP, PGM or DICOM. Patients whom the table puts into two sets are refused.
+    """
+
+    name = "csv"
+    table = "table of the images"
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        super().add_options(parser)
+        group = parser.add_argument_group("names of columns; default: the usual spellings")
+        for option, name in COLUMN_OPTIONS.items():
+            group.add_argument(f"--{option.replace('_', '-')}", metavar="NAME", help=f"column of the {name}")
+        _add_labels(parser)
+
+    def list_pictures(self) -> Listing:
+        args = self.args
+        columns = {name: getattr(args, option) for option, name in COLUMN_OPTIONS.items() if getattr(args, option)}
+        labels = read_labels(args.neg_labels, args.pos_labels)
+        return read_own_table(args.data, args.table, labels, columns, args.patient_regex)
+
+
+class OwnFolders(OwnData):
+    """Prepare images in a folder a class.
+
+    The folders are neg and pos, which may lie in train, val and test. Images are PNG, JPEG, TIFF, BMP, PGM or DICOM.
+    Patients who are in two sets are refused.
+    """
+
+    name = "folders"
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        super().add_options(parser)
+        _add_labels(parser)
+
+    def list_pictures(self) -> Listing:
+        labels = read_labels(self.args.neg_labels, self.args.pos_labels)
+        return read_folders(self.args.data, labels, self.args.patient_regex, self.skip)
+
+
+class Cmmd(OwnData):
+    """Prepare CMMD as downloaded: a table of its breasts, and DICOM files."""
+
+    name = "cmmd"
+    table = "default: CMMD_clinicaldata_revision.csv or .xlsx below the data folder"
+
+    def list_pictures(self) -> Listing:
+        return read_cmmd(self.args.data, self.args.table, self.args.jobs, self.skip)
+
+
+class VindrMammo(OwnData):
+    """Prepare VinDr-Mammo as downloaded: a table, and images/<study>/<image>.dicom. Each study counts as a patient."""
+
+    name = "vindr"
+    table = "default: breast-level_annotations.csv below the data folder"
+
+    @classmethod
+    def add_options(cls, parser: ArgumentParser) -> None:
+        super().add_options(parser)
+        add_class_options(parser)
+
+    def list_pictures(self) -> Listing:
+        classes = read_classes(self.args.neg_birads, self.args.pos_birads)
+        return read_vindr(self.args.data, classes, self.args.table)
+
+
+class Mias(OwnData):
+    """Prepare MIAS, the small version: Info.txt, and mdb001.pgm ... Each pair of films counts as a patient."""
+
+    name = "mias"
+    table = "default: Info.txt below the data folder"
+
+    def list_pictures(self) -> Listing:
+        return read_mias(self.args.data, self.args.table, self.skip)
+
+
+class Nyu(OwnData):
+    """Prepare exams in the form of the NYU classifier: an exam list (.pkl), and <image>.png. Each exam is a patient."""
+
+    name = "nyu"
+    table = "exam list (.pkl)"
+
+    def list_pictures(self) -> Listing:
+        return read_nyu(self.args.data, self.args.table)
+
+    def read(self) -> Listing:
+        listing = super().read()
+        print(
+            f"Warning: {self.args.table} names no patients: each exam counts as one, and images of a patient with "
+            f"several exams may come into several sets"
+        )
+        return listing

@@ -1,33 +1,80 @@
 """Split patients into training, validation and test sets, or check a split that is given."""
 
 import re
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from mammo.base.files import InputError, counted
+from mammo.base.files import InputError, counted, walk_files, write_text
+from mammo.data.listing import CLASSES, SETS, Picture
+from mammo.images.reading import is_image, parse_image_name
 
-# ------------------------------------------------------------------------------------------- splits by patient
+SEED = 12345
+
+# What INbreast's names of sides and views mean.
+INBREAST_SIDES = {"L": "LEFT", "R": "RIGHT"}
+
+INBREAST_VIEWS = {"CC": "CC", "MLO": "MLO", "ML": "MLO"}
+
+_INBREAST_NAME = re.compile(r"[^_]+_([0-9a-z]+)_MG_([LR])_([A-Z]+)_ANON", re.IGNORECASE)
+
+
+# ----------------------------------------------------------------------------------------------------- drawing
+
+
+def stratified_split(
+    patients: Sequence[str],
+    malignant: Iterable[bool],
+    share: float,
+    seed: int = SEED,
+    option: str = "--val-size",
+) -> tuple[list[str], list[str]]:
+    """Split patients in two parts, such as training and validation, each with the same share of cancer patients.
+
+    The same ids in the same order give the same split: fed with the patient list and the labels of the patch sampler,
+    it splits whole images as the patches were split.
+
+    Args:
+        patients: ids.
+        malignant: for each, whether any finding is malignant.
+        share: of the patients in the second part; 0 leaves it empty.
+        option: where the user has the share from, for the error.
+
+    Raises:
+        InputError: where a part would lack one of the classes.
+    """
+    if share == 0:
+        return list(patients), []
+    from sklearn.model_selection import train_test_split
+
+    malignant = [bool(label) for label in malignant]
+    try:
+        first, second = train_test_split(list(patients), test_size=share, stratify=malignant, random_state=seed)
+    except ValueError as error:
+        raise InputError(
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} "
+            f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
+        ) from None
+    return first, second
 
 
 def split_by_patient(cancer: Mapping[str, bool], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Divide patients in two, both parts with the same share of cancer patients.
+    """Split patients in two parts with the same share of cancer patients; return both, sorted.
 
-    cancer: for each patient, whether any finding is malignant. share: of the patients in the second part, 0..1.
     Patients are taken in sorted order, so that the split depends on nothing but the patients and the seed. Few
     patients are divided class by class, at least one of each class of two or more going to the second part.
 
-    Returns (first part, second part), both sorted.
+    Args:
+        cancer: for each patient, whether any finding is malignant.
+        share: of the patients in the second part, 0..1.
     """
-
     patients = sorted(cancer)
     try:
-        first, second = split_patients(patients, [cancer[patient] for patient in patients], share, seed)
+        first, second = stratified_split(patients, [cancer[patient] for patient in patients], share, seed)
     except InputError:
         print(f"only {counted(len(patients), 'patient')} ({sum(cancer.values())} with cancer): divided class by class")
         rng = np.random.RandomState(seed)
@@ -41,14 +88,17 @@ def split_by_patient(cancer: Mapping[str, bool], share: float, seed: int) -> tup
 
 
 def split_in_three(cancer: Mapping[str, bool], test_size: float, val_size: float, seed: int) -> dict[str, list[str]]:
-    """Patients of train, val and test: first `test_size` of all for the test, then `val_size` of the others."""
+    """Split patients into train, val and test: first `test_size` of all for the test, then `val_size` of the others."""
     rest, test = split_by_patient(cancer, test_size, seed)
     train, val = split_by_patient({patient: cancer[patient] for patient in rest}, val_size, seed)
     return {"train": train, "val": val, "test": test}
 
 
-def read_patient_list(path) -> list[str]:
-    """Patient ids, one a line; a header line `patient_id` may come first. InputError for repeated ids or none."""
+# ------------------------------------------------------------------------------------------------ given splits
+
+
+def read_patient_list(path: str | Path) -> list[str]:
+    """Read patient ids, one a line; a header line `patient_id` may come first. InputError for repeated ids or none."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -65,7 +115,7 @@ def read_patient_list(path) -> list[str]:
 
 
 def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
-    """InputError when a patient is in two sets. sets: patient ids by the name of the set."""
+    """Raise InputError when a patient is in two sets. sets: patient ids by the name of the set."""
     for (name, patients), (other_name, others) in combinations(sets.items(), 2):
         if shared := sorted(set(patients) & set(others)):
             raise InputError(
@@ -74,114 +124,166 @@ def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
             )
 
 
-class Image(NamedTuple):
-    """What the tables tell of one picture. side: LEFT, RIGHT or "". view: CC, MLO or ""."""
-
-    patient: str
-    side: str
-    view: str
-    positive: bool
+# --------------------------------------------------------------------------------------- patients of the images
 
 
-# ------------------------------------------------------------------------------------------------------ splits
+def parse_inbreast_name(stem: str) -> tuple[str, str, str | None] | None:
+    """Return (patient, side, view) by the name of an INbreast file without ending, None for names of another form.
 
-
-def cancer_patients(images: Iterable[Image]) -> dict[str, bool]:
-    """For each patient, whether any image is positive."""
-    cancer = defaultdict(bool)
-    for image in images:
-        cancer[image.patient] |= image.positive
-    return dict(cancer)
-
-
-def _check_drawn(name: str, args, parser: ArgumentParser) -> None:
-    """InputError where a share of patients was given for a set that `args.split` does not draw."""
-    if getattr(args, f"{name}_size") != parser.get_default(f"{name}_size"):
-        raise InputError(
-            f"--{name}-size: Expected a --split that draws the {name} set. Received --split {args.split}, by which its "
-            f"patients are given"
-        )
-
-
-def sets_of_patients(sets: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    return {patient: name for name, patients in sets.items() for patient in patients}
-
-
-def count_sets(sets: Mapping[str, Sequence[str]], images: Iterable[Image]) -> dict[str, dict[str, int]]:
-    """Patients, cancer patients, images and positive images of each set."""
-    images, counts = list(images), {}
-    for name, patients in sets.items():
-        wanted = set(patients)
-        mine = [image for image in images if image.patient in wanted]
-        counts[name] = {
-            "patients": len(patients),
-            "cancer_patients": sum(cancer_patients(mine).values()),
-            "images": len(mine),
-            "positive_images": sum(image.positive for image in mine),
-        }
-    return counts
-
-
-def count_left_patients(sets: Mapping[str, Sequence[str]], images: Iterable[Image]) -> int:
-    """Patients in no set."""
-    return len({image.patient for image in images} - sets_of_patients(sets).keys())
-
-
-def print_split(sets: Mapping[str, Sequence[str]], images: Iterable[Image], args) -> None:
-    images = list(images)
-    seed = f", random state {args.random_state}" if args.split != "lists" else ""
-    print(f"split {args.split}{seed}:")
-    for name, counts in count_sets(sets, images).items():
-        print(
-            f"  {name:5} {counts['patients']:5} patients ({counts['cancer_patients']} with cancer), "
-            f"{counts['images']:5} images ({counts['positive_images']} positive)"
-        )
-    placed = [patient for patients in sets.values() for patient in patients]
-    print(f"no patient is in two sets: {len(placed)} places, {len(set(placed))} patients")
-    if left := count_left_patients(sets, images):
-        print(f"in no set: {counted(left, 'patient')}")
-
-
-# INbreast's own file names: <image>_<patient>_MG_...
-_INBREAST = re.compile(r"[^_]+_([^_]+)_MG_")
+    The view is None where it is neither CC nor MLO.
+    """
+    match = _INBREAST_NAME.fullmatch(stem)
+    return match and (match[1].lower(), INBREAST_SIDES[match[2].upper()], INBREAST_VIEWS.get(match[3].upper()))
 
 
 def patient_of(file: str) -> str:
-    """The patient whom the name of an image tells: one of INbreast, or one that data preparation wrote.
+    """Return the patient whom the name of an image tells: one of INbreast, or one that data preparation wrote.
 
     Raises InputError for names of another form.
     """
-    from mammo.images.reading import parse_image_name
-
-    name = Path(file).name
-    if match := _INBREAST.match(name):
-        return match[1]
-    if parsed := parse_image_name(Path(name).stem):
-        return parsed[0]
+    stem = Path(file).stem
+    if found := parse_inbreast_name(stem) or parse_image_name(stem):
+        return found[0]
     raise InputError(
         f"{file}: the name tells no patient. Expected <image>_<patient>_MG_<side>_<view>_ANON as in INbreast, or "
         f"<patient>_<LEFT|RIGHT>_<CC|MLO>"
     )
 
 
-def choose_patients(source: Path, out: Path, patients: int, seed: int = 12345) -> list[str]:
+def cancer_patients(pictures: Iterable[Picture]) -> dict[str, bool]:
+    """Return for each patient whether any image is positive."""
+    cancer = defaultdict(bool)
+    for picture in pictures:
+        cancer[picture.patient] |= picture.positive
+    return dict(cancer)
+
+
+def sets_of_patients(sets: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return the set of each patient."""
+    return {patient: name for name, patients in sets.items() for patient in patients}
+
+
+def named_sets(pictures: Iterable[Picture]) -> dict[str, set[str]] | None:
+    """Return the patients of the sets that the data name, or None where they name none."""
+    pictures = list(pictures)
+    sets = {name: {picture.patient for picture in pictures if picture.set == name} for name in SETS}
+    return sets if any(sets.values()) else None
+
+
+def count_sets(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture]) -> dict[str, dict[str, int]]:
+    """Count patients, cancer patients, images and positive images of each set."""
+    pictures, counts = list(pictures), {}
+    for name, patients in sets.items():
+        wanted = set(patients)
+        mine = [picture for picture in pictures if picture.patient in wanted]
+        counts[name] = {
+            "patients": len(patients),
+            "cancer_patients": sum(cancer_patients(mine).values()),
+            "images": len(mine),
+            "positive_images": sum(picture.positive for picture in mine),
+        }
+    return counts
+
+
+def count_left_patients(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture]) -> int:
+    """Count the patients in no set."""
+    return len({picture.patient for picture in pictures} - sets_of_patients(sets).keys())
+
+
+# ------------------------------------------------------------------------------------------- splits by options
+
+
+def split_by_options(pictures: Iterable[Picture], args: Namespace, parser: ArgumentParser) -> dict[str, list[str]]:
+    """Split patients into train, val and test by `args.split`: "lists", "official", or any other name for a random one.
+
+    The official split is the one that the data name; where they name no validation set, part of the training patients
+    are for validation.
+
+    Args:
+        parser: the one of `args`, which knows the defaults.
+
+    Raises:
+        InputError: when a patient is in two sets, and for lists of patients, or shares, that this split does not use.
+    """
+    pictures = list(pictures)
+    cancer = cancer_patients(pictures)
+    files = {name: getattr(args, f"pat_{name}") for name in SETS}
+    if args.split != "lists" and (given := [f"--pat-{name}" for name, path in files.items() if path is not None]):
+        raise InputError(f"{', '.join(given)}: Expected --split lists. Received --split {args.split}")
+    if args.split == "lists":
+        _check_drawn(("test", "val"), args, parser)
+        sets = _read_lists(files, cancer)
+    elif args.split == "official":
+        sets = named_sets(pictures)
+        check_disjoint(sets)
+        _check_drawn(("test", "val") if sets["val"] else ("test",), args, parser)
+        rest = {patient: label for patient, label in cancer.items() if patient not in sets["val"] | sets["test"]}
+        if not rest:
+            raise InputError("--split official: no training patients: Expected the tables of both sets")
+        sets = {name: sorted(sets[name]) for name in SETS} | {"train": sorted(rest)}
+        if not sets["val"]:
+            sets["train"], sets["val"] = split_by_patient(rest, args.val_size, args.random_state)
+    else:
+        sets = split_in_three(cancer, args.test_size, args.val_size, args.random_state)
+    check_disjoint(sets)
+    return sets
+
+
+def _read_lists(files: Mapping[str, str | None], known: Iterable[str]) -> dict[str, list[str]]:
+    """Read the patients of each set, sorted. Raises InputError for a file that is not given, or patients not known."""
+    if missing := [f"--pat-{name}" for name, path in files.items() if path is None]:
+        raise InputError(f"--split lists: Expected a file for each set. Missing {', '.join(missing)}")
+    sets = {name: sorted(read_patient_list(path)) for name, path in files.items()}
+    for name, path in files.items():
+        if unknown := [patient for patient in sets[name] if patient not in known]:
+            raise InputError(f"{path}: {counted(len(unknown), 'patient')} not in the tables, such as {unknown[0]}")
+    return sets
+
+
+def _check_drawn(names: Iterable[str], args: Namespace, parser: ArgumentParser) -> None:
+    """Raise InputError where a share of patients was given for a set that `args.split` does not draw."""
+    for name in names:
+        if getattr(args, f"{name}_size") != parser.get_default(f"{name}_size"):
+            raise InputError(
+                f"--{name}-size: Expected a --split that draws the {name} set. Received --split {args.split}, by which "
+                f"its patients are given"
+            )
+
+
+def print_split(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture], args: Namespace) -> None:
+    """Print how many patients and images each set has, and how many patients are in none."""
+    pictures = list(pictures)
+    seed = f", random state {args.random_state}" if args.split != "lists" else ""
+    print(f"split {args.split}{seed}:")
+    for name, counts in count_sets(sets, pictures).items():
+        print(
+            f"  {name:5} {counts['patients']:5} patients ({counts['cancer_patients']} with cancer), "
+            f"{counts['images']:5} images ({counts['positive_images']} positive)"
+        )
+    placed = [patient for patients in sets.values() for patient in patients]
+    print(f"no patient is in two sets: {len(placed)} places, {len(set(placed))} patients")
+    if left := count_left_patients(sets, pictures):
+        print(f"in no set: {counted(left, 'patient')}")
+
+
+# ------------------------------------------------------------------------------------------------ fewer patients
+
+
+def choose_patients(source: Path, out: Path, patients: int, seed: int = SEED) -> list[str]:
     """Make `out` the data folder `source` (train, val, test; neg and pos in each) with fewer patients to train on.
 
-    The patients with cancer, and the others, stand in an order drawn from the seed, and the first of both are chosen,
-    in the shares of the training set: so that fewer patients are some of the more.
+    The patients with cancer, and the others, are put in an order drawn from the seed, and the first of both are chosen,
+    in the shares of the training set. So a smaller choice is always part of a larger one.
     Images are linked, not copied; `patients.txt` lists the patients. Returns them, sorted.
-    Raises InputError for names that tell no patient, for fewer patients than are asked for, where these are too few
-    for both classes, and where `out` has links of another choice: images of other patients would stay in it.
+
+    Raises:
+        InputError: for names that tell no patient, for fewer patients than are asked for, where these are too few
+            for both classes, and where `out` has links of another choice: images of other patients would stay in it.
     """
-    import numpy as np
-
-    from mammo.base.files import walk_files, write_text
-    from mammo.images.reading import is_image
-
     source, out = Path(source).resolve(), Path(out)
     images: dict[str, list[Path]] = {}
     cancer = set()
-    for label in ("neg", "pos"):
+    for label in CLASSES:
         folder = source / "train" / label
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Expected train, val and test, each with neg and pos")
@@ -214,32 +316,3 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = 12345) -
             link.symlink_to(path)
     write_text(out / "patients.txt", "".join(f"{name}\n" for name in sorted(chosen)))
     return sorted(chosen)
-
-
-SEED = 12345
-
-
-def split_patients(patients, malignant, val_size, seed=SEED, option="--val-size"):
-    """Split patients into training and validation (or any two parts), each with the same share of cancer patients.
-
-    patients: list of ids. malignant: for each, whether any of their findings is malignant.
-    val_size: fraction of the patients to validate on; 0 gives an empty validation list.
-    option: where the user has `val_size` from, for the error.
-
-    Returns (training ids, validation ids). The same ids in the same order give the same split: fed with the
-    patient list and the labels of the patch sampler, it splits whole images as the patches were split.
-    Raises InputError when a part would lack one of the classes.
-    """
-    if val_size == 0:
-        return list(patients), []
-    from sklearn.model_selection import train_test_split
-
-    malignant = [bool(label) for label in malignant]
-    try:
-        train, val = train_test_split(list(patients), test_size=val_size, stratify=malignant, random_state=seed)
-    except ValueError as error:
-        raise InputError(
-            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {val_size:g} "
-            f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
-        ) from None
-    return train, val

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from mammo.base.files import InputError, env_int
 from mammo.base.tables import find_columns, open_table
-from mammo.data.others import COLUMNS as TABLE_COLUMNS
-from mammo.data.others import REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
+from mammo.data.others import OWN_COLUMNS, REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
 from mammo.data.prepare import IMAGE_TABLE, read_image_table
 from mammo.evaluate.evaluation import AVERAGE, FLIPS, IMAGE_COLUMNS
 from mammo.images.pixels import Pixels, pixel_warnings_of_files
@@ -104,7 +103,7 @@ def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[d
         labels = read_labels(["0", *(name for name in classes if name not in positive)], ["1", *positive])
     rows, others = [], []
     with open_table(path) as (header, lines):
-        places = find_columns(path, header, TABLE_COLUMNS, TABLE_COLUMNS.keys() - REQUIRED)
+        places = find_columns(path, header, OWN_COLUMNS, OWN_COLUMNS.keys() - REQUIRED)
         if len(set(header)) < len(header):
             raise InputError(f"{path}, line 1: Expected each column once. Received {','.join(header)[:300]}")
         unnamed = {name: place for place, name in enumerate(header) if place not in places.values()}

@@ -46,7 +46,7 @@ def read_pixel_stats(model_path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------- measuring images
 
 
-def measure(image) -> dict[str, float]:
+def measure_image(image) -> dict[str, float]:
     """Figures of one image, float (H, W[, C]), of which the first channel counts.
 
     mean, sd, and p99, the 99th percentile; dark_border and bright_border, shares of its outermost pixels in the
@@ -94,7 +94,7 @@ def pixel_statistics(images: Iterable) -> dict[str, Any]:
     figures, size = [], None
     for image in images:
         size = size or list(image.shape[:2])
-        figures.append(measure(image))
+        figures.append(measure_image(image))
     if not figures:
         raise InputError("pixel statistics: Expected at least one image. Received none")
     columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
@@ -130,7 +130,7 @@ def warnings_for(
     Limits are wide, since they are those of a mistake and not of an unusual breast: mean, deviation and 99th
     percentile below half or above twice what nine in ten training images have.
     """
-    figures, messages = measure(image), []
+    figures, messages = measure_image(image), []
     if figures["sd"] < 0.02 * max(abs(image.min()), abs(image.max())) or image.max() == image.min():
         return [f"nearly constant image: Expected a mammogram. Received pixels of {image.min():.4g}..{image.max():.4g}"]
     if stored_size is not None:

@@ -1,7 +1,7 @@
-"""Published figures, and ours beside them: what the recipes in `ddsm_train/` and `inbreast/` leave to Python.
+"""Read the published figures and compare ours with them; fetch and check the released models.
 
-`ddsm_train/published.csv` is the one place of the published figures. A row names the network and the recipe that
-makes it (`kind`), and the rows whose results it starts from (`from`); `reproduce_table.sh` walks these.
+`published.csv` beside this file is the one place of the published figures. A row names the network and the recipe that
+makes it (`kind`), and the rows whose results it starts from (`from`); `mammo reproduce` walks these.
 """
 
 import csv
@@ -41,6 +41,16 @@ class Row(NamedTuple):
     figures: dict[str, float]  # published, by the keys of FIGURES
     best_epoch: int | None  # epoch of the best validation AUC, as published
     time: str  # of this row's own training on the 8 GB Quadro M4000: its arithmetic at half of 2.6 TFLOPS, not measured
+    net: str
+    patch_set: str
+    top: str
+    patients: int | None  # of INbreast, to train on; None for all
+
+    @property
+    def expectation(self) -> str:
+        """The time and the score to expect, as text."""
+        figures = [f"published {FIGURES[name]} {_as_published(value)}" for name, value in self.figures.items()]
+        return "; ".join(filter(None, [self.time, *figures]))
 
 
 class Comparison(NamedTuple):
@@ -64,6 +74,10 @@ def read_published(path=PUBLISHED_TABLE) -> list[Row]:
                 {name: float(cells[name]) for name in FIGURES if cells[name]},
                 int(cells["best_epoch"]) if cells["best_epoch"] else None,
                 cells["time"],
+                cells["net"],
+                cells["set"],
+                cells["top"],
+                int(cells["patients"]) if cells["patients"] else None,
             )
             for cells in csv.DictReader(file)
         ]
@@ -138,7 +152,7 @@ def published_table(rows: Sequence[Row]) -> str:
         ["command", "published", "best epoch", "training on 8 GB (estimate)"],
         [
             [
-                f"ddsm_train/reproduce_table.sh {row.name} DATA",
+                f"mammo reproduce {row.name} DATA",
                 "; ".join(f"{FIGURES[name]} {_as_published(value)}" for name, value in row.figures.items()),
                 str(row.best_epoch or "-"),
                 row.time,
@@ -232,7 +246,7 @@ def _read_predictions(path: Path):
 
 
 def subset_table(out: Path):
-    """The trainings with few patients in `out`, the folder of `inbreast/subset_experiment.sh`, as a data frame.
+    """The trainings with few patients in `out`, the folder of `mammo subset`, as a data frame.
 
     A row a training, sorted by model and patients: `model`, its name; `patients` and `images`, in training; `auc` on
     the test set with its 95% interval `low` to `high` (DeLong, on the logit scale, clustered by patient), and the same
@@ -269,7 +283,7 @@ def subset_table(out: Path):
         row |= {"published": published.get(f"inbreast-{folder.name}"), "test_images": len(table)}
         rows.append(row | {"test_patients": len(set(groups))})
     if not rows:
-        raise InputError(f"{out}: no training there. Expected the output folder of inbreast/subset_experiment.sh")
+        raise InputError(f"{out}: no training there. Expected the output folder of mammo subset")
     table = pd.DataFrame(rows).astype({"published": float})
     return table.sort_values(["model", "patients"], ignore_index=True)
 

@@ -353,8 +353,7 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     """
     breasts, faults, rows = [], [], {}
     wanted = None if patients is None else set(patients)
-    for number, cells in read_rows(table, ("patient_id", "side", "cancer")):
-        row = f"{table}, row {number}"
+    for row, cells in read_rows(table, ("patient_id", "side", "cancer")):
         patient, side, cancer = cells["patient_id"], cells["side"], cells["cancer"]
         if not is_file_name(patient):
             raise InputError(f"{row}: patient_id is part of file names. Received {patient!r}")
@@ -363,8 +362,9 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
         if cancer not in ("0", "1"):
             raise InputError(f"{row}: cancer: Expected 0 or 1. Received {cancer!r}")
         if (patient, side) in rows:
-            raise InputError(f"{row}: repeats row {rows[patient, side]} ({patient} {side}); remove one of them")
-        rows[patient, side] = number
+            line = rows[patient, side].rpartition(", ")[2]
+            raise InputError(f"{row}: repeats {line} ({patient} {side}); remove one of them")
+        rows[patient, side] = row
         if wanted is not None and patient not in wanted:
             continue
         paths = {view: Path(img_folder, f"{patient}_{side}_{view.upper()}.png") for view in MAP_VIEWS}

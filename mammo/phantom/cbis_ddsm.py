@@ -1,6 +1,6 @@
 """Phantoms laid out like a download of CBIS-DDSM, in any of its folder trees and with its oddities.
 
-`prepare_cbis_ddsm.py` and its tests take the same path with these as with the real data.
+`mammo prepare cbis-ddsm` and its tests take the same path with these as with the real data.
 """
 
 import csv
@@ -16,7 +16,7 @@ import numpy as np
 
 from mammo.base.files import InputError, atomic_write
 from mammo.base.work import run_parallel
-from mammo.data.splits import split_patients
+from mammo.data.splits import stratified_split
 from mammo.phantom.draw import Patient, check_output, draw_patients, draw_view
 
 TREES = ("uid", "descriptive", "descriptive2", "jpeg")
@@ -380,7 +380,7 @@ def make_download(
         odd = {name: oddity for name, oddity in odd.items() if oddity != "monochrome1"}
     try:
         malignant = [p.malignant for p in people]
-        _, test = split_patients([p.name for p in people], malignant, test_size, seed, "--test-size")
+        _, test = stratified_split([p.name for p in people], malignant, test_size, seed, "--test-size")
     except InputError as error:
         raise InputError(f"{error}, or more --patients than {patients}") from None
     divisions = {p.name: "Test" if p.name in test else "Training" for p in people}

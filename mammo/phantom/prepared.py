@@ -5,7 +5,7 @@ learns, without patient data. They are no substitute for patients, and a figure 
 patients.
 
 Layout `prepared` (the default) holds what the patch sampler and the whole-image trainer read. Layout `cbis-ddsm`
-is the download before `prepare_cbis_ddsm.py`: DICOM files (or the JPEG files of the re-release) in one of the
+is the download before `mammo prepare cbis-ddsm`: DICOM files (or the JPEG files of the re-release) in one of the
 folder trees in circulation, the four description files, and the oddities of the real thing, which
 oddities.json lists. Layout `inbreast` is the download before `prepare_inbreast.py`: its table, DICOM files of 14 bits,
 annotations, and oddities.
@@ -19,7 +19,6 @@ import argparse
 import functools
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -27,16 +26,16 @@ import cv2
 from mammo.base.cli import (
     HelpFormatter,
     add_parallel_options,
+    command,
     complete,
     fraction,
     natural_float,
     natural_int,
     positive_int,
-    run_main,
 )
 from mammo.base.files import InputError, atomic_write, write_img, write_text
 from mammo.base.work import run_parallel
-from mammo.data.splits import split_patients
+from mammo.data.splits import stratified_split
 from mammo.phantom.cbis_ddsm import TREES, make_download
 from mammo.phantom.draw import STYLES, check_output, draw_patients, draw_view
 from mammo.phantom.inbreast import make_inbreast
@@ -70,9 +69,9 @@ def assign_folders(people, test_size, val_size, seed):
         if not cancer:
             continue
         try:
-            remaining, test = split_patients(list(cancer), cancer.values(), test_size, seed, "--test-size")
+            remaining, test = stratified_split(list(cancer), cancer.values(), test_size, seed, "--test-size")
             remaining.sort()
-            train, val = split_patients(remaining, [cancer[name] for name in remaining], val_size)
+            train, val = stratified_split(remaining, [cancer[name] for name in remaining], val_size)
         except InputError as error:
             raise InputError(f"{error}, or more --patients than {len(people)}") from None
         for folder, names in (("train", train), ("val", val), ("test", test)):
@@ -221,9 +220,4 @@ def run(**options):
     make(**args)
 
 
-def main(argv=None):
-    return run_main(make_parser(), run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command(make_parser, run)

@@ -13,7 +13,7 @@ import pytest
 
 from ddsm_train import image_clf_train, sample_patches_combined
 from dm_keras_ext import Yaroslav
-from mammo.commands import prepare_cbis_ddsm
+from mammo.commands.prepare import main as prepare_main
 from mammo.phantom import prepared as make_phantom
 from mammo.train import checkpoint
 from tests.faults.commands import ENVIRONMENT, ROOT, damaged, differences
@@ -86,7 +86,7 @@ def sample(inputs, out):
 
 
 def prepare(inputs, out):
-    return prepare_cbis_ddsm.main([*map(str, (inputs / "cbis-ddsm", out, "--img-size", 48, 40))])
+    return prepare_main(["cbis-ddsm", *map(str, (inputs / "cbis-ddsm", out, "--img-size", 48, 40))])
 
 
 @pytest.mark.parametrize("command", [sample, prepare])

@@ -13,6 +13,7 @@ import pytest
 
 from mammo.base import files
 from mammo.base.files import InputError, check_writable, counted, locked
+from tests.helpers import varied, write_dicom
 
 HERE = Path(files.__file__).parents[2]
 HOLD = """
@@ -198,11 +199,9 @@ def test_data_are_prepared_by_one_run_at_a_time(tmp_path, holder):
 
 def test_the_lock_of_a_preparation_covers_its_report(tmp_path, monkeypatch):
     """A run of other options that began in between would have its images told by this run's report."""
-    pytest.importorskip("pydicom")
     from mammo.commands import dicom_to_png
-    from tests.base.test_resources import varied, write_dicom
 
-    write_dicom(pytest.importorskip("pydicom"), tmp_path / "download/a.dcm", varied((8, 8)))
+    write_dicom(tmp_path / "download/a.dcm", varied((8, 8)))
     written, refused = dicom_to_png.write_text, []
 
     def attempt_then_write(path, text):

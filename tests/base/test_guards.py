@@ -28,8 +28,7 @@ from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.maps.trees import load_classifier
 from mammo.train.checkpoint import load_model, load_weights
 from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom, write_image
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
 
 
 @pytest.fixture
@@ -83,7 +82,7 @@ def test_images_that_claim_to_be_giants_are_refused_by_their_header(tmp_path, na
     # In a process of its own, which has not imported OpenCV before.
     (tmp_path / name).write_bytes(GIANTS[name])
     code = (
-        "import resource, sys; from mammo.commands import pixel_mean; import dm_image\n"
+        "import resource, sys; from mammo.commands import pixel_mean; import mammo.images.reading\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**28\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
         f"sys.exit(pixel_mean.main([{str(tmp_path / name)!r}]))"

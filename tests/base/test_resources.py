@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 
 from mammo.base import files
 from mammo.commands import check_data
+from tests.helpers import varied, write_dicom
 
 resource = pytest.importorskip("resource")
 HERE = Path(files.__file__).parents[2]
@@ -56,12 +56,6 @@ def write_png(path, img):
     return path
 
 
-def varied(shape):
-    img = np.zeros(shape, np.uint16)
-    img[1:] = 7
-    return img
-
-
 # ------------------------------------------------------------------------------------------------------ memory
 
 READERS = ("cv2", "numpy", "mammo.images.reading", "mammo.images.check", "joblib", "tqdm", "concurrent.futures.thread")
@@ -76,8 +70,7 @@ def test_an_image_that_does_not_fit_the_memory_is_not_at_fault(tmp_path, kind):
     if kind == "png":
         write_png(path, varied((5000, 5000)))
     else:
-        pydicom = pytest.importorskip("pydicom")
-        write_dicom(pydicom, path, varied((5000, 5000)))
+        write_dicom(path, varied((5000, 5000)))
         imports = (*READERS, "pydicom.pixels", "pydicom.pixels.decoders")
     table = tmp_path / "t.csv"
     short = run("mammo.commands.check_data", path, "--table", table, "--jobs", 1, imports=imports, extra=40)
@@ -87,24 +80,9 @@ def test_an_image_that_does_not_fit_the_memory_is_not_at_fault(tmp_path, kind):
     assert (enough.returncode, enough.stderr) == (0, "")
 
 
-def write_dicom(pydicom, path, pixels):
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.2", "1.2.3"
-    dataset.PhotometricInterpretation, dataset.SamplesPerPixel, dataset.PixelRepresentation = "MONOCHROME2", 1, 0
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit = 15
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.PixelData = pixels.tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_as(path, enforce_file_format=True)
-
-
 @needs_statm
 def test_preparation_says_that_memory_is_short(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
-    write_dicom(pydicom, tmp_path / "download" / "a.dcm", varied((5000, 5000)))
+    write_dicom(tmp_path / "download" / "a.dcm", varied((5000, 5000)))
     imports = (*READERS, "mammo.data.prepare", "pydicom.pixels", "pydicom.pixels.decoders")
     for on_error in ("stop", "skip"):
         options = ["--on-error", on_error]
@@ -192,9 +170,8 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, forbidding):
 
 
 def test_outputs_into_a_folder_that_may_not_be_written_to_are_refused(tmp_path, forbidding):
-    pydicom = pytest.importorskip("pydicom")
     write_png(tmp_path / "images/a.png", varied((8, 8)))
-    write_dicom(pydicom, tmp_path / "download/a.dcm", varied((8, 8)))
+    write_dicom(tmp_path / "download/a.dcm", varied((8, 8)))
     (tmp_path / "out").mkdir()
     (tmp_path / "out").chmod(0o555)
     process = run("mammo.commands.check_data", tmp_path / "images", "--table", tmp_path / "out/t.csv", **forbidding)

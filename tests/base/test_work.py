@@ -20,7 +20,7 @@ from mammo.data.prepare import ImageRow, make_whole, read_image_table, write_ima
 from mammo.data.splits import check_disjoint, read_patient_list, split_by_patient, split_in_three
 from mammo.images.pixels import read_resize_img
 from mammo.images.reading import auto_levels, faces_left, parse_image_name, read_img, to_uint16
-from tests.outputs import read_folder
+from tests.helpers import read_folder
 
 # ------------------------------------------------------------------------------------------- splits by patient
 

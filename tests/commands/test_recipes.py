@@ -1,115 +1,89 @@
-"""The shell recipes: what they compose, that every published row runs, resumes, and stands beside the published figure.
+"""Scripts and recipes: what they compose, that every published row runs, resumes, and stands beside its figure.
 
-Recipes call `python` from PATH. Most tests put a stand-in there that records the command, or writes what a trainer
+Scripts call `python` from PATH. Most tests put a stand-in there that records the command, and writes what a trainer
 would; the slow ones run the real trainers on phantoms.
 """
 
 import csv
-import fcntl
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from ddsm_train import reproduce as REPRODUCE
 from mammo.base.files import InputError
 from mammo.data import splits
 from mammo.evaluate import published
 from mammo.evaluate.published import FIGURES, read_published
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+CLEARED = (
+    *("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL", "RANDOM_SEED", "MEAN"),
+    *("PATIENTS", "FAIL", "INBREAST"),
+)
 RECIPES = sorted(path for path in ROOT.glob("*/*.sh") if '/recipe.sh"' in path.read_text())
 ROWS = read_published()
 NAMES = [row.name for row in ROWS]
 CELLS = {cells["row"]: cells for cells in csv.DictReader(published.PUBLISHED_TABLE.read_text().splitlines())}
 
-# Records each command, and does in no time what each script would leave behind.
-STAND_IN = """#!{python}
-import json, os, sys
-from pathlib import Path
-script, *argv = sys.argv[1:]
-name = Path(script).name
-if name in ("published.py", "phantom_summary.py"):
-    os.execv({python!r}, [{python!r}, script, *argv])
-if name == "-c":  # scripts/activate.sh asks where to install
-    print(Path(sys.argv[0]).parent)
-    sys.exit()
-with open(os.environ["COMMANDS"], "a") as file:
-    file.write(json.dumps([name, *argv]) + "\\n")
-if name == "make_phantom.py":
-    Path(argv[0]).mkdir(parents=True)  # or fail, as the script does
-if name == "sample_patches_combined.py":
-    Path(argv[4]).mkdir(parents=True, exist_ok=True)
-    Path(argv[4], "pat_lst.txt").write_text("P_00001\\n")
-elif "--out-dir" in argv:
-    out = Path(argv[argv.index("--out-dir") + 1])
-    out.mkdir(parents=True, exist_ok=True)
-    Path(argv[argv.index("--best-model") + 1]).write_text("model")
-    scores = {{"accuracy": 0.75, "auc": {{"neg": 0.8, "pos": 0.8}}, "samples": 4}}
-    (out / "predictions.csv").write_text(
-        "file,label,neg,pos,neg_flips,pos_flips\\n" + "".join(
-            f"{{label}}/P_{{i}}_LEFT_CC.png,{{label}},{{1 - p}},{{p}},{{1 - p}},{{p}}\\n"
-            for i, (label, p) in enumerate([("neg", 0.1), ("neg", 0.6), ("pos", 0.5), ("pos", 0.9)])
-        )
-    )
-    (out / "history.csv").write_text("epoch,val_auc\\n1,0.5\\n2,0.7\\n")
-    (out / "metrics.json").write_text(json.dumps({{"single": scores, "flips": scores}}))
-if os.environ.get("FAIL", "no command") in " ".join([name, *argv]):
-    sys.exit(3)
-"""
-
-# The real scripts, without the minutes that TensorFlow takes to turn each training step into a graph.
-EAGER = """#!{python}
-import os, runpy, sys
-sys.argv = sys.argv[1:]
-if sys.argv[0].endswith("_clf_train.py") and os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
-    import tensorflow
-    tensorflow.config.run_functions_eagerly(True)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def put_python(folder, script):
-    """An environment whose `python` is `script`."""
-    path = folder / "bin" / "python"
-    path.parent.mkdir(parents=True)
-    path.write_text(script.format(python=sys.executable))
-    path.chmod(0o755)
-    return {**os.environ, "PATH": f"{path.parent}{os.pathsep}{os.environ['PATH']}", "NUM_CPU_CORES": "1"}
+# Both stand in for `python`: they record commands, or run the real scripts without compiling a graph.
+STAND_IN, EAGER = (Path(__file__).with_name(name) for name in ("stand_in.py", "eager.py"))
 
 
 class Shell:
-    """Runs recipes in a folder and keeps the commands that they gave."""
+    """Run scripts and recipes in a folder, with a stand-in for the `python` that scripts call; keep its commands."""
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.log = folder / "commands.jsonl"
-        self.env = {
-            name: value
-            for name, value in put_python(folder, STAND_IN).items()
-            if name not in ("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL",
-                            "RANDOM_SEED", "MEAN", "PATIENTS")
-        }  # fmt: skip
+    def __init__(self, folder, monkeypatch, stand_in=STAND_IN):
+        self.folder, self.monkeypatch = folder, monkeypatch
+        self.log, self.python = folder / "commands.jsonl", folder / "bin" / "python"
+        self.python.parent.mkdir(parents=True)
+        self.python.write_text(f"#!{sys.executable}\n{stand_in.read_text()}")
+        self.python.chmod(0o755)
 
     def __call__(self, recipe, *args, status=0, **env):
-        """Run a recipe with further environment variables; return (commands, standard output, standard error)."""
+        """Run a script, or a module, with more environment variables: (commands, standard output, standard error)."""
         self.log.write_text("")
-        done = subprocess.run(
-            [ROOT / recipe, *map(str, args)],
-            cwd=self.folder, env={**self.env, "COMMANDS": str(self.log), **env}, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == status, done.stderr
-        return [json.loads(line) for line in self.log.read_text().splitlines()], done.stdout, done.stderr
+        words, run = list(map(str, args)), self.run_module if hasattr(recipe, "main") else self.run_script
+        path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
+        with self.monkeypatch.context() as patch:
+            for name in CLEARED:
+                patch.delenv(name, raising=False)
+            for name, value in {
+                "PATH": path,
+                "PYTHON": self.python,
+                "NUM_CPU_CORES": "1",
+                "COMMANDS": self.log,
+                **env,
+            }.items():
+                patch.setenv(name, str(value))
+            found, output, error = run(recipe, words, patch)
+        assert found == status, error
+        return [json.loads(line) for line in self.log.read_text().splitlines()], output, error
+
+    def run_script(self, script, words, patch):
+        done = subprocess.run([ROOT / script, *words], cwd=self.folder, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    def run_module(self, module, words, patch):
+        output, error = io.StringIO(), io.StringIO()
+        with chdir(self.folder), redirect_stdout(output), redirect_stderr(error):
+            try:
+                status = module.main(words)
+            except SystemExit as end:
+                status = end.code
+        return status, output.getvalue(), error.getvalue()
 
     def options(self, recipe, *args, **env):
-        """The options of the one command that a recipe gives, as that script's own parser reads them."""
+        """Return the options of the one command that a script gives, as that command's own parser reads them."""
         [(script, *argv)], *_ = self(recipe, *args, **env)
         return parse(script, argv)
 
@@ -124,8 +98,8 @@ def parse(script, argv):
 
 
 @pytest.fixture
-def shell(tmp_path):
-    return Shell(tmp_path)
+def shell(tmp_path, monkeypatch):
+    return Shell(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -330,8 +304,6 @@ def test_there_is_something_to_start_from(shell, prepared):
 
 # ------------------------------------------------------------------------------------------- reproduce_table.sh
 
-REPRODUCE = "ddsm_train/reproduce_table.sh"
-
 
 def table(out):
     return pd.read_csv(out / "table.csv").set_index(["row", "figure"])
@@ -496,24 +468,22 @@ def test_other_patients_and_seeds_are_refused(shell, prepared):
     refused("patches_s10")
 
 
-@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock of util-linux")
 def test_one_row_at_a_time(shell, prepared):
-    (shell.folder / "out").mkdir()
-    with open(shell.folder / "out" / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = "import sys; from mammo.base.files import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
+    command = [sys.executable, "-c", hold, shell.folder / "out"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         commands, _, error = shell(REPRODUCE, NAMES[0], "prepared", "out", status=1)
-        assert commands == []
-        assert error == (
-            f"reproduce_table.sh: error: {shell.folder / 'out'}: another run is working there: wait until it is done, "
-            "or name another OUT\n"
-        )
+        assert (commands, error.count("\n")) == ([], 1)
+        assert f"{shell.folder / 'out'}: " in error and str(other.pid) in error
+        other.communicate(b"\n")
     shell(REPRODUCE, NAMES[0], "prepared", "out")
 
 
 def test_what_is_missing_is_said_before_anything_is_trained(shell, prepared):
     commands, _, error = shell(REPRODUCE, "ddsm-vgg16", "prepared", status=2)
-    assert (commands, error) == ([], "reproduce_table.sh: error: ddsm-vgg16: no such row. Expected one of "
-                                     "reproduce_table.sh --list\n")  # fmt: skip
+    assert commands == []
+    assert error.endswith("error: ddsm-vgg16: no such row. Expected one of mammo reproduce --list\n")
     assert shell(REPRODUCE, "row", "prepared", status=2)[0] == []
     commands, _, error = shell(REPRODUCE, NAMES[0], "nowhere", status=1)
     assert (commands, error.count("\n")) == ([], 1)
@@ -539,7 +509,7 @@ def test_options_are_checked_before_any_work(shell, prepared, words):
 def test_the_list_has_every_row(shell):
     _, text, _ = shell(REPRODUCE, "--list")
     lines = text.splitlines()[2:]
-    assert [line.split()[2] for line in lines] == NAMES
+    assert [line.split()[3] for line in lines] == NAMES
     assert "0.885" in lines[NAMES.index("ddsm-mean-of-three")]
 
 
@@ -549,10 +519,10 @@ def test_the_list_has_every_row(shell):
 def test_patch_or_scratch_goes_on_where_it_was(shell):
     def again(status=0, **env):
         commands, text, error = shell("scripts/patch_or_scratch.sh", shell.folder / "out", status=status, **env)
-        return [name for name, *_ in commands if name.endswith(".py")], text, error
+        return [name for name, *_ in commands if name.endswith(".py") or name.startswith("mammo ")], text, error
 
-    env, made = {"VIRTUAL_ENV": str(shell.folder)}, "make_phantom.py"
-    prepared, sampling = "prepare_cbis_ddsm.py", ["sample_patches_combined.py"] * 3
+    env, made = {"VIRTUAL_ENV": str(shell.folder)}, "mammo phantom"
+    prepared, sampling = "mammo prepare", ["sample_patches_combined.py"] * 3
     assert again(status=3, FAIL=made, **env)[0] == [made]
     assert again(status=3, FAIL=prepared, **env)[0] == [made, prepared]
     assert again(status=3, FAIL="patches/test", **env)[0] == [prepared, *sampling]
@@ -661,15 +631,14 @@ def test_runs_that_do_not_fit_are_named(tmp_path, change, words):
 
 
 def test_runs_that_cannot_be_read_are_named(tmp_path):
-    from ddsm_train import published
-
     one = write_run(tmp_path / "one", ["a", "b"], ["neg", "pos"], [0.1, 0.5])
     with pytest.raises(InputError, match="at least two runs"):
         published.average_predictions([one], tmp_path / "mean")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "predictions.csv").touch()
     for run in ("none", "empty"):
-        assert published.main(["average", str(tmp_path / "mean"), str(one), str(tmp_path / run)]) == 1
+        with pytest.raises(InputError, match=str(tmp_path / run)):
+            published.average_predictions([one, tmp_path / run], tmp_path / "mean")
     row = tmp_path / NAMES[0]
     for text in ("", "[]", '{"single": {}}', '{"single": 1'):
         row.mkdir(exist_ok=True)
@@ -678,9 +647,7 @@ def test_runs_that_cannot_be_read_are_named(tmp_path):
             published.compare(tmp_path, ROWS)
 
 
-def test_ours_beside_the_published(tmp_path, capsys):
-    from ddsm_train import published
-
+def test_ours_beside_the_published(tmp_path):
     def scores(accuracy, pos):
         return {"accuracy": accuracy, "auc": {"pos": pos} if pos else {"calc_mal": 0.9}, "samples": 376}
 
@@ -692,16 +659,16 @@ def test_ours_beside_the_published(tmp_path, capsys):
     for name, metrics in runs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
-    assert published.main(["compare", str(tmp_path)]) == 0
+    comparisons = published.compare(tmp_path, ROWS)
+    published.write_comparison(tmp_path / "table.csv", comparisons)
     assert (tmp_path / "table.csv").read_text().splitlines() == [
         "row,figure,published,ours,difference,test_samples",
         "patch-resnet50-s10,accuracy,0.89,0.9,0.01,376",
         "ddsm-vgg16-512x1,AUC,0.83,0.812346,-0.017654,376",
         'ddsm-vgg16-512x1,"AUC, four flips",0.86,0.85,-0.01,376',
     ]
-    text = capsys.readouterr().out
+    text = published.comparison_table(comparisons)
     assert "| ddsm-vgg16-512x1   | AUC             | 0.83      | 0.812 | -0.018     | 376      |" in text
-    assert "never published" in text
 
 
 # ------------------------------------------------------------------------------------------- the real trainers
@@ -743,14 +710,14 @@ def invert(folders):
 # made of 2x2 features, as many as a patch of 64 pixels has. Others: 64 pixels for residual and 128 for VGG blocks.
 SIZES = {"heatmap-fc64-32": 192, "heatmap-512-512-1024x2": 64, "heatmap-fc16-8": 256}
 # With the stand-in all rows have run. Those left out here differ by their data alone: more patches, other numbers of
-# patients, other runs to average (published.py is no stand-in there), for which both tests would train ResNet50.
+# patients, other runs to average (which is no stand-in there), for which both tests would train ResNet50.
 DRY = [name for name in NAMES if not re.search("s30|[3-6]0-patients|(vgg16|hybrid)-20-patients|mean-of-three", name)]
 OTHERS = [name for name in DRY if "resnet50" not in name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [[name for name in DRY if "resnet50" in name], OTHERS], ids=["resnet50", "others"])
-def test_every_row_runs(phantoms, tmp_path, rows):
+def test_every_row_runs(phantoms, tmp_path, monkeypatch, rows):
     """One training step in each stage of each network, top and start, by the real scripts, at the published rates."""
     import keras
 
@@ -758,11 +725,11 @@ def test_every_row_runs(phantoms, tmp_path, rows):
     for net in nets.keys() & {CELLS[row]["net"] for row in rows}:
         model = getattr(keras.applications, nets[net])(weights=None, include_top=False)
         model.save_weights(tmp_path / f"{net}.weights.h5")
-    env = put_python(tmp_path, EAGER)
+    shell = Shell(tmp_path, monkeypatch, EAGER)
     for row in rows:
         size = str(SIZES.get(CELLS[row]["top"], 64 if CELLS[row]["net"] == "resnet50" else 128))
         command = [
-            ROOT / REPRODUCE, row, phantoms / "prepared", tmp_path / "out", "--batch-size", "256",
+            row, phantoms / "prepared", tmp_path / "out", "--batch-size", "256",
             "--sample", "--target-height", "192", "--patch-size", "64", "--nb-abn", "1", "--nb-bkg", "1",
             "--patch", "--img-size", "64", "64", "--nb-epoch", "1", "--top-layer-epochs", "2",
             "--all-layer-epochs", "3", "--pretrained-weights", tmp_path / "{net}.weights.h5",
@@ -770,10 +737,7 @@ def test_every_row_runs(phantoms, tmp_path, rows):
             "--all-layer-epochs", "2", "--inbreast", "--img-size", size, size, "--all-layer-epochs", "1",
         ]  # fmt: skip
         inbreast = phantoms / ("INbreast20" if CELLS[row]["patients"] else "INbreast")
-        done = subprocess.run(
-            list(map(str, command)), env={**env, "INBREAST": str(inbreast)}, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, (row, done.stdout[-500:], done.stderr[-3000:])
+        shell(REPRODUCE, *command, INBREAST=inbreast)
 
     out = table(tmp_path / "out")
     rates = {"patch": [1e-3, 1e-4, 1e-5], "image": [1e-4, 1e-5], "extend": [1e-5, 1e-5], "finetune": [1e-6]}

@@ -10,35 +10,10 @@ import pytest
 from mammo.base.files import InputError
 from mammo.commands import dicom_to_png, draw_lesions, pixel_mean
 from mammo.images.reading import read_dicom_16_bit, read_img
-from tests.outputs import read_csv
+from tests.helpers import read_csv, write_dicom
 
 pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
-
-
-def write_dicom(path, pixels, bits=None, syntax=None, **tags):
-    """A DICOM file of integer pixels, 8 or 16 bits each; tags of None are left out."""
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1.2", "1.2.3"
-    dataset.PhotometricInterpretation = "MONOCHROME2"
-    dataset.BitsAllocated = 8 * pixels.itemsize
-    dataset.BitsStored = bits or dataset.BitsAllocated
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, int(pixels.dtype.kind == "i")
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
-    for name, value in tags.items():
-        if value is None:
-            delattr(dataset, name)
-        else:
-            setattr(dataset, name, value)
-    if syntax:
-        dataset.compress(syntax)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
 
 
 def write_png(path, pixels):

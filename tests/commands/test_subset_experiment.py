@@ -1,21 +1,19 @@
-"""Finetuning with few patients: subsets that are nested and stratified, the table, the curve, going on; by a stand-in
-trainer, as in `test_recipes`, and once by the real one."""
+"""Finetuning with few patients: nested and stratified subsets, the table, the curve, going on; by a stand-in trainer,
+as in `test_recipes`, and once by the real one."""
 
 import json
 import shutil
-import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ddsm_train import published
+from inbreast import subset_experiment
 from mammo.base.files import InputError
 from mammo.data import splits
-from mammo.evaluate import published as published_room
-from tests.commands.test_recipes import EAGER, ROOT, parse, put_python, shell  # noqa: F401  (a fixture)
+from mammo.evaluate import published
+from tests.commands.test_recipes import EAGER, Shell, parse, shell  # noqa: F401  (a fixture)
 
-SUBSETS = "inbreast/subset_experiment.sh"
 MODEL = "ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5"
 
 
@@ -40,7 +38,7 @@ def data(tmp_path):
 
 def run_again(shell, *options, models=(f"hybrid={MODEL}",), **how):  # noqa: F811
     """(options of the trainings, as their own parser reads them; standard output; standard error)"""
-    commands, text, error = shell(SUBSETS, "INbreast", *models, "few", *options, **how)
+    commands, text, error = shell(subset_experiment, "INbreast", *models, "few", *options, **how)
     return [parse(script, argv) for script, *argv in commands], text, error
 
 
@@ -134,7 +132,7 @@ def write_predictions(folder, files, labels, pos):
     (folder / "metrics.json").write_text(json.dumps({}))
 
 
-def test_intervals_are_by_patient(tmp_path, capsys):
+def test_intervals_are_by_patient(tmp_path):
     """Each image twice, under one patient: the interval must be that of the single images, of which there are as many
     patients; counted as independent images it would be narrower."""
     rng = np.random.default_rng(0)
@@ -146,7 +144,7 @@ def test_intervals_are_by_patient(tmp_path, capsys):
     write_predictions(tmp_path / "twice-20-patients", twice, labels * 2, [*pos, *pos])
     alone = [f"{label}/P_{i:05d}_LEFT_CC.png" for i, label in enumerate(labels * 2)]
     write_predictions(tmp_path / "independent-20-patients", alone, labels * 2, [*pos, *pos])
-    table = published_room.subset_table(tmp_path).set_index("model")
+    table = published.subset_table(tmp_path).set_index("model")
     assert table.test_patients.to_dict() == {"independent": 80, "once": 40, "twice": 40}
     np.testing.assert_allclose(table.auc, table.auc["once"], rtol=1e-12)
     np.testing.assert_allclose(table.low["twice"], table.low["once"], rtol=1e-6)
@@ -154,8 +152,7 @@ def test_intervals_are_by_patient(tmp_path, capsys):
     assert table.low["independent"] > table.low["once"] + 0.02
     assert "auc_flips" not in table
     assert table.published.isna().all()
-    assert published.main(["subsets", str(tmp_path)]) == 0
-    assert "None" not in capsys.readouterr().out
+    assert "None" not in table.to_string()
 
 
 def test_it_goes_on_where_it_was(shell, data):  # noqa: F811
@@ -196,7 +193,7 @@ def test_it_goes_on_where_it_was(shell, data):  # noqa: F811
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_trained(shell, data, words, env, status, says):  # noqa: F811
-    commands, _, error = shell(SUBSETS, *words, status=status, **env)
+    commands, _, error = shell(subset_experiment, *words, status=status, **env)
     assert commands == []
     assert says in error.splitlines()[-1]
 
@@ -212,13 +209,13 @@ def test_patients_are_told_by_both_forms_of_names():
         splits.patient_of("x.png")
 
 
-def test_a_folder_without_trainings_is_named(tmp_path, capsys):
-    assert published.main(["subsets", str(tmp_path)]) == 1
-    assert "Expected the output folder of inbreast/subset_experiment.sh" in capsys.readouterr().err
+def test_a_folder_without_trainings_is_named(tmp_path):
+    with pytest.raises(InputError, match="Expected the output folder of mammo subset"):
+        published.subset_table(tmp_path)
 
 
 @pytest.mark.slow
-def test_by_the_real_trainer(tmp_path):
+def test_by_the_real_trainer(tmp_path, monkeypatch):
     """One epoch of a tiny network on tiny images, in a run of the script as a user gives it: finetuned and as it is."""
     import cv2
     import keras
@@ -233,15 +230,8 @@ def test_by_the_real_trainer(tmp_path):
     image = keras.Input((32, 32, 3))
     hidden = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(image))
     keras.Model(image, keras.layers.Dense(2, activation="softmax")(hidden)).save(tmp_path / "tiny.keras")
-    env = put_python(tmp_path, EAGER)
-    command = [
-        ROOT / SUBSETS, tmp_path / "data", tmp_path / "tiny.keras", tmp_path / "few", "--img-size", "32", "32",
-        "--all-layer-epochs", "1",
-    ]  # fmt: skip
-    done = subprocess.run(
-        list(map(str, command)), env={**env, "PATIENTS": "0 2"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, (done.stdout[-500:], done.stderr[-3000:])
+    words = [tmp_path / "data", tmp_path / "tiny.keras", tmp_path / "few", "--img-size", "32", "32"]
+    Shell(tmp_path, monkeypatch, EAGER)(subset_experiment, *words, "--all-layer-epochs", "1", PATIENTS="0 2")
     table = pd.read_csv(tmp_path / "few" / "subset_auc.csv")
     columns = ["model", "patients", "images", "test_images", "test_patients"]
     assert table[columns].to_numpy().tolist() == [["tiny", 0, 0, 8, 4], ["tiny", 2, 4, 8, 4]]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mammo.base.files import InputError
-from mammo.data import patches, splits
-from mammo.data.patches import (
+from mammo.data import patch_rules, splits
+from mammo.data.patch_rules import (
     Patch,
     Roi,
     cut_patch,
@@ -18,7 +18,7 @@ from mammo.data.patches import (
     sample_lesion,
     sample_patches,
 )
-from mammo.data.splits import split_patients
+from mammo.data.splits import stratified_split
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
 from mammo.images.pixels import read_resize_img
 
@@ -73,7 +73,7 @@ def test_hard_negatives_match_golden(golden):
 def test_split_matches_golden(golden):
     """P_00257 and P_00582 have malignant lesions."""
     patients = (golden / "patches/input/pat_train.txt").read_text().split()
-    train, val = split_patients(patients, [name in ("P_00257", "P_00582") for name in patients], 0.34)
+    train, val = stratified_split(patients, [name in ("P_00257", "P_00582") for name in patients], 0.34)
     assert {"train": train, "val": val} == json.loads((golden / "patches/cfg_s5.json").read_text())["pat_lst"]
 
 
@@ -151,7 +151,7 @@ def test_thin_lesions_are_met_in_the_end():
 
 
 def test_background_without_room_is_an_error_not_a_hang(monkeypatch):
-    monkeypatch.setattr(patches, "MAX_BACKGROUND_TRIES", 50)
+    monkeypatch.setattr(patch_rules, "MAX_BACKGROUND_TRIES", 50)
     mask = np.ones((40, 40))
     with pytest.raises(InputError, match="only 0 of 2 background patches"):
         sample_background([roi_of(mask)], 2, 10, 0.35, mask.shape, np.random.RandomState(0))
@@ -196,12 +196,12 @@ def test_odd_patches_lose_a_pixel():
 def test_split_keeps_the_share_of_cancer_and_says_when_it_cannot():
     patients = [f"P_{number:05d}" for number in range(40)]
     malignant = [number % 4 == 0 for number in range(40)]
-    train, val = split_patients(patients, malignant, 0.2)
+    train, val = stratified_split(patients, malignant, 0.2)
     assert sorted(train + val) == patients
     assert sum(malignant[patients.index(name)] for name in val) == 2 and len(val) == 8
-    assert split_patients(patients, malignant, 0.2) == (train, val)
-    assert split_patients(patients, malignant, 0.0) == (patients, [])
+    assert stratified_split(patients, malignant, 0.2) == (train, val)
+    assert stratified_split(patients, malignant, 0.0) == (patients, [])
     with pytest.raises(InputError, match=r"cannot split 4 patients \(1 with cancer\) at --val-size 0\.1"):
-        split_patients(patients[:4], malignant[:4], 0.1)
+        stratified_split(patients[:4], malignant[:4], 0.1)
     with pytest.raises(InputError, match=r"at --test-size 0\.1 .* give another --test-size, or 0"):
-        split_patients(patients[:4], malignant[:4], 0.1, option="--test-size")
+        stratified_split(patients[:4], malignant[:4], 0.1, option="--test-size")

@@ -19,7 +19,7 @@ from ddsm_train import sample_patches_combined, sample_patches_main
 from mammo.base.files import InputError
 from mammo.base.work import MANIFEST, OPTIONS
 from mammo.data.patches import TABLES, read_lesions
-from tests.outputs import read_csv, read_folder
+from tests.helpers import read_csv, read_folder
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
 
@@ -357,16 +357,16 @@ def test_unknown_lesion_leaves_no_background_when_all_are_to_be_avoided(study):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("P_9,L,CC,1,BENIGN,calc", "row 2: unknown side: Expected LEFT or RIGHT. Received 'L'"),
-        ("P_9,LEFT,ML,1,BENIGN,calc", "row 2: unknown view"),
-        ("P_9,LEFT,CC,1,benign,calc", "row 2: unknown pathology"),
-        ("P_9,LEFT,CC,1,BENIGN,cyst", "row 2: unknown type"),
-        ("P_9,LEFT,CC", "row 2: unknown type"),
-        ("../P_9,LEFT,CC,1,BENIGN,calc", "row 2: patient_id is part of file names"),
-        ("/tmp/P_9,LEFT,CC,1,BENIGN,calc", "row 2: patient_id is part of file names"),
-        ("P_9,LEFT,CC,..\\1,BENIGN,calc", "row 2: abn_num is part of file names"),
-        (",LEFT,CC,1,BENIGN,calc", "row 2: patient_id is part of file names"),
-        ("P_9,LEFT,CC,1,BENIGN,calc\nP_9,LEFT,CC,1,MALIGNANT,calc", "row 3: repeats row 2"),
+        ("P_9,L,CC,1,BENIGN,calc", "line 2: unknown side: Expected LEFT or RIGHT. Received 'L'"),
+        ("P_9,LEFT,ML,1,BENIGN,calc", "line 2: unknown view"),
+        ("P_9,LEFT,CC,1,benign,calc", "line 2: unknown pathology"),
+        ("P_9,LEFT,CC,1,BENIGN,cyst", "line 2: unknown type"),
+        ("P_9,LEFT,CC", "line 2: Expected 6 cells. Received 3"),
+        ("../P_9,LEFT,CC,1,BENIGN,calc", "line 2: patient_id is part of file names"),
+        ("/tmp/P_9,LEFT,CC,1,BENIGN,calc", "line 2: patient_id is part of file names"),
+        ("P_9,LEFT,CC,..\\1,BENIGN,calc", "line 2: abn_num is part of file names"),
+        (",LEFT,CC,1,BENIGN,calc", "line 2: patient_id is part of file names"),
+        ("P_9,LEFT,CC,1,BENIGN,calc\nP_9,LEFT,CC,1,MALIGNANT,calc", "line 3: repeats line 2"),
     ],
 )
 def test_wrong_table_rows_are_named(tmp_path, row, message):
@@ -384,7 +384,7 @@ def test_wrong_table_rows_are_named(tmp_path, row, message):
         ("patient_id,side,view\nP_1,LEFT,CC\n", "missing or repeated columns abn_num, pathology, type"),
         (f"{HEADER.replace(',', ';')}\n", "missing or repeated columns patient_id"),
         (f"{HEADER},type\n", "missing or repeated columns type"),
-        (f"{HEADER}\n{'x' * 200_000}\n", r"row 1: not a CSV table"),
+        (f"{HEADER}\n{'x' * 200_000}\n", r"line 2: not a CSV file"),
     ],
 )
 def test_tables_without_their_columns_are_refused(tmp_path, text, message):

@@ -1,4 +1,4 @@
-"""What is evaluated: images in folders, lists and exam lists, predictions of trainers and of others."""
+"""Images in folders, lists and exam lists, and predictions of trainers and of others, as what is evaluated."""
 
 import pickle
 from pathlib import Path

@@ -19,8 +19,7 @@ from mammo.evaluate.predict import Predictor
 from mammo.images import pixels
 from mammo.images.reading import read_mammogram
 from mammo.train import checkpoint
-from tests.commands.test_scripts import write_dicom
-from tests.evaluate.test_preflight import SETTINGS, mammogram
+from tests.helpers import SETTINGS, mammogram, write_dicom
 
 FACTOR, MEAN = SETTINGS["rescale_factor"], SETTINGS["featurewise_mean"]
 

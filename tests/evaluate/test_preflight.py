@@ -8,27 +8,7 @@ import pytest
 from mammo.base.files import InputError
 from mammo.evaluate import preflight
 from mammo.images import pixels
-
-SETTINGS = {
-    "img_size": [96, 72],
-    "img_scale": None,
-    "rescale_factor": 0.003891,
-    "featurewise_center": True,
-    "featurewise_mean": 30.0,
-    "equalize_hist": False,
-    "class_list": ["neg", "pos"],
-}
-
-
-def mammogram(seed=0, view="CC", left=False):
-    """float32 (96, 72): a breast on the right side, so that it points to the left if `left`; MLO with a muscle."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:96, 0:72]
-    middle, reach = 50 + rng.uniform(-4, 4), rng.uniform(32, 42)
-    img = np.where(((y - middle) / 38) ** 2 + (x / reach) ** 2 < 1, 90 + 8 * rng.standard_normal(x.shape), 3)
-    if view == "MLO":
-        img[x + 0.6 * y < 30] = 150
-    return np.ascontiguousarray(img[:, ::-1] if left else img).astype(np.float32)
+from tests.helpers import SETTINGS, mammogram
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +86,7 @@ def test_what_the_user_gives_wins_over_the_training_and_this_over_the_published_
 def test_figures_of_an_image_by_hand():
     image = np.zeros((100, 100), np.float32)
     image[:50, 60:] = 100  # the brightest corner: above, at the right
-    figures = preflight.measure(image)
+    figures = preflight.measure_image(image)
     assert figures["mean"] == pytest.approx(20)
     assert figures["sd"] == pytest.approx(40)  # 100 * sqrt(0.2 * 0.8)
     assert figures["p99"] == 100
@@ -115,7 +95,7 @@ def test_figures_of_an_image_by_hand():
     assert figures["bright_border"] == pytest.approx((0.4 + 0.5) / 4)
     assert figures["dark_border"] == pytest.approx(1 - 0.9 / 4)
     assert figures["edge_line"] == pytest.approx(0.5)
-    mirrored = preflight.measure(image[::-1, ::-1, np.newaxis])
+    mirrored = preflight.measure_image(image[::-1, ::-1, np.newaxis])
     assert mirrored["to_left"] == mirrored["top_heavy"] == -1
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT
+
 # One process a core: several threads in each would only slow them down, and draw the kill moments apart.
 ENVIRONMENT = os.environ | {
     "NUM_CPU_CORES": "2",
@@ -33,6 +34,10 @@ def script(path: str, *words) -> list[str]:
     return [sys.executable, str(ROOT / path), *map(str, words)]
 
 
+def mammo(*words) -> list[str]:
+    return [sys.executable, "-m", "mammo", *map(str, words)]
+
+
 def sample(data: Path, out: Path, *options) -> list[str]:
     phantom = data / "phantom"
     tables = (phantom / "roi_mask_path.csv", phantom / "roi_mask", phantom / "pat_train.txt", phantom / "full_img")
@@ -46,7 +51,7 @@ PREPARING = ("--img-size", 96, 80, "--on-error", "skip", "--jobs", 2)
 
 
 def prepare_cbis(data: Path, out: Path) -> list[str]:
-    return script("mammo/commands/prepare_cbis_ddsm.py", data / "cbis-ddsm", out, *PREPARING)
+    return mammo("prepare", "cbis-ddsm", data / "cbis-ddsm", out, *PREPARING)
 
 
 def prepare_inbreast(data: Path, out: Path) -> list[str]:
@@ -54,7 +59,7 @@ def prepare_inbreast(data: Path, out: Path) -> list[str]:
 
 
 def prepare_own(data: Path, out: Path) -> list[str]:
-    return script("mammo/commands/prepare.py", data / "phantom", out, "--format", "folders", *PREPARING)
+    return mammo("prepare", "folders", data / "phantom", out, *PREPARING)
 
 
 def map_lesions(data: Path, out: Path) -> list[str]:
@@ -112,15 +117,16 @@ COMMANDS = [
 def make_inputs(data: Path) -> None:
     """Write what the commands read into the new folder `data`."""
     small = ("--height", 192, "--width", 160, "--jobs", 2)
-    phantom = script("mammo/phantom/prepared.py", data / "phantom", *small, "--patients", 40, "--val-size", 0.2)
+    phantom = mammo("phantom", data / "phantom", *small, "--patients", 40, "--val-size", 0.2)
     downloads = [
-        script("mammo/phantom/prepared.py", data / layout, *small, "--patients", 24, "--layout", layout)
+        mammo("phantom", data / layout, *small, "--patients", 24, "--layout", layout)
         for layout in ("cbis-ddsm", "inbreast")
     ]
     patches = sample(data, data / "patches", "--nb-abn", 4, "--nb-bkg", 4)
     model = [
         sys.executable, "-c",
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import keras, mammo.train.checkpoint, dm_keras_ext\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import keras, dm_keras_ext\n"
+        "from mammo.train import checkpoint\n"
         "keras.utils.set_random_seed(1)\n"
         f"network = dm_keras_ext.Yaroslav(classes={len(CLASSES)}, nb_init_filter=2)\n"
         f"checkpoint.save_model(network, {str(data / 'patch.h5')!r})",

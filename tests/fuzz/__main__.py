@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from mammo.base.cli import HelpFormatter, natural_int, positive_int
 from tests.fuzz.seeds import targets
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # Of one process: each training leaves threads behind, which TensorFlow's data sets keep alive, and their memory.
 CASES_A_PROCESS = 200
 

@@ -326,7 +326,7 @@ def make_two_maps(folder: Path) -> None:
 
 def make_scored(folder: Path) -> None:
     """A model, a table of images, and a prepared folder."""
-    args = ("in", "prepared", "--format", "csv", "--table", "labels.csv", "--img-size", "64", "48", "--jobs", "1")
+    args = ("csv", "in", "prepared", "--table", "labels.csv", "--img-size", "64", "48", "--jobs", "1")
     make_again(make_own_table, "mammo.commands.prepare", args, folder)
     text = (folder / "labels.csv").read_text()
     (folder / "labels.csv").write_text(text.replace(",train", ",test"))
@@ -412,8 +412,20 @@ def make_again(make: Callable[[Path], None], module: str, args: Sequence[str], f
     assert status == 0
 
 
-def _prepare(module: str, *args: str) -> tuple[str, tuple[str, ...]]:
-    return module, ("in", "out", *args, "--img-size", "32", "24", "--jobs", "1", "--on-error", "skip")
+def _prepare(data_set: str, *args: str) -> tuple[str, tuple[str, ...]]:
+    return "mammo.commands.prepare", (
+        data_set,
+        "in",
+        "out",
+        *args,
+        "--img-size",
+        "32",
+        "24",
+        "--jobs",
+        "1",
+        "--on-error",
+        "skip",
+    )
 
 
 def targets() -> list[Target]:
@@ -424,7 +436,6 @@ def targets() -> list[Target]:
         module, args = command
         result.append(Target(name, module, args, make, files, weight, error))
 
-    own = "mammo.commands.prepare"
     for ending in (".png", ".jpg", ".tif", ".bmp"):
 
         def make(folder, ending=ending):
@@ -446,7 +457,7 @@ def targets() -> list[Target]:
             (file, "mask.png"),
             30,
         )
-        add(f"folders of {ending}", _prepare(own, "--format", "folders"), make, (file,), 15)
+        add(f"folders of {ending}", _prepare("folders"), make, (file,), 15)
     for syntax in SYNTAXES:
 
         def make(folder, syntax=syntax):
@@ -473,19 +484,19 @@ def targets() -> list[Target]:
     sample += ("--no-segment-breast", "--jobs", "1")
     command = ("ddsm_train.sample_patches_combined", sample)
     add("sampling", command, make_sampling, ("lesions.csv", "patients.txt", "full/P_0*.png", "roi/*P_0*.png"), 60)
-    cbis = _prepare("mammo.commands.prepare_cbis_ddsm")
+    cbis = _prepare("cbis-ddsm")
     add("CBIS-DDSM tables", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.csv",), 50)
     add("CBIS-DDSM images", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.dcm",), 15)
-    inbreast = _prepare("inbreast.prepare_inbreast", "--roi-masks")
+    inbreast = _prepare("inbreast", "--roi-masks")
     add("INbreast tables", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.csv",), 40)
     add("INbreast XML", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.xml",), 40)
     add("INbreast images", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.dcm",), 15)
-    table = _prepare(own, "--format", "csv", "--table", "labels.csv")
+    table = _prepare("csv", "--table", "labels.csv")
     add("own table", table, make_own_table, ("labels.csv",), 40)
     listed = ("--split", "lists", "--pat-train", "train.txt", "--pat-val", "val.txt", "--pat-test", "test.txt")
-    add("own lists", (own, (*table[1], *listed)), make_own_table, ("train.txt",), 10)
-    add("exams", _prepare(own, "--format", "nyu", "--table", "exams.pkl"), make_exams, ("exams.pkl",), 25)
-    add("MIAS", _prepare(own, "--format", "mias"), make_mias, ("in/Info.txt", "in/mdb001.pgm"), 25)
+    add("own lists", (table[0], (*table[1], *listed)), make_own_table, ("train.txt",), 10)
+    add("exams", _prepare("nyu", "--table", "exams.pkl"), make_exams, ("exams.pkl",), 25)
+    add("MIAS", _prepare("mias"), make_mias, ("in/Info.txt", "in/mdb001.pgm"), 25)
     evaluate = (
         "mammo.commands.evaluate",
         ("--predictions", "predictions.csv", "--out-dir", "out", "--bootstrap", "20"),
@@ -519,9 +530,9 @@ def targets() -> list[Target]:
 
     for ending in (".xls", ".xlsx"):
         add(f"INbreast {ending}", inbreast, functools.partial(make_excel, ending=ending), (f"in/**/*{ending}",), 20)
-    add("CMMD", _prepare(own, "--format", "cmmd"), make_cmmd, ("in/*.xlsx", "in/**/D1-000[01]/*.dcm"), 20)
-    add("VinDr-Mammo", _prepare(own, "--format", "vindr"), make_vindr, ("in/*.csv", "in/images/study[01]/*"), 20)
-    add("images of exams", _prepare(own, "--format", "nyu", "--table", "exams.pkl"), make_exams, ("in/0*.png",), 10)
+    add("CMMD", _prepare("cmmd"), make_cmmd, ("in/*.xlsx", "in/**/D1-000[01]/*.dcm"), 20)
+    add("VinDr-Mammo", _prepare("vindr"), make_vindr, ("in/*.csv", "in/images/study[01]/*"), 20)
+    add("images of exams", _prepare("nyu", "--table", "exams.pkl"), make_exams, ("in/0*.png",), 10)
     add("own table again", table, functools.partial(make_again, make_own_table, *table),
         ("out/manifest.jsonl", "out/images.csv"), 40)  # fmt: skip
     add("sampling again", command, functools.partial(make_again, make_sampling, *command),

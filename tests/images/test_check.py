@@ -14,9 +14,7 @@ from mammo.base.files import InputError
 from mammo.commands import check_data
 from mammo.images import check as image_check
 from mammo.images.check import check_image, check_images, report_faults, warn_of_types
-from tests.outputs import read_csv
-
-HERE = Path(check_data.__file__).parents[2]
+from tests.helpers import read_csv
 
 
 def picture(seed=0, dtype="uint16", shape=(40, 30)):
@@ -200,7 +198,7 @@ def test_mixed_pixel_types_are_warned_of(folder, capsys):
 
 
 def run_script(*arguments, **options):
-    command = [sys.executable, str(HERE / "mammo/commands/check_data.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "mammo", "check-data", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
@@ -209,7 +207,8 @@ def test_the_script_lists_faults_and_fails(folder, tmp_path):
     assert run.returncode == 1
     assert run.stdout.startswith("pixel types: uint16 (2), uint8 (1)\nsizes: 40 x 30 (3)\n11 images listed in ")
     assert "8 of 11 images cannot be used:" in run.stdout
-    assert run.stderr.splitlines()[-1].startswith("check_data.py: error: 8 images cannot be used; data_check.csv lists")
+    [*_, line] = run.stderr.splitlines()
+    assert line.startswith("mammo check-data: error: 8 images cannot be used; data_check.csv lists")
     assert len(read_csv(tmp_path / "data_check.csv")) == 11
 
 

@@ -24,7 +24,7 @@ from mammo.images.iterators import batch_weights, sample_images
 from mammo.images.pixels import pixel_warnings, read_resize_img
 from mammo.images.reading import read_img
 from mammo.train.keras2 import Accuracy, WeightedCrossentropy
-from tests.commands.test_scripts import write_dicom
+from tests.helpers import write_dicom
 
 AUGMENT = {"rotation_range": 25.0, "zoom_range": [0.8, 1.2], "channel_shift_range": 20.0, "horizontal_flip": True}
 

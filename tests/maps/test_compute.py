@@ -29,8 +29,8 @@ from mammo.maps.draw import share_of_largest
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.train.checkpoint import save_model
 from mammo.train.devices import gradient_of_output
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 rng = np.random.default_rng(3)
 
 
@@ -718,19 +718,19 @@ def test_breasts_of_a_table(tmp_path):
     ]  # fmt: skip
     assert faults == [f"{folder / 'pat.csv'}: no row of patient P_9"]
     [fault] = compute.read_breasts(folder / "pat.csv", folder)[1]
-    assert "row 6: no image of P_4 LEFT" in fault
+    assert "line 6: no image of P_4 LEFT" in fault
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("P_1,UP,1", "row 3: unknown side"),
-        ("P_1,LEFT,2", "row 3: cancer: Expected 0 or 1. Received '2'"),
-        ("P_0,LEFT,1", "row 3: repeats row 2"),
-        ("../img/P_1,LEFT,1", "row 3: patient_id is part of file names. Received '../img/P_1'"),
-        ("P:1,LEFT,1", "row 3: patient_id is part of file names"),
-        ("..,LEFT,1", "row 3: patient_id is part of file names"),
-        ("P_1,LEFT", "row 3: cancer: Expected 0 or 1. Received ''"),
+        ("P_1,UP,1", "line 3: unknown side"),
+        ("P_1,LEFT,2", "line 3: cancer: Expected 0 or 1. Received '2'"),
+        ("P_0,LEFT,1", "line 3: repeats line 2"),
+        ("../img/P_1,LEFT,1", "line 3: patient_id is part of file names. Received '../img/P_1'"),
+        ("P:1,LEFT,1", "line 3: patient_id is part of file names"),
+        ("..,LEFT,1", "line 3: patient_id is part of file names"),
+        ("P_1,LEFT", "line 3: Expected 3 cells. Received 2"),
     ],
 )
 def test_wrong_tables_name_the_row(tmp_path, row, message):

@@ -8,7 +8,7 @@ from ddsm_train import localise
 from mammo.base.files import InputError
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.maps.localise import MapHits, find_marks, froc, mark_image, summarise
-from tests.outputs import read_csv
+from tests.helpers import read_csv
 
 GRID = Grid((40, 60), (5.0, 5.0), (10.0, 10.0))  # 4 x 6 cells of 10 pixels
 

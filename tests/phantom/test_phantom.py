@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mammo.base.files import InputError
-from mammo.data.splits import split_patients
+from mammo.data.splits import stratified_split
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import read_img
 from mammo.phantom import cbis_ddsm
 from mammo.phantom.cbis_ddsm import ODDITIES, make_download
 from mammo.phantom.draw import STYLES, Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
 from mammo.phantom.prepared import main, make_phantom
-from tests.outputs import read_csv, read_folder
+from tests.helpers import read_csv, read_folder
 
 HEIGHT, WIDTH = 192, 144
 PATHOLOGIES = ["BENIGN", "MALIGNANT"]
@@ -271,7 +271,7 @@ def test_patients_are_divided_as_the_patch_sampler_divides_them(phantom):
     annotated = {row["patient_id"] for row in rows}
     cancer = {row["patient_id"] for row in rows if row["pathology"] == "MALIGNANT"}
     patients = [patient for patient in listed["train"] if patient in annotated]
-    _, val = split_patients(patients, [patient in cancer for patient in patients], 0.2)
+    _, val = stratified_split(patients, [patient in cancer for patient in patients], 0.2)
     assert found["val"] & annotated == set(val)
     for group in found.values():
         assert group - annotated, "normal patients"

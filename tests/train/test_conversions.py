@@ -13,9 +13,8 @@ from dm_keras_ext import Yaroslav, freeze_below, get_dl_model
 from dm_resnet import PATCH_NETS, add_top_layers
 from mammo.base.files import InputError
 from mammo.train import checkpoint
-from tests.train.test_keras_ext import check_two_stages
-from tests.train.test_resnet import load_patch_net, make_patch_net
-from tests.train.test_training import write_images
+from tests.helpers import write_images
+from tests.train.networks import check_two_stages, load_patch_net, make_patch_net
 
 slow = pytest.mark.slow
 SIZES = {"xception": 71, "inception": 75}  # the smallest that these take

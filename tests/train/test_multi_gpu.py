@@ -116,7 +116,7 @@ def check_trainers(folder):
     from dm_image import DMImageDataGenerator
     from mammo.train import checkpoint
     from mammo.train.scoring import predict
-    from tests.train.test_training import write_images
+    from tests.helpers import write_images
 
     os.environ["NUM_CPU_CORES"] = "1"
     folder = Path(folder)

@@ -12,6 +12,7 @@ from keras import layers
 import dm_resnet
 from dm_resnet import MultiViewResNetBuilder, ResNetBuilder, add_top_layers
 from mammo.base.files import InputError
+from tests.train.networks import load_patch_net, make_patch_net
 
 MEAN = 52.18
 RESCALE = 0.003891
@@ -25,13 +26,6 @@ GOLDEN_IMAGE_NETS = [
     pytest.param("image_a_resnet50_512_512_1024_x2", marks=pytest.mark.slow),
     pytest.param("image_g_resnet50_nodrop_heatmap_conv", marks=pytest.mark.slow),
 ]
-
-
-def load_patch_net(folder, name, tmp_path):
-    """The patch files hold flat networks, which Keras opens as they are."""
-    path = tmp_path / f"{name}.h5"
-    path.write_bytes(gzip.decompress((folder / f"{name}.h5.gz").read_bytes()))
-    return keras.models.load_model(path, compile=False)
 
 
 def copy_golden_weights(model, folder, name, listing):
@@ -132,24 +126,6 @@ def test_heatmap_equals_the_published_intention(golden, tmp_path, net):
         heatmap = model.predict(as_input(image[None], patch_net.inputs[0].shape[-1]), verbose=0)[0]
         with np.load(folder / "heatmaps.npz") as arrays:
             assert heatmap == pytest.approx(arrays[case["key"]], abs=1e-4)
-
-
-def make_patch_net(channels=1, dropout=None, average_pool=False, size=(None, None), seed=0):
-    """A small VGG-like classifier of three classes, down-sampling by four."""
-    keras.utils.set_random_seed(seed)
-    image = keras.Input((*size, channels))
-    x = image
-    for i, filters in enumerate([4, 6], start=1):
-        x = layers.Conv2D(filters, 3, padding="same", name=f"block{i}_conv1")(x)
-        x = layers.BatchNormalization()(x)
-        x = layers.Activation("relu")(x)
-        x = layers.MaxPooling2D(name=f"block{i}_pool")(x)
-    if average_pool:
-        x = layers.AveragePooling2D((3, 3))(x)
-    x = layers.GlobalAveragePooling2D()(x)
-    if dropout is not None:
-        x = layers.Dropout(dropout)(x)
-    return keras.Model(image, layers.Dense(3, activation="softmax", bias_initializer="normal")(x))
 
 
 def softmax(logits):

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import h5py
@@ -21,8 +20,8 @@ from mammo.base.cli import Terminated
 from mammo.base.files import InputError
 from mammo.train import callbacks, checkpoint, resume
 from mammo.train.resume import TrainingState
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16
 
 

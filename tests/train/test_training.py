@@ -17,23 +17,13 @@ from dm_image import DMImageDataGenerator
 from dm_keras_ext import DMAucModelCheckpoint, Yaroslav
 from mammo.train import checkpoint
 from mammo.train.callbacks import plot_history
+from tests.helpers import ROOT, write_images
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64
 PIXELS = [
     *("--img-size", str(SIZE), str(SIZE), "--rescale-factor", "0.003891", "--featurewise-mean", "44"),
     *("--no-equalize-hist", "--optimizer", "adam", "--init-learningrate", "0.01", "--batch-size", "8"),
 ]
-
-
-def write_images(folder, names, count, seed):
-    """Classes differ in brightness, so that a network can tell them apart."""
-    rng = np.random.default_rng(seed)
-    for level, name in enumerate(names):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            image = rng.integers(0, 16000, (SIZE, SIZE)) + 16000 * level
-            cv2.imwrite(str(folder / name / f"{i}.png"), image.astype(np.uint16))
 
 
 @pytest.fixture
