@@ -260,7 +260,7 @@ def test_mean_of_resized_images_is_that_of_the_trainers(tmp_path):
 def test_sums_do_not_overflow(monkeypatch):
     """The sum of a training set of 16-bit mammograms takes more than 32 bits, and is exact beyond 53."""
     results = iter([(2**62 + 1, 2**47, "uint16", 0, 65535)] * 3)
-    monkeypatch.setattr(pixel_mean, "measure", lambda path, img_size: next(results))
+    monkeypatch.setattr(pixel_mean, "measure_file", lambda path, img_size: next(results))
     assert pixel_mean.measure_files(["a", "b", "c"])["sum"] == 3 * (2**62 + 1)
 
 
