@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 from mammo.base.files import InputError, atomic_write, remove_partial, write_text
 from mammo.base.guards import parse_json
-from mammo.data.splits import patient_of
-from mammo.images.pixels import PUBLISHED_PIXELS
 
 PUBLISHED_TABLE = Path(__file__).with_name("published.csv")
 
@@ -258,6 +256,7 @@ def subset_table(out: Path):
     import pandas as pd
 
     from mammo.base.statistics import auc_interval, delong
+    from mammo.data.splits import patient_of
 
     published = {row.name: row.figures.get("auc") for row in read_published()}
     rows = []
@@ -380,7 +379,9 @@ def role(model: Released) -> str:
 
 
 def settings(model: Released) -> dict:
-    """The pixel options and classes that the model was trained with, as published."""
+    """Return the pixel options and classes that the model was trained with, as published."""
+    from mammo.images.pixels import PUBLISHED_PIXELS
+
     inbreast = {"featurewise_mean": 44.33} if model.name.startswith("inbreast") else {}
     patch = {"img_size": [224, 224], "class_list": ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"]}
     return PUBLISHED_PIXELS | inbreast | (patch if model.row.kind == "patch" else {})

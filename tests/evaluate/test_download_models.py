@@ -16,6 +16,7 @@ from mammo.evaluate import published
 from mammo.evaluate.published import read_published
 from mammo.images.pixels import read_settings
 from mammo.train import checkpoint
+from tests.helpers import ROOT
 
 IMAGE, PATCH = "ddsm-vgg16-512x1", "patch-vgg16-s10"
 
@@ -93,12 +94,10 @@ def test_list_names_every_released_model_with_its_figures(capsys):
 
 def test_help_and_list_load_nothing_heavy():
     code = (
-        "import sys; from scripts import download_models as d; d.main(['--list']);"
+        "import sys; from mammo.commands import download_models as d; d.main(['--list']);"
         "assert not {'keras', 'tensorflow', 'numpy', 'gdown'} & set(sys.modules)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, cwd=published.RELEASED_TABLE.parents[1]
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
 def test_downloads_are_checked_and_their_checksums_kept(drive, originals, capsys, tmp_path):
@@ -192,7 +191,7 @@ def test_models_of_anything_but_an_image_are_refused(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("published", "name"),
+    ("source", "name"),
     [
         ("patch_resnet50", "patch-resnet50-s10"),
         ("patch_vgg16", PATCH),
@@ -200,9 +199,9 @@ def test_models_of_anything_but_an_image_are_refused(capsys, tmp_path):
         ("image_b_vgg16_512x1_1152x896", IMAGE),
     ],
 )
-def test_networks_of_the_published_program_are_those_expected(golden, tmp_path, published, name):
+def test_networks_of_the_published_program_are_those_expected(golden, tmp_path, source, name):
     path, [model] = tmp_path / "model.h5", [model for model in published.read_released() if model.name == name]
-    path.write_bytes(gzip.decompress((golden / "checkpoints" / f"{published}.h5.gz").read_bytes()))
+    path.write_bytes(gzip.decompress((golden / "checkpoints" / f"{source}.h5.gz").read_bytes()))
     published.check(path, model)
     other = next(other for other in published.read_released() if role_but_not_net(model, other))
     with pytest.raises(InputError, match="Expected a network of"):
