@@ -48,24 +48,18 @@ def robust_load_model(filepath, custom_objects=None, trust_checkpoint=False) -> 
 def load_dat_ram(generator, nb_samples: int | None = None):
     """Collect the batches of one epoch as arrays (x, y): float32 images (N, H, W, C) and their labels.
 
-    For old notebooks. Training itself keeps images in their file's integer type instead
-    (`flow_from_directory(..., load_to_ram=True)`), at a sixth or a twelfth of the memory.
+    For old notebooks: training takes a sixth to a twelfth of the memory (`flow_from_directory(..., load_to_ram=True)`).
     """
-    images, labels, seen = [], [], 0
+    batches, seen = [], 0
     for i in range(len(generator)):
-        x, y, *_ = generator[i]
-        images.append(x)
-        labels.append(y)
-        seen += len(y)
+        batches.append(generator[i][:2])
+        seen += len(batches[-1][1])
         if nb_samples is not None and seen >= nb_samples:
             break
-    x = keras.tree.map_structure(lambda *parts: np.concatenate(parts)[:nb_samples], *images)
-    return x, np.concatenate(labels)[:nb_samples]
+    return keras.tree.map_structure(lambda *parts: np.concatenate(parts)[:nb_samples], *batches)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Patch networks
-# ---------------------------------------------------------------------------------------------------------------
+# --- Patch networks -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,8 +69,7 @@ class _PatchNet:
     top_layers: tuple[str, ...]  # stage 2 trains from the first layer with one of these name prefixes
 
 
-# The top layers are the last residual unit or convolution block; the second ResNet50 prefix is its name in files
-# of 2017.
+# The top layers are the last residual unit or convolution block; the second name for ResNet50 is that of 2017's files.
 _PATCH_NETS = {
     "resnet50": _PatchNet("ResNet50", "resnet50", ("conv5_block3", "res5c")),
     "vgg16": _PatchNet("VGG16", "vgg16", ("block5_conv1",)),
@@ -93,11 +86,10 @@ BUILDER_OPTIONS = frozenset(
 
 
 def Yaroslav(input_shape=(None, None, 1), classes: int = 5, nb_init_filter: int = 32) -> keras.Model:
-    """Patch classifier of the challenge's top-performing team, fully convolutional.
+    """Build the patch classifier of the challenge's top-performing team, fully convolutional.
 
-    Six blocks of two 3x3 same convolutions, each with batch normalization and ReLU, and a 2x2 max pooling; then
-    global average pooling and a softmax over `classes`. `nb_init_filter` is the width of the first block: the
-    published 32 gives widths 32, 64, 128, 256, 256, 512.
+    Six blocks of two 3x3 same convolutions, with batch normalization and ReLU, and a 2x2 max pooling; then global
+    average pooling and a softmax. The widths are 1, 2, 4, 8, 8, 16 times `nb_init_filter`.
     """
     inputs = x = layers.Input(input_shape)
     for block, factor in enumerate((1, 2, 4, 8, 8, 16), start=1):
@@ -164,14 +156,12 @@ def get_dl_model(
         return model, None, top_layer_nb
     spec = _PATCH_NETS[net]
     if top_layer_nb is None:
-        names = [layer.name for layer in model.layers]
-        matches = [i for i, name in enumerate(names) if name.startswith(spec.top_layers)]
-        if not matches:
+        matches = (i for i, layer in enumerate(model.layers) if layer.name.startswith(spec.top_layers))
+        if (top_layer_nb := next(matches, None)) is None:
             raise InputError(
                 f"{resume_from}: Expected a {net} with a layer called {' or '.join(spec.top_layers)}. "
                 f"Received none; check --net, or give --top-layer-nb"
             )
-        top_layer_nb = matches[0]
     return model, getattr(keras.applications, spec.module).preprocess_input, top_layer_nb
 
 
@@ -193,10 +183,8 @@ def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight
     x = layers.GlobalAveragePooling2D()(base.output)
     if hidden_dropout > 0:
         x = layers.Dropout(hidden_dropout)(x)
-    outputs = layers.Dense(nb_class, activation="softmax", kernel_regularizer=keras.regularizers.L1L2(l2=weight_decay))(
-        x
-    )
-    return keras.Model(base.input, outputs)
+    penalty = keras.regularizers.L1L2(l2=weight_decay)
+    return keras.Model(base.input, layers.Dense(nb_class, activation="softmax", kernel_regularizer=penalty)(x))
 
 
 def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, options):
@@ -205,24 +193,16 @@ def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, o
         known = [*_PATCH_NETS, "yaroslav"]
         known += [name.removeprefix("build_") for name in dir(ResNetBuilder) if name.startswith("build_")]
         raise InputError(f"--net: Expected one of {', '.join(known)}. Received {net}")
-    return build(
-        (None, None, 1),
-        nb_class,
-        nb_init_filter=nb_init_filter,
-        weight_decay=weight_decay,
-        hidden_dropout=hidden_dropout,
-        **options,
-    )
+    options |= {"nb_init_filter": nb_init_filter, "weight_decay": weight_decay, "hidden_dropout": hidden_dropout}
+    return build((None, None, 1), nb_class, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training in stages
-# ---------------------------------------------------------------------------------------------------------------
+# --- Training in stages ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the layers from `first_layer` on train at `lr` until `end_epoch` epochs have run in all.
+    """Train the layers from `first_layer` on at `lr` until `end_epoch` epochs have run in all.
 
     `weight_decay` and `dropout` are set on every layer that has an L2 penalty or is a dropout; None leaves them.
     """
@@ -236,10 +216,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Epochs, learning rates, weight decays and dropout rates of a training in stages, by the names of the options.
+    """Hold what stages are made of, by the names of the options; None leaves what the model was built with.
 
     Epochs are totals that are reached when a stage ends. The rate of a later stage is `init_lr` times its multiplier.
-    A weight decay or dropout rate of None leaves what the model was built with.
     """
 
     nb_epoch: int
@@ -282,10 +261,9 @@ def freeze_below(model: keras.Model, first_layer: int, frozen_bn: str = "batch")
         is_norm = isinstance(layer, layers.BatchNormalization)
         # Keras runs a frozen batch normalization in inference mode; freezing only its variables does not.
         layer.trainable = train or (is_norm and frozen_bn == "batch")
-        if is_norm:
-            for variable in (layer.gamma, layer.beta):
-                if variable is not None:
-                    variable.trainable = train
+        for variable in (layer.gamma, layer.beta) if is_norm else ():
+            if variable is not None:
+                variable.trainable = train
 
 
 def set_regularization(model: keras.Model, weight_decay: float | None, dropout: float | None) -> None:
@@ -320,8 +298,8 @@ def train_stages(
 ) -> list[dict]:
     """Run the stages one after the other and return the logs of every epoch.
 
-    Each stage starts with a fresh optimizer and a fresh memory of early stopping. A stage that early stopping
-    cuts short leaves its epochs to the next, since `end_epoch` is a total. A loss that is not finite ends the training.
+    Each stage has a fresh optimizer and early stopping; one that is cut short leaves its epochs to the next, since
+    `end_epoch` is a total. A loss that is not finite ends the training.
 
     Args:
         train_set: `PyDataset` of (x, y) or (x, y, w).
@@ -409,7 +387,7 @@ def check_top_layer(model: keras.Model, top_layer_nb: int | None) -> None:
 
 
 def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -> dict[int, float] | None:
-    """Loss weights by class index: (neg, pos), or (background, malignant, benign)."""
+    """Return loss weights by class index: (neg, pos), or (background, malignant, benign)."""
     if pos_cls_weight == neg_cls_weight == 1:
         return None
     if nb_class == 2:
@@ -426,8 +404,7 @@ def patch_stages(
 ) -> list[Stage]:
     """Return the stages of patch training: last layer, top layers, all layers (paper, section on patch training).
 
-    Without pretrained weights, and for nets that have none (YaroslavNet, those of ResNetBuilder), there is one stage of
-    `nb_epoch` epochs on all layers.
+    Without pretrained weights (YaroslavNet and ResNetBuilder have none) one stage of `nb_epoch` epochs trains them all.
     """
     if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
         print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
@@ -447,8 +424,7 @@ def patch_stages(
 def image_stages(model: keras.Model, schedule: Schedule, *, top_layer_nb: int | None) -> list[Stage]:
     """Return the stages of whole-image training: new layers, all layers (paper, section on whole-image training).
 
-    `nb_epoch` 0 leaves out the first stage, which is finetuning; otherwise `top_layer_nb`, the index of the first new
-    layer, must be given.
+    `nb_epoch` 0 leaves out the first, which is finetuning; otherwise `top_layer_nb`, the first new layer, is needed.
     """
     stages = [schedule.later_stage(schedule.all_layer_epochs, schedule.all_layer_multiplier, 0)]
     if schedule.nb_epoch > 0:
@@ -492,10 +468,8 @@ def do_3stage_training(
 ):
     """Train a patch classifier by `patch_stages`, keeping the model of best validation accuracy in `best_model_file`.
 
-    Stage 1 keeps the weight decay and dropout that the model was built with.
-
-    Returns:
-        (model, validation losses, validation accuracies), one value an epoch.
+    Stage 1 keeps the weight decay and dropout that the model was built with. Returns (model, validation losses,
+    validation accuracies), one value an epoch.
     """
     schedule = Schedule.of(locals())
     stages = patch_stages(model, schedule, net=net, use_pretrained=use_pretrained, top_layer_nb=top_layer_nb)
@@ -532,13 +506,10 @@ def do_2stage_training(
     hidden_dropout2=0.0,
     frozen_bn="batch",
 ):
-    """Train a whole-image classifier by `image_stages`.
+    """Train a whole-image classifier by `image_stages`, keeping the best model with `auc_checkpointer`.
 
-    The model of best mean validation AUC is kept by `auc_checkpointer`; without one, that of best validation accuracy
-    in `best_model_file`.
-
-    Returns:
-        (model, validation losses, validation accuracies), one value an epoch.
+    Without one, the model of best validation accuracy is kept in `best_model_file`. Returns (model, validation losses,
+    validation accuracies), one value an epoch.
     """
     stages = image_stages(model, Schedule.of(locals()), top_layer_nb=top_layer_nb)
     keeper = auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)

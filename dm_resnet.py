@@ -31,23 +31,13 @@ def set_dropout_rate(layer, rate):
 
 
 def _conv(filters, kernel_size, strides=(1, 1), padding="same", weight_decay=0.0001):
-    return layers.Conv2D(
-        filters,
-        kernel_size,
-        strides=strides,
-        padding=padding,
-        kernel_initializer="he_normal",
-        kernel_regularizer=keras.regularizers.L2(weight_decay),
-    )
+    kernel = {"kernel_initializer": "he_normal", "kernel_regularizer": keras.regularizers.L2(weight_decay)}
+    return layers.Conv2D(filters, kernel_size, strides=strides, padding=padding, **kernel)
 
 
 def _dense(units, activation=None, weight_decay=0.0001):
-    return layers.Dense(
-        units,
-        activation=activation,
-        kernel_initializer="he_normal",
-        kernel_regularizer=keras.regularizers.L2(weight_decay),
-    )
+    kernel = {"kernel_initializer": "he_normal", "kernel_regularizer": keras.regularizers.L2(weight_decay)}
+    return layers.Dense(units, activation=activation, **kernel)
 
 
 def _relu(x, dropout):
@@ -261,19 +251,14 @@ def add_top_layers(
     top_layer_nb = len(keras.Model(image, x).layers)
 
     if add_conv:
+        options = {"bottleneck_enlarge_factor": bottleneck_enlarge_factor, "shortcut_with_bn": shortcut_with_bn}
+        options |= {"dropout": dropout, "weight_decay": weight_decay}
         for filters, nb_units in zip(depths, repetitions, strict=True):
             if block_type == "vgg":
                 x = _vgg_block(filters, nb_units, dropout, weight_decay)(x)
                 continue
             for i in range(nb_units):
-                x = block_fn(
-                    filters,
-                    init_strides=(2, 2) if i == 0 else (1, 1),
-                    bottleneck_enlarge_factor=bottleneck_enlarge_factor,
-                    shortcut_with_bn=shortcut_with_bn,
-                    dropout=dropout,
-                    weight_decay=weight_decay,
-                )(x)
+                x = block_fn(filters, init_strides=(2, 2) if i == 0 else (1, 1), **options)(x)
         x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
         output = _dense(nb_class, "softmax", weight_decay)(x)
     else:
@@ -297,7 +282,7 @@ class ResNetBuilder:
 
     @staticmethod
     def l1l2_penalty_reg(alpha=1.0, l1_ratio=0.5):
-        """The elastic net of glmnet and scikit-learn: alpha (l1_ratio |w| + (1 - l1_ratio) / 2 w^2)."""
+        """Return the elastic net of glmnet and scikit-learn: alpha (l1_ratio |w| + (1 - l1_ratio) / 2 w^2)."""
         return keras.regularizers.L1L2(l1=alpha * l1_ratio, l2=alpha * (1 - l1_ratio) / 2)
 
     @classmethod
@@ -332,23 +317,16 @@ class ResNetBuilder:
         x = layers.MaxPooling2D(pool_size, strides=pool_stride, padding="same")(x)
         for group, nb_units in enumerate(repetitions):
             for i in range(nb_units):
-                x = block_fn(
-                    nb_init_filter * 2 ** min(group, 3),
-                    init_strides=(2, 2) if i == 0 and group > 0 else (1, 1),
-                    dropout=hidden_dropout,
-                    weight_decay=weight_decay,
-                )(x)
+                strides = (2, 2) if i == 0 and group > 0 else (1, 1)
+                options = {"init_strides": strides, "dropout": hidden_dropout, "weight_decay": weight_decay}
+                x = block_fn(nb_init_filter * 2 ** min(group, 3), **options)(x)
         if block_fn in (basic_block, bottleneck):  # pre-activation units end in an addition
             x = _bn_relu(x, hidden_dropout)
         tower = keras.Model(image, layers.GlobalAveragePooling2D()(x))
         inputs, features = cls._views(tower)
-        output = layers.Dense(
-            num_outputs,
-            activation="sigmoid" if num_outputs == 1 else "softmax",
-            kernel_initializer="he_normal",
-            kernel_regularizer=cls.l1l2_penalty_reg(alpha, l1_ratio),
-        )(layers.Dropout(hidden_dropout)(features))
-        return keras.Model(inputs, output)
+        kernel = {"kernel_initializer": "he_normal", "kernel_regularizer": cls.l1l2_penalty_reg(alpha, l1_ratio)}
+        dense = layers.Dense(num_outputs, activation="sigmoid" if num_outputs == 1 else "softmax", **kernel)
+        return keras.Model(inputs, dense(layers.Dropout(hidden_dropout)(features)))
 
     @staticmethod
     def _views(tower):

@@ -10,13 +10,19 @@ A killed run, started again with the same options, goes on where it was; a finis
 """
 
 import argparse
-import contextlib
+import functools
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from mammo.base import cli
 from mammo.base.files import InputError, counted, locked, remove_partial
+from mammo.base.work import run_parallel
+from mammo.data.splits import read_patient_list
+from mammo.images.pixels import Pixels, pixel_warnings_of_files
+from mammo.maps import compute
+from mammo.maps.files import check_map_name
 from mammo.train import backend
 
 # Usual class names, by their number.
@@ -26,8 +32,8 @@ CLASSES = {
     5: ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"],
 }
 
-# The options that the maps of each mode depend on.
-PIXEL_OPTIONS = ("img_scale", "rescale_factor", "equalize_hist", "featurewise_center", "featurewise_mean")
+# The options that maps depend on, of all modes and of each.
+SHARED_OPTIONS = ("img_scale", "rescale_factor", "equalize_hist", "featurewise_center", "featurewise_mean")
 
 MODE_OPTIONS = {
     "sweep": ("img_height", "patch_size", "stride"),
@@ -38,147 +44,118 @@ MODE_OPTIONS = {
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    add_image_options(parser)
+    add_map_options(parser)
+    add_picture_options(parser)
+    add_sweep_options(parser)
+    add_fprop_options(parser)
+    add_grad_cam_options(parser)
+    return parser
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("img_folder", help="folder of the mammograms: <patient_id>_<side>_<CC|MLO>.png")
     add("dl_state", help="trained model: a patch classifier or a whole-image classifier")
     cli.add_pixel_options(parser)
     parser.set_defaults(img_size=[1152, 896], featurewise_center=False, featurewise_mean=71.8)
-    cli.add_flag(
-        parser, "--segment-breast", False,
+    segment_help = (
         "blank all but the breast where the network sees the whole image, and with it the labels at which Grad-CAM may "
-        "point; windows are always cut from the breast alone",
-    )  # fmt: skip
+        "point; windows are always cut from the breast alone"
+    )
+    cli.add_flag(parser, "--segment-breast", False, segment_help)
     add("--pat-csv", default="./full_img/pat.csv", help="table of breasts with the columns patient_id,side,cancer")
-    cli.add_optional(
-        parser, "--pat-list", metavar="FILE",
-        help="map these patients alone: one id a line; a header line patient_id may come first",
-    )  # fmt: skip
-    add(
-        "--out", default="./output/prob_heatmap.pkl",
-        help="map file to write: .npz (a name without ending becomes one), .h5, or .pkl, the published program's",
-    )  # fmt: skip
+    list_help = "map these patients alone: one id a line; a header line patient_id may come first"
+    cli.add_optional(parser, "--pat-list", metavar="FILE", help=list_help)
+
+
+def add_map_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    out_help = "map file to write: .npz (a name without ending becomes one), .h5, or .pkl, the published program's"
+    add("--out", default="./output/prob_heatmap.pkl", help=out_help)
     add("--class-list", nargs="+", metavar="CLASS", help="names of the model's classes; default: the usual ones")
-    add(
-        "--on-error", choices=["stop", "skip"], default="stop",
-        help="what an image at fault, or a patient without images, does: end the run, or be left out and listed",
-    )  # fmt: skip
+    error_help = "what an image at fault, or a patient without images, does: end the run, or be left out and listed"
+    add("--on-error", choices=["stop", "skip"], default="stop", help=error_help)
     add("--fresh", action="store_true", help="start over, and replace the maps of an earlier run")
     add("--jobs", type=cli.positive_int, default=2, help="images read at the same time, while the network works")
     add("--trust-checkpoint", action="store_true", help="open a model file even where it holds Python code")
 
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
     add("--overlay", metavar="DIR", help="draw each class on the mammogram: <DIR>/<image>.png")
-    add(
-        "--roi-mask-dir", metavar="DIR", help="with --overlay, outline lesions: <Calc|Mass>-<set>_<image>_<abn_num>.png"
-    )
+    mask_help = "with --overlay, outline lesions: <Calc|Mass>-<set>_<image>_<abn_num>.png"
+    add("--roi-mask-dir", metavar="DIR", help=mask_help)
 
+
+def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("patch classifier, sliding windows")
-    cli.add_optional(
-        group, "--img-height", "-ih", type=cli.positive_int,
-        help="height that images are resized to, their shape kept; default: that of --img-size",
-    )  # fmt: skip
+    height_help = "height that images are resized to, their shape kept; default: that of --img-size"
+    cli.add_optional(group, "--img-height", "-ih", type=cli.positive_int, help=height_help)
     add = group.add_argument
     add("--patch-size", type=cli.positive_int, default=256, help="height and width of a window")
     add("--stride", type=cli.positive_int, default=8, help="pixels from window to window")
     add("--batch-size", type=cli.positive_int, default=128, help="windows held in memory and predicted at a time")
 
+
+def add_fprop_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("patch classifier, the whole image at once")
     cli.add_flag(group, "--fprop-mode", False, "apply the network to the image, resized to --img-size, at once")
     add = group.add_argument
     add("--net", default="vgg19", help="network of the patch classifier; its layers themselves say what it is")
-    add(
-        "--avg-pool-size", nargs=2, type=cli.positive_int, default=[7, 7],
-        help="features averaged for a cell: as many as a patch of the training gave, 7 of stride 32 for 224 pixels, "
-        "3 of YaroslavNet's stride 64",
-    )  # fmt: skip
+    pool_help = (
+        "features averaged for a cell: as many as a patch of the training gave, 7 of stride 32 for 224 pixels, "
+        "3 of YaroslavNet's stride 64"
+    )
+    add("--avg-pool-size", nargs=2, type=cli.positive_int, default=[7, 7], help=pool_help)
     add("--hm-strides", nargs=2, type=cli.positive_int, default=[1, 1], help="features from cell to cell")
 
-    group = parser.add_argument_group("whole-image classifier")
-    group.add_argument(
-        "--grad-cam", action=argparse.BooleanOptionalAction,
-        help="explain the model by Grad-CAM; default: if it has a network inside, as whole-image classifiers have. "
-        "--no-grad-cam: it is a patch classifier",
-    )  # fmt: skip
-    group.add_argument(
-        "--grad-cam-layer", choices=["last", "patch"],
-        help="which feature map: the last one, or the finer one of the patch net; default: patch if there is one",
-    )  # fmt: skip
-    return parser
+
+def add_grad_cam_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("whole-image classifier").add_argument
+    cam_help = (
+        "explain the model by Grad-CAM; default: if it has a network inside, as whole-image classifiers have. "
+        "--no-grad-cam: it is a patch classifier"
+    )
+    add("--grad-cam", action=argparse.BooleanOptionalAction, help=cam_help)
+    layer_help = "which feature map: the last one, or the finer one of the patch net; default: patch if there is one"
+    add("--grad-cam-layer", choices=["last", "patch"], help=layer_help)
 
 
 def run(*paths, **options) -> None:
     """Write the maps and pictures; arguments as on the command line, in its order or by keyword."""
     args = cli.complete(make_parser(), options, paths)
-    import functools
-
-    from mammo.base.work import run_parallel
-    from mammo.data.splits import read_patient_list
-    from mammo.maps import compute
-    from mammo.maps.files import check_map_name
-
     args.out = args.out if Path(args.out).suffix else f"{args.out}.npz"
     check_map_name(args.out)
-    check_options(args)
-    patients = None if args.pat_list is None else read_patient_list(args.pat_list)
-    breasts, faults = compute.read_breasts(args.pat_csv, args.img_folder, patients)
-    if faults and args.on_error == "stop":
-        raise InputError(f"{faults[0]} ({len(faults)} such; --on-error skip leaves them out)")
-    if not breasts:
-        raise InputError(f"{args.pat_csv}: no breast to map: Expected images in {args.img_folder}. Received none")
-    if args.roi_mask_dir is not None and args.on_error == "stop":  # before the long work
-        check = functools.partial(compute.check_masks, roi_mask_dir=args.roi_mask_dir)
-        for _ in run_parallel(check, breasts, args.jobs, desc="masks", unit="breast"):
-            pass
-    warn_of_pixels([file for breast in breasts for file in breast.files.values()], args)
-    if (one_view := sum(len(breast.files) == 1 for breast in breasts)) > 0:
-        print(f"{one_view} of {len(breasts)} breasts have an image of one view alone")
+    check_scoring_options(args)
+    breasts, faults = find_breasts(args)
 
     backend.start_backend()
     from mammo.train import checkpoint
 
     model = checkpoint.load_model(args.dl_state, args.trust_checkpoint)
     scorer = make_scorer(model, args)
-    class_names = args.class_list or CLASSES.get(model.output_shape[-1])
-    class_names = class_names or [f"class_{i}" for i in range(model.output_shape[-1])]
-    if len(class_names) != model.output_shape[-1]:
-        raise InputError(
-            f"--class-list: Expected {model.output_shape[-1]} names, one for each output of {args.dl_state}. "
-            f"Received {len(class_names)}"
-        )
-    if len(set(class_names)) < len(class_names):
-        raise InputError(f"--class-list: Expected different names. Received {' '.join(class_names)}")
-    kept = {name: getattr(args, name) for name in (*PIXEL_OPTIONS, *MODE_OPTIONS[scorer.mode])}
+    class_names = name_classes(model, args)
+    kept = {name: getattr(args, name) for name in (*SHARED_OPTIONS, *MODE_OPTIONS[scorer.mode])}
     # The same model may lie elsewhere on another machine.
     kept |= {"dl_state": Path(args.dl_state).name, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
+    work = {"jobs": args.jobs, "on_error": args.on_error, "fresh": args.fresh}
     with locked(Path(args.out).parent, Path(args.out).name):
-        records, scoring_faults = compute.score_breasts(
-            breasts, scorer, args.out, class_names=class_names, options=kept, jobs=args.jobs, on_error=args.on_error,
-            fresh=args.fresh,
-        )  # fmt: skip
-    faults += scoring_faults
+        records, at_fault = compute.score_breasts(
+            breasts, scorer, args.out, class_names=class_names, options=kept, **work
+        )
+    faults += at_fault
     nb_map = sum(1 for record in records for _ in record.views())
     window, strides = (" x ".join(f"{size:g}" for size in sizes) for sizes in (scorer.window, scorer.strides))
     print(f"{counted(nb_map, 'map')} of {counted(len(records), 'breast')} in {args.out} ({scorer.mode})")
     print(f"Their cells stand for {window} pixels of the scored image and are {strides} pixels apart")
     if args.overlay is not None:
-        draw = functools.partial(
-            draw_or_fault,
-            on_error=args.on_error,
-            out_dir=args.overlay,
-            class_names=class_names,
-            mode=scorer.mode,
-            roi_mask_dir=args.roi_mask_dir,
-        )
-        with locked(args.overlay):
-            remove_partial(args.overlay)
-            drawn = list(run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"))
-        faults += [fault for fault in drawn if fault is not None]
-        print(f"Pictures of {counted(drawn.count(None), 'breast')} are in {args.overlay}")
+        faults += draw_pictures(records, class_names, scorer.mode, args)
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_scoring_options(args: argparse.Namespace) -> None:
     """Raise InputError for options that contradict each other, or that would have no effect without a word."""
     if args.fprop_mode and args.grad_cam:
         raise InputError("--fprop-mode and --grad-cam: Expected one of them")
@@ -193,19 +170,59 @@ def check_options(args: argparse.Namespace) -> None:
             raise InputError(f"--roi-mask-dir {args.roi_mask_dir}: no such folder")
 
 
-def warn_of_pixels(files, args: argparse.Namespace) -> None:
-    """Say on standard error where up to 8 of the images do not look as networks expect them."""
-    import numpy as np
+def find_breasts(args: argparse.Namespace) -> tuple[list[compute.Breast], list[str]]:
+    """Return the breasts to map, checked as far as can be before the long work, and the faults met.
 
-    from mammo.images.pixels import Pixels, pixel_warnings
-
-    pixels = Pixels(None, args.img_scale, args.rescale_factor, height=args.img_height or args.img_size[0])
-    images = []
-    for index in np.linspace(0, len(files) - 1, min(8, len(files))).astype(int):
-        with contextlib.suppress(InputError):  # told when it is to be mapped
-            images.append(pixels.read(files[index]))
-    for message in pixel_warnings(images, args.featurewise_mean if args.featurewise_center else None) if images else []:
+    Warns of pixels unlike what networks expect. Raises InputError where there is no breast, or a fault is to stop.
+    """
+    patients = None if args.pat_list is None else read_patient_list(args.pat_list)
+    breasts, faults = compute.read_breasts(args.pat_csv, args.img_folder, patients)
+    if faults and args.on_error == "stop":
+        raise InputError(f"{faults[0]} ({len(faults)} such; --on-error skip leaves them out)")
+    if not breasts:
+        raise InputError(f"{args.pat_csv}: no breast to map: Expected images in {args.img_folder}. Received none")
+    if args.roi_mask_dir is not None and args.on_error == "stop":
+        check = functools.partial(compute.check_masks, roi_mask_dir=args.roi_mask_dir)
+        for _ in run_parallel(check, breasts, args.jobs, desc="masks", unit="breast"):
+            pass
+    # As large as windows are cut from; a whole image in the same size differs little.
+    pixels = replace(Pixels.of(args), height=args.img_height or args.img_size[0], equalize=False)
+    files = [file for breast in breasts for file in breast.files.values()]
+    for message in pixel_warnings_of_files(files, pixels, 8):
         print(f"warning: {message}", file=sys.stderr)
+    if (one_view := sum(len(breast.files) == 1 for breast in breasts)) > 0:
+        print(f"{one_view} of {len(breasts)} breasts have an image of one view alone")
+    return breasts, faults
+
+
+def name_classes(model, args: argparse.Namespace) -> list[str]:
+    """Return the names of the model's classes: those given, else the usual ones. Raises InputError for wrong ones."""
+    count = model.output_shape[-1]
+    names = args.class_list or CLASSES.get(count) or [f"class_{i}" for i in range(count)]
+    if len(names) != count:
+        raise InputError(
+            f"--class-list: Expected {count} names, one for each output of {args.dl_state}. Received {len(names)}"
+        )
+    if len(set(names)) < len(names):
+        raise InputError(f"--class-list: Expected different names. Received {' '.join(names)}")
+    return names
+
+
+def draw_pictures(records: list, class_names: list[str], mode: str, args: argparse.Namespace) -> list[str]:
+    """Draw the maps of all records into the folder --overlay, and return the faults met."""
+    draw = functools.partial(
+        draw_or_fault,
+        on_error=args.on_error,
+        out_dir=args.overlay,
+        class_names=class_names,
+        mode=mode,
+        roi_mask_dir=args.roi_mask_dir,
+    )
+    with locked(args.overlay):
+        remove_partial(args.overlay)
+        drawn = list(run_parallel(draw, records, args.jobs, desc="overlays", unit="breast"))
+    print(f"Pictures of {counted(drawn.count(None), 'breast')} are in {args.overlay}")
+    return [fault for fault in drawn if fault is not None]
 
 
 def draw_or_fault(record, on_error: str, **options) -> str | None:
@@ -221,39 +238,46 @@ def draw_or_fault(record, on_error: str, **options) -> str | None:
     return None
 
 
-def make_scorer(model, args: argparse.Namespace):
-    """What computes the maps: `Sweep`, `ForwardPropagation` or `GradCam` of `mammo.maps.compute`."""
+def make_scorer(model, args: argparse.Namespace) -> compute.Scorer:
+    """Return what computes the maps. Raises InputError for a model that the options do not fit."""
     import keras
-
-    from dm_resnet import add_top_layers
-    from mammo.images.pixels import Pixels
-    from mammo.maps.compute import ForwardPropagation, GradCam, Sweep
 
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
         raise InputError(f"{args.dl_state}: Expected a classifier of one image. Received inputs {model.input_shape}")
     if model.output_shape[-1] < 2:
         raise InputError(f"{args.dl_state}: Expected at least two classes. Received {model.output_shape[-1]}")
-    pixels = Pixels.of(args)
     nested = any(isinstance(layer, keras.Model) for layer in model.layers)
     grad_cam = args.grad_cam if args.grad_cam is not None else nested and not args.fprop_mode
     if args.grad_cam_layer is not None and not grad_cam:
         raise InputError(f"--grad-cam-layer: Expected a whole-image classifier. Received {args.dl_state}")
     try:
         if grad_cam:
-            built = model.input_shape[1:3]
-            if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
-                raise InputError(f"Expected --img-size {built[0]} {built[1]}, for which it is built, or --no-grad-cam "
-                                 f"for a patch classifier. Received {args.img_size[0]} {args.img_size[1]}")  # fmt: skip
-            return GradCam(model, pixels, args.grad_cam_layer, args.segment_breast)
+            return make_grad_cam(model, args)
         if args.fprop_mode:
-            geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
-            heatmap_model = add_top_layers(model, args.img_size, patch_net=args.net, return_heatmap=True, **geometry)
-            return ForwardPropagation(heatmap_model, pixels, segment_breast=args.segment_breast, **geometry)
+            return make_forward_propagation(model, args)
     except InputError as error:
         options = " (--img-size, --avg-pool-size)" if args.fprop_mode else ""
         raise InputError(f"{args.dl_state}: {error}{options}") from error
     args.img_height = args.img_height or args.img_size[0]
-    return Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, pixels)
+    return compute.Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, Pixels.of(args))
+
+
+def make_grad_cam(model, args: argparse.Namespace) -> compute.GradCam:
+    built = model.input_shape[1:3]
+    if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
+        raise InputError(
+            f"Expected --img-size {built[0]} {built[1]}, for which it is built, or --no-grad-cam for a patch "
+            f"classifier. Received {args.img_size[0]} {args.img_size[1]}"
+        )
+    return compute.GradCam(model, Pixels.of(args), args.grad_cam_layer, args.segment_breast)
+
+
+def make_forward_propagation(model, args: argparse.Namespace) -> compute.ForwardPropagation:
+    from dm_resnet import add_top_layers
+
+    geometry = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
+    heatmap_model = add_top_layers(model, args.img_size, patch_net=args.net, return_heatmap=True, **geometry)
+    return compute.ForwardPropagation(heatmap_model, Pixels.of(args), segment_breast=args.segment_breast, **geometry)
 
 
 main = cli.command(make_parser, run)

@@ -17,63 +17,45 @@ from mammo.base import cli
 from mammo.base.files import InputError
 from mammo.train import backend
 
+# Options that `dm_resnet.add_top_layers` has by the same names.
+_TOP_OPTIONS = (
+    *("patch_net", "block_type", "bottleneck_enlarge_factor", "weight_decay", "add_heatmap", "avg_pool_size"),
+    *("add_conv", "add_shortcut", "hm_strides", "hm_pool_size", "fc_init_units", "fc_layers"),
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     options.add_training_options(parser)
-    parser.set_defaults(
-        img_size=[1152, 896],
-        featurewise_mean=52.16,
-        equalize_hist=False,
-        augmentation=True,
-        class_list=["neg", "pos"],
-        auto_batch_balance=True,
-        all_layer_multiplier=0.1,
-        best_model="./modelState/image_clf.h5",
+    image = {"img_size": [1152, 896], "featurewise_mean": 52.16, "equalize_hist": False, "augmentation": True}
+    training = {"class_list": ["neg", "pos"], "auto_batch_balance": True, "all_layer_multiplier": 0.1}
+    parser.set_defaults(**image, **training, best_model="./modelState/image_clf.h5")
+    text = "patch classifier to build the whole-image classifier on"
+    cli.add_optional(parser, "--patch-model-state", metavar="FILE", help=text)
+    text = (
+        "take the network of --patch-model-state or --resume-from without its weights, to learn from image labels alone"
     )
-    cli.add_optional(
-        parser, "--patch-model-state", metavar="FILE", help="patch classifier to build the whole-image classifier on"
-    )
-    cli.add_flag(
-        parser, "--from-scratch", False,
-        "take the network of --patch-model-state or --resume-from without its weights, which are drawn at random: what "
-        "training on image labels alone gives",
-    )  # fmt: skip
+    cli.add_flag(parser, "--from-scratch", False, text)
     cli.add_flag(parser, "--test-augment", True, "score the test set by the mean of four flips too")
 
     group = parser.add_argument_group("top layers, with --patch-model-state")
-    group.add_argument(
+    add, count = group.add_argument, cli.positive_int
+    add(
         "--patch-net", default="resnet50", help="network of the patch classifier: resnet50, vgg16, vgg19, yaroslav, ..."
     )
-    group.add_argument(
-        "--block-type", default="resnet", choices=["resnet", "vgg"], help="residual bottlenecks or VGG blocks"
-    )
-    group.add_argument("--top-depths", nargs="+", type=cli.positive_int, default=[512, 512], help="depth of each block")
-    group.add_argument(
-        "--top-repetitions", nargs="+", type=cli.positive_int, default=[3, 3], help="units in each block"
-    )
-    group.add_argument(
-        "--bottleneck-enlarge-factor",
-        type=cli.positive_int,
-        default=4,
-        help="the last convolution of a residual unit is this many times the depth",
-    )
+    add("--block-type", default="resnet", choices=["resnet", "vgg"], help="residual bottlenecks or VGG blocks")
+    add("--top-depths", nargs="+", type=count, default=[512, 512], help="depth of each block")
+    add("--top-repetitions", nargs="+", type=count, default=[3, 3], help="units in each block")
+    text = "the last convolution of a residual unit is this many times the depth"
+    add("--bottleneck-enlarge-factor", type=count, default=4, help=text)
     cli.add_flag(group, "--add-heatmap", False, "put the patch classifier's own last layer below the blocks")
-    group.add_argument(
-        "--avg-pool-size", nargs=2, type=cli.positive_int, default=[7, 7], help="average pooling before the heatmap"
-    )
-    group.add_argument(
-        "--hm-strides", nargs=2, type=cli.positive_int, default=[1, 1], help="strides of that average pooling"
-    )
-    group.add_argument(
-        "--hm-pool-size", nargs=2, type=cli.positive_int, default=[5, 5], help="max pooling after the heatmap"
-    )
+    add("--avg-pool-size", nargs=2, type=count, default=[7, 7], help="average pooling before the heatmap")
+    add("--hm-strides", nargs=2, type=count, default=[1, 1], help="strides of that average pooling")
+    add("--hm-pool-size", nargs=2, type=count, default=[5, 5], help="max pooling after the heatmap")
     cli.add_flag(group, "--add-conv", True, "blocks on top of the heatmap; --no-add-conv: dense layers instead")
     cli.add_flag(group, "--add-shortcut", False, "connect the heatmap to the output too, with --no-add-conv")
-    group.add_argument(
-        "--fc-init-units", type=cli.positive_int, default=64, help="units of the first dense layer, then halved"
-    )
-    group.add_argument("--fc-layers", type=cli.positive_int, default=2, help="number of dense layers")
+    add("--fc-init-units", type=count, default=64, help="units of the first dense layer, then halved")
+    add("--fc-layers", type=count, default=2, help="number of dense layers")
     return parser
 
 
@@ -90,8 +72,7 @@ def build_model(args: argparse.Namespace):
         return keras.models.clone_model(model) if args.from_scratch else model
 
     if args.resume_from is not None:
-        model = opened(args.resume_from)
-        top_layer_nb = args.top_layer_nb
+        model, top_layer_nb = opened(args.resume_from), args.top_layer_nb
     elif args.patch_model_state is not None:
         patch_model = opened(args.patch_model_state)
         if len(patch_model.inputs) != 1 or len(patch_model.inputs[0].shape) != 4:
@@ -100,22 +81,11 @@ def build_model(args: argparse.Namespace):
             model, top_layer_nb = add_top_layers(
                 patch_model,
                 args.img_size,
-                patch_net=args.patch_net,
-                block_type=args.block_type,
                 depths=args.top_depths,
                 repetitions=args.top_repetitions,
                 nb_class=len(args.class_list),
-                bottleneck_enlarge_factor=args.bottleneck_enlarge_factor,
                 dropout=args.hidden_dropout,
-                weight_decay=args.weight_decay,
-                add_heatmap=args.add_heatmap,
-                avg_pool_size=args.avg_pool_size,
-                add_conv=args.add_conv,
-                add_shortcut=args.add_shortcut,
-                hm_strides=args.hm_strides,
-                hm_pool_size=args.hm_pool_size,
-                fc_init_units=args.fc_init_units,
-                fc_layers=args.fc_layers,
+                **{name: getattr(args, name) for name in _TOP_OPTIONS},
             )
             top_layer_nb = args.top_layer_nb or top_layer_nb
         except InputError as error:

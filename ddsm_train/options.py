@@ -2,193 +2,88 @@
 
 import argparse
 
-from mammo.base.cli import (
-    add_flag,
-    add_optional,
-    add_pixel_options,
-    fraction,
-    natural_float,
-    natural_int,
-    positive_float,
-    positive_int,
-)
+from mammo.base import cli
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Options of both trainers. Defaults that differ between them are given with `parser.set_defaults`."""
+    """Add the options of both trainers; defaults that differ between them are set with `parser.set_defaults`."""
     parser.add_argument("train_dir", help="folder of the training set, one sub-folder a class, searched recursively")
     parser.add_argument("val_dir", help="folder of the validation set, with the same sub-folders")
     parser.add_argument("test_dir", help="folder of the test set, with the same sub-folders")
-    add_pixel_options(parser)
+    cli.add_pixel_options(parser)
 
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--class-list", nargs="+", metavar="CLASS", help="class sub-folders, in the order of the outputs"
+    add = group.add_argument
+    add("--class-list", nargs="+", metavar="CLASS", help="class sub-folders, in the order of the outputs")
+    add("--batch-size", "-bs", type=cli.positive_int, default=64, help="batch size of validation and test")
+    text = "the training batch size is --batch-size times this: training takes about twice the memory"
+    add("--train-bs-multiplier", type=cli.positive_float, default=0.5, help=text)
+    cli.add_flag(group, "--augmentation", True, "augment training images: flips, rotation, shear, zoom, channel shift")
+    cli.add_flag(group, "--load-train-ram", False, "keep resized training images in memory, in the files' integer type")
+    cli.add_flag(group, "--load-val-ram", False, "the same for the validation images")
+    text = (
+        "an unreadable image ends the run, or is left out and listed; one lost only during training is replaced by "
+        "another of its batch, without any weight"
     )
-    group.add_argument("--batch-size", "-bs", type=positive_int, default=64, help="batch size of validation and test")
-    group.add_argument(
-        "--train-bs-multiplier", type=positive_float, default=0.5,
-        help="the training batch size is --batch-size times this: training takes about twice the memory",
-    )  # fmt: skip
-    add_flag(
-        group,
-        "--augmentation",
-        True,
-        "augment training images by flips, rotation, shear, zoom and channel shift",
-    )
-    add_flag(
-        group,
-        "--load-train-ram",
-        False,
-        "keep the resized training images in memory, in their file's integer type",
-    )
-    add_flag(group, "--load-val-ram", False, "the same for the validation images")
-    group.add_argument(
-        "--on-error", choices=["stop", "skip"], default="stop",
-        help="what an unreadable image does: end the run, or be left out and listed. Of one that is lost only during "
-        "training, another image of its batch takes the place, without any weight",
-    )  # fmt: skip
-    add_flag(
-        group, "--check-data", True,
-        "read all images before training and list those that cannot be used, by cause; what is known of a file is "
-        "kept in data_check.csv of --out-dir, so that it is read once",
-    )  # fmt: skip
+    add("--on-error", choices=["stop", "skip"], default="stop", help=text)
+    text = "first read all images and list the unusable ones by cause; results are kept in data_check.csv of --out-dir"
+    cli.add_flag(group, "--check-data", True, text)
 
     group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--optimizer", dest="optim", default="sgd",
-        choices=["sgd", "rmsprop", "adagrad", "adadelta", "adam", "adamax", "nadam"],
-        help="sgd has Nesterov momentum 0.9 and halves its rate on a plateau of the validation loss",
-    )  # fmt: skip
-    group.add_argument(
-        "--init-learningrate",
-        "-ilr",
-        dest="init_lr",
-        type=positive_float,
-        default=0.01,
-        help="learning rate of stage 1",
+    add = group.add_argument
+    names = ["sgd", "rmsprop", "adagrad", "adadelta", "adam", "adamax", "nadam"]
+    text = "sgd has Nesterov momentum 0.9 and halves its rate on a plateau of the validation loss"
+    add("--optimizer", dest="optim", default="sgd", choices=names, help=text)
+    add("--init-learningrate", "-ilr", dest="init_lr", type=cli.positive_float, default=0.01, help="rate of stage 1")
+    add("--all-layer-multiplier", type=cli.positive_float, help="the last stage's rate is stage 1's times this")
+    add("--nb-epoch", "-ne", type=cli.natural_int, default=5, help="epochs of stage 1; 0 skips it")
+    add(
+        "--all-layer-epochs", type=cli.natural_int, default=20, help="total epochs when the last stage ends: all layers"
     )
-    group.add_argument(
-        "--all-layer-multiplier", type=positive_float, help="the last stage's rate is stage 1's times this"
-    )
-    group.add_argument("--nb-epoch", "-ne", type=natural_int, default=5, help="epochs of stage 1; 0 skips it")
-    group.add_argument(
-        "--all-layer-epochs",
-        type=natural_int,
-        default=20,
-        help="total epochs when the last stage (all layers) ends",
-    )
-    group.add_argument(
-        "--weight-decay",
-        "-wd",
-        type=natural_float,
-        default=1e-4,
-        help="L2 penalty of the new layers in stage 1",
-    )
-    group.add_argument("--weight-decay2", "-wd2", type=natural_float, default=1e-4, help="the same from stage 2 on")
-    group.add_argument(
-        "--hidden-dropout",
-        "-hd",
-        type=fraction,
-        default=0.0,
-        help="dropout rate of the new layers in stage 1",
-    )
-    group.add_argument("--hidden-dropout2", "-hd2", type=fraction, default=0.0, help="the same from stage 2 on")
-    group.add_argument(
-        "--lr-patience",
-        "-lrp",
-        type=natural_int,
-        default=10,
-        help="epochs on a plateau before sgd halves its rate",
-    )
-    group.add_argument(
-        "--es-patience",
-        "-esp",
-        type=natural_int,
-        default=25,
-        help="epochs without a lower validation loss before a stage ends",
-    )
-    add_flag(
-        group,
-        "--auto-batch-balance",
-        True,
-        "weigh samples by the inverse frequency of their class in the batch",
-    )
-    group.add_argument(
-        "--pos-cls-weight",
-        type=natural_float,
-        default=1.0,
-        help="loss weight of class 1, without --auto-batch-balance",
-    )
-    group.add_argument(
-        "--neg-cls-weight",
-        type=natural_float,
-        default=1.0,
-        help="loss weight of the negative class, likewise",
-    )
-    group.add_argument(
-        "--frozen-bn", choices=["batch", "inference"], default="batch",
-        help="batch normalization of frozen layers: go on using and tracking batch statistics (the original), "
-        "or run in inference mode",
-    )  # fmt: skip
+    add("--weight-decay", "-wd", type=cli.natural_float, default=1e-4, help="L2 penalty of the new layers in stage 1")
+    add("--weight-decay2", "-wd2", type=cli.natural_float, default=1e-4, help="the same from stage 2 on")
+    add("--hidden-dropout", "-hd", type=cli.fraction, default=0.0, help="dropout rate of the new layers in stage 1")
+    add("--hidden-dropout2", "-hd2", type=cli.fraction, default=0.0, help="the same from stage 2 on")
+    add("--lr-patience", "-lrp", type=cli.natural_int, default=10, help="plateau epochs before sgd halves its rate")
+    text = "epochs without a lower validation loss before a stage ends"
+    add("--es-patience", "-esp", type=cli.natural_int, default=25, help=text)
+    cli.add_flag(group, "--auto-batch-balance", True, "weigh samples by the inverse frequency of their class by batch")
+    text = "loss weight of class 1, without --auto-batch-balance"
+    add("--pos-cls-weight", type=cli.natural_float, default=1.0, help=text)
+    add("--neg-cls-weight", type=cli.natural_float, default=1.0, help="loss weight of the negative class, likewise")
+    text = "frozen batch normalization uses and tracks batch statistics (the original), or runs in inference mode"
+    add("--frozen-bn", choices=["batch", "inference"], default="batch", help=text)
 
     group = parser.add_argument_group("memory and speed")
-    add_flag(
-        group, "--mixed-precision", False,
-        "compute in 16 bits, keeping weights and probabilities in 32: activations take less memory, down to half",
-    )  # fmt: skip
-    add_flag(
-        group, "--remat", False,
-        "compute activations again in the backward pass instead of keeping them: the same steps in less memory and "
-        "more time; for networks with many layers, such as resnet50",
-    )  # fmt: skip
-    group.add_argument(
-        "--accumulate", type=positive_int, default=1, metavar="N",
-        help="take one step for the mean gradient of N training batches; batch normalization and --auto-batch-balance "
-        "still see one batch at a time",
-    )  # fmt: skip
-    add_flag(group, "--jit", False, "compile training steps with XLA: slow to begin, faster on GPUs; JAX always does")
+    text = "compute in 16 bits, weights and probabilities in 32: activations take down to half the memory"
+    cli.add_flag(group, "--mixed-precision", False, text)
+    text = "compute activations again in the backward pass: same steps, less memory, more time; for resnet50 and such"
+    cli.add_flag(group, "--remat", False, text)
+    text = "take one step for the mean gradient of N training batches; batch norm and balancing still see one at a time"
+    group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help=text)
+    cli.add_flag(group, "--jit", False, "compile steps with XLA: slow to begin, faster on GPUs; JAX always does")
 
     group = parser.add_argument_group("going on after a stop")
-    group.add_argument(
-        "--resume", choices=["auto", "off"], default="auto",
-        help="go on where the same command was stopped, from what it saved in the folder state of --out-dir, or "
-        "start over and save nothing to go on from",
-    )  # fmt: skip
+    text = "go on where the same command was stopped, by the folder state of --out-dir; or start over and save no state"
+    group.add_argument("--resume", choices=["auto", "off"], default="auto", help=text)
     group.add_argument("--fresh", action="store_true", help="start over, whatever was saved")
-    group.add_argument(
-        "--save-every", type=natural_int, default=0, metavar="N",
-        help="save every N training steps too; 0: as each epoch ends, and when stopped by SIGTERM or SIGINT",
-    )  # fmt: skip
-    add_flag(
-        group, "--deterministic", False,
-        "keep to operations that repeat exactly, some of them slower: the same command gives the same weights",
-    )  # fmt: skip
+    text = "save every N training steps too; 0: as each epoch ends, and when stopped by SIGTERM or SIGINT"
+    group.add_argument("--save-every", type=cli.natural_int, default=0, metavar="N", help=text)
+    text = "keep to operations that repeat exactly, some of them slower: the same command gives the same weights"
+    cli.add_flag(group, "--deterministic", False, text)
 
     group = parser.add_argument_group("models")
-    add_optional(group, "--resume-from", metavar="FILE", help="start from this saved model (.h5 of any age, or .keras)")
-    add_optional(
-        group,
-        "--top-layer-nb",
-        type=positive_int,
-        help="index of the first layer that stage 2 of patch training, or stage 1 of image training, trains",
+    add = group.add_argument
+    cli.add_optional(group, "--resume-from", metavar="FILE", help="start from this model (.h5 of any age, or .keras)")
+    text = "index of the first layer that stage 2 of patch training, or stage 1 of image training, trains"
+    cli.add_optional(group, "--top-layer-nb", type=cli.positive_int, help=text)
+    add("--trust-checkpoint", action="store_true", help="open model files that hold Python code, too, which then runs")
+    add("--best-model", "-bm", metavar="FILE", help="where the best model is saved, or NOSAVE")
+    text = "where the model of the last epoch is saved, or NOSAVE"
+    add("--final-model", "-fm", metavar="FILE", default="NOSAVE", help=text)
+    cli.add_optional(group, "--tensorboard", metavar="DIR", help="also write logs for TensorBoard to this folder")
+    text = (
+        "folder for args.json, data_check.csv, history.csv, metrics.json and predictions.csv; default: the name of the "
+        "best model without its ending"
     )
-    group.add_argument(
-        "--trust-checkpoint",
-        action="store_true",
-        help="open model files even where they hold Python code, which then runs",
-    )
-    group.add_argument("--best-model", "-bm", metavar="FILE", help="where the best model is saved, or NOSAVE")
-    group.add_argument(
-        "--final-model",
-        "-fm",
-        metavar="FILE",
-        default="NOSAVE",
-        help="where the model of the last epoch is saved, or NOSAVE",
-    )
-    add_optional(group, "--tensorboard", metavar="DIR", help="also write logs for TensorBoard to this folder")
-    group.add_argument(
-        "--out-dir", metavar="DIR",
-        help="folder for args.json, data_check.csv, history.csv, metrics.json and predictions.csv; "
-        "default: the name of the best model without its ending",
-    )  # fmt: skip
+    add("--out-dir", metavar="DIR", help=text)

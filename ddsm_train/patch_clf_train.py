@@ -19,47 +19,29 @@ from mammo.train import backend
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     options.add_training_options(parser)
-    parser.set_defaults(
-        img_size=[256, 256],
-        featurewise_mean=59.6,
-        equalize_hist=True,
-        augmentation=False,
-        class_list=["background", "malignant", "benign"],
-        auto_batch_balance=False,
-        all_layer_multiplier=0.01,
-        best_model="./modelState/patch_clf.h5",
-    )
+    image = {"img_size": [256, 256], "featurewise_mean": 59.6, "equalize_hist": True, "augmentation": False}
+    classes = {"class_list": ["background", "malignant", "benign"], "auto_batch_balance": False}
+    parser.set_defaults(**image, **classes, all_layer_multiplier=0.01, best_model="./modelState/patch_clf.h5")
     group = parser.add_argument_group("network")
-    group.add_argument(
-        "--net",
-        default="resnet50",
-        help="resnet50, vgg16, vgg19, xception, inception, yaroslav, or a ResNetBuilder network such as dm_resnet_14",
-    )
+    text = "resnet50, vgg16, vgg19, xception, inception, yaroslav, or a ResNetBuilder network such as dm_resnet_14"
+    group.add_argument("--net", default="resnet50", help=text)
     cli.add_flag(group, "--use-pretrained", True, "start from ImageNet weights, and train in three stages")
     group.add_argument("--pretrained-weights", metavar="FILE", help="local file of the ImageNet weights without top")
-    group.add_argument(
-        "--top-layer-epochs", type=cli.natural_int, default=10, help="total epochs when stage 2 (top layers) ends"
-    )
-    group.add_argument(
-        "--top-layer-multiplier",
-        type=cli.positive_float,
-        default=0.1,
-        help="stage 2's rate is stage 1's times this",
-    )
+    text = "total epochs when stage 2 (top layers) ends"
+    group.add_argument("--top-layer-epochs", type=cli.natural_int, default=10, help=text)
+    text = "stage 2's rate is stage 1's times this"
+    group.add_argument("--top-layer-multiplier", type=cli.positive_float, default=0.1, help=text)
 
     group = parser.add_argument_group("networks of ResNetBuilder (the first option: yaroslav too)")
-    group.add_argument("--nb-init-filter", "-nif", type=cli.positive_int, default=32, help="width of the first block")
-    group.add_argument("--init-filter-size", "-ifs", type=cli.positive_int, default=5, help="size of the first filters")
-    group.add_argument("--init-conv-stride", "-ics", type=cli.positive_int, default=2, help="their stride")
-    group.add_argument(
-        "--max-pooling-size", "-mps", dest="pool_size", type=cli.positive_int, default=2, help="first pooling"
-    )
-    group.add_argument(
-        "--max-pooling-stride", "-mpr", dest="pool_stride", type=cli.positive_int, default=2, help="its stride"
-    )
-    group.add_argument("--alpha", type=cli.natural_float, default=1e-4, help="elastic-net penalty of the last layer")
-    group.add_argument("--l1-ratio", type=cli.natural_float, default=0.0, help="share of L1 in that penalty")
-    group.add_argument("--inp-dropout", "-id", type=cli.fraction, default=0.0, help="dropout rate of the input")
+    add, count = group.add_argument, cli.positive_int
+    add("--nb-init-filter", "-nif", type=count, default=32, help="width of the first block")
+    add("--init-filter-size", "-ifs", type=count, default=5, help="size of the first filters")
+    add("--init-conv-stride", "-ics", type=count, default=2, help="their stride")
+    add("--max-pooling-size", "-mps", dest="pool_size", type=count, default=2, help="first pooling")
+    add("--max-pooling-stride", "-mpr", dest="pool_stride", type=count, default=2, help="its stride")
+    add("--alpha", type=cli.natural_float, default=1e-4, help="elastic-net penalty of the last layer")
+    add("--l1-ratio", type=cli.natural_float, default=0.0, help="share of L1 in that penalty")
+    add("--inp-dropout", "-id", type=cli.fraction, default=0.0, help="dropout rate of the input")
     return parser
 
 

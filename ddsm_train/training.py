@@ -22,30 +22,13 @@ from dm_keras_ext import Stage, class_weights, train_stages
 from dm_multi_gpu import make_parallel
 from mammo.base.files import InputError, counted, env_int, locked, remove_partial, write_json
 from mammo.evaluate.preflight import pixel_statistics
-from mammo.images.check import (
-    TABLE,
-    ImageCheck,
-    accept_constant,
-    check_images,
-    read_checks,
-    report_faults,
-    warn_of_types,
-)
+from mammo.images import check
+from mammo.images.check import ImageCheck
 from mammo.images.iterators import find_classes, sample_images
 from mammo.images.pixels import Pixels, pixel_warnings
-from mammo.train import checkpoint, memory
+from mammo.train import checkpoint, memory, scoring
 from mammo.train.callbacks import BestModel, HistoryFile, tensorboard
-from mammo.train.checkpoint import check_outputs
 from mammo.train.resume import TrainingState
-from mammo.train.scoring import (
-    auc_by_class,
-    auc_line,
-    classification_scores,
-    drop_unreadable,
-    predict,
-    scores_table,
-    write_test_results,
-)
 
 # Options that do not decide the course of a training, so that a resumed one may have others.
 _FREE_TO_CHANGE = (
@@ -53,6 +36,9 @@ _FREE_TO_CHANGE = (
     *("resume", "fresh", "save_every", "check_data", "load_train_ram", "load_val_ram", "test_augment"),
     *("trust_checkpoint", "on_error"),
 )
+
+# Options that `train_stages` has by the same names.
+_STAGE_OPTIONS = ("optim", "es_patience", "lr_patience", "frozen_bn", "accumulate", "jit")
 
 _FILES_READ = ("resume_from", "patch_model_state", "pretrained_weights")
 
@@ -121,19 +107,16 @@ def check_training_options(args: argparse.Namespace, model: keras.Model) -> None
         raise InputError(f"{source}: Expected a model of one image. Received inputs {_shapes(model.inputs)}")
     if len(model.outputs[0].shape) != 2:
         raise InputError(f"{source}: Expected a classifier. Received a model with outputs {_shapes(model.outputs)}")
-    check_outputs(model, len(args.class_list), source)
+    checkpoint.check_outputs(model, len(args.class_list), source)
     size, channels = tuple(args.img_size), model.inputs[0].shape[-1]
     if any(built not in (None, asked) for built, asked in zip(model.inputs[0].shape[1:3], size, strict=True)):
-        raise InputError(
-            f"{source}: Expected a model for images of the size --img-size {size[0]} {size[1]}. "
-            f"Received one for {model.inputs[0].shape[1]} x {model.inputs[0].shape[2]}"
-        )
+        expected = f"Expected a model for images of the size --img-size {size[0]} {size[1]}"
+        raise InputError(f"{source}: {expected}. Received one for {' x '.join(map(str, model.inputs[0].shape[1:3]))}")
     if channels not in (1, 3):
         raise InputError(f"{source}: Expected a model of 1 or 3 input channels. Received one of {channels}")
     try:
-        keras.models.clone_model(
-            model, input_tensors=keras.Input((*size, channels)), clone_function=lambda layer: layer
-        )
+        image = keras.Input((*size, channels))
+        keras.models.clone_model(model, input_tensors=image, clone_function=lambda layer: layer)
     except ValueError as error:
         raise InputError(f"--img-size {size[0]} {size[1]}: too small for this network; use larger images") from error
     if not args.auto_batch_balance:
@@ -146,10 +129,8 @@ def check_training_options(args: argparse.Namespace, model: keras.Model) -> None
         raise InputError(
             "--jit: Expected the backend tensorflow or jax. Received torch, which would compile every step"
         )
-    if args.best_model == args.final_model != "NOSAVE":
-        raise InputError(
-            f"--final-model: Expected another name than --best-model. Received {args.final_model} for both"
-        )
+    if args.best_model == (name := args.final_model) != "NOSAVE":
+        raise InputError(f"--final-model: Expected another name than --best-model. Received {name} for both")
     for option, name in (("--best-model", args.best_model), ("--final-model", args.final_model)):
         if name == "NOSAVE":
             continue
@@ -314,21 +295,16 @@ def _check_data(args, out_dir: Path | None, allow_constant: bool, resumed: bool)
     if not args.check_data:
         return None
     folders = [Path(folder).absolute() for folder in (args.train_dir, args.val_dir, args.test_dir)]
-    table = None if out_dir is None else out_dir / TABLE
-    known = read_checks(table) if resumed and args.on_error == "skip" else {}
+    table = None if out_dir is None else out_dir / check.TABLE
+    known = check.read_checks(table) if resumed and args.on_error == "skip" else {}
     if all(any(Path(file).is_relative_to(folder) for file in known) for folder in folders):
-        return {file: accept_constant(check) if allow_constant else check for file, check in known.items()}
-    files = [
-        folder / name
-        for folder in folders
-        for names in find_classes(folder, args.class_list).values()
-        for name in names
-    ]
-    checks = check_images(files, table, allow_constant)
+        return {file: check.accept_constant(each) if allow_constant else each for file, each in known.items()}
+    classes = [(folder, names) for folder in folders for names in find_classes(folder, args.class_list).values()]
+    checks = check.check_images([folder / name for folder, names in classes for name in names], table, allow_constant)
     if args.img_scale is None:
-        warn_of_types(checks)
-    report_faults(checks, table, args.on_error)
-    return {check.file: check for check in checks}
+        check.warn_of_types(checks)
+    check.report_faults(checks, table, args.on_error)
+    return {each.file: each for each in checks}
 
 
 def _fingerprint(image_set) -> str:
@@ -378,25 +354,11 @@ def train_run(run: Run, stages: Sequence[Stage], keeper: BestModel) -> list[dict
         callbacks.append(history_file)
     if args.tensorboard is not None:
         callbacks.append(tensorboard(args.tensorboard))
-    weights = None
+    options = {name: getattr(args, name) for name in _STAGE_OPTIONS}
     if not args.auto_batch_balance:
-        weights = class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
-    history = train_stages(
-        run.model,
-        stages,
-        run.train_set,
-        run.val_set,
-        optim=args.optim,
-        callbacks=callbacks,
-        es_patience=args.es_patience,
-        lr_patience=args.lr_patience,
-        class_weight=weights,
-        frozen_bn=args.frozen_bn,
-        accumulate=args.accumulate,
-        jit=args.jit,
-        fitted=run.fitted,
-        state=run.state,
-    )
+        options["class_weight"] = class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
+    options |= {"callbacks": callbacks, "fitted": run.fitted, "state": run.state}
+    history = train_stages(run.model, stages, run.train_set, run.val_set, **options)
     if history_file is not None and run.state.is_resumed:
         history_file.draw()  # which a stop at the end of the last stage left undone
     return history
@@ -431,24 +393,22 @@ def score_run(run: Run, keeper: BestModel, history: Sequence[dict], flips: bool 
     memory.full_precision(model)  # as the saved file predicts
 
     print("\n==== Evaluating the best model on the test set ====", flush=True)
-    y_true, y_pred, _, y_flips = predict(model, run.test_set, flips=flips, progress=True)
-    _, files = drop_unreadable(y_true, np.array(run.test_set.filenames))
-    y_true, y_pred, y_flips = drop_unreadable(y_true, y_pred, y_flips)
+    y_true, y_pred, _, y_flips = scoring.predict(model, run.test_set, flips=flips, progress=True)
+    columns = (y_true, y_pred, y_flips, np.array(run.test_set.filenames))
+    y_true, y_pred, y_flips, files = scoring.drop_unreadable(*columns)
     predictions = {"single": y_pred} | ({"flips": y_flips} if flips else {})
-    scores = classification_scores(y_true, y_pred, args.class_list)
+    scores = scoring.classification_scores(y_true, y_pred, args.class_list)
     print(f"Test accuracy: {scores['accuracy']:.4f}")
-    print(scores_table(scores))
-    auc = auc_by_class(y_true, y_pred)
-    print(f"AUROC on test set: {auc_line(auc, args.class_list)}")
+    print(scoring.scores_table(scores))
+    auc = scoring.auc_by_class(y_true, y_pred)
+    print(f"AUROC on test set: {scoring.auc_line(auc, args.class_list)}")
     if np.isnan(auc).any():
         print("test set: the AUC is undefined for classes that hold all samples or none", file=sys.stderr)
     if flips:
-        print(f"AUROC on test set, mean of 4 flips: {auc_line(auc_by_class(y_true, y_flips), args.class_list)}")
+        line = scoring.auc_line(scoring.auc_by_class(y_true, y_flips), args.class_list)
+        print(f"AUROC on test set, mean of 4 flips: {line}")
     if run.out_dir is not None:
-        write_test_results(run.out_dir, files, y_true, predictions, args.class_list)
+        scoring.write_test_results(run.out_dir, files, y_true, predictions, args.class_list)
         print(f"Results are in {run.out_dir}", flush=True)
-    if diverged:
-        run.state.discard()
-    else:
-        run.state.finish()
+    run.state.discard() if diverged else run.state.finish()
     _report_skipped(training=run.train_set, validation=run.val_set, test=run.test_set)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from mammo.base import cli
 from mammo.base.files import counted
+from mammo.images.check import check_images, report_faults, warn_of_types
+from mammo.images.reading import find_images
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -19,10 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image, or folder searched for them")
     parser.add_argument("--table", metavar="FILE", default="data_check.csv", help="CSV to write, and to go on with")
     cli.add_flag(parser, "--allow-constant", False, "accept images whose pixels are all equal, as patches may be")
-    parser.add_argument(
-        "--jobs", type=cli.positive_int,
-        help="images read at the same time; default: the environment variable NUM_CPU_CORES, or 4",
-    )  # fmt: skip
+    jobs_help = "images read at the same time; default: the environment variable NUM_CPU_CORES, or 4"
+    parser.add_argument("--jobs", type=cli.positive_int, help=jobs_help)
     return parser
 
 
@@ -30,13 +30,10 @@ def run(**options) -> None:
     """Write the table and print the faults; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
     sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
-    from mammo.images.check import check_images, report_faults, warn_of_types
-    from mammo.images.reading import find_images
-
     checks = check_images(find_images(sources), args.table, args.allow_constant, args.jobs)
     good = [check for check in checks if not check.cause]
-    for name, values in (("pixel types", [check.type for check in good]),
-                         ("sizes", [f"{check.rows} x {check.columns}" for check in good])):  # fmt: skip
+    types, sizes = [check.type for check in good], [f"{check.rows} x {check.columns}" for check in good]
+    for name, values in (("pixel types", types), ("sizes", sizes)):
         common = Counter(values).most_common(5)
         more = f" and {len(set(values)) - 5} others" if len(set(values)) > 5 else ""
         print(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in common) + more)

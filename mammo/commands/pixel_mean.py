@@ -9,10 +9,16 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mammo.base import cli
 from mammo.base.files import InputError, counted
+from mammo.base.work import run_parallel
+from mammo.images.reading import check_grey, find_images, read_img, resize
 
 DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
 
@@ -20,25 +26,17 @@ DEPTHS = (8, 12, 14, 16)  # bits a pixel of the detectors and scanners in use
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image, or folder searched for them")
-    parser.add_argument(
-        "--img-size", nargs=2, type=cli.positive_int, metavar=("HEIGHT", "WIDTH"),
-        help="resize to this first, as the trainers do, so that all images count alike (default: as stored)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rescale-factor", type=cli.positive_float,
-        help="multiply pixels by this (default: what brings the bits that they use to 0..255)",
-    )  # fmt: skip
+    size_help = "resize to this first, as the trainers do, so that all images count alike (default: as stored)"
+    parser.add_argument("--img-size", nargs=2, type=cli.positive_int, metavar=("HEIGHT", "WIDTH"), help=size_help)
+    factor_help = "multiply pixels by this (default: what brings the bits that they use to 0..255)"
+    parser.add_argument("--rescale-factor", type=cli.positive_float, help=factor_help)
     parser.add_argument("--json", action="store_true", help="print all figures as JSON instead")
     cli.add_parallel_options(parser)
     return parser
 
 
-def measure(path, img_size=None):
-    """(sum and number of pixels after resizing, type, lowest and highest pixel as stored) of one grey image."""
-    import numpy as np
-
-    from mammo.images.reading import check_grey, read_img, resize
-
+def measure_file(path, img_size: Sequence[int] | None = None) -> tuple[float, int, str, float, float]:
+    """Return sum and number of pixels after resizing, and type, lowest and highest pixel as stored, of a grey image."""
     img = check_grey(path, read_img(path, dicom_16_bit=True))
     pixel_type, low, high = img.dtype.name, img.min().item(), img.max().item()
     if img_size:
@@ -47,8 +45,8 @@ def measure(path, img_size=None):
     return total, img.size, pixel_type, low, high
 
 
-def suggest_factor(pixel_types, low, high):
-    """What brings pixels of these types and of this range to 0..255: 255 over the largest value of their bits.
+def suggest_factor(pixel_types: Iterable[str], low: float, high: float) -> float:
+    """Return what brings pixels of these types and this range to 0..255: 255 over the largest value of their bits.
 
     Four digits, as published for 16 bits (0.003891). Raises InputError for pixels that no bits are known for.
     """
@@ -61,19 +59,29 @@ def suggest_factor(pixel_types, low, high):
     return float(f"{255 / (2**bits - 1):.4g}")
 
 
-def pixel_mean(files, img_size=None, rescale_factor=None, jobs=1, backend="loky") -> dict:
+def measure_files(
+    files: Sequence,
+    img_size: Sequence[int] | None = None,
+    rescale_factor: float | None = None,
+    jobs: int = 1,
+    backend: str = "loky",
+) -> dict[str, Any]:
     """Measure grey images. Sums of integer pixels are exact, so the result is the same for any number of jobs.
 
-    img_size: (height, width) to resize to (bicubic) before the mean is taken. rescale_factor: None for the one
-    suggested by the largest pixel of all. Raises InputError for an unreadable image.
+    Args:
+        img_size: (height, width) to resize to (bicubic) before the mean is taken.
+        rescale_factor: None for the one suggested by the largest pixel of all.
+        jobs, backend: see `mammo.base.work.run_parallel`.
 
-    Returns images, pixels, sum, types {name: number of images}, min, max (as stored), mean, rescale_factor, and
-    featurewise_mean, which is the mean times the factor.
+    Returns:
+        images, pixels, sum, types {name: number of images}, min, max (as stored), mean, rescale_factor, and
+        featurewise_mean, which is the mean times the factor.
+
+    Raises:
+        InputError: for an unreadable image.
     """
-    from mammo.base.work import run_parallel
-
     figures = {"images": len(files), "pixels": 0, "sum": 0, "types": {}, "min": float("inf"), "max": float("-inf")}
-    measured = run_parallel(functools.partial(measure, img_size=img_size), files, jobs, backend, "measuring")
+    measured = run_parallel(functools.partial(measure_file, img_size=img_size), files, jobs, backend, "measuring")
     for total, pixels, pixel_type, low, high in measured:
         figures["sum"] += total
         figures["pixels"] += pixels
@@ -88,10 +96,8 @@ def pixel_mean(files, img_size=None, rescale_factor=None, jobs=1, backend="loky"
 def run(**options) -> None:
     """Print the figures; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
-    from mammo.images.reading import find_images
-
     sources = [args.sources] if isinstance(args.sources, (str, Path)) else args.sources
-    figures = pixel_mean(find_images(sources), args.img_size, args.rescale_factor, args.jobs, args.backend)
+    figures = measure_files(find_images(sources), args.img_size, args.rescale_factor, args.jobs, args.backend)
     types, factor, high = figures["types"], figures["rescale_factor"], figures["max"]
     if len(types) > 1:
         counts = ", ".join(f"{count} of {name}" for name, count in types.items())

@@ -4,9 +4,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +28,20 @@ class Scan(NamedTuple):
     file: str
     pixels: np.ndarray  # float32 (rows, columns)
     grid: Grid
+
+
+class Scorer(Protocol):
+    """A way to compute maps: `Sweep`, `ForwardPropagation` or `GradCam`."""
+
+    mode: str
+    strides: tuple[float, float]  # pixels from cell to cell
+    window: tuple[float, float]  # rows and columns of pixels that a cell stands for
+
+    def read(self, fname) -> Scan:
+        """Read an image. Raises InputError."""
+
+    def score(self, scan: Scan) -> np.ndarray:
+        """Return the map of an image: float32 (grid rows, grid columns, classes)."""
 
 
 class Sweep:
@@ -82,7 +96,7 @@ class Sweep:
         return Scan(str(fname), breast, Grid(img.shape, first, self.strides))
 
     def score(self, scan: Scan) -> np.ndarray:
-        """The map of an image: float32 (grid rows, grid columns, classes). Raises InputError."""
+        """Return the map of an image: float32 (grid rows, grid columns, classes). Raises InputError."""
         tops, lefts = window_grid(scan.pixels.shape, self.patch_size, self.strides[0])
         count = len(tops) * len(lefts)
         batch = np.zeros((self.batch_size, *self.window, self.model.input_shape[-1]), np.float32)
@@ -134,7 +148,7 @@ class _WholeImage:
         return Scan(str(fname), img, Grid(img.shape, self.first, self.strides))
 
     def _input(self, scan: Scan) -> np.ndarray:
-        """(1, rows, columns, channels)."""
+        """Return a batch of one, (1, rows, columns, channels), less the mean."""
         img = self.pixels.centered(scan.pixels)
         return np.repeat(img[np.newaxis, ..., np.newaxis], self.model.input_shape[-1], axis=-1)
 
@@ -170,7 +184,7 @@ class ForwardPropagation(_WholeImage):
         self.first = tuple(size / 2 for size in self.window)
 
     def score(self, scan: Scan) -> np.ndarray:
-        """The map of an image: float32 (map rows, map columns, classes)."""
+        """Return the map of an image: float32 (map rows, map columns, classes)."""
         return np.asarray(self.model.predict_on_batch(self._input(scan)))[0]
 
 
@@ -223,7 +237,7 @@ class GradCam(_WholeImage):
         self.window = self.strides
 
     def score(self, scan: Scan) -> np.ndarray:
-        """The maps of an image: float32 (map rows, map columns, classes)."""
+        """Return the maps of an image: float32 (map rows, map columns, classes)."""
         import keras
 
         from mammo.train.devices import gradient_of_output
@@ -332,7 +346,7 @@ class Breast(NamedTuple):
 
 
 def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tuple[list[Breast], list[str]]:
-    """Breasts of a CSV table `patient_id,side,cancer`, in its order, and the faults met.
+    """Read the breasts of a CSV table `patient_id,side,cancer`, in its order, and return the faults met, too.
 
     Images are `<img_folder>/<patient_id>_<side>_<CC|MLO>.png`. patients: use these alone. Faults are patients
     without a row and breasts without any image. Raises InputError for a table that is wrong.
@@ -372,8 +386,8 @@ def check_masks(breast: Breast, roi_mask_dir) -> None:
 
 def score_breasts(
     breasts: Sequence[Breast],
-    scorer,
-    out,
+    scorer: Scorer,
+    out: str | os.PathLike,
     *,
     class_names: Sequence[str],
     options: dict[str, Any],
@@ -383,17 +397,22 @@ def score_breasts(
 ) -> tuple[list[HeatmapRecord], list[str]]:
     """Compute the maps of all breasts and write the map file `out`.
 
-    scorer: a `Sweep`, `ForwardPropagation` or `GradCam`. options: what the maps depend on, kept in the file.
-    jobs: threads that read images while the network works; the maps are the same for any number.
-    on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
+    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there. Those
+    that `out` has are done, too. Images that are newer than their maps are scored again.
 
-    Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there, unless
-    it is to begin `fresh`. Those that `out` has are done, too. Images that are newer than their maps are scored again.
-    Raises InputError where maps are there of a run with other options, or `out` is no map file.
+    Args:
+        options: what the maps depend on, kept in the file.
+        jobs: threads that read images while the network works; the maps are the same for any number.
+        on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
+        fresh: begin anew, whatever is there.
 
-    Returns the records, in the order of `breasts`, and the faults met.
+    Returns:
+        the records, in the order of `breasts`, and the faults met.
+
+    Raises:
+        InputError: where maps are there of a run with other options, or `out` is no map file.
     """
-    parts = Path(f"{out}.parts")
+    parts, faults = Path(f"{out}.parts"), []
     if fresh:
         shutil.rmtree(parts, ignore_errors=True)
     remove_partial(parts)
@@ -404,47 +423,19 @@ def score_breasts(
         "mode": scorer.mode,
         "options": json.loads(json.dumps(options | {"window": [float(size) for size in scorer.window]})),
     }
-    done = {}
-    if not fresh:
-        try:
-            done = _finished(Path(out), breasts, header)
-        except InputError:
-            if not any(parts.glob("*.npz")):  # else these are to replace it
-                raise
-    for breast in breasts:
-        done |= _finished(parts / f"{breast.name}.npz", [breast], header)
+    done = _take_up(breasts, header, None if fresh else Path(out), parts)
     todo = [breast for breast in breasts if breast.name not in done]
     parts.mkdir(parents=True, exist_ok=True)
     if done:
         print(f"{len(done)} of {len(breasts)} breasts are done already")
-
-    def read(breast):
-        try:
-            return {view: scorer.read(path) for view, path in breast.files.items()}
-        except InputError as error:
-            return error
-
-    faults = []
-    scans = zip(todo, prefetch(read, todo, jobs), strict=True)
-    for breast, views in tqdm(scans, total=len(todo), desc="heatmaps", unit="breast", disable=None):
-        record = HeatmapRecord(breast.patient_id, breast.side, breast.cancer)
-        try:
-            if isinstance(views, InputError):
-                raise views
-            for view, scan in views.items():
-                heatmap = scorer.score(scan)
-                if not np.isfinite(heatmap).all():
-                    raise InputError(f"{scan.file}: the network gives NaN or infinity: it has diverged")
-                setattr(record, view, heatmap)
-                setattr(record, f"{view}_file", scan.file)
-                setattr(record, f"{view}_grid", scan.grid)
-        except InputError as error:
+    for breast, result in zip(todo, _score_all(todo, scorer, jobs), strict=True):
+        if isinstance(result, InputError):
             if on_error == "stop":
-                raise
-            faults.append(str(error))
-            continue
-        save_heatmaps(parts / f"{breast.name}.npz", [record], **header)
-        done[breast.name] = record
+                raise result
+            faults.append(str(result))
+        else:
+            save_heatmaps(parts / f"{breast.name}.npz", [result], **header)
+            done[breast.name] = result
     if not done:
         raise InputError(f"{out}: no image could be scored; the first fault: {faults[0]}")
     records = [done[breast.name] for breast in breasts if breast.name in done]
@@ -453,10 +444,53 @@ def score_breasts(
     return records, faults
 
 
-def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, HeatmapRecord]:
-    """The records of `breasts`, by name, that an earlier run kept in the map file `path`, with today's labels.
+def _score_all(breasts: Sequence[Breast], scorer: Scorer, jobs: int) -> Iterator[HeatmapRecord | InputError]:
+    """Yield the maps of each breast, or what is at fault with one of its images."""
 
-    Those of images that have changed since are left out. Raises InputError for maps of other options, or no maps.
+    def read(breast):
+        try:
+            return {view: scorer.read(path) for view, path in breast.files.items()}
+        except InputError as error:
+            return error
+
+    scans = zip(breasts, prefetch(read, breasts, jobs), strict=True)
+    for breast, views in tqdm(scans, total=len(breasts), desc="heatmaps", unit="breast", disable=None):
+        try:
+            yield views if isinstance(views, InputError) else _score_breast(breast, views, scorer)
+        except InputError as error:
+            yield error
+
+
+def _score_breast(breast: Breast, views: dict[str, Scan], scorer: Scorer) -> HeatmapRecord:
+    record = HeatmapRecord(breast.patient_id, breast.side, breast.cancer)
+    for view, scan in views.items():
+        heatmap = scorer.score(scan)
+        if not np.isfinite(heatmap).all():
+            raise InputError(f"{scan.file}: the network gives NaN or infinity: it has diverged")
+        setattr(record, view, heatmap)
+        setattr(record, f"{view}_file", scan.file)
+        setattr(record, f"{view}_grid", scan.grid)
+    return record
+
+
+def _take_up(breasts: Sequence[Breast], header: dict, out: Path | None, parts: Path) -> dict[str, HeatmapRecord]:
+    """Return the records, by name, that earlier runs left in the map file `out`, if given, and in `parts`."""
+    done = {}
+    if out is not None:
+        try:
+            done = _finished(out, breasts, header)
+        except InputError:
+            if not any(parts.glob("*.npz")):  # else these are to replace it
+                raise
+    for breast in breasts:
+        done |= _finished(parts / f"{breast.name}.npz", [breast], header)
+    return done
+
+
+def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, HeatmapRecord]:
+    """Return the records of `breasts`, by name, that an earlier run kept in the map file `path`, with today's labels.
+
+    Records of images that have changed since are left out. Raises InputError for maps of other options, or no maps.
     """
     if not path.exists():
         return {}

@@ -18,10 +18,9 @@ from mammo.train.scoring import NotFiniteError, auc_by_class, auc_line, drop_unr
 
 
 class BestModel(keras.callbacks.Callback):
-    """Keep the model of the best epoch in `filepath`, or in memory when that is `NOSAVE`.
+    """Keep the model of the best epoch of all stages in `filepath`, or in memory when that is `NOSAVE`.
 
-    One instance serves all stages of a training, so the best is over all of them. `model_to_save` is the
-    single-device twin of a model trained on several.
+    model_to_save: the single-device twin of a model trained on several.
     """
 
     def __init__(self, filepath, monitor: str = "val_accuracy", mode: str = "max", model_to_save=None):
@@ -75,8 +74,7 @@ class BestModel(keras.callbacks.Callback):
 class DMAucModelCheckpoint(BestModel):
     """Keep the model of the best mean AUC by class over `test_data`, and print the AUC after each epoch.
 
-    Where the AUC is undefined because the set holds a single class, it says so once and the lowest validation
-    loss decides instead.
+    Where the set holds a single class, the AUC is undefined: this is said once, and the lowest validation loss decides.
     """
 
     def __init__(self, filepath, test_data, test_samples=None, batch_size=None, model_to_save=None):
@@ -102,18 +100,15 @@ class DMAucModelCheckpoint(BestModel):
             return mean
         if not self._warned:
             self._warned = True
-            print(
-                "validation set: the AUC is undefined because a class has no samples; the model of the lowest "
-                "validation loss is kept",
-                file=sys.stderr,
-            )
+            reason = "the AUC is undefined because a class has no samples"
+            print(f"validation set: {reason}; the model of the lowest validation loss is kept", file=sys.stderr)
         return super().score(epoch, logs)
 
     @staticmethod
     def calc_test_auc(
         test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False, on_batch=None
     ):
-        """AUC of `model` on a set.
+        """Return the AUC of `model` on a set.
 
         Args:
             test_set: a `PyDataset`, or arrays (x, y) or (x, y, sample weights); one-hot or 0/1 labels.
@@ -160,11 +155,9 @@ class FiniteLoss(keras.callbacks.Callback):
         self.failed = self.model.stop_training = True
         names = getattr(self.train_set, "batch_names", None)
         files = f" ({', '.join(names(batch))})" if names else ""
-        print(
-            f"training stopped in epoch {self._epoch + 1} at batch {batch + 1}: the loss is not finite{files}. Lower "
-            "--init-learningrate, or check the rescale factor and the mean",
-            file=sys.stderr,
-        )
+        place = f"training stopped in epoch {self._epoch + 1} at batch {batch + 1}"
+        remedy = "Lower --init-learningrate, or check the rescale factor and the mean"
+        print(f"{place}: the loss is not finite{files}. {remedy}", file=sys.stderr)
 
 
 class HistoryFile(keras.callbacks.Callback):
@@ -206,10 +199,7 @@ class HistoryFile(keras.callbacks.Callback):
 
 
 def plot_history(path: Path, table, stage_begins=()) -> None:
-    """Draw the learning curves of `table`, as `HistoryFile` writes it.
-
-    stage_begins: numbers of epochs after which a line says that another stage began.
-    """
+    """Draw the learning curves of `table`, as `HistoryFile` writes it; a line follows each epoch of `stage_begins`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -229,7 +219,7 @@ def plot_history(path: Path, table, stage_begins=()) -> None:
 
 
 def tensorboard(log_dir) -> keras.callbacks.Callback:
-    """Keras's TensorBoard callback, without the graph. Raises InputError where a package that it needs is missing."""
+    """Return Keras's TensorBoard callback, without the graph. Raises InputError where a package for it is missing."""
     missing = [name for name in ("tensorflow", "tensorboard") if find_spec(name) is None]
     if missing:
         raise InputError(f"--tensorboard: its logs are written by other packages: pip install {' '.join(missing)}")

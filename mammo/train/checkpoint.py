@@ -21,36 +21,20 @@ import h5py
 import keras
 import numpy as np
 
+from mammo.base import guards
 from mammo.base.files import InputError, atomic_write, one_line
-from mammo.base.guards import (
-    MODEL_MEMBERS,
-    check_archive,
-    check_bytes,
-    check_h5,
-    check_pixels,
-    parse_json,
-    readable,
-    refuse_code,
-)
 
 # Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
-_KERAS1_WEIGHTS = {
-    "W": "kernel",
-    "b": "bias",
-    "running_mean": "moving_mean",
-    "running_std": "moving_variance",
-}
+_KERAS1_WEIGHTS = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
 
 
 def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras.Model:
-    """Open a full model: `.h5` of Keras 2.0 and later, flat or nested, compiled or not, or `.keras`.
+    """Open a full model, uncompiled: `.h5` of Keras 2.0 and later, flat or nested, or `.keras`; the file is only read.
 
-    The file is only read. Layer names, `trainable` flags, L2 factors and dropout rates are those of the file;
-    every weight in it is used and every weight of the model is found there. The optimizer is not restored: the
-    model comes uncompiled. A file that holds Python code (Lambda layers) is refused unless `trust_checkpoint`, and in
-    any case one that describes more weights than it holds, or leads to other files.
-
-    Raises InputError for a file that is missing, damaged, without an architecture, or refused.
+    Layer names, `trainable` flags, L2 factors and dropout rates are those of the file; every weight in it is used and
+    every weight of the model is found there. Raises InputError for a file that is missing, damaged, without an
+    architecture, or refused: for Python code (Lambda layers), unless `trust_checkpoint`, and in any case for describing
+    more weights than it holds, or leading to other files.
     """
     path = _existing_file(path)
     if zipfile.is_zipfile(path):
@@ -59,11 +43,9 @@ def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras
         return model
     with _open_h5(path) as h5:
         if "model_config" not in h5.attrs:
-            raise InputError(
-                f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). Received weights only: "
-                "build the model first, then load_weights(model, path)"
-            )
-        description = parse_json(h5.attrs["model_config"])
+            remedy = "Received weights only: build the model first, then load_weights(model, path)"
+            raise InputError(f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). {remedy}")
+        description = guards.parse_json(h5.attrs["model_config"])
         old = _text(h5.attrs.get("keras_version", "2")).startswith("2")
         model = _build(_describe_legacy(description, old, path), _count(h5), path, trust_checkpoint)
         _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
@@ -100,16 +82,14 @@ def load_weights(model: keras.Model, path: str | os.PathLike, strict: bool = Tru
 def save_model(model: keras.Model, path: str | os.PathLike) -> None:
     """Save a functional or Sequential model without optimizer state; the name ending chooses the format.
 
-    `.weights.h5`: weights alone; `.h5`: a full model in the legacy format; `.keras`: a full model in today's
-    format. Whatever the `trainable` flags of layers and single variables, the stock `keras.saving.load_model` reads
-    the file correctly, as a model that computes in float32. The file appears only when complete: on any failure an
-    old file of this name stays whole.
+    `.weights.h5`: weights alone; `.h5`: a full model in the legacy format; `.keras`: one in today's. Whatever the
+    `trainable` flags, the stock `keras.saving.load_model` reads the file correctly, as a model that computes in
+    float32. On any failure an old file of this name stays whole.
 
     Raises InputError for an unknown ending, another kind of model or a file that cannot be written.
     """
     path = Path(path)
     check_model_name(path)
-    # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
     try:
         # What the caller called a Sequential model is read again as a functional one.
         ends = (model.inputs, model.outputs) if isinstance(model, keras.Sequential) else (model.input, model.output)
@@ -118,14 +98,11 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
             f"{path}: cannot be written: Expected a model whose layers are connected from its inputs to its outputs. "
             f"Received {type(model).__name__} {model.name}"
         ) from None
+    # The same layers in a model that was never compiled: no optimizer to save, and the caller's model is untouched.
     bare = keras.Model(*ends, name=model.name, trainable=model.trainable)
     try:
-        with (
-            atomic_write(path, durable=True) as temporary,
-            _flags_of_layers(bare),
-            _in_float32(bare),
-            _without_legacy_notice(),
-        ):
+        whole = atomic_write(path, durable=True)
+        with whole as temporary, _flags_of_layers(bare), _in_float32(bare), _without_legacy_notice():
             if path.name.endswith(".weights.h5"):
                 _save_weights(bare, temporary)
             elif path.suffix == ".keras":
@@ -133,8 +110,7 @@ def save_model(model: keras.Model, path: str | os.PathLike) -> None:
             else:
                 _save_legacy(bare, temporary)
     except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
-        errno = getattr(error, "errno", None)
-        reason = os.strerror(errno) if errno else _one_line(error)
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else _one_line(error)
         raise InputError(f"{path}: cannot be written: {reason}") from error
 
 
@@ -161,7 +137,7 @@ def _existing_file(path: str | os.PathLike) -> Path:
 def _open_h5(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as h5:
-            check_h5(path, h5, path.stat().st_size)
+            guards.check_h5(path, h5, path.stat().st_size)
             yield h5
     except InputError:
         raise
@@ -177,17 +153,16 @@ def _read_archive(path: Path) -> tuple[dict, int]:
     """The description of the model in a `.keras` file, and the number of values that it holds."""
     if path.suffix != ".keras":  # Keras chooses its reader by the name
         raise InputError(f"{path}: is a zip archive. If it is a Keras model, rename it to end in .keras")
-    with readable(path, "cannot be opened as a Keras model: {}"):
-        check_archive(path)
+    with guards.readable(path, "cannot be opened as a Keras model: {}"):
+        guards.check_archive(path)
         with zipfile.ZipFile(path) as archive:
-            if others := set(archive.namelist()) - MODEL_MEMBERS:
-                raise InputError(
-                    f"{path}: refused: holds {min(others)!r}. Expected {', '.join(sorted(MODEL_MEMBERS))} alone"
-                )
-            description = parse_json(archive.read("config.json"))
+            if others := set(archive.namelist()) - guards.MODEL_MEMBERS:
+                expected = ", ".join(sorted(guards.MODEL_MEMBERS))
+                raise InputError(f"{path}: refused: holds {min(others)!r}. Expected {expected} alone")
+            description = guards.parse_json(archive.read("config.json"))
             description.pop("compile_config", None)  # never used here
             with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as h5:
-                check_h5(path, h5, path.stat().st_size)
+                guards.check_h5(path, h5, path.stat().st_size)
                 return description, _count(h5)
 
 
@@ -216,7 +191,7 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
     with keras.StatelessScope() as scope:  # the variables made in it get their memory as it ends
         try:
             if not trust_checkpoint:
-                refuse_code(description, path)
+                guards.refuse_code(description, path)
             # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
             model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
             _check_size(model, stored, path)
@@ -239,9 +214,8 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
 def _check_name(model, path: Path) -> None:
     """TensorFlow takes no others, and says so only when the model is run."""
     if not re.fullmatch(r"[A-Za-z0-9.][\w.\\/>-]*", model.name, re.ASCII):
-        raise InputError(
-            f"{path}: Expected a model's name of letters, digits, '_', '.', '-'. Received {one_line(model.name, 100)!r}"
-        )
+        received = repr(one_line(model.name, 100))
+        raise InputError(f"{path}: Expected a model's name of letters, digits, '_', '.', '-'. Received {received}")
 
 
 def _check_size(model, stored: int, path: Path) -> None:
@@ -252,9 +226,9 @@ def _check_size(model, stored: int, path: Path) -> None:
         raise InputError(f"{path}: refused: describes {described} weights. Expected at most the {stored} that it holds")
     # Their values can be stored in less than they take here, or not at all.
     described = sum(math.prod(weight.shape) * np.dtype(weight.dtype).itemsize for weight in model.weights)
-    check_bytes(path, described, path.stat().st_size)
+    guards.check_bytes(path, described, path.stat().st_size)
     for shape in (tensor.shape for tensor in model.inputs):
-        check_pixels(path, 1, math.prod(size or 1 for size in shape[1:]))
+        guards.check_pixels(path, 1, math.prod(size or 1 for size in shape[1:]))
 
 
 def _one_line(error: Exception) -> str:
@@ -266,27 +240,20 @@ def _one_line(error: Exception) -> str:
 
 def _patch_keras2(config: dict) -> None:
     """Bring the configuration of a Keras 2 functional model to what Keras 3 reads, nested models included."""
+    nested = {layer["name"] for layer in config["layers"] if "layers" in layer["config"]}
     for layer in config["layers"]:
         if "layers" in layer["config"]:
             _patch_keras2(layer["config"])
         _patch_regularizers(layer["config"])
-        _patch_separable_convolution(layer)
-    _patch_node_indices(config["layers"])
-    _patch_single_ends(config)
-
-
-def _patch_node_indices(layers: list[dict]) -> None:
-    """Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 numbers them from 0."""
-    nested = {layer["name"] for layer in layers if "layers" in layer["config"]}
-    for layer in layers:
-        for node in layer["inbound_nodes"]:
-            for reference in node:
-                if reference[0] in nested:
-                    reference[1] -= 1
-
-
-def _patch_single_ends(config: dict) -> None:
-    """Keras 2 lists inputs and outputs even when there is one; Keras 3 would then warn at each call with a tensor."""
+        # Later Keras 2 versions also wrote the unused settings that the layer inherits from Conv2D.
+        if layer["class_name"] == "SeparableConv2D":
+            for key in ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"):
+                layer["config"].pop(key, None)
+        # Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 from 0.
+        for reference in (each for node in layer["inbound_nodes"] for each in node):
+            if reference[0] in nested:
+                reference[1] -= 1
+    # Keras 2 lists inputs and outputs even when there is one; Keras 3 would then warn at each call with a tensor.
     for key in ("input_layers", "output_layers"):
         if len(config[key]) == 1:
             config[key] = config[key][0]
@@ -299,13 +266,6 @@ def _patch_regularizers(config: dict) -> None:
             for key, factor in setting["config"].items():
                 value = factor["value"] if isinstance(factor, dict) else factor
                 setting["config"][key] = float(np.asarray(value).item())
-
-
-def _patch_separable_convolution(layer: dict) -> None:
-    """Later Keras 2 versions also wrote the unused settings that the layer inherits from Conv2D."""
-    if layer["class_name"] == "SeparableConv2D":
-        for key in ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"):
-            layer["config"].pop(key, None)
 
 
 # Weights by name
@@ -325,12 +285,9 @@ def _names(group: h5py.Group, attribute: str) -> list[str]:
 
 def _stored_weights(group: h5py.Group) -> dict[str, dict[str, h5py.Dataset]]:
     """Layer name -> weight name -> data, for the layers of a legacy file that hold weights."""
-    stored = {}
-    for layer in _names(group, "layer_names"):
-        weights = {name: group[layer][name] for name in _names(group[layer], "weight_names")}
-        if weights:
-            stored[layer] = weights
-    return stored
+    layers = _names(group, "layer_names")
+    stored = {layer: {name: group[layer][name] for name in _names(group[layer], "weight_names")} for layer in layers}
+    return {layer: weights for layer, weights in stored.items() if weights}
 
 
 def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset]], path: Path, strict: bool) -> None:
@@ -448,20 +405,15 @@ def _pair_variables(layer: keras.Layer, weights: dict[str, h5py.Dataset], where:
 
 def _load_by_structure(model: keras.Model, path: Path) -> None:
     # Keras raises many types here, all for a file that does not fit, and warns of what then fails.
-    with readable(path, "weights do not fit the model: {}"), warnings.catch_warnings(action="ignore"):
+    with guards.readable(path, "weights do not fit the model: {}"), warnings.catch_warnings(action="ignore"):
         model.load_weights(path)
 
 
 def _check_weight_count(model: keras.Model, h5: h5py.File, path: Path) -> None:
     """Keras reads a `.weights.h5` file of a larger model without a word, leaving out what does not fit."""
-    count = 0
-
-    def visit(name: str, item: h5py.HLObject) -> None:
-        nonlocal count
-        count += isinstance(item, h5py.Dataset) and "seed_generator" not in name
-
-    h5["layers"].visititems(visit)
-    if count != len(model.weights):
+    names: list[str] = []
+    h5["layers"].visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    if (count := sum("seed_generator" not in name for name in names)) != len(model.weights):
         raise InputError(
             f"{path}: Expected {len(model.weights)} weight tensors, as the model has. Received {count}: "
             "a checkpoint of another architecture?"
@@ -484,9 +436,8 @@ def leaf_layers(model: keras.Model) -> Iterator[keras.Layer]:
 def _flags_of_layers(model: keras.Model) -> Iterator[None]:
     """Within the block every variable is as trainable as its layer, as in a model just loaded.
 
-    Legacy files are written, and read by stock Keras, in an order that depends on the flags of the variables, while
-    only the flags of the layers are stored. With a frozen gamma in a trainable batch normalisation the two orders
-    would differ.
+    Stock Keras writes and reads legacy files in an order that depends on the flags of variables, while only those of
+    layers are stored: with a frozen gamma in a trainable batch normalization the two orders would differ.
     """
     before = [(variable, variable.trainable) for variable in model.variables]
     for layer in leaf_layers(model):
@@ -547,11 +498,7 @@ def _save_weights(model: keras.Model, path: Path) -> None:
     archive = path.with_suffix(".keras")
     try:
         keras.saving.save_model(model, archive)
-        with (
-            zipfile.ZipFile(archive) as members,
-            members.open("model.weights.h5") as source,
-            path.open("wb") as target,
-        ):
+        with zipfile.ZipFile(archive) as members, members.open("model.weights.h5") as source, path.open("wb") as target:
             shutil.copyfileobj(source, target)
     finally:
         archive.unlink(missing_ok=True)

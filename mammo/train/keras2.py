@@ -6,10 +6,6 @@ from keras import ops
 from mammo.base.files import InputError
 from mammo.train.devices import mean_over_devices
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loss, metrics, optimizers: the published arithmetic
-# ---------------------------------------------------------------------------------------------------------------
-
 
 class WeightedCrossentropy(keras.losses.CategoricalCrossentropy):
     """Categorical cross-entropy averaged over the samples of non-zero weight, as Keras 2 did, of all devices.
@@ -116,28 +112,25 @@ class _Nadam(keras.optimizers.Nadam):
         self.assign_sub(variable, ops.cast(learning_rate, dtype) * m_hat / (ops.sqrt(v_hat) + self.epsilon))
 
 
-def create_optimizer(optim_name: str, lr: float, accumulate: int = 1) -> keras.Optimizer:
-    """Optimizer by its name on the command line, with the arithmetic of Keras 2.0 (epsilon 1e-8).
+_EPSILON = {"epsilon": 1e-8}
+_OPTIMIZERS = {
+    "sgd": (keras.optimizers.SGD, {"momentum": 0.9, "nesterov": True}),
+    "rmsprop": (_RMSprop, {"name": "rmsprop", "rho": 0.9, **_EPSILON}),
+    "adagrad": (_Adagrad, {"name": "adagrad", "initial_accumulator_value": 0.0, **_EPSILON}),
+    "adadelta": (keras.optimizers.Adadelta, {"rho": 0.95, **_EPSILON}),
+    "adam": (keras.optimizers.Adam, _EPSILON),
+    "adamax": (keras.optimizers.Adamax, _EPSILON),
+    "nadam": (_Nadam, {"name": "nadam", **_EPSILON}),
+}
 
-    `sgd` has Nesterov momentum 0.9. With `accumulate` above 1 it takes one step for the mean gradient of that many
-    batches. Raises InputError for an unknown name.
+
+def create_optimizer(optim_name: str, lr: float, accumulate: int = 1) -> keras.Optimizer:
+    """Return the optimizer of this name on the command line, with the arithmetic of Keras 2.0.
+
+    It takes one step for the mean gradient of `accumulate` batches. Raises InputError for an unknown name.
     """
-    common = {"gradient_accumulation_steps": accumulate if accumulate > 1 else None}
-    eps = 1e-8
-    if optim_name == "sgd":
-        return keras.optimizers.SGD(lr, momentum=0.9, nesterov=True, **common)
-    if optim_name == "rmsprop":
-        return _RMSprop(lr, name="rmsprop", rho=0.9, epsilon=eps, **common)
-    if optim_name == "adagrad":
-        return _Adagrad(lr, name="adagrad", initial_accumulator_value=0.0, epsilon=eps, **common)
-    if optim_name == "adadelta":
-        return keras.optimizers.Adadelta(lr, rho=0.95, epsilon=eps, **common)
-    if optim_name == "adam":
-        return keras.optimizers.Adam(lr, epsilon=eps, **common)
-    if optim_name == "adamax":
-        return keras.optimizers.Adamax(lr, epsilon=eps, **common)
-    if optim_name == "nadam":
-        return _Nadam(lr, name="nadam", epsilon=eps, **common)
-    raise InputError(
-        f"--optimizer: Expected sgd, rmsprop, adagrad, adadelta, adam, adamax or nadam. Received {optim_name}"
-    )
+    if optim_name not in _OPTIMIZERS:
+        expected = "sgd, rmsprop, adagrad, adadelta, adam, adamax or nadam"
+        raise InputError(f"--optimizer: Expected {expected}. Received {optim_name}")
+    build, options = _OPTIMIZERS[optim_name]
+    return build(lr, gradient_accumulation_steps=accumulate if accumulate > 1 else None, **options)

@@ -14,13 +14,11 @@ from mammo.base.files import InputError
 from mammo.train.checkpoint import leaf_layers
 from mammo.train.devices import training_scope
 
-# ---------------------------------------------------------------------------------------------------------------
-# Half precision
-# ---------------------------------------------------------------------------------------------------------------
+# --- Half precision -------------------------------------------------------------------------------------------------
 
 
 def half_type() -> str:
-    """The 16-bit type to compute in: `float16` on a GPU, which every GPU has, and `bfloat16` on anything else.
+    """Return the 16-bit type to compute in: `float16` on a GPU, which every GPU has, and `bfloat16` on anything else.
 
     On a processor a convolution in float16 took 2 to 10 times as long as in float32; in bfloat16 two thirds with
     TensorFlow and PyTorch, though 2.4 times with JAX.
@@ -38,11 +36,10 @@ def half_type() -> str:
 def mixed_precision(model: keras.Model, half: str | None = None) -> None:
     """Let `model` compute in `half` (default: `half_type()`) and keep its variables in float32, in place.
 
-    Layers whose output is a vector per image (pooling to a vector, dense tops) and softmax layers stay in float32:
-    they take next to no memory, and the probabilities and the loss need the digits. Batch normalization computes
-    its statistics in float32 of itself.
-    Takes effect when the model is compiled next; `compile` then also scales the loss of a float16 model, so that
-    small gradients do not vanish: the first steps may be skipped while the scale is too large.
+    Layers whose output is a vector per image and softmax layers stay in float32: they take next to no memory, and the
+    probabilities and the loss need the digits. Batch normalization computes its statistics in float32 of itself.
+    Takes effect when the model is compiled next; `compile` then also scales the loss of a float16 model, so that small
+    gradients do not vanish: the first steps may be skipped while the scale is too large.
     """
     policy = f"mixed_{half or half_type()}"
     for layer in leaf_layers(model):
@@ -54,7 +51,7 @@ def mixed_precision(model: keras.Model, half: str | None = None) -> None:
 
 
 def full_precision(model: keras.Model) -> None:
-    """Undo `mixed_precision`: let every layer compute in float32. Takes effect when the model is compiled next."""
+    """Undo `mixed_precision`: every layer computes in float32 once the model is compiled next."""
     for layer in leaf_layers(model):
         layer.dtype_policy = "float32"
     _set_model_policy(model, "float32")
@@ -70,9 +67,7 @@ def _set_model_policy(model, policy):
             _set_model_policy(layer, policy)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Recomputing activations
-# ---------------------------------------------------------------------------------------------------------------
+# --- Recomputing activations ----------------------------------------------------------------------------------------
 
 
 class Recomputed(keras.Layer):
@@ -159,9 +154,7 @@ def _cuts(graph) -> list[int]:
     return cuts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a training step takes
-# ---------------------------------------------------------------------------------------------------------------
+# --- What a training step takes -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,11 +188,8 @@ def training_memory(
     """
     graph = _unfold(model, _known_size(model, image_size))
     trained = {id(variable): (layer, variable) for layer in graph.layers for variable in layer.trainable_variables}
-    numbers = halves = 0
-    for layer, variable in trained.values():
-        numbers += int(np.prod(variable.shape))
-        if _working_type(layer) != "float32":
-            halves += int(np.prod(variable.shape))
+    numbers = sum(int(np.prod(variable.shape)) for _, variable in trained.values())
+    halves = sum(int(np.prod(v.shape)) for layer, v in trained.values() if _working_type(layer) != "float32")
     _, activations, transient = _peak(graph, graph.ends)
     return TrainingMemory(
         weights=4 * sum(int(np.prod(variable.shape)) for variable in model.weights) + 2 * halves,
@@ -319,26 +309,16 @@ def _kept_bytes(graph) -> list[int]:
         if isinstance(layer, layers.Dropout) and layer.rate > 0:
             kept[index] += _bytes(step.output)
         if isinstance(layer, layers.SeparableConv2D) and trains:  # the maps between its two convolutions
-            kept[index] += (
-                _bytes(step.inputs[0])
-                * step.output.shape[1]
-                * step.output.shape[2]
-                // (step.inputs[0].shape[1] * step.inputs[0].shape[2])
-            )
+            pixels = [tensor.shape[1] * tensor.shape[2] for tensor in (step.inputs[0], step.output)]
+            kept[index] += _bytes(step.inputs[0]) * pixels[1] // pixels[0]
     return kept
 
 
 # Layers whose gradient needs neither input nor output.
 _LINEAR = (
-    layers.Activation,  # needs its output, see below
-    layers.Add,
-    layers.AveragePooling2D,
-    layers.Concatenate,
-    layers.Dropout,
-    layers.Flatten,
-    layers.GlobalAveragePooling2D,
-    layers.ReLU,
-    layers.ZeroPadding2D,
+    layers.Activation,  # needs its output, as below
+    *(layers.Add, layers.AveragePooling2D, layers.Concatenate, layers.Dropout, layers.Flatten),
+    *(layers.GlobalAveragePooling2D, layers.ReLU, layers.ZeroPadding2D),
 )
 
 

@@ -37,6 +37,10 @@ _KEPT = {
 _GENERATIONS = ("state-0.npz", "state-1.npz")
 
 
+# Where a training is, as the description of its state names it; attributes of the same names.
+_PROGRESS = ("stage", "stage_ended", "step", "position", "counters")
+
+
 class TrainingState(keras.callbacks.Callback):
     """The state of a training in stages: the last of its callbacks, which all stages share.
 
@@ -102,20 +106,19 @@ class TrainingState(keras.callbacks.Callback):
         if (read := _read(self._saved[0][1])) is None:
             raise self._unreadable()
         description, self._loaded = read
-        self.history, self.finished = description["history"], description["finished"]
         self._number = description["number"] + 1
-        self._stage, self._stage_ended = description["stage"], description["stage_ended"]
-        self._step, self._position = description["step"], description["position"]
-        self._counters = description["counters"]
+        self.history, self.finished = description["history"], description["finished"]
+        for name in _PROGRESS:
+            setattr(self, f"_{name}", description[name])
         _set_counters(callbacks, self._counters)
         for callback in callbacks:
             if hasattr(callback, "weights"):
                 callback.weights = self._arrays("best") or None
             for file in getattr(callback, "files", ()):
                 if not Path(file).exists():
+                    what = f"the best model of the training that {self.folder} holds"
                     raise InputError(
-                        f"{file}: is gone, the best model of the training that {self.folder} holds. Put it back to go "
-                        "on with it, or start over with --fresh"
+                        f"{file}: is gone, {what}. Put it back to go on with it, or start over with --fresh"
                     )
         if self.finished:
             print(f"this training is finished ({len(self.history)} epochs); --fresh trains anew", flush=True)
@@ -127,10 +130,9 @@ class TrainingState(keras.callbacks.Callback):
                 try:
                     callback.restore(model)
                 except InputError as error:
-                    raise InputError(
-                        f"{error}. It should be the best model of the training that {self.folder} holds: put that back "
-                        "to go on, or start over with --fresh"
-                    ) from error
+                    what = f"the best model of the training that {self.folder} holds"
+                    remedy = "put that back to go on, or start over with --fresh"
+                    raise InputError(f"{error}. It should be {what}: {remedy}") from error
         self._assign(model.variables, "model")
         self._random = self._arrays("random")
         train_set.go_to(*self._position, self._step)
@@ -302,24 +304,12 @@ class TrainingState(keras.callbacks.Callback):
             return None
         arrays = {"best": _best_weights(self._watched)}
         if not self.finished:
-            arrays |= {
-                "model": _values(self._model.variables),
-                "optimizer": _values(self._fitted.optimizer.variables),
-                "metrics": self._metrics,
-                "random": self._random,
-            }
-        description = {
-            "number": self._number,
-            "finished": self.finished,
-            "options": self._options,
-            "variables": _kinds(self._model.variables),
-            "history": self.history,
-            "stage": self._stage,
-            "stage_ended": self._stage_ended,
-            "step": self._step,
-            "position": self._position,
-            "counters": self._counters,
-        }
+            optimizer = _values(self._fitted.optimizer.variables)
+            arrays |= {"model": _values(self._model.variables), "optimizer": optimizer}
+            arrays |= {"metrics": self._metrics, "random": self._random}
+        description = {"number": self._number, "finished": self.finished, "options": self._options}
+        description |= {"variables": _kinds(self._model.variables), "history": self.history}
+        description |= {name: getattr(self, f"_{name}") for name in _PROGRESS}
         named = {f"{group}_{i}": value for group, values in arrays.items() for i, value in enumerate(values)}
         name = _GENERATIONS[self._number % len(_GENERATIONS)]
         _write(self.folder / name, description, named)

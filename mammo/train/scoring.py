@@ -18,7 +18,7 @@ class NotFiniteError(InputError):
 
 
 def flip_all_img(x: np.ndarray) -> list[np.ndarray]:
-    """The four flips of a batch (N, H, W, C): as it is, left-right, up-down, both."""
+    """Return the four flips of a batch (N, H, W, C): as it is, left-right, up-down, both."""
     return [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
 
 
@@ -44,17 +44,17 @@ def predict(
         on_batch: called after each batch.
 
     Returns:
-        (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where
-        there are no weights or `flips` is off. See `without_lost`.
+        (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where there
+        are no weights or `flips` is off. See `drop_unreadable`.
     """
     from keras.tree import map_structure
 
     predict_batch = getattr(model, "predict_on_batch", None) or model.predict
     columns: tuple[list, ...] = ([], [], [], [])
     seen = 0
-    for x, y, *w in tqdm(
-        _batches(data, batch_size), total=_nb_batch(data), desc="predict", disable=None if progress else True
-    ):
+    total = None if isinstance(data, (tuple, list)) else len(data)
+    batches = _batches(data, batch_size)
+    for x, y, *w in tqdm(batches, total=total, desc="predict", disable=None if progress else True):
         room = len(y) if samples is None else samples - seen
         if room <= 0:
             break
@@ -76,7 +76,7 @@ def predict(
 
 
 def drop_unreadable(y_true: np.ndarray, *columns: np.ndarray | None) -> tuple[np.ndarray | None, ...]:
-    """The rows of y_true (N, classes) and of columns (N, ...) without those of lost images, whose labels are zeros.
+    """Return the rows of y_true (N, classes) and of columns (N, ...) without lost images, whose labels are zeros.
 
     Labels of a single column are taken as they are, since 0 is a class there. Columns may be None.
     """
@@ -84,10 +84,6 @@ def drop_unreadable(y_true: np.ndarray, *columns: np.ndarray | None) -> tuple[np
         return y_true, *columns
     there = y_true.any(axis=1)
     return tuple(None if column is None else column[there] for column in (y_true, *columns))
-
-
-def _nb_batch(data) -> int | None:
-    return None if isinstance(data, (tuple, list)) else len(data)
 
 
 def _batches(data, batch_size: int | None):
@@ -141,7 +137,7 @@ def pred_2view_img_list(
 
 
 def make_pred_case(cc_phms: Sequence[np.ndarray] | None, mlo_phms: Sequence[np.ndarray] | None, classifier) -> float:
-    """Probability of cancer in one breast, from the probability maps of its images.
+    """Return the probability of cancer in one breast, from the probability maps of its images.
 
     Args:
         cc_phms, mlo_phms: (rows, columns, classes) maps of the images of each view; None or empty for a view without.
@@ -155,7 +151,7 @@ def make_pred_case(cc_phms: Sequence[np.ndarray] | None, mlo_phms: Sequence[np.n
 
 
 def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Area under the ROC curve of each class against the rest, NaN where the labels hold only one side.
+    """Return the area under the ROC curve of each class against the rest, NaN where the labels hold only one side.
 
     Args:
         y_true: one-hot labels (N, C), or 0/1 labels (N,) or (N, 1).
@@ -186,17 +182,17 @@ def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | N
 
 
 def auc_line(auc: np.ndarray, class_list: Sequence[str] | None = None) -> str:
-    """AUC by class and their mean, as text; undefined ones are `nan`."""
+    """Return the AUC by class and their mean as text; undefined ones are `nan`."""
     names = class_list or [str(i) for i in range(len(auc))]
     by_class = ", ".join(f"{name}: {value:.4f}" for name, value in zip(names, auc, strict=True))
     return f"{by_class}, mean: {np.nanmean(auc) if np.isfinite(auc).any() else np.nan:.4f}"
 
 
 def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, AUC, precision and recall by class, and the confusion matrix, of one-hot labels and probabilities.
+    """Return accuracy, AUC, precision and recall by class, and the confusion matrix.
 
     Args:
-        y_true, y_pred: (N, C); the most probable class is the predicted one.
+        y_true, y_pred: (N, C) one-hot labels and probabilities; the most probable class is the predicted one.
 
     Returns:
         `classes` (the names, in the order of the matrix), `confusion_matrix` (rows: truth), `auc`, `precision` and
@@ -225,7 +221,7 @@ def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Se
 
 
 def scores_table(scores: dict[str, Any]) -> str:
-    """The scores of `classification_scores` as text: a row a class, and the confusion matrix beside it."""
+    """Return `classification_scores` as text: a row a class, and the confusion matrix beside it."""
     import pandas as pd
 
     names = scores["classes"]

@@ -248,20 +248,20 @@ def test_mean_of_resized_images_is_that_of_the_trainers(tmp_path):
     rng = np.random.default_rng(1)
     files = [write_png(tmp_path / f"{k}.png", rng.integers(0, 65536, (60 + k, 41), dtype=np.uint16)) for k in range(5)]
     expected = np.mean([read_resize_img(path, (32, 24), rescale_factor=0.003891).mean(dtype=float) for path in files])
-    one = pixel_mean.pixel_mean(files, (32, 24))
+    one = pixel_mean.measure_files(files, (32, 24))
     assert one["featurewise_mean"] == pytest.approx(expected, rel=1e-6)
     assert one["pixels"] == 5 * 32 * 24
     # To the last unit: the 2017 program's resizing, which OpenCV's own differs from where it uses Intel's library.
     assert one["sum"] == sum(int(read_resize_img(path, (32, 24)).sum(dtype=float)) for path in files)
-    assert pixel_mean.pixel_mean(files[::-1], (32, 24), jobs=2) == one
-    assert pixel_mean.pixel_mean(files, (32, 24), rescale_factor=0.5)["featurewise_mean"] == one["mean"] * 0.5
+    assert pixel_mean.measure_files(files[::-1], (32, 24), jobs=2) == one
+    assert pixel_mean.measure_files(files, (32, 24), rescale_factor=0.5)["featurewise_mean"] == one["mean"] * 0.5
 
 
 def test_sums_do_not_overflow(monkeypatch):
     """The sum of a training set of 16-bit mammograms takes more than 32 bits, and is exact beyond 53."""
     results = iter([(2**62 + 1, 2**47, "uint16", 0, 65535)] * 3)
-    monkeypatch.setattr(pixel_mean, "measure", lambda path, img_size: next(results))
-    assert pixel_mean.pixel_mean(["a", "b", "c"])["sum"] == 3 * (2**62 + 1)
+    monkeypatch.setattr(pixel_mean, "measure_file", lambda path, img_size: next(results))
+    assert pixel_mean.measure_files(["a", "b", "c"])["sum"] == 3 * (2**62 + 1)
 
 
 def test_warnings(tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_the_mean_of_dicom_files_is_that_of_their_16_bit_images(tmp_path, dtype,
     lowest = -(2 ** (bits - 1)) if dtype == "int16" else 0
     pixels = np.linspace(lowest, lowest + 2**bits - 1, 64).astype(dtype).reshape(8, 8)
     write_png(tmp_path / "png" / "a.png", read_dicom_16_bit(write_dicom(tmp_path / "a.dcm", pixels, bits))[0])
-    assert pixel_mean.pixel_mean([tmp_path / "a.dcm"]) == pixel_mean.pixel_mean([tmp_path / "png" / "a.png"])
+    assert pixel_mean.measure_files([tmp_path / "a.dcm"]) == pixel_mean.measure_files([tmp_path / "png" / "a.png"])
 
 
 @pytest.mark.parametrize(

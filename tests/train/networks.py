@@ -1,13 +1,49 @@
 """Small networks, and a stand-in for Keras's compile and fit: what tests of networks and of stages share."""
 
 import gzip
+from contextlib import contextmanager
 
 import keras
 import pytest
 from keras import layers
 
 from dm_keras_ext import do_2stage_training
+from mammo.train import callbacks, scoring
 from mammo.train.checkpoint import leaf_layers
+
+EAGER = {"run_eagerly": True} if keras.backend.backend() == "tensorflow" else {}
+
+
+@contextmanager
+def quick_training():
+    """Train small networks quickly: steps are run, not traced and compiled first, and no picture is drawn."""
+    compile_model = keras.Model.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras.Model, "compile", lambda *args, **kwargs: compile_model(*args, **EAGER | kwargs))
+        patch.setattr(callbacks, "plot_history", lambda *args: None)
+        patch.setattr(scoring, "plot_roc", lambda *args: None)
+        yield
+
+
+def outputs(model, x):
+    """Return what a model gives for a batch, without the time that `predict` takes to trace it first."""
+    given = [x] if isinstance(model.input, list) and not isinstance(x, list) else x  # files of Keras 2 list one input
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, model(given, training=False))
+
+
+class Batches(keras.utils.PyDataset):
+    """Arrays of samples, in order, in batches of `size`."""
+
+    def __init__(self, arrays, size):
+        super().__init__()
+        self.arrays = arrays
+        self.size = size
+
+    def __len__(self):
+        return -(-len(self.arrays[0]) // self.size)
+
+    def __getitem__(self, index):
+        return tuple(array[index * self.size : (index + 1) * self.size].copy() for array in self.arrays)
 
 
 class Script:
@@ -72,22 +108,9 @@ def assert_same_stages(events, recorded):
 def check_two_stages(model, top_layer_nb, recorded, monkeypatch):
     """Hold whole-image training, with the options of the recorded runs, to one of them; the validation losses."""
     script = Script(monkeypatch, [2, 4])
-    _, losses, _ = do_2stage_training(
-        model,
-        model,
-        None,
-        None,
-        top_layer_nb=top_layer_nb,
-        nb_epoch=3,
-        all_layer_epochs=6,
-        optim="adam",
-        init_lr=0.001,
-        all_layer_multiplier=0.1,
-        weight_decay=0.005,
-        hidden_dropout=0.3,
-        weight_decay2=0.05,
-        hidden_dropout2=0.15,
-    )
+    options = {"nb_epoch": 3, "all_layer_epochs": 6, "optim": "adam", "init_lr": 0.001, "all_layer_multiplier": 0.1}
+    options |= {"weight_decay": 0.005, "hidden_dropout": 0.3, "weight_decay2": 0.05, "hidden_dropout2": 0.15}
+    _, losses, _ = do_2stage_training(model, model, None, None, top_layer_nb=top_layer_nb, **options)
     assert_same_stages(script.events, recorded)
     return losses
 

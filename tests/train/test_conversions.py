@@ -14,7 +14,7 @@ from dm_resnet import PATCH_NETS, add_top_layers
 from mammo.base.files import InputError
 from mammo.train import checkpoint
 from tests.helpers import write_images
-from tests.train.networks import check_two_stages, load_patch_net, make_patch_net
+from tests.train.networks import check_two_stages, load_patch_net, make_patch_net, outputs, quick_training
 
 slow = pytest.mark.slow
 SIZES = {"xception": 71, "inception": 75}  # the smallest that these take
@@ -52,9 +52,9 @@ def listing(model, first):
 
 def assert_one_cell_is_the_patch_prediction(patch_net, net, size, pool):
     patches = noise(size, size, patch_net.input_shape[-1])
-    expected = patch_net.predict(patches, verbose=0)
+    expected = outputs(patch_net, patches)
     heatmap = add_top_layers(patch_net, (size, size), net, avg_pool_size=pool, return_heatmap=True)
-    cells = heatmap.predict(patches, verbose=0)
+    cells = outputs(heatmap, patches)
     assert cells.shape == (2, 1, 1, expected.shape[-1])
     np.testing.assert_allclose(cells[:, 0, 0], expected, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_a_net_of_2017_and_one_of_today_convert_alike(golden, tmp_path, net, top
     for one, two in zip(old.layers[2:], new.layers[2:], strict=True):
         two.set_weights(one.get_weights())
     features = np.abs(noise(*old.layers[2].input.shape[1:]))
-    one, two = (keras.Model(model.layers[2].input, model.output).predict(features, verbose=0) for model in (old, new))
+    one, two = (outputs(keras.Model(model.layers[2].input, model.output), features) for model in (old, new))
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 
@@ -115,12 +115,12 @@ def test_a_net_of_2017_and_one_of_today_convert_alike(golden, tmp_path, net, top
 def test_a_saved_patch_net_converts_like_the_one_in_memory(tmp_path, ending):
     patch_net, _, _ = make_net("yaroslav")
     checkpoint.save_model(patch_net, tmp_path / f"patch.{ending}")
-    outputs = []
+    y_preds = []
     for net in (patch_net, checkpoint.load_model(tmp_path / f"patch.{ending}")):
         keras.utils.set_random_seed(4)
         model, _ = add_top_layers(net, (256, 192), "yaroslav", **TOPS["heatmap"])
-        outputs.append(model.predict(noise(256, 192, 1), verbose=0))
-    np.testing.assert_allclose(*outputs, atol=1e-6)
+        y_preds.append(outputs(model, noise(256, 192, 1)))
+    np.testing.assert_allclose(*y_preds, atol=1e-6)
 
 
 # --- The option matrix -----------------------------------------------------------------------------------------------
@@ -189,13 +189,13 @@ def test_every_combination_of_options(options, tmp_path):
     assert {round(float(layer.kernel_regularizer.l2), 6) for layer in kernels} == {options["weight_decay"]}
     assert {layer.rate for layer in new if isinstance(layer, layers.Dropout)} == {options["dropout"]}
     x = noise(40, 32, 3)
-    y_pred = model.predict_on_batch(x)
+    y_pred = outputs(model, x)
     assert y_pred.shape == (2, options["nb_class"])
     assert y_pred.sum(axis=1) == pytest.approx(1, abs=1e-5)
     for ending in ("h5", "keras"):
         checkpoint.save_model(model, tmp_path / f"image.{ending}")
         opened = checkpoint.load_model(tmp_path / f"image.{ending}")
-        np.testing.assert_allclose(opened.predict_on_batch(x), y_pred, atol=1e-5)
+        np.testing.assert_allclose(outputs(opened, x), y_pred, atol=1e-5)
 
 
 @pytest.mark.parametrize("depths, repetitions", [([8, 8], [1]), ([8], [1, 1]), ([], [1])])
@@ -253,13 +253,14 @@ def train(folder, classes, size, **options):
     for part in ("train", "val", "test"):
         write_images(folder / part, classes, 1, len(part))
     folders = {f"{part}_dir": str(folder / part) for part in ("train", "val", "test")}
-    patch_clf_train.run(
-        **folders,
-        **{"img_size": [size, size], "rescale_factor": 0.003891, "featurewise_mean": 44.0, "equalize_hist": False},
-        **{"class_list": classes, "batch_size": len(classes), "train_bs_multiplier": 1.0, "optim": "adam"},
-        **{"best_model": "NOSAVE", "out_dir": str(folder / "out"), "final_model": str(folder / "final.h5")},
-        **options,
-    )
+    with quick_training():
+        patch_clf_train.run(
+            **folders,
+            **{"img_size": [size, size], "rescale_factor": 0.003891, "featurewise_mean": 44.0, "equalize_hist": False},
+            **{"class_list": classes, "batch_size": len(classes), "train_bs_multiplier": 1.0, "optim": "adam"},
+            **{"best_model": "NOSAVE", "out_dir": str(folder / "out"), "final_model": str(folder / "final.h5")},
+            **options,
+        )
     return pd.read_csv(folder / "out" / "history.csv"), checkpoint.load_model(folder / "final.h5")
 
 
@@ -271,20 +272,10 @@ def test_three_stages_from_a_weights_file(net, tmp_path):
     patch_net, _, _ = make_net(net, nb_class=2)
     base = dm_resnet._cut_patch_net(patch_net)[0]
     checkpoint.save_model(base, tmp_path / "imagenet.h5")
-    history, final = train(
-        tmp_path,
-        ["neg", "pos"],
-        size,
-        net=net,
-        pretrained_weights=str(tmp_path / "imagenet.h5"),
-        init_lr=1e-3,
-        top_layer_multiplier=0.1,
-        all_layer_multiplier=1e-9,
-        nb_epoch=1,
-        top_layer_epochs=2,
-        all_layer_epochs=3,
-        hidden_dropout2=0.2,
-    )
+    options = {"net": net, "pretrained_weights": str(tmp_path / "imagenet.h5"), "hidden_dropout2": 0.2}
+    options |= {"init_lr": 1e-3, "top_layer_multiplier": 0.1, "all_layer_multiplier": 1e-9}
+    epochs = {"nb_epoch": 1, "top_layer_epochs": 2, "all_layer_epochs": 3}
+    history, final = train(tmp_path, ["neg", "pos"], size, **options, **epochs)
     assert list(history.learning_rate) == pytest.approx([1e-3, 1e-4, 1e-12], rel=1e-5)
     _, _, top_layer_nb = make_net(net, nb_class=2, hidden_dropout=0.2)
     for i, layer in enumerate(base.layers):

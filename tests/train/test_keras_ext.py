@@ -26,7 +26,7 @@ from mammo.train import checkpoint
 from mammo.train.callbacks import BestModel
 from mammo.train.checkpoint import leaf_layers
 from mammo.train.keras2 import DMMetrics, WeightedCrossentropy, create_optimizer
-from tests.train.networks import Script, assert_same_stages, check_two_stages
+from tests.train.networks import EAGER, Batches, Script, assert_same_stages, check_two_stages
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 STEP_CASES = json.loads((REFERENCE / "train_steps.json").read_text())
@@ -40,9 +40,8 @@ def steps():
 
 def small_net(l2=0.01):
     inputs = layers.Input((10, 10, 2))
-    x = layers.Conv2D(
-        4, 3, padding="same", use_bias=False, kernel_regularizer=keras.regularizers.L1L2(l2=l2), name="conv"
-    )(inputs)
+    penalty = {"kernel_regularizer": keras.regularizers.L1L2(l2=l2)}
+    x = layers.Conv2D(4, 3, padding="same", use_bias=False, name="conv", **penalty)(inputs)
     x = layers.BatchNormalization(name="bn")(x)
     x = layers.MaxPooling2D(2)(layers.Activation("relu")(x))
     x = layers.Conv2D(5, 3, strides=2, padding="same", name="conv2")(x)
@@ -70,9 +69,8 @@ def test_three_steps_equal_the_published_ones(case, steps):
         else:
             layer.trainable = False
             frozen_penalty += float(layer.kernel_regularizer(layer.kernel))
-    model.compile(
-        create_optimizer(case["optimizer"], case["lr"]), WeightedCrossentropy(), metrics=["accuracy"], jit_compile=False
-    )
+    optimizer = create_optimizer(case["optimizer"], case["lr"])
+    model.compile(optimizer, WeightedCrossentropy(), metrics=["accuracy"], jit_compile=False, **EAGER)
     class_weight = options.get("class_weight")
     for step in range(3):
         weight = steps["w"][step].copy() if options.get("use_w") else None
@@ -295,37 +293,14 @@ def test_dropout_takes_effect_when_it_is_set(built_with):
 # --- Stages ------------------------------------------------------------------------------------------------------
 
 
-THREE_STAGES = {
-    "resnet50_dropout0.0": {},
-    "resnet50_dropout0.5": {},
-    "vgg16_dropout0.0": {},
-    "vgg16_dropout0.5": {},
-    "vgg19_dropout0.0": {},
-    "vgg19_dropout0.5": {},
-    "vgg16_early_stop": {
-        "optim": "sgd",
-        "init_lr": 0.01,
-        "nb_epoch": 5,
-        "top_layer_epochs": 9,
-        "all_layer_epochs": 12,
-        "auto_batch_balance": False,
-        "nb_class": 3,
-        "pos_cls_weight": 2.0,
-        "neg_cls_weight": 0.5,
-        "weight_decay2": 0.01,
-        "hidden_dropout2": 0.0,
-    },
+SECOND = {"weight_decay2": 0.01, "hidden_dropout2": 0.0}
+EARLY_STOP = {"optim": "sgd", "init_lr": 0.01, "nb_epoch": 5, "top_layer_epochs": 9, "all_layer_epochs": 12}
+WEIGHTS = {"auto_batch_balance": False, "nb_class": 3, "pos_cls_weight": 2.0, "neg_cls_weight": 0.5}
+RATES = {"optim": "nadam", "init_lr": 0.01, "top_layer_multiplier": 0.01, "all_layer_multiplier": 0.0001}
+THREE_STAGES = {f"{net}_dropout{rate}": {} for net in ("resnet50", "vgg16", "vgg19") for rate in (0.0, 0.5)} | {
+    "vgg16_early_stop": EARLY_STOP | WEIGHTS | SECOND,
     "vgg16_not_pretrained": {"init_lr": 0.01, "use_pretrained": False},
-    "vgg16_stage_totals_not_cumulative": {
-        "optim": "nadam",
-        "init_lr": 0.01,
-        "top_layer_multiplier": 0.01,
-        "all_layer_multiplier": 0.0001,
-        "top_layer_epochs": 2,
-        "all_layer_epochs": 5,
-        "weight_decay2": 0.01,
-        "hidden_dropout2": 0.0,
-    },
+    "vgg16_stage_totals_not_cumulative": RATES | SECOND | {"top_layer_epochs": 2, "all_layer_epochs": 5},
 }
 
 
@@ -340,17 +315,9 @@ def test_three_stages_are_the_published_ones(name, golden, monkeypatch):
         net, nb_class=3, use_pretrained=False, weight_decay=0.01, hidden_dropout=dropout
     )
     script = Script(monkeypatch, [e["epochs_run_in_script"] for e in recorded if e.get("epochs_run_in_script")])
-    options = {
-        "optim": "adam",
-        "init_lr": 0.001,
-        "top_layer_multiplier": 0.1,
-        "all_layer_multiplier": 0.01,
-        "nb_epoch": 3,
-        "top_layer_epochs": 9,
-        "all_layer_epochs": 19,
-        "weight_decay2": 0.02,
-        "hidden_dropout2": 0.25,
-    } | THREE_STAGES[name]
+    options = {"optim": "adam", "init_lr": 0.001, "top_layer_multiplier": 0.1, "all_layer_multiplier": 0.01}
+    options |= {"nb_epoch": 3, "top_layer_epochs": 9, "all_layer_epochs": 19}
+    options |= {"weight_decay2": 0.02, "hidden_dropout2": 0.25, **THREE_STAGES[name]}
     _, losses, _ = do_3stage_training(model, model, None, None, top_layer_nb=top_layer_nb, net=net, **options)
     assert_same_stages(script.events, recorded)
     assert len(losses) == next(e["len_loss"] for e in recorded if e["event"] == "return")
@@ -442,18 +409,13 @@ def test_stages_learn_and_stop_early():
     x = rng.normal(size=(48, 10, 10, 2)).astype("float32") + 3 * y[:, None, None, :2]
     keras.utils.set_random_seed(1)
 
-    class Batches(keras.utils.PyDataset):
-        def __len__(self):
-            return 4
-
-        def __getitem__(self, index):
-            return x[index * 12 : index * 12 + 12], y[index * 12 : index * 12 + 12]
-
     # A rate that cannot move the loss: early stopping ends this stage after 1 + patience epochs.
     stages = [Stage(10, 1e-12, 0), Stage(14, 0.2, 0)]
     inputs = layers.Input((10, 10, 2))
     outputs = layers.Dense(3, activation="softmax")(layers.GlobalAveragePooling2D()(inputs))
-    history = train_stages(keras.Model(inputs, outputs), stages, Batches(), (x, y), optim="adam", es_patience=2)
+    history = train_stages(
+        keras.Model(inputs, outputs), stages, Batches((x, y), 12), (x, y), optim="adam", es_patience=2
+    )
     assert len(history) == 14
     assert history[2]["val_accuracy"] < 0.9 <= history[-1]["val_accuracy"]
 
@@ -463,24 +425,14 @@ def test_a_stage_accumulates_batches_and_compiles():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(48, 10, 10, 2)).astype("float32"), np.eye(3, dtype="float32")[rng.integers(0, 3, 48)]
 
-    class Batches(keras.utils.PyDataset):
-        def __init__(self, size):
-            super().__init__()
-            self.size = size
-
-        def __len__(self):
-            return 48 // self.size
-
-        def __getitem__(self, index):
-            part = slice(index * self.size, (index + 1) * self.size)
-            return x[part], y[part]
-
     def trained(size, accumulate, **options):
         keras.utils.set_random_seed(2)
         inputs = layers.Input((10, 10, 2))
         features = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3, activation="relu")(inputs))
         model = keras.Model(inputs, layers.Dense(3, activation="softmax")(features))
-        train_stages(model, [Stage(2, 0.1, 0)], Batches(size), (x, y), optim="sgd", accumulate=accumulate, **options)
+        train_stages(
+            model, [Stage(2, 0.1, 0)], Batches((x, y), size), (x, y), optim="sgd", accumulate=accumulate, **options
+        )
         return model.get_weights()
 
     expected = trained(24, 1)

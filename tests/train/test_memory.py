@@ -14,6 +14,7 @@ from mammo.train import memory
 from mammo.train.checkpoint import leaf_layers, load_model, save_model
 from mammo.train.keras2 import create_optimizer
 from mammo.train.memory import Recomputed, full_precision, mixed_precision, rematerialize, training_memory
+from tests.train.networks import outputs
 
 
 def make_image_model(dropout=0.3, **options):
@@ -78,13 +79,13 @@ def test_a_recomputing_model_takes_the_step_of_the_plain_one(first_layer, monkey
     moving = [i for i, variable in enumerate(model.variables) if "moving" in variable.path]
     assert all(np.abs(our_changes[i]).max() > 0 for i in moving)  # batch norm follows, also where it is frozen
     x, _ = make_data(model)
-    np.testing.assert_array_equal(recomputing.predict(x, verbose=0), model.predict(x, verbose=0))
+    np.testing.assert_array_equal(outputs(recomputing, x), outputs(model, x))
 
 
 def test_half_precision_computes_in_16_bits_and_answers_in_32():
     model, _ = make_image_model()
     x = make_data(model)[0] / 50  # or the probabilities are 0 and 1 in any precision
-    expected = ops.convert_to_numpy(model(x))
+    expected = outputs(model, x)
     mixed_precision(model, "bfloat16")
     features = model.layers[1]  # the patch net
     assert {variable.dtype for variable in model.weights} == {"float32"}
@@ -101,7 +102,7 @@ def test_half_precision_computes_in_16_bits_and_answers_in_32():
 def test_a_file_of_a_half_precision_model_is_an_ordinary_one(tmp_path, suffix):
     model, _ = make_image_model()
     x, _ = make_data(model)
-    expected = model.predict(x, verbose=0)
+    expected = outputs(model, x)
     mixed_precision(model, "float16")
     save_model(model, tmp_path / f"net.{suffix}")
     assert model.layers[1].layers[1].compute_dtype == "float16"  # as before
@@ -110,7 +111,7 @@ def test_a_file_of_a_half_precision_model_is_an_ordinary_one(tmp_path, suffix):
         keras.saving.load_model(tmp_path / f"net.{suffix}", compile=False),
     ):
         assert {layer.compute_dtype for layer in leaf_layers(opened)} == {"float32"}
-        np.testing.assert_allclose(opened.predict(x, verbose=0), expected, atol=1e-6)
+        np.testing.assert_allclose(outputs(opened, x), expected, atol=1e-6)
 
 
 @pytest.mark.slow

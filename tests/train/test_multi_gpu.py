@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import keras
@@ -13,6 +14,7 @@ from keras import layers
 
 from dm_multi_gpu import make_parallel
 from mammo.train.devices import even_batches, set_determinism, training_scope
+from tests.train.networks import EAGER, Batches, quick_training
 
 SIMULATE = {"tensorflow": {}, "jax": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}}
 
@@ -35,29 +37,18 @@ def data():
     return x, np.eye(2, dtype=np.float32)[rng.integers(0, 2, 8)], w
 
 
-class Batches(keras.utils.PyDataset):
-    """`size` samples in batches of `batch_size`."""
-
-    def __init__(self, size=8, batch_size=4):
-        super().__init__()
-        self.arrays = [array[:size] for array in data()]
-        self.batch_size = batch_size
-
-    def __len__(self):
-        return -(-len(self.arrays[0]) // self.batch_size)
-
-    def __getitem__(self, i):
-        return tuple(array[i * self.batch_size : (i + 1) * self.batch_size].copy() for array in self.arrays)
+def batches(size=8):
+    return Batches([array[:size] for array in data()], 4)
 
 
-def train(model, size=8):
+def train(model, size=8, **options):
     """Weights after two epochs, and the accuracy logged in the second."""
     from mammo.train.keras2 import Accuracy, WeightedCrossentropy
 
     with training_scope(model):
         optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
-        model.compile(optimizer, WeightedCrossentropy(), metrics=[Accuracy(name="accuracy")])
-    fit = model.fit(even_batches(Batches(size), model), epochs=2, shuffle=False, verbose=0)
+        model.compile(optimizer, WeightedCrossentropy(), metrics=[Accuracy(name="accuracy")], **options)
+    fit = model.fit(even_batches(batches(size), model), epochs=2, shuffle=False, verbose=0)
     return model.get_weights(), fit.history["accuracy"][-1]
 
 
@@ -70,7 +61,7 @@ def check_two_devices(folder):
     with pytest.raises(InputError, match=r"Expected 3 devices to train on\. Received: 2\."):
         make_parallel(make_net(), 3)
     sizes = (8, 7, 5)  # batches of 4 and 4, 4 and 3, 4 and 1: two, two and one device with samples of the last batch
-    one_device = [train(make_net(), size) for size in sizes]
+    one_device = [train(make_net(), size, **EAGER) for size in sizes]
 
     net = make_net()
     net.layers[2].trainable = False
@@ -119,7 +110,6 @@ def check_trainers(folder):
     from tests.helpers import write_images
 
     os.environ["NUM_CPU_CORES"] = "1"
-    folder = Path(folder)
     for seed, (part, count) in enumerate({"train": 5, "val": 3, "test": 3}.items()):
         write_images(folder / part, ("neg", "pos"), count, seed)
     for part in ("train", "val"):
@@ -135,20 +125,12 @@ def check_trainers(folder):
     options = {f"{part}_dir": str(folder / part) for part in ("train", "val", "test")}
     options |= {"img_size": [64, 64], "rescale_factor": 0.003891, "featurewise_mean": 44.0, "equalize_hist": False}
     options |= {"batch_size": 4, "train_bs_multiplier": 1.0, "class_list": ["neg", "pos"], "init_lr": 0.01}
+    stages = {"nb_epoch": 1, "top_layer_epochs": 2, "all_layer_epochs": 3, "top_layer_nb": 2, "neg_cls_weight": 0.0}
     for devices in ("1", "2"):
         os.environ["NUM_GPU_DEVICES"] = devices
-        patch_clf_train.run(
-            **options,
-            net="vgg16",
-            resume_from=str(folder / "net.keras"),
-            top_layer_nb=2,
-            nb_epoch=1,
-            top_layer_epochs=2,
-            all_layer_epochs=3,
-            neg_cls_weight=0.0,
-            best_model=str(folder / f"patch{devices}.keras"),
-            final_model=str(folder / f"final{devices}.h5"),
-        )
+        files = {"best_model": str(folder / f"patch{devices}.keras"), "final_model": str(folder / f"final{devices}.h5")}
+        with quick_training() if devices == "1" else nullcontext():
+            patch_clf_train.run(**options, **stages, **files, net="vgg16", resume_from=str(folder / "net.keras"))
     one, two = (checkpoint.load_model(folder / f"final{devices}.h5") for devices in "12")
     assert [layer.name for layer in one.layers] == [layer.name for layer in two.layers]
     for expected, weight in zip(one.get_weights(), two.get_weights(), strict=True):
@@ -157,19 +139,10 @@ def check_trainers(folder):
     assert list(one.val_accuracy) == pytest.approx(list(two.val_accuracy))
 
     # Batch norm, a heatmap and dropout; then resumed, with nothing kept.
+    top = {"add_heatmap": True, "avg_pool_size": [2, 2], "hm_pool_size": [2, 2], "top_depths": [2]}
+    top |= {"top_repetitions": [1], "hidden_dropout": 0.3, "nb_epoch": 1, "all_layer_epochs": 2, "patch_net": "vgg16"}
     image_clf_train.run(
-        **options,
-        patch_model_state=str(folder / "net.keras"),
-        patch_net="vgg16",
-        add_heatmap=True,
-        avg_pool_size=[2, 2],
-        hm_pool_size=[2, 2],
-        top_depths=[2],
-        top_repetitions=[1],
-        hidden_dropout=0.3,
-        nb_epoch=1,
-        all_layer_epochs=2,
-        best_model=str(folder / "image.h5"),
+        **options, **top, patch_model_state=str(folder / "net.keras"), best_model=str(folder / "image.h5")
     )
     files = {file for file in folder.rglob("*") if file.is_file()}
     resumed = {"resume_from": str(folder / "image.h5"), "nb_epoch": 0, "all_layer_epochs": 1, "best_model": "NOSAVE"}
@@ -179,55 +152,49 @@ def check_trainers(folder):
         keras.distribution.set_distribution(None)
     generator = DMImageDataGenerator(featurewise_center=True)
     generator.mean = 44.0
-    test_set = generator.flow_from_directory(
-        str(folder / "test"),
-        target_size=(64, 64),
-        rescale_factor=0.003891,
-        dup_3_channels=False,
-        classes=["neg", "pos"],
-        class_mode="categorical",
-        batch_size=5,
-        shuffle=False,
-    )
+    pixels = {"target_size": (64, 64), "rescale_factor": 0.003891, "dup_3_channels": False}
+    labels = {"classes": ["neg", "pos"], "class_mode": "categorical", "batch_size": 5, "shuffle": False}
+    test_set = generator.flow_from_directory(str(folder / "test"), **pixels, **labels)
     _, y_pred, *_ = predict(checkpoint.load_model(folder / "image.h5"), test_set)
     written = pd.read_csv(folder / "image" / "predictions.csv")
     np.testing.assert_allclose(written[["neg", "pos"]], y_pred, atol=1e-4)
     assert len(json.loads((folder / "image" / "args.json").read_text())["class_list"]) == 2
 
 
-def in_two_devices(check, folder, backend):
-    """Run a function of this file in a process with two simulated devices."""
+@pytest.fixture(scope="module", params=list(SIMULATE))
+def two_devices(request, tmp_path_factory):
+    """The folder in which a process with two simulated devices ran both checks."""
+    backend, folder = request.param, tmp_path_factory.mktemp(request.param)
     pytest.importorskip(backend)
     environment = os.environ | {"KERAS_BACKEND": backend} | SIMULATE[backend]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run(
-        [sys.executable, __file__, check, folder], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, __file__, folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return folder, done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", list(SIMULATE))
-def test_two_devices_take_the_steps_of_one_and_save_ordinary_files(tmp_path, backend):
-    in_two_devices("check_two_devices", tmp_path, backend)
-    with np.load(tmp_path / "weights.npz") as arrays:
+def test_two_devices_take_the_steps_of_one_and_save_ordinary_files(two_devices):
+    folder, done = two_devices
+    assert "check_two_devices: done" in done.stdout, done.stderr[-3000:]
+    with np.load(folder / "check_two_devices" / "weights.npz") as arrays:
         expected = [arrays[name] for name in arrays.files]
     for suffix in ("keras", "h5"):
-        opened = keras.models.load_model(tmp_path / f"net.{suffix}", compile=False)
+        opened = keras.models.load_model(folder / "check_two_devices" / f"net.{suffix}", compile=False)
         assert all(np.array_equal(one, two) for one, two in zip(opened.get_weights(), expected, strict=True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", list(SIMULATE))
-def test_trainers_do_on_two_devices_what_they_do_on_one(tmp_path, backend):
-    in_two_devices("check_trainers", tmp_path, backend)
+def test_trainers_do_on_two_devices_what_they_do_on_one(two_devices):
+    _, done = two_devices
+    assert "check_trainers: done" in done.stdout and done.returncode == 0, done.stderr[-3000:]
 
 
 def test_one_device_trains_the_model_itself():
     model = make_net()
     assert make_parallel(model, 1) == (model, model)
-    batches = Batches()
-    assert even_batches(batches, model) is batches
+    whole = batches()
+    assert even_batches(whole, model) is whole
     assert any((old != new).any() for old, new in zip(make_net().get_weights(), train(model)[0], strict=True))
 
 
@@ -237,4 +204,7 @@ if __name__ == "__main__":
 
         cpu = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    {"check_two_devices": check_two_devices, "check_trainers": check_trainers}[sys.argv[1]](sys.argv[2])
+    for check in (check_trainers, check_two_devices):
+        (folder := Path(sys.argv[1], check.__name__)).mkdir()
+        check(folder)
+        print(f"{check.__name__}: done", flush=True)

@@ -12,7 +12,7 @@ from keras import layers
 import dm_resnet
 from dm_resnet import MultiViewResNetBuilder, ResNetBuilder, add_top_layers
 from mammo.base.files import InputError
-from tests.train.networks import load_patch_net, make_patch_net
+from tests.train.networks import load_patch_net, make_patch_net, outputs
 
 MEAN = 52.18
 RESCALE = 0.003891
@@ -115,14 +115,8 @@ def test_heatmap_equals_the_published_intention(golden, tmp_path, net):
         rows, columns = case["image_size"]
         image = cv2.imread(str(folder / "input" / case["file"]), cv2.IMREAD_UNCHANGED)
         image = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_CUBIC)
-        model = add_top_layers(
-            patch_net,
-            case["image_size"],
-            case["net"],
-            avg_pool_size=case["avg_pool_size"],
-            hm_strides=case["hm_strides"],
-            return_heatmap=True,
-        )
+        options = {name: case[name] for name in ("avg_pool_size", "hm_strides")}
+        model = add_top_layers(patch_net, case["image_size"], case["net"], return_heatmap=True, **options)
         heatmap = model.predict(as_input(image[None], patch_net.inputs[0].shape[-1]), verbose=0)[0]
         with np.load(folder / "heatmaps.npz") as arrays:
             assert heatmap == pytest.approx(arrays[case["key"]], abs=1e-4)
@@ -148,22 +142,22 @@ def test_patch_net_is_cut_after_its_last_pooling_and_left_as_it_was(options, ima
     names = [layer.name for layer in patch_net.layers]
     weights = patch_net.get_weights()
     patches = images[:, :16, :16]
-    before = patch_net.predict(patches, verbose=0)
+    before = outputs(patch_net, patches)
 
     model, _ = add_top_layers(patch_net, (24, 20), "vgg16", "vgg", depths=[4], repetitions=[1])
 
     net = model.layers[1]
     assert net.layers[-1].name == "block2_pool"
     assert net.get_layer("block2_conv1") is patch_net.get_layer("block2_conv1")
-    features = net.predict(images, verbose=0)
+    features = outputs(net, images)
     assert features.shape == (2, 6, 5, 6)
     dense = patch_net.layers[-1]
     if "size" not in options and "average_pool" not in options:
         logits = features.mean((1, 2)) @ np.asarray(dense.kernel) + np.asarray(dense.bias)
-        assert patch_net.predict(images, verbose=0) == pytest.approx(softmax(logits), abs=1e-5)
+        assert outputs(patch_net, images) == pytest.approx(softmax(logits), abs=1e-5)
     assert [layer.name for layer in patch_net.layers] == names
     assert all(np.array_equal(old, new) for old, new in zip(weights, patch_net.get_weights(), strict=True))
-    assert np.array_equal(patch_net.predict(patches, verbose=0), before)
+    assert np.array_equal(outputs(patch_net, patches), before)
 
 
 def test_patch_net_with_a_nested_base(images):
@@ -173,7 +167,7 @@ def test_patch_net_with_a_nested_base(images):
     x = layers.GlobalAveragePooling2D()(base(image))
     patch_net = keras.Model(image, layers.Dense(3, activation="softmax")(x))
     model, _ = add_top_layers(patch_net, (24, 20), "vgg16", "vgg", depths=[4], repetitions=[1])
-    assert model.layers[1].predict(images, verbose=0) == pytest.approx(base.predict(images, verbose=0))
+    assert outputs(model.layers[1], images) == pytest.approx(outputs(base, images))
 
 
 @pytest.mark.parametrize(
@@ -196,14 +190,14 @@ def test_cut_of_networks_of_today(application, patch_net, last):
 def test_heatmap_over_the_whole_map_is_the_patch_prediction(images):
     patch_net = make_patch_net(dropout=0.5)
     heatmap = add_top_layers(patch_net, (24, 20), "vgg16", avg_pool_size=(6, 5), return_heatmap=True)
-    assert heatmap.predict(images, verbose=0)[:, 0, 0] == pytest.approx(patch_net.predict(images, verbose=0), abs=1e-5)
+    assert outputs(heatmap, images)[:, 0, 0] == pytest.approx(outputs(patch_net, images), abs=1e-5)
 
 
 def test_heatmap_inside_a_whole_image_net_is_the_classifiers_dense_layer_with_relu(images):
     patch_net = make_patch_net()
     model, _ = add_top_layers(patch_net, (24, 20), "vgg16", add_heatmap=True, avg_pool_size=(3, 2), hm_pool_size=(2, 2))
     pooled, relu_map = (model.layers[i].output for i in (2, 4))
-    pooled, relu_map = keras.Model(model.input, [pooled, relu_map]).predict(images, verbose=0)
+    pooled, relu_map = outputs(keras.Model(model.input, [pooled, relu_map]), images)
     dense = patch_net.layers[-1]
     expected = np.maximum(pooled @ np.asarray(dense.kernel) + np.asarray(dense.bias), 0)
     assert relu_map == pytest.approx(expected, abs=1e-4)
@@ -234,24 +228,13 @@ def test_layers_before_top_layer_nb_are_exactly_patch_net_and_heatmap(options, n
 
 @pytest.mark.parametrize("add_shortcut", [False, True])
 def test_dense_top_halves_its_units_and_gives_probabilities(images, add_shortcut):
-    model, _ = add_top_layers(
-        make_patch_net(),
-        (24, 20),
-        "vgg16",
-        add_heatmap=True,
-        add_conv=False,
-        add_shortcut=add_shortcut,
-        avg_pool_size=(3, 2),
-        hm_pool_size=(2, 2),
-        fc_init_units=16,
-        fc_layers=3,
-        nb_class=4,
-        weight_decay=0.01,
-    )
+    heatmap = {"add_heatmap": True, "avg_pool_size": (3, 2), "hm_pool_size": (2, 2)}
+    top = {"add_conv": False, "add_shortcut": add_shortcut, "fc_init_units": 16, "fc_layers": 3, "nb_class": 4}
+    model, _ = add_top_layers(make_patch_net(), (24, 20), "vgg16", **heatmap, **top, weight_decay=0.01)
     dense = [layer for layer in model.layers[HEATMAP_LAYERS:] if isinstance(layer, layers.Dense)]
     assert [layer.units for layer in dense] == [16, 8, 4, 4] + [4] * add_shortcut
     assert all(float(layer.kernel_regularizer.l2) == pytest.approx(0.01) for layer in dense)
-    assert model.predict(images, verbose=0).sum(-1) == pytest.approx(1, abs=1e-5)
+    assert outputs(model, images).sum(-1) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
@@ -260,7 +243,7 @@ def test_whole_image_net_saves_and_opens(tmp_path, images, suffix, size):
     model, _ = add_top_layers(make_patch_net(size=size), (24, 20), "vgg16", depths=[2, 2], repetitions=[1, 2])
     model.save(tmp_path / f"image.{suffix}")
     opened = keras.models.load_model(tmp_path / f"image.{suffix}", compile=False)
-    assert opened.predict(images, verbose=0) == pytest.approx(model.predict(images, verbose=0), abs=1e-6)
+    assert outputs(opened, images) == pytest.approx(outputs(model, images), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -328,22 +311,15 @@ def test_block_functions(block, first, last, filters):
     assert {layer.rate for layer in same.layers if isinstance(layer, layers.Dropout)} == {0.2}
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "groups"),
-    [
-        ("resnet_18", 18, 4),
-        ("resnet_34", 34, 4),
-        ("resnet_38", 38, 4),
-        ("resnet_50", 50, 4),
-        ("resnet_50_org", 50, 4),
-        pytest.param("resnet_101", 101, 4, marks=pytest.mark.slow),
-        pytest.param("resnet_152", 152, 4, marks=pytest.mark.slow),
-        ("dm_resnet_14", 14, 4),
-        ("dm_resnet_47rb5", 47, 5),
-        ("dm_resnet_56rb6", 56, 6),
-        ("dm_resnet_65rb7", 65, 7),
-    ],
-)
+BUILDERS = [(f"resnet_{depth}", depth, 4) for depth in (18, 34, 38, 50)] + [
+    ("resnet_50_org", 50, 4),
+    ("dm_resnet_14", 14, 4),
+]
+BUILDERS += [(f"dm_resnet_{depth}rb{groups}", depth, groups) for depth, groups in ((47, 5), (56, 6), (65, 7))]
+BUILDERS += [pytest.param(f"resnet_{depth}", depth, 4, marks=pytest.mark.slow) for depth in (101, 152)]
+
+
+@pytest.mark.parametrize(("name", "depth", "groups"), BUILDERS)
 def test_named_networks_have_their_depth(name, depth, groups):
     size = 2 ** (groups + 1)  # halved by the first convolution, the pooling, and every group but the first
     model = getattr(ResNetBuilder, f"build_{name}")((size, size, 1), 5, nb_init_filter=2)
@@ -356,22 +332,9 @@ def test_named_networks_have_their_depth(name, depth, groups):
 
 
 def test_builder_options_reach_their_layers():
-    model = ResNetBuilder.build(
-        (64, 48, 3),
-        1,
-        dm_resnet.bottleneck_org,
-        [1],
-        nb_init_filter=6,
-        init_filter_size=7,
-        init_conv_stride=1,
-        pool_size=3,
-        pool_stride=4,
-        weight_decay=0.02,
-        alpha=0.1,
-        l1_ratio=0.2,
-        inp_dropout=0.1,
-        hidden_dropout=0.4,
-    )
+    first = {"nb_init_filter": 6, "init_filter_size": 7, "init_conv_stride": 1, "pool_size": 3, "pool_stride": 4}
+    rates = {"weight_decay": 0.02, "alpha": 0.1, "l1_ratio": 0.2, "inp_dropout": 0.1, "hidden_dropout": 0.4}
+    model = ResNetBuilder.build((64, 48, 3), 1, dm_resnet.bottleneck_org, [1], **first, **rates)
     conv = next(layer for layer in model.layers if isinstance(layer, layers.Conv2D))
     assert (conv.filters, conv.kernel_size, conv.output.shape[1:3]) == (6, (7, 7), (64, 48))
     assert float(conv.kernel_regularizer.l2) == pytest.approx(0.02)
@@ -395,7 +358,7 @@ def test_two_view_network_concatenates_one_towers_features():
     rng = np.random.default_rng(0)
     cc, mlo = rng.normal(0, 50, (2, 3, 32, 32, 1)).astype(np.float32)
     tower = next(layer for layer in model.layers if isinstance(layer, keras.Model))
-    features = np.concatenate([tower.predict(view, verbose=0) for view in (cc, mlo)], axis=1)
+    features = np.concatenate([outputs(tower, view) for view in (cc, mlo)], axis=1)
     dense = model.layers[-1]
     logits = features @ np.asarray(dense.kernel) + np.asarray(dense.bias)
-    assert model.predict([cc, mlo], verbose=0) == pytest.approx(softmax(logits), abs=1e-5)
+    assert outputs(model, [cc, mlo]) == pytest.approx(softmax(logits), abs=1e-5)

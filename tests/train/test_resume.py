@@ -1,11 +1,13 @@
 """Trainings that are stopped anywhere and go on as if they had not been."""
 
-import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from itertools import chain, count
 
 import cv2
 import h5py
@@ -21,6 +23,7 @@ from mammo.base.files import InputError
 from mammo.train import callbacks, checkpoint, resume
 from mammo.train.resume import TrainingState
 from tests.helpers import ROOT
+from tests.train.networks import quick_training
 
 SIZE = 16
 
@@ -30,10 +33,10 @@ def data(tmp_path_factory):
     """Image sets of 10, 6 and 4, and a small network with batch normalization."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
-    for part, count in (("train", 5), ("val", 3), ("test", 2)):
+    for part, images in (("train", 5), ("val", 3), ("test", 2)):
         for level, name in enumerate(("neg", "pos")):
             (folder / part / name).mkdir(parents=True)
-            for i in range(count):
+            for i in range(images):
                 image = rng.integers(0, 30000, (SIZE, SIZE)) + 15000 * level
                 cv2.imwrite(str(folder / part / name / f"{part}{i}.png"), image.astype(np.uint16))
     keras.utils.set_random_seed(1)
@@ -45,19 +48,19 @@ def data(tmp_path_factory):
     return folder
 
 
-def train(data, out, *options):
+def train(data, out, *options, quick=True):
     """Two stages of 2 and 3 epochs, of three steps each, with dropout; the exit status."""
-    return image_clf_train.main(
-        [
-            *("--resume-from", str(data / "network.h5"), "--top-layer-nb", "4", "--img-size", str(SIZE), str(SIZE)),
-            *("--hidden-dropout", "0.3", "--hidden-dropout2", "0.3", "--rescale-factor", "0.003891"),
-            *("--featurewise-mean", "90", "--batch-size", "4", "--train-bs-multiplier", "1", "--optimizer", "sgd"),
-            *("--lr-patience", "1", "--init-learningrate", "0.01", "--nb-epoch", "2", "--all-layer-epochs", "5"),
-            *("--best-model", str(out / "best.h5"), "--final-model", str(out / "final.h5"), "--deterministic"),
-            *options,
-            *(str(data / part) for part in ("train", "val", "test")),
-        ]
-    )
+    names = {"--best-model": out / "best.h5", "--final-model": out / "final.h5", "--resume-from": data / "network.h5"}
+    given = [
+        *("--top-layer-nb", "4", "--img-size", str(SIZE), str(SIZE), "--rescale-factor", "0.003891"),
+        *("--featurewise-mean", "90", "--batch-size", "4", "--train-bs-multiplier", "1", "--optimizer", "sgd"),
+        *("--hidden-dropout", "0.3", "--hidden-dropout2", "0.3", "--lr-patience", "1", "--init-learningrate", "0.01"),
+        *("--nb-epoch", "2", "--all-layer-epochs", "5", "--deterministic", *map(str, chain(*names.items()))),
+        *options,
+        *(str(data / part) for part in ("train", "val", "test")),
+    ]
+    with quick_training() if quick else nullcontext():
+        return image_clf_train.main(given)
 
 
 def results(out):
@@ -86,11 +89,11 @@ class Killed(BaseException):
 
 def at_batch(monkeypatch, number, action):
     """Do `action` as batch `number`, counted over training and validation of this process, begins."""
-    count = itertools.count(1)
+    batches = count(1)
 
     def before(proceed):
         def begin(self, batch, logs=None):
-            if next(count) == number:
+            if next(batches) == number:
                 action()
             proceed(self, batch, logs)
 
@@ -100,8 +103,18 @@ def at_batch(monkeypatch, number, action):
         monkeypatch.setattr(TrainingState, name, before(getattr(TrainingState, name)))
 
 
-def kill():
+def kill(*args, **kwargs):
     raise Killed
+
+
+def train_until(number, data, out, *options, quick=True, action=kill):
+    """Train until batch `number`, and what `action` does then."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, number, action)
+        if action is not kill:
+            return train(data, out, *options, quick=quick)
+        with pytest.raises(Killed):
+            return train(data, out, *options, quick=quick)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +122,23 @@ def kill():
     [
         (2, []),  # nothing was saved yet
         (9, []),  # in the second epoch: the first is over
-        (9, ["--save-every", "1"]),  # in the middle of an epoch
         (5, ["--save-every", "3"]),  # in the validation of the first epoch, its steps being done
         (13, ["--save-every", "2"]),  # in the second stage
     ],
 )
-def test_killed_training_ends_as_if_it_had_not_been(number, options, data, uninterrupted, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_batch(patch, number, kill)
-        with pytest.raises(Killed):
-            train(data, tmp_path, *options)
+def test_killed_training_ends_as_if_it_had_not_been(number, options, data, uninterrupted, tmp_path):
+    train_until(number, data, tmp_path, *options)
     assert train(data, tmp_path, *options) == 0
     assert results(tmp_path) == results(uninterrupted)
+
+
+def test_killed_training_of_compiled_steps_ends_as_if_it_had_not_been(data, tmp_path):
+    """In the middle of an epoch."""
+    options = ("--save-every", "1")
+    train_until(9, data, tmp_path / "killed", *options, quick=False)
+    for name in ("killed", "whole"):
+        assert train(data, tmp_path / name, *options, quick=False) == 0
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -130,12 +148,8 @@ def test_killed_training_ends_as_if_it_had_not_been(number, options, data, unint
         (4, signal.SIGINT, 130),  # in validation
     ],
 )
-def test_signals_save_and_say_how_to_go_on(
-    number, signal_number, status, data, uninterrupted, tmp_path, monkeypatch, capfd
-):
-    with monkeypatch.context() as patch:
-        at_batch(patch, number, lambda: os.kill(os.getpid(), signal_number))
-        assert train(data, tmp_path) == status
+def test_signals_save_and_say_how_to_go_on(number, signal_number, status, data, uninterrupted, tmp_path, capfd):
+    assert train_until(number, data, tmp_path, action=lambda: os.kill(os.getpid(), signal_number)) == status
     assert "the same command goes on from there" in capfd.readouterr().err.splitlines()[-1]
     assert train(data, tmp_path) == 0
     assert "going on after step 3 of epoch" in capfd.readouterr().out
@@ -143,7 +157,7 @@ def test_signals_save_and_say_how_to_go_on(
 
 
 def test_a_signal_while_the_auc_is_computed_saves_too(data, uninterrupted, tmp_path, monkeypatch, capfd):
-    predict, calls = callbacks.predict, itertools.count(1)
+    predict, calls = callbacks.predict, count(1)
 
     def interrupted(model, data, *args, on_batch, **kwargs):
         if next(calls) == 4:  # in the second epoch of the second stage
@@ -185,7 +199,7 @@ def test_a_training_killed_after_its_last_epoch_saves_the_final_model_of_its_las
     """Its dropout and weight decay are in the file, though no stage is left to set them."""
     options = ("--hidden-dropout2", "0.5", "--weight-decay2", "0.02", "--nb-epoch", "1", "--all-layer-epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "score_run", lambda *args, **kwargs: kill())
+        patch.setattr(training, "score_run", kill)
         with pytest.raises(Killed):
             train(data, tmp_path / "killed", *options)
     files = {}
@@ -194,28 +208,21 @@ def test_a_training_killed_after_its_last_epoch_saves_the_final_model_of_its_las
         with h5py.File(tmp_path / name / "final.h5") as h5:
             files[name] = json.loads(h5.attrs["model_config"])
     assert files["killed"] == files["whole"]
-    assert [layer["config"]["rate"] for layer in files["whole"]["config"]["layers"] if "rate" in layer["config"]] == [
-        0.5
-    ]
+    settings = [layer["config"] for layer in files["whole"]["config"]["layers"]]
+    assert [each["rate"] for each in settings if "rate" in each] == [0.5]
 
 
 def test_the_picture_of_the_last_stage_is_drawn_too(data, tmp_path, monkeypatch):
-    def stop(*args):
-        raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "plot_history", stop)  # as the first stage ends
+        patch.setattr(callbacks, "plot_history", kill)  # as the first stage ends
         with pytest.raises(Killed):
-            train(data, tmp_path, "--all-layer-epochs", "2")
-    assert train(data, tmp_path, "--all-layer-epochs", "2") == 0
+            train(data, tmp_path, "--all-layer-epochs", "2", quick=False)
+    assert train(data, tmp_path, "--all-layer-epochs", "2", quick=False) == 0
     assert (tmp_path / "best" / "history.png").exists()
 
 
-def test_the_generation_before_serves_when_the_newest_is_damaged(data, uninterrupted, tmp_path, monkeypatch, capfd):
-    with monkeypatch.context() as patch:
-        at_batch(patch, 13, kill)
-        with pytest.raises(Killed):
-            train(data, tmp_path, "--save-every", "1")
+def test_the_generation_before_serves_when_the_newest_is_damaged(data, uninterrupted, tmp_path, capfd):
+    train_until(13, data, tmp_path, "--save-every", "1")
     newest = max((tmp_path / "best" / "state").glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -225,14 +232,18 @@ def test_the_generation_before_serves_when_the_newest_is_damaged(data, uninterru
     assert results(tmp_path) == results(uninterrupted)
 
 
-@pytest.fixture
-def stopped(data, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
     """The folder of a training that was stopped in its second epoch."""
-    with monkeypatch.context() as patch:
-        at_batch(patch, 9, kill)
-        with pytest.raises(Killed):
-            train(data, tmp_path)
-    return tmp_path
+    out = tmp_path_factory.mktemp("killed")
+    train_until(9, data, out)
+    return out
+
+
+@pytest.fixture
+def stopped(killed, tmp_path):
+    """A copy of that folder."""
+    return shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
 
 
 def test_other_options_are_refused_by_name(data, stopped, capfd):
@@ -346,10 +357,9 @@ def test_a_folder_that_takes_no_state_is_said_before_the_training(tmp_path):
 
 
 def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupted, tmp_path, capfd):
-    assert train(data, tmp_path) == 0
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     models = [(tmp_path / name).stat().st_mtime_ns for name in ("best.h5", "final.h5")]
     (tmp_path / "best" / "predictions.csv").unlink()
-    capfd.readouterr()
     assert train(data, tmp_path, "--final-model", str(tmp_path / "other.h5")) == 0
     shown = capfd.readouterr()
     assert "finished (5 epochs)" in shown.out
@@ -359,12 +369,9 @@ def test_a_finished_training_is_scored_again_but_not_repeated(data, uninterrupte
     assert sum(path.stat().st_size for path in (tmp_path / "best" / "state").iterdir()) < 20_000  # no weights
 
 
-def test_best_weights_in_memory_survive_too(data, uninterrupted, tmp_path, monkeypatch):
+def test_best_weights_in_memory_survive_too(data, uninterrupted, tmp_path):
     options = ("--best-model", "NOSAVE", "--out-dir", str(tmp_path / "best"))
-    with monkeypatch.context() as patch:
-        at_batch(patch, 21, kill)
-        with pytest.raises(Killed):
-            train(data, tmp_path, *options)
+    train_until(21, data, tmp_path, *options)
     for _ in range(2):  # to the end, and again after it
         assert train(data, tmp_path, *options) == 0
         predictions = (tmp_path / "best" / "predictions.csv").read_text()
