@@ -17,8 +17,8 @@ from mammo.base.cli import (
     command,
     complete,
     fraction,
+    natural_float,
     natural_int,
-    positive_float,
     positive_int,
 )
 from mammo.data.patches import LESION_COLUMNS, sample_dataset
@@ -62,11 +62,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "its bounding box",
     )  # fmt: skip
     parser.add_argument(
-        "--pos-cutoff", type=positive_float, default=0.75,
+        "--pos-cutoff", type=natural_float, default=0.75,
         help="least fraction of the patch that is lesion, or of the lesion that is in the patch, in lesion patches",
     )  # fmt: skip
     parser.add_argument(
-        "--neg-cutoff", type=positive_float, default=0.35, help="background patches have less of that fraction"
+        "--neg-cutoff",
+        type=natural_float,
+        default=0.35,
+        help="background patches have less of that fraction; 0: no overlap at all",
     )
     parser.add_argument(
         "--val-size", type=fraction, default=0.1, help="fraction of the patients to validate on; 0 for none"
