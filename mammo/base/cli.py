@@ -90,12 +90,7 @@ def add_pixel_options(parser: argparse.ArgumentParser) -> None:
     """How pixels become network input: 0..255 floats with the mean of the training set subtracted."""
     group = parser.add_argument_group("images")
     group.add_argument(
-        "--img-size",
-        "-is",
-        nargs=2,
-        type=positive_int,
-        metavar=("HEIGHT", "WIDTH"),
-        help="images are resized to this",
+        "--img-size", "-is", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"), help="images are resized to this"
     )
     add_optional(
         group, "--img-scale", "-ic", type=positive_float, no_flags=["-nic"],

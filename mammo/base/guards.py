@@ -364,10 +364,7 @@ def _is_constant(node: dict) -> bool:
 
 # Trees, which skops does not trust by itself: they hold no code, but indices that scikit-learn follows unseen, so that
 # `check_trees` looks at them.
-_TREE_TYPES = {
-    "sklearn.tree._tree.Tree",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-}
+_TREE_TYPES = {"sklearn.tree._tree.Tree", "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"}
 
 # The kinds of skops's nodes that such a classifier consists of; others call functions, or unpack arrays of any size.
 _TREE_NODES = {
