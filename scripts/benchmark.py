@@ -200,7 +200,8 @@ class Study:
 
     def __init__(self, folder, patients, height, width):
         self.root = Path(folder)
-        make_phantom(self.root, patients, ("CC",), height, width, test_size=0, val_size=0)
+        size = {"height": height, "width": width}
+        make_phantom(self.root, patients=patients, views=("CC",), **size, test_size=0, val_size=0)
         names = ("roi_mask_path.csv", "roi_mask", "pat_train.txt", "full_img", "out/train", "out/val")
         self.paths = [self.root / name for name in names]
         self.options = {"target_height": height, "nb_abn": self.count, "nb_bkg": self.count, "nb_hns": 0}
