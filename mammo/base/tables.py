@@ -15,9 +15,7 @@ from mammo.base.guards import check_archive, read_bytes, readable
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 
 # What an Excel table may have: cells, also empty ones, and tags in its XML, of which a cell takes four.
-_MAX_CELLS = 2**24
-
-_MAX_TAGS = 2**22
+_MAX_CELLS, _MAX_TAGS = 2**24, 2**22
 
 
 # ------------------------------------------------------------------------------------------------- text files
@@ -122,9 +120,9 @@ def _read_xlsx(path) -> list[list[str]]:
             width = max(width, len(cells))
             rows.append(cells or empty)
             if len(rows) * max(width, 16) > _MAX_CELLS:  # the format itself has 2**20 rows
+                expected = "Expected the table alone on the first sheet, from its first row and column on"
                 raise InputError(
-                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. Expected the table alone on the first "
-                    "sheet, from its first row and column on; save it as .csv"
+                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. {expected}; save it as .csv"
                 )
     return [cells + [""] * (width - len(cells)) if cells else cells for cells in rows]
 
