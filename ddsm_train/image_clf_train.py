@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_flag(group, "--add-conv", True, "blocks on top of the heatmap; --no-add-conv: dense layers instead")
     cli.add_flag(group, "--add-shortcut", False, "connect the heatmap to the output too, with --no-add-conv")
     add("--fc-init-units", type=count, default=64, help="units of the first dense layer, then halved")
-    add("--fc-layers", type=count, default=2, help="number of dense layers")
+    add("--fc-layers", type=cli.natural_int, default=2, help="number of dense layers before the output; may be 0")
     return parser
 
 

@@ -40,8 +40,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--nb-hard-neg", type=cli.natural_int, default=0, help=text)
     text = "least fraction of the patch that is lesion, or of the lesion that is in the patch, in lesion patches"
-    add("--pos-cutoff", type=cli.positive_float, default=0.75, help=text)
-    add("--neg-cutoff", type=cli.positive_float, default=0.35, help="background patches have less of that fraction")
+    add("--pos-cutoff", type=cli.natural_float, default=0.75, help=text)
+    text = "background patches have less of that fraction; 0: no overlap at all"
+    add("--neg-cutoff", type=cli.natural_float, default=0.35, help=text)
     add("--val-size", type=cli.fraction, default=0.1, help="fraction of the patients to validate on; 0 for none")
     add("--bkg-dir", default="background", help="class folder of background patches")
     text = "background keeps off all lesions of an image, not only its first"

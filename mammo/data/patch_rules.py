@@ -205,9 +205,13 @@ def _sample_apart(kind, avoid, count, patch_size, neg_cutoff, limits, rng):
         x, y = int(rng.randint(left, right)), int(rng.randint(top, bottom))
         tries += 1
         overlap = max(roi.overlap(x, y, patch_size) for roi in avoid)
-        if overlap < neg_cutoff:
+        if _is_apart(overlap, neg_cutoff):
             patches.append(Patch(kind, x, y, overlap))
     return patches
+
+
+def _is_apart(overlap: float, neg_cutoff: float) -> bool:
+    return overlap < neg_cutoff or overlap == 0  # a cutoff of 0 allows no overlap at all
 
 
 def sample_blobs(img: np.ndarray, avoid: Sequence[Roi], nb_hns: int, patch_size: int, neg_cutoff: float) -> list[Patch]:
@@ -222,7 +226,7 @@ def sample_blobs(img: np.ndarray, avoid: Sequence[Roi], nb_hns: int, patch_size:
     for index in np.random.RandomState(SEED).permutation(len(centres)):
         x, y = (int(value) for value in centres[index])
         overlap = max(roi.overlap(x, y, patch_size) for roi in avoid)
-        if overlap < neg_cutoff:
+        if _is_apart(overlap, neg_cutoff):
             patches.append(Patch("blob", x, y, overlap))
             if len(patches) == nb_hns:
                 break
