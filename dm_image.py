@@ -4,22 +4,24 @@ Images are (rows, columns), or (rows, columns, channels) with `data_format="chan
 16-bit integers, networks get float32. Rules marked "golden" are those of the published 2017 program.
 """
 
+import inspect
 import math
 import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from mammo.base.files import InputError
+from mammo.images.exams import DMCandidROIIterator, DMExamListIterator, clust_kpts, get_roi_patches
 from mammo.images.iterators import (
-    ArrayIterator,
-    CandidateRoiIterator,
-    DirectoryIterator,
-    ExamIterator,
-    ImageListIterator,
-    clust_kpts,
+    DMDirectoryIterator,
+    DMImgListIterator,
+    DMIterator,
+    DMNumpyArrayIterator,
     empty_aligned,
-    get_roi_patches,
     index_balancer,
     to_sparse,
 )
@@ -27,7 +29,12 @@ from mammo.images.pixels import read_img_for_pred, read_resize_img
 from mammo.maps.compute import add_img_margins, crop_img, get_prob_heatmap, sweep_img_patches
 
 __all__ = [
+    "DMCandidROIIterator",
+    "DMDirectoryIterator",
+    "DMExamListIterator",
     "DMImageDataGenerator",
+    "DMImgListIterator",
+    "DMNumpyArrayIterator",
     "add_img_margins",
     "clust_kpts",
     "crop_img",
@@ -44,6 +51,20 @@ __all__ = [
 # ----------------------------------------------------------------------------------------------- augmentation
 
 
+def _flow(name: str, iterator: type[DMIterator], without: tuple[str, ...] = ()) -> Callable[..., DMIterator]:
+    """Make a method that gives the generator to an iterator, with that one's arguments and description."""
+    parameters = inspect.signature(iterator).parameters
+    left = [p for argument, p in parameters.items() if argument not in ("image_data_generator", *without)]
+    signature = inspect.Signature([inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *left])
+
+    def flow(*args, **kwargs):
+        arguments = signature.bind(*args, **kwargs).arguments
+        return iterator(image_data_generator=arguments.pop("self"), **arguments)
+
+    flow.__name__, flow.__doc__, flow.__signature__ = name, iterator.__doc__, signature
+    return flow
+
+
 class DMImageDataGenerator:
     """Random augmentation, standardisation, and iterators over images (Keras 2 settings, golden numbers).
 
@@ -57,31 +78,36 @@ class DMImageDataGenerator:
         fill_mode, cval: what lies outside the image, as in scipy.ndimage ("nearest" is the fast one).
         horizontal_flip, vertical_flip: flip half of the images.
         rescale, preprocessing_function: applied by `standardize` first.
-        data_format: "channels_last" (default) or "channels_first".
+        data_format: "channels_last" (also by "default" and None) or "channels_first".
+        zca_whitening: must be off; see docs/differences.md.
 
     All are attributes of the same names and may be changed after construction.
     """
 
     def __init__(
         self,
-        featurewise_center=False,
-        samplewise_center=False,
-        featurewise_std_normalization=False,
-        samplewise_std_normalization=False,
-        rotation_range=0.0,
-        width_shift_range=0.0,
-        height_shift_range=0.0,
-        shear_range=0.0,
-        zoom_range=0.0,
-        channel_shift_range=0.0,
-        fill_mode="nearest",
-        cval=0.0,
-        horizontal_flip=False,
-        vertical_flip=False,
-        rescale=None,
-        preprocessing_function=None,
-        data_format=None,
+        featurewise_center: bool = False,
+        samplewise_center: bool = False,
+        featurewise_std_normalization: bool = False,
+        samplewise_std_normalization: bool = False,
+        zca_whitening: bool = False,
+        rotation_range: float = 0.0,
+        width_shift_range: float = 0.0,
+        height_shift_range: float = 0.0,
+        shear_range: float = 0.0,
+        zoom_range: float | Sequence[float] = 0.0,
+        channel_shift_range: float = 0.0,
+        fill_mode: str = "nearest",
+        cval: float = 0.0,
+        horizontal_flip: bool = False,
+        vertical_flip: bool = False,
+        rescale: float | None = None,
+        data_format: str | None = "default",
+        *,
+        preprocessing_function: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
+        if zca_whitening:
+            raise InputError("zca_whitening: Expected False. Received True, which no network here was trained with.")
         self.featurewise_center = featurewise_center
         self.samplewise_center = samplewise_center
         self.featurewise_std_normalization = featurewise_std_normalization
@@ -98,13 +124,13 @@ class DMImageDataGenerator:
         self.vertical_flip = vertical_flip
         self.rescale = rescale
         self.preprocessing_function = preprocessing_function
-        self.data_format = data_format or "channels_last"
+        self.data_format = "channels_last" if data_format in (None, "default") else data_format
         if self.data_format not in ("channels_last", "channels_first"):
             raise InputError(f"data_format: Expected channels_last or channels_first. Received {data_format!r}.")
         self.mean = None
         self.std = None
 
-    def get_random_transform(self, img_shape, rng) -> dict:
+    def get_random_transform(self, img_shape: tuple[int, ...], rng) -> dict[str, Any]:
         """Draw one transform for images of `img_shape` (with channels) from a NumPy Generator or RandomState.
 
         Returns theta and shear (radians), tx and ty (pixels, rows and columns), zx and zy (scale of rows and
@@ -218,27 +244,33 @@ class DMImageDataGenerator:
             x /= self.std + 1e-7
         return x
 
-    # -- iterators: `keras.utils.PyDataset`s, see mammo.images.iterators
+    # -- iterators: `keras.utils.PyDataset`s, see mammo.images.iterators and exams
 
-    def flow(self, X, y=None, batch_size=32, **kwargs):
-        """Iterate over arrays; see `mammo.images.iterators.ArrayIterator`."""
-        return ArrayIterator(self, X, y, batch_size, **kwargs)
+    def flow(
+        self,
+        X: np.ndarray,
+        y: np.ndarray | None = None,
+        batch_size: int = 32,
+        auto_batch_balance: bool = True,
+        no_pos_skip: float = 0.0,
+        balance_classes: float = 0.0,
+        preprocess: Callable | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        save_to_dir: str | Path | None = None,
+        save_prefix: str = "",
+        save_format: str = "jpeg",
+        *,
+        workers: int | None = None,
+    ) -> DMNumpyArrayIterator:
+        """Iterate over images X (N, H, W, C) and their labels; see `mammo.images.iterators.DMNumpyArrayIterator`."""
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "X")}
+        return DMNumpyArrayIterator(X, image_data_generator=self, **arguments)
 
-    def flow_from_directory(self, directory, target_size=(256, 256), **kwargs):
-        """Iterate over image files in one folder a class; see `mammo.images.iterators.DirectoryIterator`."""
-        return DirectoryIterator(self, directory, target_size, **kwargs)
-
-    def flow_from_img_list(self, img_list, lab_list=None, **kwargs):
-        """Iterate over a list of image files; see `mammo.images.iterators.ImageListIterator`."""
-        return ImageListIterator(self, img_list, lab_list, **kwargs)
-
-    def flow_from_exam_list(self, exam_list, **kwargs):
-        """Iterate over exams, two breasts of two views each; see `mammo.images.iterators.ExamIterator`."""
-        return ExamIterator(self, exam_list, **kwargs)
-
-    def flow_from_candid_roi(self, img_list, lab_list=None, **kwargs):
-        """Iterate over patches around bright spots; see `mammo.images.iterators.CandidateRoiIterator`."""
-        return CandidateRoiIterator(self, img_list, lab_list, **kwargs)
+    flow_from_directory = _flow("flow_from_directory", DMDirectoryIterator)
+    flow_from_img_list = _flow("flow_from_img_list", DMImgListIterator, without=("data_format",))
+    flow_from_exam_list = _flow("flow_from_exam_list", DMExamListIterator, without=("data_format",))
+    flow_from_candid_roi = _flow("flow_from_candid_roi", DMCandidROIIterator)
 
 
 def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None:

@@ -5,9 +5,10 @@ all layers); both are lists of `Stage`s run by `train_stages`.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -39,14 +40,18 @@ __all__ = [
 ]
 
 
-def robust_load_model(filepath, custom_objects=None, trust_checkpoint=False) -> keras.Model:
+def robust_load_model(
+    filepath: str | Path, custom_objects: dict | None = None, *, trust_checkpoint: bool = False
+) -> keras.Model:
     """Open a model file of any age; see `mammo.train.checkpoint.load_model`. The file is never changed."""
     with keras.saving.custom_object_scope(custom_objects or {}):
         return checkpoint.load_model(filepath, trust_checkpoint=trust_checkpoint)
 
 
-def load_dat_ram(generator, nb_samples: int | None = None):
+def load_dat_ram(generator, nb_samples: int | None) -> tuple:
     """Collect the batches of one epoch as arrays (x, y): float32 images (N, H, W, C) and their labels.
+
+    nb_samples: stop after so many; None for all.
 
     For old notebooks: training takes a sixth to a twelfth of the memory (`flow_from_directory(..., load_to_ram=True)`).
     """
@@ -85,13 +90,16 @@ BUILDER_OPTIONS = frozenset(
 )
 
 
-def Yaroslav(input_shape=(None, None, 1), classes: int = 5, nb_init_filter: int = 32) -> keras.Model:
+def Yaroslav(
+    input_shape: tuple[int | None, ...] | None = None, classes: int = 5, *, nb_init_filter: int = 32
+) -> keras.Model:
     """Build the patch classifier of the challenge's top-performing team, fully convolutional.
 
     Six blocks of two 3x3 same convolutions, with batch normalization and ReLU, and a 2x2 max pooling; then global
-    average pooling and a softmax. The widths are 1, 2, 4, 8, 8, 16 times `nb_init_filter`.
+    average pooling and a softmax. The widths are 1, 2, 4, 8, 8, 16 times `nb_init_filter`. Without an input shape it
+    takes one channel of any size.
     """
-    inputs = x = layers.Input(input_shape)
+    inputs = x = layers.Input(input_shape or (None, None, 1))
     for block, factor in enumerate((1, 2, 4, 8, 8, 16), start=1):
         for conv in (1, 2):
             x = layers.Conv2D(nb_init_filter * factor, 3, padding="same", name=f"block{block}_conv{conv}")(x)
@@ -107,15 +115,16 @@ def get_dl_model(
     net: str,
     nb_class: int = 3,
     use_pretrained: bool = True,
-    resume_from=None,
+    resume_from: str | Path | None = None,
     top_layer_nb: int | None = None,
     weight_decay: float = 0.01,
     hidden_dropout: float = 0.0,
-    pretrained_weights=None,
+    *,
+    pretrained_weights: str | Path | None = None,
     trust_checkpoint: bool = False,
     nb_init_filter: int = 32,
     **builder_options,
-):
+) -> tuple[keras.Model, Callable | None, int | None]:
     """Build a patch classifier, or open a saved one.
 
     Args:
@@ -336,7 +345,7 @@ def train_stages(
         watchers = [finite, early, *callbacks, DMFlush(), *([plateau] if optim == "sgd" else []), state]
         with training_scope(model):
             fitted.compile(
-                optimizer=create_optimizer(optim, stage.lr, accumulate),
+                optimizer=create_optimizer(optim, stage.lr, accumulate=accumulate),
                 loss=WeightedCrossentropy(),
                 metrics=[Accuracy(name="accuracy")],
                 jit_compile=jit or keras.backend.backend() == "jax",
@@ -400,14 +409,14 @@ def class_weights(nb_class: int, pos_cls_weight: float, neg_cls_weight: float) -
 
 
 def patch_stages(
-    model: keras.Model, schedule: Schedule, *, net: str, use_pretrained: bool, top_layer_nb: int | None
+    model: keras.Model, schedule: Schedule, *, net: str | None, use_pretrained: bool, top_layer_nb: int | None
 ) -> list[Stage]:
     """Return the stages of patch training: last layer, top layers, all layers (paper, section on patch training).
 
     Without pretrained weights (YaroslavNet and ResNetBuilder have none) one stage of `nb_epoch` epochs trains them all.
     """
     if use_pretrained and net not in _PATCH_NETS and top_layer_nb is None:
-        print(f"{net} has no ImageNet weights: all layers train from the start", flush=True)
+        print(f"{net or 'the network'} has no ImageNet weights: all layers train from the start", flush=True)
         use_pretrained = False
     if not use_pretrained:
         if max(schedule.top_layer_epochs, schedule.all_layer_epochs) > schedule.nb_epoch:
@@ -433,93 +442,103 @@ def image_stages(model: keras.Model, schedule: Schedule, *, top_layer_nb: int | 
     return stages
 
 
-# The drivers of the original, for callers in Python. `validation_steps`, `train_batches` and `nb_worker` are accepted
+# The drivers of the original, for callers in Python. `validation_steps`, `steps_per_epoch` and `nb_worker` are accepted
 # and not needed: sets know their own length and workers.
 
 
 def do_3stage_training(
-    model,
-    org_model,
+    model: keras.Model,
+    org_model: keras.Model,
     train_generator,
     validation_set,
-    validation_steps=None,
-    best_model_file="NOSAVE",
-    train_batches=None,
-    top_layer_nb=None,
-    net="resnet50",
-    nb_epoch=10,
-    top_layer_epochs=0,
-    all_layer_epochs=0,
-    use_pretrained=True,
-    optim="sgd",
-    init_lr=0.01,
-    top_layer_multiplier=0.01,
-    all_layer_multiplier=0.0001,
-    es_patience=5,
-    lr_patience=2,
-    auto_batch_balance=True,
-    nb_class=2,
-    pos_cls_weight=1.0,
-    neg_cls_weight=1.0,
-    nb_worker=1,
-    weight_decay2=0.01,
-    hidden_dropout2=0.0,
-    frozen_bn="batch",
-):
-    """Train a patch classifier by `patch_stages`, keeping the model of best validation accuracy in `best_model_file`.
+    validation_steps: int | None,
+    best_model_out: str | Path,
+    steps_per_epoch: int | None,
+    top_layer_nb: int | None = None,
+    net: str | None = None,
+    nb_epoch: int = 10,
+    top_layer_epochs: int = 0,
+    all_layer_epochs: int = 0,
+    use_pretrained: bool = True,
+    optim: str = "sgd",
+    init_lr: float = 0.01,
+    top_layer_multiplier: float = 0.01,
+    all_layer_multiplier: float = 0.0001,
+    es_patience: int = 5,
+    lr_patience: int = 2,
+    auto_batch_balance: bool = True,
+    nb_class: int = 3,
+    pos_cls_weight: float = 1.0,
+    neg_cls_weight: float = 1.0,
+    nb_worker: int = 1,
+    weight_decay2: float = 0.01,
+    hidden_dropout2: float = 0.0,
+    *,
+    frozen_bn: str = "batch",
+) -> tuple[keras.Model, np.ndarray, np.ndarray]:
+    """Train a patch classifier by `patch_stages`, keeping the model of best validation accuracy in `best_model_out`.
 
-    Stage 1 keeps the weight decay and dropout that the model was built with. Returns (model, validation losses,
-    validation accuracies), one value an epoch.
+    Stage 1 keeps the weight decay and dropout that the model was built with. "NOSAVE" keeps nothing. Returns (model,
+    validation losses, validation accuracies), float64 arrays of one value an epoch.
     """
-    schedule = Schedule.of(locals())
-    stages = patch_stages(model, schedule, net=net, use_pretrained=use_pretrained, top_layer_nb=top_layer_nb)
-    keeper = BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
-    weights = None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight)
-    options = {"optim": optim, "es_patience": es_patience, "lr_patience": lr_patience, "frozen_bn": frozen_bn}
-    return _train_published(model, stages, train_generator, validation_set, keeper, class_weight=weights, **options)
+    options = locals()
+    stages = patch_stages(
+        model, Schedule.of(options), net=net, use_pretrained=use_pretrained, top_layer_nb=top_layer_nb
+    )
+    return _train_published(stages, BestModel(best_model_out, "val_accuracy", model_to_save=org_model), options)
 
 
 def do_2stage_training(
-    model,
-    org_model,
+    model: keras.Model,
+    org_model: keras.Model,
     train_generator,
     validation_set,
-    validation_steps=None,
-    best_model_file="NOSAVE",
-    train_batches=None,
-    top_layer_nb=None,
-    nb_epoch=10,
-    all_layer_epochs=0,
-    optim="sgd",
-    init_lr=0.01,
-    all_layer_multiplier=0.1,
-    es_patience=5,
-    lr_patience=2,
-    auto_batch_balance=True,
-    pos_cls_weight=1.0,
-    neg_cls_weight=1.0,
-    nb_worker=1,
-    auc_checkpointer=None,
-    weight_decay=0.0001,
-    hidden_dropout=0.0,
-    weight_decay2=0.0001,
-    hidden_dropout2=0.0,
-    frozen_bn="batch",
-):
+    validation_steps: int | None,
+    best_model_out: str | Path,
+    steps_per_epoch: int | None,
+    top_layer_nb: int | None = None,
+    nb_epoch: int = 10,
+    all_layer_epochs: int = 0,
+    optim: str = "sgd",
+    init_lr: float = 0.01,
+    all_layer_multiplier: float = 0.1,
+    es_patience: int = 5,
+    lr_patience: int = 2,
+    auto_batch_balance: bool = True,
+    nb_class: int = 2,
+    pos_cls_weight: float = 1.0,
+    neg_cls_weight: float = 1.0,
+    nb_worker: int = 1,
+    auc_checkpointer: DMAucModelCheckpoint | None = None,
+    weight_decay: float = 0.0001,
+    hidden_dropout: float = 0.0,
+    weight_decay2: float = 0.0001,
+    hidden_dropout2: float = 0.0,
+    *,
+    frozen_bn: str = "batch",
+) -> tuple[keras.Model, np.ndarray, np.ndarray]:
     """Train a whole-image classifier by `image_stages`, keeping the best model with `auc_checkpointer`.
 
-    Without one, the model of best validation accuracy is kept in `best_model_file`. Returns (model, validation losses,
-    validation accuracies), one value an epoch.
+    Without one, the model of best validation accuracy is kept in `best_model_out`. Returns (model, validation losses,
+    validation accuracies), float64 arrays of one value an epoch.
     """
-    stages = image_stages(model, Schedule.of(locals()), top_layer_nb=top_layer_nb)
-    keeper = auc_checkpointer or BestModel(best_model_file, "val_accuracy", model_to_save=org_model)
-    nb_class = model.output_shape[-1]
-    weights = None if auto_batch_balance else class_weights(nb_class, pos_cls_weight, neg_cls_weight)
-    options = {"optim": optim, "es_patience": es_patience, "lr_patience": lr_patience, "frozen_bn": frozen_bn}
-    return _train_published(model, stages, train_generator, validation_set, keeper, class_weight=weights, **options)
+    options = locals()
+    stages = image_stages(model, Schedule.of(options), top_layer_nb=top_layer_nb)
+    keeper = auc_checkpointer or BestModel(best_model_out, "val_accuracy", model_to_save=org_model)
+    return _train_published(stages, keeper, options)
 
 
-def _train_published(model, stages, train_set, validation_set, keeper, **options):
-    """Run the stages; return what the original's drivers do: (model, validation losses, validation accuracies)."""
-    history = train_stages(model, stages, train_set, validation_set, callbacks=[keeper], **options)
-    return model, [row["val_loss"] for row in history], [row["val_accuracy"] for row in history]
+def _train_published(stages, keeper, options) -> tuple[keras.Model, np.ndarray, np.ndarray]:
+    """Run the stages by the arguments of a driver; return what it does."""
+    weights = [options[name] for name in ("nb_class", "pos_cls_weight", "neg_cls_weight")]
+    history = train_stages(
+        options["model"],
+        stages,
+        options["train_generator"],
+        options["validation_set"],
+        callbacks=[keeper],
+        class_weight=None if options["auto_batch_balance"] else class_weights(*weights),
+        **{name: options[name] for name in ("optim", "es_patience", "lr_patience", "frozen_bn")},
+    )
+    losses, accuracies = (np.array([row[name] for row in history]) for name in ("val_loss", "val_accuracy"))
+    return options["model"], losses, accuracies

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import re
 from collections import defaultdict
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -26,6 +27,7 @@ BELOW = {
     METHOD: {"base", "images", "data", "train", "maps"},
 }
 THIN = {"dm_preprocess.py", "dm_region.py", "dm_inference.py"}
+SIGNATURES = ROOT / "tests/reference/published_signatures.json"
 TENSORFLOW = {"mammo/train/backend.py", "mammo/train/devices.py", "dm_multi_gpu.py"}
 # Every command has these; the trainers and the sampler are called by them from notebooks.
 SAME_IN_COMMANDS = {"make_parser", "run", "main"}
@@ -115,7 +117,7 @@ def test_tensorflow_is_imported_in_one_place():
 
 
 def test_only_the_published_modules_lie_in_the_root():
-    published = {f"{name}.py" for name in json.loads(NAMES.read_text())}
+    published = {f"{name}.py" for name in json.loads(SIGNATURES.read_text())}
     assert {path.name for path in ROOT.glob("*.py")} == published | {"setup.py"}
     for name in THIN:
         assert all(isinstance(node, ast.Expr | ast.ImportFrom | ast.Assign) for node in tree(Path(name)).body)
@@ -131,20 +133,71 @@ def test_no_public_function_has_a_namesake_in_another_room():
     assert {name: places for name, places in rooms.items() if len(places) > 1} == {}
 
 
-# -------------------------------------------------------------------------------------------- published names
-
-NAMES = ROOT / "tests/reference/published_names.json"
+# --------------------------------------------------------------------------------------- published signatures
 
 
-@pytest.mark.parametrize("module", json.loads(NAMES.read_text()))
-def test_published_names_are_in_their_old_module_with_their_keywords(module):
-    names = json.loads(NAMES.read_text())[module]
-    assert names
-    home = importlib.import_module(module)
-    for name, keywords in names.items():
-        found = home
-        for part in name.split("."):
-            found = getattr(found, part)
-        parameters = inspect.signature(found).parameters
-        passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        assert passes_on or set(keywords) <= set(parameters), name
+def published_signatures() -> dict[str, list[str]]:
+    """Return the parameters of every published function, such as `k=1`, in order; a class has those of `__init__`."""
+    modules = json.loads(SIGNATURES.read_text())
+    return {
+        f"{module}.{name}".removesuffix(".__init__"): parameters
+        for module, names in modules.items()
+        for name, parameters in names.items()
+    }
+
+
+def difference(name: str, published: list[str]) -> str | None:
+    """Return in which parameter a function differs from the published one; more of them may follow by keyword."""
+    module, *path = name.split(".")
+    found = importlib.import_module(module)
+    for part in path:
+        found = getattr(found, part)
+    ours = [parameter for parameter in inspect.signature(found).parameters.values() if parameter.name != "self"]
+    taking_others = [parameter for parameter in published if parameter.startswith("**")]
+    positional = [p for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(positional) != len(published) - len(taking_others):
+        return f"{len(positional)} positional parameters"
+    for parameter, wanted in zip(positional, published, strict=False):
+        wanted_name, _, default = wanted.partition("=")
+        if parameter.name != wanted_name or not same_default(parameter.default, default):
+            return f"{parameter} for {wanted}"
+    others = [parameter for parameter in ours if parameter not in positional]
+    if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in others):
+        return "a keyword that must be given"
+    if taking_others and not any(p.kind is p.VAR_KEYWORD for p in others):
+        return "no further keywords"
+    return None
+
+
+def same_default(ours, published: str) -> bool:
+    """Return whether a default is the published one; None may stand for a dict or list that all calls would share."""
+    if not published:
+        return ours is inspect.Parameter.empty
+    wanted = ast.literal_eval(published)
+    if wanted in ([], {}) and ours is None:
+        return True
+    if isinstance(ours, tuple):
+        ours = list(ours)
+    return getattr(ours, "__name__", ours) == wanted
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_published_signatures_are_the_same_but_for_the_differences_listed():
+    """Positions, names, defaults; what docs/differences.md lists is all that differs, and does differ."""
+    signatures = published_signatures()
+    assert len(signatures) == 72
+    differing = {name: how for name, published in signatures.items() if (how := difference(name, published))}
+    section = (ROOT / "docs/differences.md").read_text().partition("\n## Signatures\n")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")]
+    listed = set(re.findall(r"`(dm_[\w.]+)`", " ".join(first_cells)))
+    assert {name: how for name, how in differing.items() if name not in listed} == {}
+    assert listed - set(differing) == set()
+
+
+def test_the_published_signatures_are_those_of_the_specification(spec):
+    def flat(names, outer=""):
+        for name, value in names.items():
+            yield from flat(value, f"{outer}{name}.") if isinstance(value, dict) else [(f"{outer}{name}", value)]
+
+    specified = json.loads((spec / "api.json").read_text())
+    assert {module: dict(flat(names)) for module, names in specified.items()} == json.loads(SIGNATURES.read_text())

@@ -10,7 +10,9 @@ class DMImagePreprocessor:
     """Preprocessing steps of a greyscale mammogram: 2-D array, dark background, bright breast."""
 
     @classmethod
-    def segment_breast(cls, img, low_int_threshold=0.05, crop=True):
+    def segment_breast(
+        cls, img: np.ndarray, low_int_threshold: float = 0.05, crop: bool = True
+    ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """Keep the largest bright object, which is the breast; set all else to zero.
 
         img: 2-D array (H, W) of any real dtype. It is scaled by its own maximum to 0..255, thresholded, and
@@ -42,14 +44,21 @@ class DMImagePreprocessor:
         return breast_img, (x, y, width, height)
 
     @staticmethod
-    def max_pix_val(dtype):
+    def max_pix_val(dtype) -> int:
         """Largest value of the unsigned integer type `dtype`: 255 or 65535. InputError for any other type."""
         dtype = np.dtype(dtype)
         if dtype not in (np.uint8, np.uint16):
             raise InputError(f"Expected an image of dtype uint8 or uint16. Received {dtype}.")
         return int(np.iinfo(dtype).max)
 
-    def select_largest_obj(self, img_bin, lab_val=255, fill_holes=False, smooth_boundary=False, kernel_size=15):
+    def select_largest_obj(
+        self,
+        img_bin: np.ndarray,
+        lab_val: int = 255,
+        fill_holes: bool = False,
+        smooth_boundary: bool = False,
+        kernel_size: int = 15,
+    ) -> np.ndarray:
         """Mask of the largest 8-connected object of a binary image.
 
         img_bin: (H, W), non-zero in the objects. lab_val: value of the mask inside the object, 1..255.
@@ -71,30 +80,48 @@ class DMImagePreprocessor:
             mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, _square(kernel_size))
         return mask
 
-    def suppress_artifacts(self, img, global_threshold=0.05, kernel_size=15):
+    def suppress_artifacts(
+        self,
+        img: np.ndarray,
+        global_threshold: float = 0.05,
+        fill_holes: bool = False,
+        smooth_boundary: bool = True,
+        kernel_size: int = 15,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Set all but the largest object (the breast) to zero: labels, tape, scratches.
 
-        img: (H, W) uint8 or uint16. global_threshold: what exceeds it is an object; a fraction of the dtype's
-        largest value if below 1, else a pixel value. kernel_size: see `select_largest_obj`.
+        img: (H, W) uint8 or uint16. global_threshold: what exceeds it is an object; a fraction of the image's own
+        maximum if below 1, else a pixel value. fill_holes, smooth_boundary: without effect, as in the published
+        program, which always does both. kernel_size: see `select_largest_obj`.
 
         Returns (image in the dtype of `img`, uint8 breast mask with 0 and 255). Raises InputError for other
         dtypes and when no pixel exceeds the threshold.
         """
+        self.max_pix_val(img.dtype)
         if global_threshold < 1:
-            global_threshold = global_threshold * self.max_pix_val(img.dtype)
+            global_threshold *= float(img.max())
         mask = self.select_largest_obj(
             img > int(global_threshold), fill_holes=True, smooth_boundary=True, kernel_size=kernel_size
         )
         return np.where(mask > 0, img, np.zeros((), img.dtype)), mask
 
-    def remove_pectoral(self, img, breast_mask, high_int_threshold=0.8, morph_kn_size=3, n_morph_op=7, sm_kn_size=25):
+    def remove_pectoral(
+        self,
+        img: np.ndarray,
+        breast_mask: np.ndarray,
+        high_int_threshold: float = 0.8,
+        morph_kn_size: int = 3,
+        n_morph_op: int = 7,
+        sm_kn_size: int = 25,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Set the pectoral muscle to zero: the largest very bright region, bounded by a watershed.
 
         The histogram-equalised image is thresholded; the largest object, eroded, marks the muscle, what lies
         beyond its dilation marks other tissue, and what lies outside `breast_mask` marks the background. The
         tissue's basin, opened, is kept. In a view without muscle the brightest tissue is lost instead.
 
-        img: (H, W) uint8. breast_mask: (H, W), non-zero in the breast.
+        img: (H, W) uint8, or uint16, which is first scaled by its own maximum to 0..255. breast_mask: (H, W), non-zero
+        in the breast.
         high_int_threshold: a fraction of 255 if below 1, else a pixel value, of the equalised image.
         morph_kn_size, n_morph_op: side of the square and repetitions of the erosion and the dilation.
         sm_kn_size: side of the square of the final opening.
@@ -103,13 +130,12 @@ class DMImagePreprocessor:
         watershed lines in red, (H, W, 3) uint8, BGR). Raises InputError for other dtypes, for a mask of
         another shape, and when no pixel exceeds the threshold.
         """
-        if img.dtype != np.uint8:
-            raise InputError(f"Pectoral removal: Expected an image of dtype uint8. Received {img.dtype}.")
+        self.max_pix_val(img.dtype)
         if breast_mask.shape != img.shape:
             raise InputError(f"Expected a breast mask of shape {img.shape}. Received {breast_mask.shape}.")
         if high_int_threshold < 1:
-            high_int_threshold = high_int_threshold * self.max_pix_val(img.dtype)
-        equalised = cv2.equalizeHist(img)
+            high_int_threshold *= 255
+        equalised = cv2.equalizeHist(img if img.dtype == np.uint8 else _as_uint8(img))
         bright = self.select_largest_obj(equalised > int(high_int_threshold), fill_holes=True)
         muscle = cv2.erode(bright, _square(morph_kn_size), iterations=n_morph_op)
         near_muscle = cv2.dilate(bright, _square(morph_kn_size), iterations=n_morph_op)
@@ -127,25 +153,47 @@ class DMImagePreprocessor:
         tissue = cv2.morphologyEx(tissue, cv2.MORPH_OPEN, _square(sm_kn_size))
         return np.where(tissue > 0, equalised, np.uint8(0)), colour
 
-    def process(self, img, pect_removal=False, artif_suppression=True, median_filtering=True):
-        """Median filter of 3 x 3, artefact suppression and pectoral removal, each as asked.
+    def process(
+        self,
+        img: np.ndarray,
+        median_filtering: bool = True,
+        blur_kn_size: int = 3,
+        artif_suppression: bool = True,
+        low_int_threshold: float = 0.05,
+        kernel_size: int = 15,
+        pect_removal: bool = False,
+        high_int_threshold: float = 0.8,
+        **pect_kwargs,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Median filter, artefact suppression and pectoral removal, each as asked.
 
-        img: (H, W) uint8 or, without `pect_removal`, uint16.
+        img: (H, W) uint8 or uint16. blur_kn_size: side of the median filter, odd. low_int_threshold, kernel_size: those
+        of `suppress_artifacts`. high_int_threshold, pect_kwargs: those of `remove_pectoral`.
 
-        Returns (processed image in the dtype of `img`, coloured watershed image or None): see
-        `suppress_artifacts` and `remove_pectoral`, also for the errors.
+        Returns (processed image, coloured watershed image or None). The image has the dtype of `img`, or, without its
+        muscle, is equalised uint8. Raises InputError as those two do, and for an even filter.
         """
         self.max_pix_val(img.dtype)
         if median_filtering:
-            img = cv2.medianBlur(img, 3)
+            img = _median(img, blur_kn_size)
         if not (artif_suppression or pect_removal):
             return img, None
-        suppressed, mask = self.suppress_artifacts(img)
+        suppressed, mask = self.suppress_artifacts(img, low_int_threshold, kernel_size=kernel_size)
         if artif_suppression:
             img = suppressed
         if pect_removal:
-            return self.remove_pectoral(img, mask)
+            return self.remove_pectoral(img, mask, high_int_threshold, **pect_kwargs)
         return img, None
+
+
+def _median(img, size):
+    if size < 1 or size % 2 == 0:
+        raise InputError(f"blur_kn_size: Expected an odd number. Received {size}.")
+    if img.dtype == np.uint8 or size <= 5:
+        return cv2.medianBlur(img, size)
+    from scipy.ndimage import median_filter  # OpenCV's larger filters are for 8 bits
+
+    return median_filter(img, size, mode="nearest")
 
 
 def _square(size):
@@ -177,7 +225,15 @@ def _as_uint8(img):
     return np.clip(scaled / highest * 255, 0, 255).astype("uint8")
 
 
-def detect_blobs(img, patch_size, *, min_area=3, min_int=0.5, max_int=0.95, th_step=10):
+def detect_blobs(
+    img: np.ndarray,
+    patch_size: int,
+    *,
+    min_area: int = 3,
+    min_int: float = 0.5,
+    max_int: float = 0.95,
+    th_step: int = 10,
+) -> np.ndarray:
     """Bright spots of any shape, no larger than a patch.
 
     img: 2-D array of any real dtype, not negative. min_area: pixels. min_int, max_int: range of thresholds as

@@ -1,4 +1,4 @@
-"""Batches of images for Keras: one iterator, and what it iterates over (folders, lists, exams, arrays, spots).
+"""Batches of images for Keras: one iterator, and what it iterates over (arrays, folders, lists; see also `exams`).
 
 `dm_image.DMImageDataGenerator.flow*` make these. All read DICOM files as the 16-bit PNG files that data preparation
 makes of them. They are apart from dm_image because they import Keras.
@@ -6,18 +6,20 @@ makes of them. They are apart from dm_image because they import Keras.
 
 import math
 import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import keras
 import numpy as np
 
-from mammo.base.files import InputError, env_int, write_img
+from mammo.base.files import InputError, counted, env_int, write_img
 from mammo.base.work import run_parallel
-from mammo.images.breast import DMImagePreprocessor, detect_blobs
-from mammo.images.check import check_images
-from mammo.images.pixels import Pixels, pop_pixels
+from mammo.images.check import ImageCheck, check_images
+from mammo.images.pixels import Pixels, pixels_of
 from mammo.images.reading import IMAGE_SUFFIXES, ImageError, check_constant, is_image
 
 # Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
@@ -29,6 +31,51 @@ _NO_IMAGES = f"no images in this class folder. Expected {', '.join(IMAGE_SUFFIXE
 _MAX_ATTEMPTS = 5
 
 CLASS_MODES = ("categorical", "binary", "sparse", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Hold how samples come in batches, by the names of the iterators' arguments.
+
+    Args:
+        batch_size: samples a batch.
+        shuffle, seed: order; without a seed, the iterator draws one.
+        class_mode: labels as one-hot float32 rows ("categorical"), float32 class numbers ("binary"), integers
+            ("sparse") or no labels (None: batches are then x alone).
+        auto_batch_balance: also return sample weights, 1 / (frequency of the sample's class in its batch).
+        no_pos_skip: probability of leaving out a batch without a sample of class 1.
+        balance_classes: if above 0, redraw each batch with this ratio of others to class 1 (`index_balancer`).
+        preprocess: function that is given the pixels of each batch, float32 (n, H, W, C), augmented and standardised,
+            and returns those to use, such as `preprocess_input` of a network of `keras.applications`.
+        save_to_dir, save_prefix, save_format: folder for a picture ("jpeg" or "png") of each augmented image, stretched
+            to 0..255 and called PREFIX_EPOCH_SAMPLE[_OCCURRENCE].FORMAT; without one there are none.
+        workers: threads that load the images of a batch (default NUM_CPU_CORES, 4). They are ours, and Keras is told
+            of one worker: its own queue (as of 3.15) carries batches over from the start of one epoch to the next, so
+            that under a distribution strategy, and with JAX and PyTorch, images come twice and others never.
+    """
+
+    batch_size: int = 32
+    shuffle: bool = True
+    seed: int | None = None
+    class_mode: str | None = "categorical"
+    auto_batch_balance: bool = False
+    no_pos_skip: float = 0.0
+    balance_classes: float = 0.0
+    preprocess: Callable[[np.ndarray], np.ndarray] | None = None
+    save_to_dir: str | Path | None = None
+    save_prefix: str = ""
+    save_format: str = "jpeg"
+    workers: int | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **changed) -> "Batches":
+        """Take those of a function's arguments, its `locals()`, that are fields; `changed` win over them."""
+        arguments = {**arguments, **changed}
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+    def for_validation(self) -> "Batches":
+        """Return the same in the order of the samples, each of them once."""
+        return replace(self, shuffle=False, no_pos_skip=0.0, balance_classes=0.0)
 
 
 class DMIterator(keras.utils.PyDataset):
@@ -46,59 +93,47 @@ class DMIterator(keras.utils.PyDataset):
     Args:
         generator: DMImageDataGenerator that augments and standardises.
         n: number of samples. classes: their class numbers (n,), or None without labels. nb_class: number of classes.
-        batch_size: samples a batch.
-        shuffle, seed: order; without a seed, one is drawn here.
-        class_mode: labels as one-hot float32 rows ("categorical"), float32 class numbers ("binary"), integers
-            ("sparse") or no labels (None: batches are then x alone).
-        auto_batch_balance: also return sample weights, 1 / (frequency of the sample's class in its batch).
-        no_pos_skip: probability of leaving out a batch without a sample of class 1.
-        balance_classes: if above 0, redraw each batch with this ratio of others to class 1 (`index_balancer`).
-        workers: threads that load the images of a batch (default NUM_CPU_CORES, 4). They are ours, and Keras is told
-            of one worker: its own queue (as of 3.15) carries batches over from the start of one epoch to the next, so
-            that under a distribution strategy, and with JAX and PyTorch, images come twice and others never.
+        batches: see `Batches`.
     """
 
     def __init__(
         self,
         generator,
-        n,
-        classes=None,
-        nb_class=None,
-        *,
-        batch_size=32,
-        shuffle=True,
-        seed=None,
-        class_mode="categorical",
-        auto_batch_balance=False,
-        no_pos_skip=0.0,
-        balance_classes=0.0,
-        workers=None,
+        n: int,
+        classes: Sequence[int] | np.ndarray | None,
+        nb_class: int | None,
+        batches: Batches,
     ):
         super().__init__()
-        workers = _default_workers(workers)
-        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
-        # Loads the next batch while the network works on this one. Only TensorFlow would do so of itself.
-        self._reader = ThreadPoolExecutor(1) if workers > 1 else None
-        self._ahead = None  # (plan of the epoch, position in it, its future batch)
-        if class_mode not in CLASS_MODES:
-            raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {class_mode!r}.")
+        if batches.class_mode not in CLASS_MODES:
+            raise InputError(f"class_mode: Expected one of {CLASS_MODES}. Received {batches.class_mode!r}.")
         if n < 1:
             raise InputError("Expected at least one image to iterate over. Received none.")
-        if batch_size < 1:
-            raise InputError(f"batch_size: Expected at least 1. Received {batch_size}.")
-        if no_pos_skip >= 1 and classes is not None and not np.any(np.equal(classes, 1)):
+        if batches.batch_size < 1:
+            raise InputError(f"batch_size: Expected at least 1. Received {batches.batch_size}.")
+        if batches.no_pos_skip >= 1 and classes is not None and not np.any(np.equal(classes, 1)):
             raise InputError("Expected a sample of class 1, since all batches without one are skipped. Received none.")
+        workers = _default_workers(batches.workers)
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+        # Loads the next batch while the network works on this one. Only TensorFlow would do so of itself. Pictures are
+        # those of batches that were asked for.
+        self._reader = ThreadPoolExecutor(1) if workers > 1 and not batches.save_to_dir else None
+        self._ahead = None  # (plan of the epoch, position in it, its future batch)
         self.generator = generator
         self.nb_sample = n
         self.classes = None if classes is None else np.asarray(classes)
         self.nb_class = nb_class
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else int(seed) % 2**32
-        self.class_mode = None if classes is None else class_mode
-        self.auto_batch_balance = auto_batch_balance
-        self.no_pos_skip = no_pos_skip
-        self.balance_classes = balance_classes
+        self.batch_size = batches.batch_size
+        self.shuffle = batches.shuffle
+        seed = np.random.SeedSequence().generate_state(1)[0] if batches.seed is None else batches.seed
+        self.seed = int(seed) % 2**32
+        self.class_mode = None if classes is None else batches.class_mode
+        self.auto_batch_balance = batches.auto_batch_balance
+        self.no_pos_skip = batches.no_pos_skip
+        self.balance_classes = batches.balance_classes
+        self.preprocess = batches.preprocess
+        self.save_to_dir, self.save_prefix = batches.save_to_dir, batches.save_prefix
+        self.save_format = batches.save_format
         self.input_error = None
         self._epoch = 0
         self._next = 0  # position of next() in the epoch
@@ -239,7 +274,17 @@ class DMIterator(keras.utils.PyDataset):
         standardized = self.generator.standardize(x, copy=False)
         if standardized is not x:  # a preprocessing function may return another array
             x[...] = standardized
+        if self.save_to_dir:
+            self._save(x, index, occurrence)
         return x
+
+    def _save(self, x, index, occurrence):
+        if self.generator.data_format == "channels_first":
+            x = np.moveaxis(x, 0, -1)
+        x = x - x.min()
+        again = f"_{occurrence}" if occurrence else ""
+        name = f"{self.save_prefix}_{self._epoch}_{index}{again}.{self.save_format}"
+        write_img(Path(self.save_to_dir, name), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
 
     def _with_labels(self, x, classes, there=slice(None)):
         """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance.
@@ -264,7 +309,8 @@ def _default_workers(workers):
     return env_int("NUM_CPU_CORES", 4, minimum=1) if workers is None else workers
 
 
-def _check_one_size(names, images):
+def check_one_size(names: Sequence[str], images: Sequence[np.ndarray]) -> None:
+    """Raise InputError, with the name of the first that differs, unless images have one shape."""
     for name, x in zip(names, images, strict=True):
         if x.shape != images[0].shape:
             raise InputError(
@@ -282,12 +328,6 @@ def batch_weights(classes: np.ndarray) -> np.ndarray:
 class _SampleIterator(DMIterator):
     """Iterator over samples of one tensor each: subclasses give `load(index)`, float32 (H, W, C) unaugmented."""
 
-    def __init__(self, *args, save_to_dir=None, save_prefix="", save_format="png", **kwargs):
-        self.save_to_dir, self.save_prefix, self.save_format = save_to_dir, save_prefix, save_format
-        super().__init__(*args, **kwargs)
-        if save_to_dir:  # of batches that were asked for
-            self._reader = None
-
     def _make_batch(self, index, rng):
         drawn = index
         for attempt in range(_MAX_ATTEMPTS):  # others take the place of a whole batch, such as a batch of one
@@ -298,18 +338,18 @@ class _SampleIterator(DMIterator):
                 break
         else:
             raise InputError(f"none of {_MAX_ATTEMPTS * len(drawn)} images can be read, such as {self._name(drawn[0])}")
-        _check_one_size([self._name(index[place]) for place in there], [images[place] for place in there])
+        check_one_size([self._name(index[place]) for place in there], [images[place] for place in there])
         batch = empty_aligned((len(index), *images[there[0]].shape))
 
         def fill(place):
             sample, occurrence = index[place], int((index[:place] == index[place]).sum())
             self._augment(images[place], sample, occurrence, batch[place])
-            if self.save_to_dir:
-                self._save(batch[place], sample, occurrence)
 
         self._map(fill, there)
         for place in set(range(len(index))).difference(there):  # a batch keeps its size
             batch[place] = batch[there[place % len(there)]]
+        if self.preprocess is not None:
+            batch = self.preprocess(batch)
         counted = [] if attempt else there
         return self._with_labels(batch, None if self.classes is None else self.classes[index], counted)
 
@@ -320,41 +360,43 @@ class _SampleIterator(DMIterator):
         """`load(index)`, or None for a sample whose place another one takes."""
         return self.load(index)
 
-    def _save(self, x, index, occurrence):
-        """Write what the network sees, stretched to 0..255, as PREFIX_EPOCH_INDEX[_OCCURRENCE].FORMAT."""
-        if self.generator.data_format == "channels_first":
-            x = np.moveaxis(x, 0, -1)
-        x = x - x.min()
-        again = f"_{occurrence}" if occurrence else ""
-        name = f"{self.save_prefix}_{self._epoch}_{index}{again}.{self.save_format}"
-        write_img(Path(self.save_to_dir, name), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
 
+class DMNumpyArrayIterator(_SampleIterator):
+    """Images in an array x (N, H, W, C) with labels y: class numbers (N,), one-hot rows (N, classes), or None.
 
-class ArrayIterator(_SampleIterator):
-    """Images in an array X (N, H, W, C) with labels y: class numbers (N,), one-hot rows (N, classes), or None.
-
-    Labels are returned as they were given. Other arguments are those of `DMIterator` (auto_batch_balance is on)
-    and save_to_dir, save_prefix, save_format.
+    Labels are returned as they were given. Other arguments: see `Batches`, and `data_format_of`.
     """
 
-    def __init__(self, generator, X, y=None, batch_size=32, *, auto_batch_balance=True, **kwargs):
-        self.x = np.asarray(X)
+    def __init__(
+        self,
+        x: np.ndarray,
+        y: np.ndarray | None,
+        image_data_generator,
+        batch_size: int = 32,
+        auto_batch_balance: bool = True,
+        no_pos_skip: float = 0.0,
+        balance_classes: float = 0.0,
+        preprocess: Callable | None = None,
+        shuffle: bool = False,
+        seed: int | None = None,
+        data_format: str = "default",
+        save_to_dir: str | Path | None = None,
+        save_prefix: str = "",
+        save_format: str = "jpeg",
+        *,
+        workers: int | None = None,
+    ):
+        batches = Batches.of(locals(), class_mode="sparse")
+        data_format_of(image_data_generator, data_format)
+        self.x = np.asarray(x)
         if self.x.ndim != 4:
             raise InputError(f"flow: Expected images of shape (N, H, W, C). Received {self.x.shape}.")
         if y is not None and len(y) != len(self.x):
             raise InputError(f"flow: Expected as many labels as images, {len(self.x)}. Received {len(y)}.")
         self.y = None if y is None else np.asarray(y)
         classes = None if y is None else to_sparse(y).astype(np.int64)
-        super().__init__(
-            generator,
-            len(self.x),
-            classes,
-            None if y is None else int(classes.max()) + 1,
-            class_mode="sparse",
-            batch_size=batch_size,
-            auto_batch_balance=auto_batch_balance,
-            **kwargs,
-        )
+        nb_class = None if y is None else int(classes.max()) + 1
+        super().__init__(image_data_generator, len(self.x), classes, nb_class, batches)
 
     def load(self, index):
         return self.x[index].astype(np.float32)
@@ -387,16 +429,14 @@ class _FileIterator(_SampleIterator):
         generator,
         paths,
         names,
-        classes=None,
-        nb_class=None,
-        *,
+        classes,
+        nb_class,
+        batches: Batches,
         pixels: Pixels,
-        load_to_ram=False,
-        on_error="stop",
-        checked=None,
-        allow_constant=True,
-        workers=None,
-        **kwargs,
+        load_to_ram: bool,
+        on_error: str,
+        checked: dict[str, ImageCheck] | None,
+        allow_constant: bool,
     ):
         if on_error not in ("stop", "skip"):
             raise InputError(f"on_error: Expected stop or skip. Received {on_error!r}.")
@@ -409,11 +449,11 @@ class _FileIterator(_SampleIterator):
         self._left_out, self._lost = [], {}  # messages, and those of samples lost later
         self._ram = self._checks = None
         if load_to_ram:
-            errors = self._read_to_ram(on_error, _default_workers(workers))
+            errors = self._read_to_ram(on_error, _default_workers(batches.workers))
         elif checked is not None:
             self._checks = [checked[_absolute(path)] for path in self._paths]
         elif on_error == "skip":
-            self._checks = check_images(self._paths, None, allow_constant, workers, pixels.gs_255)
+            self._checks = check_images(self._paths, None, allow_constant, batches.workers, pixels.gs_255)
         if self._checks is not None:
             errors = [check.message for check in self._checks]
         if load_to_ram or self._checks is not None:
@@ -422,7 +462,7 @@ class _FileIterator(_SampleIterator):
                 raise InputError(self._left_out[0])
             classes = None if classes is None else np.asarray(classes)
             classes = self._keep([index for index, error in enumerate(errors) if not error], classes)
-        super().__init__(generator, len(self._paths), classes, nb_class, workers=workers, **kwargs)
+        super().__init__(generator, len(self._paths), classes, nb_class, batches)
         self._replaces = on_error == "skip" and self.class_mode == "categorical"
 
     @property
@@ -518,46 +558,88 @@ def _absolute(path):
     return str(Path(path).absolute())
 
 
-class ImageListIterator(_FileIterator):
+class DMImgListIterator(_FileIterator):
     """Image files in a list, with class numbers (0 or 1) in another, or None.
 
-    validation_mode: no shuffling, skipping or balancing. all_neg_skip: as no_pos_skip of `DMIterator`. The other
-    arguments are those of `pop_pixels`, `_FileIterator`, `_SampleIterator` and `DMIterator`.
+    Args:
+        img_list, lab_list: files, and a class number for each, or None.
+        target_size, target_scale, gs_255, data_format; target_height, rescale_factor, equalize_hist, dup_3_channels:
+            how images are read, see `pixels_of`; `pixels` stands for all of them.
+        validation_mode: no shuffling, skipping or balancing. all_neg_skip: no_pos_skip of `Batches`.
+        verbose: print how many images there are of each class.
+        load_to_ram, on_error, checked, allow_constant: see `_FileIterator`.
+        Others: see `Batches`.
     """
 
     def __init__(
         self,
-        generator,
-        img_list,
-        lab_list=None,
+        img_list: Sequence[str | Path],
+        lab_list: Sequence[int] | None,
+        image_data_generator,
+        target_size: tuple[int, int] | None = (1152, 896),
+        target_scale: float | None = 4095,
+        gs_255: bool = False,
+        data_format: str = "default",
+        class_mode: str | None = "binary",
+        validation_mode: bool = False,
+        balance_classes: float = False,
+        all_neg_skip: float = 0.0,
+        batch_size: int = 32,
+        shuffle: bool = True,
+        seed: int | None = None,
+        save_to_dir: str | Path | None = None,
+        save_prefix: str = "",
+        save_format: str = "jpeg",
+        verbose: bool = True,
         *,
-        class_mode="binary",
-        validation_mode=False,
-        all_neg_skip=0.0,
-        balance_classes=0.0,
-        shuffle=True,
-        **kwargs,
+        target_height: int | None = None,
+        rescale_factor: float | None = None,
+        equalize_hist: bool = False,
+        dup_3_channels: bool = False,
+        pixels: Pixels | None = None,
+        auto_batch_balance: bool = False,
+        preprocess: Callable | None = None,
+        load_to_ram: bool = False,
+        on_error: str = "stop",
+        checked: dict[str, ImageCheck] | None = None,
+        allow_constant: bool = True,
+        workers: int | None = None,
     ):
-        _check_labels(img_list, lab_list)
-        if validation_mode:
-            shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
-        pixels = pop_pixels(kwargs, generator.data_format, target_size=(1152, 896), target_scale=4095)
+        check_labels(img_list, lab_list)
+        batches = Batches.of(locals(), no_pos_skip=all_neg_skip)
         super().__init__(
-            generator,
+            image_data_generator,
             img_list,
             [str(path) for path in img_list],
             lab_list,
             _count_classes(lab_list),
-            pixels=pixels,
-            class_mode=class_mode,
-            shuffle=shuffle,
-            no_pos_skip=all_neg_skip,
-            balance_classes=balance_classes,
-            **kwargs,
+            batches.for_validation() if validation_mode else batches,
+            pixels_of(locals(), data_format_of(image_data_generator, data_format)),
+            load_to_ram,
+            on_error,
+            checked,
+            allow_constant,
         )
+        if verbose:
+            print(found("image", self.classes, self.nb_sample))
 
 
-def _check_labels(img_list, lab_list):
+def data_format_of(generator, asked: str | None) -> str:
+    """Return the data format of a generator, which is the one that is asked for, "default" or None."""
+    if asked not in ("default", None, generator.data_format):
+        raise InputError(f"data_format: Expected that of the generator, {generator.data_format}. Received {asked}.")
+    return generator.data_format
+
+
+def found(what: str, classes: np.ndarray | None, n: int) -> str:
+    """Return how many samples there are, such as "3 images: 1 of class 0, 2 of class 1"."""
+    numbers = [] if classes is None else zip(*np.unique(classes, return_counts=True), strict=True)
+    by_class = ", ".join(f"{count} of class {number}" for number, count in numbers)
+    return counted(n, what) + (f": {by_class}" if by_class else "")
+
+
+def check_labels(img_list, lab_list) -> None:
+    """Raise InputError unless there is a label for each image, or None."""
     if lab_list is not None and len(lab_list) != len(img_list):
         raise InputError(f"Expected as many labels as images, {len(img_list)}. Received {len(lab_list)}.")
 
@@ -567,16 +649,19 @@ def _count_classes(labels):
     return None if labels is None or not len(labels) else max(2, int(max(labels)) + 1)
 
 
-class DirectoryIterator(_FileIterator):
+class DMDirectoryIterator(_FileIterator):
     """Image files in one folder a class, found at any depth, sorted.
 
     Args:
         directory: folder of the class folders.
+        target_size, target_scale, gs_255, equalize_hist, rescale_factor, dup_3_channels, data_format; target_height:
+            how images are read, see `pixels_of`; `pixels` stands for all of them.
         classes: names of the class folders in the order of the outputs; by default all sub-folders, sorted.
         allow_empty: accept class folders without images, as long as one has some.
         follow_links: also descend into linked folders.
-        checked: see `_FileIterator`. Its files are the images then, whether or not they are still there.
-        Others: see `pop_pixels`, `_FileIterator`, `_SampleIterator` and `DMIterator`.
+        load_to_ram, on_error, allow_constant: see `_FileIterator`.
+        checked: see there. Its files are the images then, whether or not they are still there.
+        Others: see `Batches`.
 
     `.filenames` are relative to `directory`; `.class_indices` maps class names to numbers; `.empty_classes` lists the
     class folders without images.
@@ -584,16 +669,40 @@ class DirectoryIterator(_FileIterator):
 
     def __init__(
         self,
-        generator,
-        directory,
-        target_size=(256, 256),
+        directory: str | Path,
+        image_data_generator,
+        target_size: tuple[int, int] | None = (256, 256),
+        target_scale: float | None = None,
+        gs_255: bool = False,
+        equalize_hist: bool = False,
+        rescale_factor: float | None = None,
+        dup_3_channels: bool = False,
+        data_format: str = "default",
+        classes: Sequence[str] | None = None,
+        class_mode: str | None = "categorical",
+        auto_batch_balance: bool = False,
+        batch_size: int = 32,
+        preprocess: Callable | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        save_to_dir: str | Path | None = None,
+        save_prefix: str = "",
+        save_format: str = "jpeg",
+        follow_links: bool = False,
         *,
-        classes=None,
-        allow_empty=False,
-        follow_links=False,
-        checked=None,
-        **kwargs,
+        target_height: int | None = None,
+        pixels: Pixels | None = None,
+        no_pos_skip: float = 0.0,
+        balance_classes: float = 0.0,
+        allow_empty: bool = False,
+        load_to_ram: bool = False,
+        on_error: str = "stop",
+        checked: dict[str, ImageCheck] | None = None,
+        allow_constant: bool = True,
+        workers: int | None = None,
     ):
+        batches = Batches.of(locals())
+        pixels = pixels_of(locals(), data_format_of(image_data_generator, data_format))
         self.directory = directory = Path(directory)
         files = find_classes(directory, classes, follow_links, checked)
         self.class_indices = {name: number for number, name in enumerate(files)}
@@ -609,21 +718,28 @@ class DirectoryIterator(_FileIterator):
             labels += [number] * len(found)
         if not names:
             raise InputError(f"{directory}: {_NO_IMAGES}")
-        pixels = pop_pixels(kwargs, generator.data_format, target_size=target_size)
         super().__init__(
-            generator,
+            image_data_generator,
             [directory / name for name in names],
             names,
             labels,
             len(self.class_indices),
-            pixels=pixels,
-            checked=checked,
-            **kwargs,
+            batches,
+            pixels,
+            load_to_ram,
+            on_error,
+            checked,
+            allow_constant,
         )
 
 
-def find_classes(directory, classes=None, follow_links=False, checked=None):
-    """Names of the images in each class folder of `directory`, relative to it and sorted; see `DirectoryIterator`.
+def find_classes(
+    directory: str | Path,
+    classes: Sequence[str] | None = None,
+    follow_links: bool = False,
+    checked: dict[str, ImageCheck] | None = None,
+) -> dict[str, list[str]]:
+    """Names of the images in each class folder of `directory`, relative to it and sorted; see `DMDirectoryIterator`.
 
     Raises InputError for a missing folder, and for `classes` that repeat a name.
     """
@@ -653,267 +769,6 @@ def _find_images(directory, class_name, follow_links):
         for name in files
         if is_image(name)
     )
-
-
-class ExamIterator(DMIterator):
-    """Exams of both breasts in two views; a batch holds left and right breasts in turn.
-
-    Args:
-        exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
-            or None) and "cancer" (0, 1 or None); or tuples (subj, exam, {"L": ..., "R": ...}).
-        Others: how images are read, see `pop_pixels`, and those of `DMIterator`.
-        validation_mode: no shuffling; the first image of each view. Otherwise a view's image is drawn.
-        prediction_mode: no shuffling; all images of each view.
-        all_neg_skip, balance_classes: as in `DMIterator`, an exam counting as positive unless both breasts are known
-            to be negative (golden).
-
-    A view without an image is black, of target_size. Batches are ((cc, mlo), y), float32 (2 * exams, H, W, C) each,
-    as a model of two inputs takes them, or [cc, mlo] with class_mode None. In prediction mode: (subj, exam, cc,
-    mlo[, y]), where cc and mlo hold a list of images a breast.
-    """
-
-    def __init__(
-        self,
-        generator,
-        exam_list,
-        *,
-        class_mode="binary",
-        validation_mode=False,
-        prediction_mode=False,
-        all_neg_skip=0.0,
-        balance_classes=0.0,
-        shuffle=True,
-        **kwargs,
-    ):
-        self.exams = [_exam_as_dict(exam) for exam in exam_list]
-        self.pixels = pop_pixels(kwargs, generator.data_format, target_size=(1152, 896), target_scale=4095)
-        if self.pixels.size is None:
-            self._check_no_view_is_missing()
-        self.prediction_mode, self.validation_mode = prediction_mode, validation_mode
-        cancer = np.array([[exam[side].get("cancer") for side in "LR"] for exam in self.exams], np.float64)
-        self.cancer = np.nan_to_num(cancer).astype(int)
-        if validation_mode or prediction_mode:
-            shuffle, all_neg_skip, balance_classes = False, 0.0, 0.0
-        super().__init__(
-            generator,
-            len(self.exams),
-            (cancer != 0).any(axis=1).astype(int) if self.exams else None,
-            2,
-            class_mode=class_mode,
-            shuffle=shuffle,
-            no_pos_skip=all_neg_skip,
-            balance_classes=balance_classes,
-            **kwargs,
-        )
-
-    def _make_batch(self, index, rng):
-        views = {"CC": [], "MLO": []}
-        for i in index:
-            for side in "LR":
-                for view, images in views.items():
-                    files = _view_files(self.exams[i][side].get(view))
-                    if not self.prediction_mode:
-                        drawn = 0 if self.validation_mode or not files else rng.permutation(len(files))[0]
-                        files = files[drawn : drawn + 1]
-                    tensors = [
-                        self._augment(x, i, "LR".index(side) * 2 + (view == "MLO"))
-                        for x in map(self.load, files or [None])
-                    ]
-                    images.append(tensors if self.prediction_mode else tensors[0])
-        classes = self.cancer[index].ravel()
-        if not self.prediction_mode:
-            for view, images in views.items():
-                _check_one_size([f"{self._exam_name(i)}, {side} {view}" for i in index for side in "LR"], images)
-            cc_mlo = [np.stack(images) for images in views.values()]
-            # Keras takes a tuple for the inputs of a model, a list for one tensor; but (cc, mlo) alone for (x, y).
-            return self._with_labels(cc_mlo if self.class_mode is None else tuple(cc_mlo), classes)
-        batch = self._with_labels(None, classes)
-        y = () if batch is None else batch[1:]
-        return ([self.exams[i]["subj"] for i in index], [self.exams[i]["exam"] for i in index], *views.values(), *y)
-
-    def load(self, fname):
-        if fname is not None:
-            return self.pixels.read(fname)
-        return self.pixels.to_input("black image", np.zeros(self.pixels.size, np.uint8))
-
-    def _exam_name(self, index):
-        return f"exam {self.exams[index]['exam']} of {self.exams[index]['subj']}"
-
-    def _check_no_view_is_missing(self):
-        for i, exam in enumerate(self.exams):
-            for side in "LR":
-                for view in ("CC", "MLO"):
-                    if not _view_files(exam[side].get(view)):
-                        raise InputError(
-                            f"{self._exam_name(i)}: no image of {side} {view}. Expected a target_size, which the black "
-                            "image in its place would have. Received None."
-                        )
-
-
-def _exam_as_dict(exam):
-    return exam if isinstance(exam, dict) else {"subj": exam[0], "exam": exam[1], **exam[2]}
-
-
-def _view_files(files):
-    """List of file names of a view given as a list, a table with a `filename` column, or None."""
-    if files is None:
-        return []
-    return list(files["filename"] if hasattr(files, "columns") else files)
-
-
-class CandidateRoiIterator(DMIterator):
-    """Patches around bright spots of whole images, labelled by their image or as background by a classifier.
-
-    Args:
-        img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.
-        target_height, target_scale, gs_255, dup_3_channels: how images are read; the breast is then cut out.
-        img_per_batch, roi_per_img, roi_size: images a batch, patches an image, (rows, columns) of a patch.
-        low_int_threshold: see `DMImagePreprocessor.segment_breast`.
-        blob_min_area, blob_min_int, blob_max_int, blob_th_step: spot detector; intensities as fractions of the
-            maximum. An image without spots gives patches at random places.
-        roi_clf, clf_bs, cutpoint, amp_factor: a model that scores patches (n, rows, columns, channels), clf_bs
-            at a time; amp_factor * roi_per_img patches are scored and the best roi_per_img kept; those below
-            `cutpoint` become background.
-        class_mode: "categorical" with three classes (background, cancer, no cancer), "sparse" the same as
-            numbers, "binary" the image's label; None for no labels.
-        one_patch_mode: only the best patch of each image, with the image's label; needs class_mode "binary".
-        return_sample_weight: also give 1 / (class frequency in the batch).
-        return_raw_img: also give the list of images the patches were cut from, last.
-        validation_mode: no shuffling or skipping.
-    """
-
-    def __init__(
-        self,
-        generator,
-        img_list,
-        lab_list=None,
-        *,
-        img_per_batch=2,
-        roi_per_img=32,
-        roi_size=(256, 256),
-        low_int_threshold=0.05,
-        blob_min_area=3,
-        blob_min_int=0.5,
-        blob_max_int=0.85,
-        blob_th_step=10,
-        roi_clf=None,
-        clf_bs=32,
-        cutpoint=0.5,
-        amp_factor=1.0,
-        class_mode="categorical",
-        one_patch_mode=False,
-        return_sample_weight=True,
-        return_raw_img=False,
-        validation_mode=False,
-        all_neg_skip=0.0,
-        shuffle=True,
-        **kwargs,
-    ):
-        _check_labels(img_list, lab_list)
-        if one_patch_mode and roi_clf is None:
-            raise InputError("one_patch_mode: Expected a classifier (roi_clf) that tells which patch is best.")
-        self.filenames = [str(path) for path in img_list]
-        self.pixels = pop_pixels(kwargs, generator.data_format, target_height=1024, target_scale=4095)
-        self.roi_per_img, self.roi_size = roi_per_img, tuple(roi_size)
-        self.low_int_threshold = low_int_threshold
-        self._blob_args = {
-            "min_area": blob_min_area,
-            "min_int": blob_min_int,
-            "max_int": blob_max_int,
-            "th_step": blob_th_step,
-        }
-        self.roi_clf, self.clf_bs, self.cutpoint = roi_clf, clf_bs, cutpoint
-        self.nb_candidates = int(roi_per_img * amp_factor)
-        self.one_patch_mode, self.return_raw_img = one_patch_mode, return_raw_img
-        super().__init__(
-            generator,
-            len(self.filenames),
-            lab_list,
-            2 if class_mode == "binary" else 3,
-            batch_size=img_per_batch,
-            class_mode=class_mode,
-            auto_batch_balance=return_sample_weight,
-            shuffle=shuffle and not validation_mode,
-            no_pos_skip=0.0 if validation_mode else all_neg_skip,
-            **kwargs,
-        )
-
-    def _make_batch(self, index, rng):
-        patches, classes, raw_imgs = [], [], []
-        for i in index:
-            img = self._read_breast(i)
-            candidates = get_roi_patches(img, self._key_points(img, rng), self.roi_size)
-            x = [self._as_input(patch) for patch in candidates]
-            label = None if self.classes is None else int(self.classes[i])
-            kept, kept_classes = self._choose(x, label)
-            patches += [self._augment(x[k], i, k) for k in kept]
-            classes += kept_classes
-            raw_imgs.append(img)
-        batch = self._with_labels(np.stack(patches), np.array(classes))
-        if self.return_raw_img:
-            batch = (*batch, raw_imgs) if isinstance(batch, tuple) else (batch, raw_imgs)
-        return batch
-
-    def _read_breast(self, index):
-        fname = self.filenames[index]
-        img = self.pixels.rescale(self.pixels.resize(fname, self.pixels.read_stored(fname)), fname)
-        try:
-            return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
-        except InputError as error:
-            raise InputError(f"{fname}: {error}") from error
-
-    def _key_points(self, img, rng):
-        """nb_candidates points (n, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""
-        n = self.nb_candidates
-        spots = detect_blobs(img, max(self.roi_size), **self._blob_args)[:, :2]
-        if len(spots) == 0:
-            height, width = img.shape
-            return np.stack([rng.randint(0, width, n), rng.randint(0, height, n)], axis=1)
-        if len(spots) < n:
-            return spots[rng.choice(len(spots), n)]
-        return clust_kpts(spots, n)
-
-    def _as_input(self, patch):
-        axis = 2 if self.generator.data_format == "channels_last" else 0
-        return np.repeat(np.expand_dims(patch, axis), self.pixels.channels, axis=axis)
-
-    def _choose(self, x, label):
-        """Which of the candidates x to keep, and their classes."""
-        if self.roi_clf is None:
-            return range(len(x)), [self._patch_class(label)] * len(x)
-        standardized = np.stack([self.generator.standardize(patch) for patch in x])
-        score = np.asarray(self.roi_clf.predict(standardized, batch_size=self.clf_bs))
-        score = score.ravel() if score.ndim < 2 or score.shape[1] == 1 else 1 - score[:, 0]
-        ranked = np.argsort(score, kind="stable")
-        if self.one_patch_mode:
-            return ranked[-1:], [self._patch_class(label)]
-        kept = np.sort(ranked[-self.roi_per_img :])
-        background = score[kept] < self.cutpoint
-        return kept, [0 if is_background else self._patch_class(label) for is_background in background]
-
-    def _patch_class(self, label):
-        return label if self.nb_class == 2 or label is None else 2 - label
-
-
-def get_roi_patches(img: np.ndarray, key_pts, roi_size: tuple[int, int] = (256, 256)) -> np.ndarray:
-    """Patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (golden).
-
-    A patch that would start before the image is moved to start with it; beyond its end it is zero.
-    """
-    rows, columns = roi_size
-    patches = np.zeros((len(key_pts), rows, columns), img.dtype)
-    for patch, (x, y) in zip(patches, key_pts, strict=True):
-        top, left = max(int(y - rows // 2), 0), max(int(x - columns // 2), 0)
-        inside = img[top : top + rows, left : left + columns]
-        patch[: inside.shape[0], : inside.shape[1]] = inside
-    return patches
-
-
-def clust_kpts(key_pts, nb_clust: int, seed: int = 12345) -> np.ndarray:
-    """Centres (nb_clust, 2) of a k-means clustering of the points (n, 2) of x, y."""
-    from sklearn.cluster import KMeans
-
-    return KMeans(nb_clust, n_init=10, random_state=seed).fit(np.asarray(key_pts, np.float32)).cluster_centers_
 
 
 # ------------------------------------------------------------------------------------- labels and class balance

@@ -117,11 +117,10 @@ class Pixels:
         return x if self.mean is None else x - np.float32(self.mean)
 
 
-def pop_pixels(keywords: dict[str, Any], data_format: str, **defaults) -> Pixels:
-    """Take out of `keywords` what tells how images are read: `pixels`, or the original's names with their defaults."""
-    named = {name: keywords.pop(name) for name in (*_KEYWORDS, "dup_3_channels") if name in keywords}
-    pixels = keywords.pop("pixels", None) or Pixels.of_keywords(**(defaults | named))
-    return replace(pixels, data_format=data_format)
+def pixels_of(arguments: Mapping[str, Any], data_format: str) -> Pixels:
+    """Return how a function's arguments, its `locals()`, have images read: `pixels`, or the original's names."""
+    named = {name: arguments[name] for name in (*_KEYWORDS, "dup_3_channels") if name in arguments}
+    return replace(arguments["pixels"] or Pixels.of_keywords(**named), data_format=data_format)
 
 
 def _equalize_histogram(img: np.ndarray, name) -> np.ndarray:
@@ -148,6 +147,7 @@ def read_resize_img(
     target_scale: float | None = None,
     gs_255: bool = False,
     rescale_factor: float | None = None,
+    *,
     dicom_16_bit: bool = False,
 ) -> np.ndarray:
     """Read an image, resize it (bicubic), and return it as float32 (H, W) (golden).
@@ -168,6 +168,7 @@ def read_img_for_pred(
     dup_3_channels: bool = True,
     transformer: Callable | None = None,
     standardizer: Callable | None = None,
+    *,
     dicom_16_bit: bool = False,
     **kwargs,
 ) -> np.ndarray:

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,16 +117,23 @@ def feature_names(class_names: Sequence[str], cutoffs: Sequence[float], k: int) 
 
 
 def breast_features(
-    maps: tuple[np.ndarray | None, np.ndarray | None], cutoffs: Sequence[float], k: int, nb_cls: int
+    maps: tuple[np.ndarray | None, np.ndarray | None],
+    cutoffs: Sequence[float],
+    k: int,
+    nb_cls: int,
+    names: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Compute features (n,) float64 of the maps (cc, mlo) of a breast; of several pairs of images call it for each."""
+    """Compute features (n,) float64 of the maps (cc, mlo) of a breast, those of `names` or all.
+
+    Of several pairs of images call it for each.
+    """
     return np.array(
         [
             value
             for heatmap in maps
             for cutoff in cutoffs
             for features in prob_heatmap_features(heatmap, cutoff, k, nb_cls)
-            for value in features.values()
+            for value in (features.values() if names is None else map(features.__getitem__, names))
         ],
         np.float64,
     )
@@ -455,16 +463,14 @@ def write_importances(
 # --------------------------------------------------------------------------------------------- the regions of a map
 
 
-def prob_heatmap_features(
-    phm: np.ndarray | None, cutoff: float, k: int, nb_cls: int | None = None
-) -> list[dict[str, float]]:
+def prob_heatmap_features(phm: np.ndarray | None, cutoff: float, k: int = 1, nb_cls: int = 3) -> list[dict[str, float]]:
     """Describe the regions of a heatmap where a class is at least as probable as `cutoff`.
 
     Args:
         phm: (rows, columns, classes) probabilities, class 0 being background; None for a view without an image.
         cutoff: a region is a set of cells of at least this probability that touch at an edge or a corner.
         k: how many regions to describe, the largest first.
-        nb_cls: classes, background included; default: as many as `phm` has.
+        nb_cls: classes, background included.
 
     Returns:
         A dict for each class except the background: "nb_regions", "total_area" and "global_max_intensity" of all its
@@ -478,12 +484,12 @@ def prob_heatmap_features(
     from skimage.measure import label, regionprops
 
     if phm is None:
-        if nb_cls is None:
-            raise InputError("a missing heatmap: Expected the number of its classes, nb_cls. Received None")
         return [dict.fromkeys(_class_features([], k), np.nan) for _ in range(nb_cls - 1)]
     phm = np.asarray(phm)
-    if phm.ndim != 3 or phm.size == 0 or phm.shape[2] != (nb_cls or phm.shape[2]):
-        raise InputError(f"Expected a heatmap (rows, columns, {nb_cls or 'classes'}). Received shape {phm.shape}")
+    if phm.ndim != 3 or phm.size == 0 or phm.shape[2] != nb_cls:
+        raise InputError(
+            f"Expected a heatmap (rows, columns, {nb_cls}), nb_cls being its classes. Received shape {phm.shape}"
+        )
     if not np.isfinite(phm).all():
         raise InputError("Expected a heatmap of finite probabilities. Received NaN or infinity")
     maps = np.moveaxis(phm[..., 1:], -1, 0)
@@ -502,23 +508,23 @@ def _class_features(regions: "list[RegionProperties]", k: int) -> dict[str, floa
     return features
 
 
-def total_area(regions: "list[RegionProperties]") -> int:
+def total_area(regions: "Sequence[RegionProperties]" = ()) -> int:
     """Count the cells in all of the regions (of `skimage.measure.regionprops`)."""
     return sum(int(region.area) for region in regions)
 
 
-def global_max_intensity(regions: "list[RegionProperties]") -> float:
+def global_max_intensity(regions: "Sequence[RegionProperties]" = ()) -> float:
     """Return the highest value in any of the regions; 0 where there are none."""
     return max((float(region.intensity_max) for region in regions), default=0.0)
 
 
-def topK_region_idx(regions: "list[RegionProperties]", k: int = 1) -> list[int]:
+def topK_region_idx(regions: "Sequence[RegionProperties]", k: int = 1) -> list[int]:
     """Return the indices of at most k regions of largest area, the largest first; of equal ones the later first."""
     areas = [region.area for region in regions]
     return [int(index) for index in np.argsort(areas, kind="stable")[::-1][:k]]
 
 
-def region_features(region: "RegionProperties | None") -> dict[str, float]:
+def region_features(region: "RegionProperties | None" = None) -> dict[str, float]:
     """Return area, shape and intensity of a region, by name.
 
     "area_ratio" and "solidity" are both the share of the convex hull that the region covers, "area_ratio2" the share
@@ -560,6 +566,41 @@ _NO_REGION = {
     **{"equivalent_diameter": 0.0, "euler_number": 2, "extent": 0.0, "major_axis_length": 0.0, "max_intensity": 0.0},
     **{"mean_intensity": 0.0, "minor_axis_length": 0.0, "orientation": 0.0, "perimeter": 0.0, "solidity": 0.0},
 }
+
+
+def make_pred_case(
+    cc_phms: Sequence[np.ndarray] | None,
+    mlo_phms: Sequence[np.ndarray] | None,
+    feature_name: Sequence[str] | str,
+    cutoff_list: Sequence[float],
+    clf_list: "Sequence[ClassifierMixin]",
+    k: int = 2,
+    nb_phm: int | None = None,
+    use_mean: bool = False,
+) -> float:
+    """Return the probability of cancer in one breast, from the heatmaps of its images.
+
+    Args:
+        cc_phms, mlo_phms: (rows, columns, classes) maps of the images of each view; None or empty for a view without.
+        feature_name: which features of `prob_heatmap_features` the classifiers take, one name or several.
+        cutoff_list, k: as there; the features of all cut-offs are taken together, in the order view, cut-off, class,
+            name.
+        clf_list: fitted classifiers of scikit-learn; their probabilities of the second class are averaged.
+        nb_phm: take at most so many maps of each view; default all.
+        use_mean: average over all pairs of a CC and an MLO map; otherwise the highest counts.
+
+    Raises:
+        InputError: neither view has a map, or their classes differ.
+    """
+    views = [[] if maps is None else list(maps)[:nb_phm] for maps in (cc_phms, mlo_phms)]
+    there = [heatmap for maps in views for heatmap in maps]
+    if not there:
+        raise InputError("Expected a map of CC or MLO. Received none of either")
+    nb_cls, names = np.shape(there[0])[-1], [feature_name] if isinstance(feature_name, str) else feature_name
+    pairs = list(product(*(maps or [None] for maps in views)))
+    features = [breast_features(pair, cutoff_list, k, nb_cls, names) for pair in pairs]
+    of_pairs = np.mean([classifier.predict_proba(features)[:, 1] for classifier in clf_list], axis=0)
+    return float(of_pairs.mean() if use_mean else of_pairs.max())
 
 
 def _convex_area(image: np.ndarray) -> int:

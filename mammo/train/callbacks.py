@@ -77,7 +77,7 @@ class DMAucModelCheckpoint(BestModel):
     Where the set holds a single class, the AUC is undefined: this is said once, and the lowest validation loss decides.
     """
 
-    def __init__(self, filepath, test_data, test_samples=None, batch_size=None, model_to_save=None):
+    def __init__(self, filepath, test_data, test_samples=None, batch_size=None, *, model_to_save=None):
         super().__init__(filepath, monitor="val_loss", mode="min", model_to_save=model_to_save)
         self.test_data = test_data
         self.test_samples = test_samples
@@ -106,7 +106,7 @@ class DMAucModelCheckpoint(BestModel):
 
     @staticmethod
     def calc_test_auc(
-        test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False, on_batch=None
+        test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False, *, on_batch=None
     ):
         """Return the AUC of `model` on a set.
 

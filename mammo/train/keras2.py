@@ -124,7 +124,7 @@ _OPTIMIZERS = {
 }
 
 
-def create_optimizer(optim_name: str, lr: float, accumulate: int = 1) -> keras.Optimizer:
+def create_optimizer(optim_name: str, lr: float, *, accumulate: int = 1) -> keras.Optimizer:
     """Return the optimizer of this name on the command line, with the arithmetic of Keras 2.0.
 
     It takes one step for the mean gradient of `accumulate` batches. Raises InputError for an unknown name.

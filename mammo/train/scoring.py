@@ -17,9 +17,9 @@ class NotFiniteError(InputError):
     """Predictions hold NaN or infinity: the model has diverged."""
 
 
-def flip_all_img(x: np.ndarray) -> list[np.ndarray]:
+def flip_all_img(X: np.ndarray) -> list[np.ndarray]:
     """Return the four flips of a batch (N, H, W, C): as it is, left-right, up-down, both."""
-    return [x, x[:, :, ::-1], x[:, ::-1], x[:, ::-1, ::-1]]
+    return [X, X[:, :, ::-1], X[:, ::-1], X[:, ::-1, ::-1]]
 
 
 def predict(
@@ -106,20 +106,24 @@ def pred_2view_img_list(
     cc_img_list: Sequence[np.ndarray] | None,
     mlo_img_list: Sequence[np.ndarray] | None,
     model,
+    use_mean: bool = False,
+    *,
     flips: bool = False,
     batch_size: int = 4,
 ) -> np.ndarray:
-    """Predict one breast by a model of two inputs, [CC, MLO]: the mean over all pairs of a CC and an MLO image.
+    """Predict one breast by a model of two inputs, [CC, MLO], from all pairs of a CC and an MLO image.
 
     Args:
         cc_img_list, mlo_img_list: the images of each view, (H, W, C) float32 as the model takes them: for one breast
             what `flow_from_exam_list(..., prediction_mode=True)` gives. A view without images, None or empty, is taken
             as one black image, as in training, with a warning that says which view.
-        flips: take the mean of the four flips of each pair too.
+        use_mean: average over the pairs; otherwise the highest probability of each class counts.
+        flips: take the mean of the four flips of each pair first.
         batch_size: pairs predicted at a time.
 
     Returns:
-        (classes,) probabilities. Raises InputError when neither view has an image, or images differ in size.
+        (classes,) probabilities, which add up to 1 with `use_mean`. Raises InputError when neither view has an image,
+        or images differ in size.
     """
     views = {"CC": [] if cc_img_list is None else cc_img_list, "MLO": [] if mlo_img_list is None else mlo_img_list}
     there = [image for images in views.values() for image in images]
@@ -133,21 +137,8 @@ def pred_2view_img_list(
             views[view] = [np.zeros_like(there[0])]
     cc, mlo = (np.stack(column) for column in zip(*product(*views.values()), strict=True))
     _, plain, _, flipped = predict(model, ((cc, mlo), np.zeros(len(cc))), batch_size, flips=flips)
-    return (flipped if flips else plain).mean(axis=0)
-
-
-def make_pred_case(cc_phms: Sequence[np.ndarray] | None, mlo_phms: Sequence[np.ndarray] | None, classifier) -> float:
-    """Return the probability of cancer in one breast, from the probability maps of its images.
-
-    Args:
-        cc_phms, mlo_phms: (rows, columns, classes) maps of the images of each view; None or empty for a view without.
-        classifier: a `mammo.maps.trees.HeatmapClassifier`. It takes a view without maps as missing.
-
-    Returns:
-        The mean over all pairs of a CC and an MLO map. Raises InputError when neither view has a map.
-    """
-    views = [list(maps) if maps is not None and len(maps) else [None] for maps in (cc_phms, mlo_phms)]
-    return float(np.mean(classifier.predict_maps(list(product(*views)))))
+    of_pairs = flipped if flips else plain
+    return of_pairs.mean(axis=0) if use_mean else of_pairs.max(axis=0)
 
 
 def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

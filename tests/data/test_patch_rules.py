@@ -133,6 +133,19 @@ def test_draws_are_x_then_y_and_background_continues_the_stream():
     assert cutoff == 0.1
 
 
+def test_a_cutoff_of_zero_keeps_background_off_the_lesion_altogether():
+    image = np.zeros((300, 200), "float32")
+    cv2.circle(image, (60, 150), 6, 1.0, cv2.FILLED)  # blobs for the hard negatives, on the lesion and off it
+    cv2.circle(image, (150, 150), 6, 1.0, cv2.FILLED)
+    roi = roi_of(rectangle(image.shape, 30, 40, 80, 200))
+    patches, _ = sample_patches(
+        image, roi, [roi], nb_abn=1, nb_bkg=30, nb_hns=5, nb_hard_neg=5, patch_size=16, neg_cutoff=0
+    )
+    assert [patch.kind for patch in patches].count("bkg") == 29
+    assert [(patch.x, patch.y) for patch in patches if patch.kind == "blob"] == [(150, 150)]
+    assert {patch.overlap for patch in patches if patch.kind != "abn"} == {0}
+
+
 def test_cutoff_falls_until_the_lesion_allows_it():
     """A checkerboard larger than a patch: no patch can be more than half lesion."""
     mask = np.indices((80, 80)).sum(0) % 2

@@ -554,3 +554,10 @@ def test_options_are_those_of_the_original(spec, script):
         for flag in option["flags"]:
             assert ours[flag].dest == option["dest"]
             assert script.make_parser().get_default(option["dest"]) == option["default"]
+
+
+@pytest.mark.parametrize("script", [sample_patches_combined, sample_patches_main])
+def test_cutoffs_may_be_zero_as_in_the_original(script):
+    paths = ["csv", "masks", "patients", "images", "train", "val"]
+    args = script.make_parser().parse_args([*paths, "--neg-cutoff", "0", "--pos-cutoff", "0"])
+    assert (args.neg_cutoff, args.pos_cutoff) == (0, 0)

@@ -10,7 +10,7 @@ from scipy import ndimage
 import dm_image
 from dm_image import DMImageDataGenerator
 from mammo.base.files import InputError
-from mammo.images import iterators, pixels, reading
+from mammo.images import exams, iterators, pixels, reading
 from mammo.maps import compute
 
 ALL_ON = {
@@ -272,7 +272,7 @@ def test_golden_helpers(golden):
     img = data["img"]
     np.testing.assert_array_equal(compute.crop_img(img, (3, 5, 10, 12)), data["crop_3_5_10_12"])
     np.testing.assert_array_equal(compute.add_img_margins(img, 7), data["margin_7"])
-    np.testing.assert_array_equal(iterators.get_roi_patches(img, data["kp"], (8, 6)), data["roi_patches_8x6"])
+    np.testing.assert_array_equal(exams.get_roi_patches(img, data["kp"], (8, 6)), data["roi_patches_8x6"])
     for name in ("8_4", "16_5", "8_8", "12_6_scale255", "12_6_scale255_eq"):
         patch_size, stride = map(int, name.split("_")[:2])
         scale = 255.0 if "scale255" in name else None
@@ -314,7 +314,7 @@ def test_index_balancer_reaches_its_ratio():
 
 def test_key_points_cluster_to_their_groups():
     points = np.array([[0, 0], [0, 2], [50, 50], [52, 50], [0, 90]], float)
-    centres = iterators.clust_kpts(points, 3)
+    centres = exams.clust_kpts(points, 3)
     np.testing.assert_allclose(sorted(centres.tolist()), [[0, 1], [0, 90], [51, 50]], atol=1e-4)
 
 

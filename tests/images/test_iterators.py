@@ -1,6 +1,7 @@
 """iterators: order, labels and weights against the published program's runs; every image once; memory and disk."""
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -433,9 +434,9 @@ def test_memory_peak_is_that_of_the_stored_pixels(tmp_path, size):
     cv2.imwrite(str(path), noise, [cv2.IMWRITE_PNG_COMPRESSION, 0])
     flow = {"target_size": (1152, 896), "load_to_ram": True, "workers": 8, "shuffle": False, "batch_size": 1}
     generator = DMImageDataGenerator()
-    generator.flow_from_img_list([path], **flow)  # imports and the like
+    generator.flow_from_img_list([path], None, **flow)  # imports and the like
     tracemalloc.start()
-    iterator = generator.flow_from_img_list([path] * 100, **flow)
+    iterator = generator.flow_from_img_list([path] * 100, None, **flow)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 1.1 * 100 * 1152 * 896 * 2
@@ -715,8 +716,8 @@ def test_augmented_images_can_be_saved(folders, tmp_path):
         folders, target_size=(20, 16), save_to_dir=tmp_path / "saved", save_prefix="aug", shuffle=False, batch_size=4
     )
     iterator.next()
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [f"aug_0_{k}.png" for k in range(4)]
-    assert cv2.imread(str(tmp_path / "saved" / "aug_0_0.png"), -1).shape == (20, 16)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [f"aug_0_{k}.jpeg" for k in range(4)]
+    assert cv2.imread(str(tmp_path / "saved" / "aug_0_0.jpeg"), -1).shape == (20, 16)
 
 
 def test_images_of_different_sizes_do_not_make_a_batch(folders):
@@ -760,3 +761,83 @@ def test_dicom_files_are_read_as_the_16_bit_images_of_data_preparation(tmp_path)
     for ours, theirs in zip(dicom, png, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert dicom[0].max() == pytest.approx(14335 / 16383 * 65535, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------- the published keywords
+
+FLOWS = ("flow", "flow_from_directory", "flow_from_img_list", "flow_from_exam_list", "flow_from_candid_roi")
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flows_show_their_keywords_and_refuse_others_by_name(name):
+    flow = getattr(DMImageDataGenerator(), name)
+    parameters = inspect.signature(flow).parameters
+    assert {"seed", "save_to_dir", "save_prefix", "save_format"} < set(parameters)
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values())
+    assert flow.__name__ == name and flow.__doc__
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
+        flow(np.zeros((2, 4, 4, 1)), None, batchsize=4)
+
+
+def test_preprocess_is_given_each_batch_after_augmentation(folders):
+    """As `preprocess_input` of a network does, it may change the batch in place, and its shape."""
+    shapes = []
+
+    def preprocess(batch):
+        shapes.append(batch.shape)
+        batch /= 100
+        return batch[..., :1]
+
+    generator = DMImageDataGenerator(featurewise_center=True, horizontal_flip=True)
+    generator.mean = 7
+    args = {"target_size": (20, 16), "batch_size": 4, "seed": 3, "dup_3_channels": True}
+    plain = generator.flow_from_directory(folders, **args)
+    preprocessed = generator.flow_from_directory(folders, preprocess=preprocess, **args)
+    for (x, y), (expected, labels) in zip(preprocessed, plain, strict=True):
+        np.testing.assert_array_equal(x, expected[..., :1] / np.float32(100))
+        np.testing.assert_array_equal(y, labels)
+    assert {shape[1:] for shape in shapes} == {(20, 16, 3)}
+    x = np.arange(8, dtype="float32").reshape(2, 2, 2, 1)
+    assert DMImageDataGenerator().flow(x, [0, 1], 2, True, 0.0, 0.0, np.negative, False)[0][0].min() == -7
+
+
+def test_data_format_is_that_of_the_generator(folders):
+    generator = DMImageDataGenerator(data_format="channels_first")
+    args = {"target_size": (20, 16), "dup_3_channels": True}
+    for data_format in ("default", "channels_first", None):
+        iterator = generator.flow_from_directory(folders, data_format=data_format, **args)
+        assert iterator.next()[0].shape[1:] == (3, 20, 16)
+    with pytest.raises(InputError, match=r"generator, channels_first\. Received channels_last"):
+        generator.flow_from_directory(folders, data_format="channels_last", **args)
+
+
+def test_lists_say_what_they_hold(folders, exams, capsys):
+    files = sorted(folders.rglob("*.png"))[:3]
+    generator = DMImageDataGenerator()
+    generator.flow_from_img_list(files, [0, 1, 1])
+    generator.flow_from_candid_roi(files[:1])
+    generator.flow_from_exam_list(exams)
+    generator.flow_from_exam_list(exams, verbose=False)
+    told = "3 images: 1 of class 0, 2 of class 1\n1 image\n3 exams: 3 of class 1\n"
+    assert capsys.readouterr().out == told
+
+
+def test_exams_and_patches_can_be_saved_and_weigh_the_same_if_asked(exams, tmp_path):
+    generator = DMImageDataGenerator()
+    args = {"batch_size": 1, "shuffle": False, "save_to_dir": tmp_path / "exams", "save_format": "png"}
+    generator.flow_from_exam_list(exams, target_size=(32, 24), **args).next()
+    assert sorted(path.name for path in (tmp_path / "exams").iterdir()) == [
+        "_0_0.png", "_0_0_1.png", "_0_0_2.png", "_0_0_3.png"
+    ]  # fmt: skip
+    patches = generator.flow_from_candid_roi(
+        [tmp_path / f"{k}.png" for k in range(3)],
+        [0, 1, 1],
+        target_height=32,
+        img_per_batch=3,
+        roi_per_img=2,
+        roi_size=(8, 8),
+        auto_batch_balance=False,
+        save_to_dir=tmp_path / "patches",
+    )
+    assert patches.next()[2].tolist() == [1] * 6
+    assert len(list((tmp_path / "patches").glob("*.jpeg"))) == 6

@@ -8,6 +8,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull
 from skimage.measure import label, regionprops
 
+from dm_inference import make_pred_case
 from mammo.base.files import InputError
 from mammo.maps.trees import global_max_intensity, prob_heatmap_features, region_features, topK_region_idx, total_area
 
@@ -137,7 +138,7 @@ def test_a_second_implementation_agrees_on_random_maps(seed):
     map_ = (map_ - map_.min()) / np.ptp(map_)
     expected = second_implementation(map_, 0.6)
     phm = np.stack([1 - map_, map_], axis=-1)
-    (found,) = prob_heatmap_features(phm, 0.6, len(expected) + 2)
+    (found,) = prob_heatmap_features(phm, 0.6, len(expected) + 2, nb_cls=2)
     assert found["nb_regions"] == len(expected) > 2
     assert found["total_area"] == (map_ >= 0.6).sum()
     assert found["global_max_intensity"] == 1
@@ -199,13 +200,43 @@ def test_classes_of_any_number_and_missing_maps():
 @pytest.mark.parametrize(
     ("phm", "nb_cls", "text"),
     [
-        (None, None, "nb_cls"),
-        (np.zeros((0, 4, 5)), None, r"Received shape \(0, 4, 5\)"),
-        (np.zeros((4, 4)), None, r"Expected a heatmap \(rows, columns, classes\).*\(4, 4\)"),
+        (np.zeros((0, 4, 5)), 5, r"Received shape \(0, 4, 5\)"),
+        (np.zeros((4, 4)), 3, r"Expected a heatmap \(rows, columns, 3\).*\(4, 4\)"),
         (np.zeros((4, 4, 3)), 5, r"columns, 5\).*\(4, 4, 3\)"),
-        (np.full((4, 4, 3), np.nan), None, "finite"),
+        (np.full((4, 4, 3), np.nan), 3, "finite"),
     ],
 )
 def test_other_maps_are_refused(phm, nb_cls, text):
     with pytest.raises(InputError, match=text):
         prob_heatmap_features(phm, 0.5, 1, nb_cls)
+
+
+# -------------------------------------------------------------------------------------------------------- breasts
+
+
+class OfColumn:
+    """Stand-in for a fitted classifier: the probability is one of the features, or 0 where that is missing."""
+
+    def __init__(self, column):
+        self.column = column
+
+    def predict_proba(self, features):
+        score = np.nan_to_num(np.asarray(features)[:, self.column])
+        return np.stack([1 - score, score], axis=1)
+
+
+def test_a_breast_is_the_highest_or_the_mean_of_its_pairs_of_maps():
+    """Features in the order view, cut-off, class, name; the classifiers are averaged."""
+    values = np.array([[0.2, 0.6], [0.3, 0.9], [0.4, 0.5]])  # of the two classes that are not background
+    maps = [np.broadcast_to([0, *value], (4, 4, 3)) for value in values]
+    cc, mlo, name = maps[:2], maps[1:], "global_max_intensity"
+    classifiers = [OfColumn(0), OfColumn(5)]  # cc, 0.1, first class; mlo, 0.1, second class; two cut-offs, two classes
+    pairs = np.add.outer(values[:2, 0], values[1:, 1]) / 2
+    assert make_pred_case(cc, mlo, name, [0.1, 0.95], classifiers) == pytest.approx(pairs.max())
+    assert make_pred_case(cc, mlo, [name], [0.1, 0.95], classifiers, 2, None, True) == pytest.approx(pairs.mean())
+    assert make_pred_case(cc, mlo, name, [0.1, 0.95], classifiers, nb_phm=1) == pytest.approx(pairs[0, 0])
+    assert make_pred_case(cc, mlo, name, [0.95, 0.1], classifiers) == 0
+    assert make_pred_case(cc, None, ["nb_regions", name], [0.1], [OfColumn(1)]) == pytest.approx(0.3)
+    assert make_pred_case([], mlo, name, [0.1], [OfColumn(3)]) == pytest.approx(0.9)
+    with pytest.raises(InputError, match="none of either"):
+        make_pred_case(None, [], name, [0.1], classifiers)

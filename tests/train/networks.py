@@ -110,7 +110,9 @@ def check_two_stages(model, top_layer_nb, recorded, monkeypatch):
     script = Script(monkeypatch, [2, 4])
     options = {"nb_epoch": 3, "all_layer_epochs": 6, "optim": "adam", "init_lr": 0.001, "all_layer_multiplier": 0.1}
     options |= {"weight_decay": 0.005, "hidden_dropout": 0.3, "weight_decay2": 0.05, "hidden_dropout2": 0.15}
-    _, losses, _ = do_2stage_training(model, model, None, None, top_layer_nb=top_layer_nb, **options)
+    _, losses, _ = do_2stage_training(
+        model, model, None, None, None, "NOSAVE", None, top_layer_nb=top_layer_nb, **options
+    )
     assert_same_stages(script.events, recorded)
     return losses
 

@@ -318,7 +318,9 @@ def test_three_stages_are_the_published_ones(name, golden, monkeypatch):
     options = {"optim": "adam", "init_lr": 0.001, "top_layer_multiplier": 0.1, "all_layer_multiplier": 0.01}
     options |= {"nb_epoch": 3, "top_layer_epochs": 9, "all_layer_epochs": 19}
     options |= {"weight_decay2": 0.02, "hidden_dropout2": 0.25, **THREE_STAGES[name]}
-    _, losses, _ = do_3stage_training(model, model, None, None, top_layer_nb=top_layer_nb, net=net, **options)
+    _, losses, _ = do_3stage_training(
+        model, model, None, None, None, "NOSAVE", None, top_layer_nb=top_layer_nb, net=net, **options
+    )
     assert_same_stages(script.events, recorded)
     assert len(losses) == next(e["len_loss"] for e in recorded if e["event"] == "return")
 
@@ -338,16 +340,18 @@ def test_two_stages_are_the_published_ones(golden, monkeypatch):
 def test_finetuning_needs_no_top_layer_but_stage_one_does(monkeypatch):
     model, _ = whole_image_model()
     script = Script(monkeypatch, [4])
-    do_2stage_training(model, model, None, None, nb_epoch=0, all_layer_epochs=4)
+    do_2stage_training(model, model, None, None, None, "NOSAVE", None, nb_epoch=0, all_layer_epochs=4)
     assert [e["epochs"] for e in script.events if "epochs" in e] == [4]
     with pytest.raises(InputError, match="--top-layer-nb"):
-        do_2stage_training(model, model, None, None, nb_epoch=3, all_layer_epochs=4)
+        do_2stage_training(model, model, None, None, None, "NOSAVE", None, nb_epoch=3, all_layer_epochs=4)
 
 
 def test_yaroslav_trains_in_one_stage_and_says_so(monkeypatch, capsys):
     model = Yaroslav(nb_init_filter=1)
     script = Script(monkeypatch, [3])
-    do_3stage_training(model, model, None, None, net="yaroslav", nb_epoch=3, all_layer_epochs=9, init_lr=0.1)
+    do_3stage_training(
+        model, model, None, None, None, "NOSAVE", None, net="yaroslav", nb_epoch=3, all_layer_epochs=9, init_lr=0.1
+    )
     assert script.events[0]["lr"] == pytest.approx(0.1)
     assert script.events[0]["n_trainable_tensors"] == len(model.trainable_weights) == 50
     assert "no ImageNet weights" in capsys.readouterr().out

@@ -16,7 +16,6 @@ from mammo.train.scoring import (
     auc_line,
     classification_scores,
     flip_all_img,
-    make_pred_case,
     pred_2view_img_list,
     predict,
     scores_table,
@@ -210,13 +209,14 @@ def images(*values):
     return [np.float32(value) + np.arange(4, dtype="float32").reshape(2, 2, 1) for value in values]
 
 
-def test_a_breast_is_the_mean_over_all_pairs_of_views():
+def test_a_breast_is_the_maximum_or_the_mean_over_all_pairs_of_views():
     cc, mlo = images(1, 2, 5), images(3, 4)
-    found = pred_2view_img_list(cc, mlo, Product(), batch_size=4)
     pairs = np.multiply.outer([1, 2, 5], [3, 4])
+    np.testing.assert_allclose(pred_2view_img_list(cc, mlo, Product()), [1 - pairs.min(), pairs.max()])
+    found = pred_2view_img_list(cc, mlo, Product(), True, batch_size=4)
     np.testing.assert_allclose(found, [1 - pairs.mean(), pairs.mean()])
     flipped = np.mean([np.multiply.outer([1, 2, 5] + np.array(k), [3, 4] + np.array(k)).mean() for k in range(4)])
-    np.testing.assert_allclose(pred_2view_img_list(cc, mlo, Product(), flips=True)[1], flipped)
+    np.testing.assert_allclose(pred_2view_img_list(cc, mlo, Product(), use_mean=True, flips=True)[1], flipped)
 
 
 @pytest.mark.parametrize("missing", [None, []])
@@ -226,7 +226,7 @@ def test_a_missing_view_is_black_and_named(missing):
             return views[0][:, 0, 0] - views[1][:, 0, 0]
 
     with pytest.warns(UserWarning, match="no MLO image"):
-        assert pred_2view_img_list(images(1, 3), missing, Difference()) == [2]
+        assert pred_2view_img_list(images(1, 3), missing, Difference(), use_mean=True) == [2]
     with pytest.warns(UserWarning, match="no CC image"):
         assert pred_2view_img_list(missing, images(4), Difference()) == [-4]
     with pytest.raises(InputError, match="none of either"):
@@ -248,18 +248,5 @@ def test_breasts_of_an_exam_list(tmp_path):
         [exam], target_size=(4, 4), target_scale=None, prediction_mode=True, class_mode=None
     )
     ((_, _, cc, mlo),) = exams
-    scores = [pred_2view_img_list(*views, Product())[1] for views in zip(cc, mlo, strict=True)]
+    scores = [pred_2view_img_list(*views, Product(), use_mean=True)[1] for views in zip(cc, mlo, strict=True)]
     np.testing.assert_allclose(scores, [(10 * 30 + 20 * 30) / 2, 0])
-
-
-def test_a_case_is_the_mean_over_all_pairs_of_maps():
-    class Classifier:
-        def predict_maps(self, breasts):
-            return np.array(
-                [(0 if cc is None else cc.max()) + (0 if mlo is None else mlo.max()) for cc, mlo in breasts]
-            )
-
-    maps = [np.full((2, 2, 3), value) for value in (0.1, 0.2, 0.6)]
-    assert make_pred_case(maps[:2], maps[1:], Classifier()) == pytest.approx(0.15 + 0.4)
-    assert make_pred_case(maps[:2], None, Classifier()) == pytest.approx(0.15)
-    assert make_pred_case([], maps[2:], Classifier()) == pytest.approx(0.6)
