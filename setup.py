@@ -3,6 +3,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+requirements = (here / "requirements.txt").read_text().splitlines()
+tensorboard, excel = ["tensorboard>=2.18"], ["openpyxl>=3.1", "xlrd>=2.0"]
+
 setup(
     name="end2end-mammography",
     version="0.2.0",
@@ -11,26 +14,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    install_requires=[
-        line for line in (here / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")
-    ],
+    install_requires=[line for line in requirements if line and not line.startswith("#")],
     py_modules=sorted(path.stem for path in here.glob("dm_*.py")),
     packages=find_packages(include=["mammo*", "ddsm_train", "inbreast"]),
     package_data={"mammo.evaluate": ["*.csv", "*.j2"], "ddsm_train": ["*.sh"], "inbreast": ["*.sh"]},
     entry_points={"console_scripts": ["mammo = mammo.__main__:main"]},
     extras_require={
-        "test": [
-            "pytest>=8",
-            "pytest-xdist>=3.5",
-            "ruff>=0.6",
-            "setuptools>=70.1",
-            "tensorboard>=2.18",
-            "openpyxl>=3.1",
-            "xlrd>=2.0",
-        ],
-        "tensorboard": ["tensorboard>=2.18"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=70.1", *tensorboard, *excel],
+        "tensorboard": tensorboard,
         "download": ["gdown>=5.2"],
-        "excel": ["openpyxl>=3.1", "xlrd>=2.0"],
+        "excel": excel,
         "cluster": ["dask[distributed]>=2024.1", "ray>=2.10"],
     },
 )

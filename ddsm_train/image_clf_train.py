@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train a whole-image classifier on top of a patch classifier, or finetune a saved whole-image classifier.
 
-  python ddsm_train/image_clf_train.py --patch-model-state patch.h5 ... train val test    convert and train
-  python ddsm_train/image_clf_train.py --resume-from image.h5 --nb-epoch 0 ... train val test    finetune
+  mammo train-image --patch-model-state patch.h5 ... train val test           convert and train
+  mammo train-image --resume-from image.h5 --nb-epoch 0 ... train val test    finetune
 
 The folders hold one sub-folder a class (--class-list). Stage 1 trains the new layers, stage 2 all layers; epoch
 options are cumulative totals. The model of best mean validation AUC is kept and scored on the test set.
@@ -33,16 +33,16 @@ def make_parser() -> argparse.ArgumentParser:
     text = "patch classifier to build the whole-image classifier on"
     cli.add_optional(parser, "--patch-model-state", metavar="FILE", help=text)
     text = (
-        "take the network of --patch-model-state or --resume-from without its weights, to learn from image labels alone"
+        "take the network of --patch-model-state or --resume-from without its weights: they are drawn at random, to "
+        "learn from image labels alone"
     )
     cli.add_flag(parser, "--from-scratch", False, text)
     cli.add_flag(parser, "--test-augment", True, "score the test set by the mean of four flips too")
 
     group = parser.add_argument_group("top layers, with --patch-model-state")
     add, count = group.add_argument, cli.positive_int
-    add(
-        "--patch-net", default="resnet50", help="network of the patch classifier: resnet50, vgg16, vgg19, yaroslav, ..."
-    )
+    text = "network of the patch classifier: resnet50, vgg16, vgg19, yaroslav, ..."
+    add("--patch-net", default="resnet50", help=text)
     add("--block-type", default="resnet", choices=["resnet", "vgg"], help="residual bottlenecks or VGG blocks")
     add("--top-depths", nargs="+", type=count, default=[512, 512], help="depth of each block")
     add("--top-repetitions", nargs="+", type=count, default=[3, 3], help="units in each block")

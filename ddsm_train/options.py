@@ -11,8 +11,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("val_dir", help="folder of the validation set, with the same sub-folders")
     parser.add_argument("test_dir", help="folder of the test set, with the same sub-folders")
     cli.add_pixel_options(parser)
+    _add_data_options(parser.add_argument_group("data"))
+    _add_optimization_options(parser.add_argument_group("optimization"))
+    _add_speed_options(parser.add_argument_group("memory and speed"))
+    _add_resuming_options(parser.add_argument_group("going on after a stop"))
+    _add_model_options(parser.add_argument_group("models"))
 
-    group = parser.add_argument_group("data")
+
+def _add_data_options(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add("--class-list", nargs="+", metavar="CLASS", help="class sub-folders, in the order of the outputs")
     add("--batch-size", "-bs", type=cli.positive_int, default=64, help="batch size of validation and test")
@@ -26,10 +32,14 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "another of its batch, without any weight"
     )
     add("--on-error", choices=["stop", "skip"], default="stop", help=text)
-    text = "first read all images and list the unusable ones by cause; results are kept in data_check.csv of --out-dir"
+    text = (
+        "first read all images, each file once, and list the unusable ones by cause; results are kept in "
+        "data_check.csv of --out-dir"
+    )
     cli.add_flag(group, "--check-data", True, text)
 
-    group = parser.add_argument_group("optimization")
+
+def _add_optimization_options(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     names = ["sgd", "rmsprop", "adagrad", "adadelta", "adam", "adamax", "nadam"]
     text = "sgd has Nesterov momentum 0.9 and halves its rate on a plateau of the validation loss"
@@ -37,9 +47,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     add("--init-learningrate", "-ilr", dest="init_lr", type=cli.positive_float, default=0.01, help="rate of stage 1")
     add("--all-layer-multiplier", type=cli.positive_float, help="the last stage's rate is stage 1's times this")
     add("--nb-epoch", "-ne", type=cli.natural_int, default=5, help="epochs of stage 1; 0 skips it")
-    add(
-        "--all-layer-epochs", type=cli.natural_int, default=20, help="total epochs when the last stage ends: all layers"
-    )
+    text = "total epochs when the last stage ends: all layers"
+    add("--all-layer-epochs", type=cli.natural_int, default=20, help=text)
     add("--weight-decay", "-wd", type=cli.natural_float, default=1e-4, help="L2 penalty of the new layers in stage 1")
     add("--weight-decay2", "-wd2", type=cli.natural_float, default=1e-4, help="the same from stage 2 on")
     add("--hidden-dropout", "-hd", type=cli.fraction, default=0.0, help="dropout rate of the new layers in stage 1")
@@ -54,7 +63,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     text = "frozen batch normalization uses and tracks batch statistics (the original), or runs in inference mode"
     add("--frozen-bn", choices=["batch", "inference"], default="batch", help=text)
 
-    group = parser.add_argument_group("memory and speed")
+
+def _add_speed_options(group: argparse._ActionsContainer) -> None:
     text = "compute in 16 bits, weights and probabilities in 32: activations take down to half the memory"
     cli.add_flag(group, "--mixed-precision", False, text)
     text = "compute activations again in the backward pass: same steps, less memory, more time; for resnet50 and such"
@@ -63,7 +73,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--accumulate", type=cli.positive_int, default=1, metavar="N", help=text)
     cli.add_flag(group, "--jit", False, "compile steps with XLA: slow to begin, faster on GPUs; JAX always does")
 
-    group = parser.add_argument_group("going on after a stop")
+
+def _add_resuming_options(group: argparse._ActionsContainer) -> None:
     text = "go on where the same command was stopped, by the folder state of --out-dir; or start over and save no state"
     group.add_argument("--resume", choices=["auto", "off"], default="auto", help=text)
     group.add_argument("--fresh", action="store_true", help="start over, whatever was saved")
@@ -72,7 +83,8 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     text = "keep to operations that repeat exactly, some of them slower: the same command gives the same weights"
     cli.add_flag(group, "--deterministic", False, text)
 
-    group = parser.add_argument_group("models")
+
+def _add_model_options(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     cli.add_optional(group, "--resume-from", metavar="FILE", help="start from this model (.h5 of any age, or .keras)")
     text = "index of the first layer that stage 2 of patch training, or stage 1 of image training, trains"

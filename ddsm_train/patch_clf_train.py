@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a patch classifier in three stages: its last layer, its top layers, all layers.
 
-  python ddsm_train/patch_clf_train.py --net resnet50 --class-list background calc_mal ... train val test
+  mammo train-patch --net resnet50 --class-list background calc_mal ... train val test
 
-The folders hold one sub-folder a class, as written by sample_patches_combined.py. Epoch options are cumulative
+The folders hold one sub-folder a class, as written by `mammo sample`. Epoch options are cumulative
 totals. The model of best validation accuracy is kept and scored on the test set.
 Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED (12345).
 """

@@ -5,6 +5,7 @@ made, those of the steps that it stands on included, and `done` when it ended we
 """
 
 import argparse
+import hashlib
 import os
 import shlex
 import shutil
@@ -28,64 +29,60 @@ class Recipe:
     def step(
         self,
         name: str,
-        script: str,
-        words: Sequence[object],
+        command: Sequence[object],
+        make: Callable[[], object] | None = None,
         *,
         env: Mapping[str, object] | None = None,
         places: Mapping[str, object] | None = None,
         inputs: str = "",
         sources: Iterable[str] = (),
-        make: Callable[[], object] | None = None,
         expect: str = "",
     ) -> None:
-        """Make the folder `name` by a script, unless that is done.
+        """Make the folder `name` by a command, unless that is done.
 
         Args:
-            script: file beside this one; with `make`, the words by which the work of that function is known.
-            words: arguments of the script.
+            command: a script beside this file, and its arguments; with `make`, words by which that work is known.
+            make: function that does the work in place of a script.
             env: environment variables that decide what is made.
             places: those that only say where things are, which are not compared with an earlier run's.
             inputs: checksum of the data that the step reads, other than of its sources.
             sources: names of the steps that it stands on.
-            make: function that does the work in place of a script.
             expect: hours and score to expect, for the reader of the log.
 
         Raises InputError for a step that was finished, or is being trained, with other options or data.
         """
         folder, env = self.out / name, {key: str(value) for key, value in (env or {}).items()}
-        command = [*(["env", *(f"{key}={value}" for key, value in env.items())] if env else []), script]
-        line = shlex.join(word.replace(f"{self.out}/", "OUT/") for word in [*command, *map(str, words)])
-        record = [text for source in sources for text in self._record(source)]
-        record.append((f"[{inputs}] " if inputs else "") + line)
+        script, *words = map(str, command)
+        shown = [*(f"{key}={value}" for key, value in env.items()), script, *words]
+        line = f"[{inputs}] " * bool(inputs) + shlex.join(word.replace(f"{self.out}/", "OUT/") for word in shown)
+        record = "".join(map(self._record, sources)) + line + "\n"
         if self.fresh and name not in self._begun:
             shutil.rmtree(folder, ignore_errors=True)
         self._begun.add(name)
-        there = self._record(name)
-        if _words(there) == _words(record):
-            if (folder / "done").exists():
-                print(f"=== {name}: finished before", flush=True)
-                return
-        else:
-            kept = "finished" if (folder / "done").exists() else "begun to train" if (folder / "state").exists() else ""
-            if kept:
+        there, finished = self._record(name), (folder / "done").exists()
+        if there == record and finished:
+            print(f"=== {name}: finished before", flush=True)
+            return
+        if there != record:
+            if finished or (folder / "state").exists():
                 raise InputError(
-                    f"{folder}: {kept} with other options or data (see command.txt there). Expected the same, another "
-                    f"OUT, that you remove the folder, or --fresh. Received: {record[-1]}"
+                    f"{folder}: {'finished' if finished else 'begun to train'} with other options or data (see "
+                    f"command.txt there). Expected the same, another OUT, that you remove the folder, or --fresh. "
+                    f"Received: {line}"
                 )
             if there:
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "command.txt", "".join(f"{text}\n" for text in record))
-        print(f"=== {name}{f' ({expect})' if expect else ''}: {record[-1]}", flush=True)
+            write_text(folder / "command.txt", record)
+        print(f"=== {name}{f' ({expect})' if expect else ''}: {line}", flush=True)
         if make is not None:
             make()
         else:
-            run_script(script, list(map(str, words)), env | {key: str(value) for key, value in (places or {}).items()})
+            run_script(script, words, env | {key: str(value) for key, value in (places or {}).items()})
         (folder / "done").touch()
 
-    def _record(self, name: str) -> list[str]:
+    def _record(self, name: str) -> str:
         file = self.out / name / "command.txt"
-        return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
 def run_script(script: str, words: Sequence[str], env: Mapping[str, str]) -> None:
@@ -119,18 +116,13 @@ def take_fresh(words: Sequence[str]) -> tuple[bool, list[str]]:
     return "--fresh" in words, [word for word in words if word != "--fresh"]
 
 
-def cksum(content: bytes) -> str:
-    """Return the checksum and length that the command cksum prints, by which earlier runs know their inputs."""
-    return subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout.decode().strip()
+def checksum(content: bytes) -> str:
+    """Return what stands for the content of a file in the record of a step."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def names_of_images(folder: Path) -> str:
     """Return a checksum of the names of all files in the sub-folders train, val and test; hidden files do not count."""
     files = (file for part in ("train", "val", "test") for file in walk_files(folder / part))
     names = sorted(os.fsencode(file.relative_to(folder)) for file in files if not file.name.startswith("."))
-    return cksum(b"".join(name + b"\n" for name in names))
-
-
-def _words(record: Sequence[str]) -> list[list[str]]:
-    """Return the lines of a record as words, since earlier versions quoted them in another way."""
-    return [shlex.split(line) for line in record]
+    return checksum(b"\0".join(names))

@@ -26,7 +26,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ddsm_train.recipe import Recipe, check_options, cksum, names_of_images, take_fresh
+from ddsm_train.recipe import Recipe, check_options, checksum, names_of_images, take_fresh
 from mammo.base import cli
 from mammo.base.files import InputError, env_int, locked
 
@@ -74,8 +74,8 @@ def split_options(words: list[str]) -> dict[str, list[str]]:
     given: dict[str, list[str]] = {"all": [], **{name: [] for name in SECTIONS}}
     section = "all"
     for word in words:
-        if word.removeprefix("--") in SECTIONS and word.startswith("--"):
-            section = word.removeprefix("--")
+        if word.startswith("--") and word[2:] in SECTIONS:
+            section = word[2:]
         else:
             given[section].append(word)
     return given
@@ -116,7 +116,7 @@ class Reproduction:
             raise InputError(
                 f"{data}: no such folder, or no patient lists. Expected the one that mammo prepare cbis-ddsm wrote"
             ) from None
-        self.patients = cksum(b"".join(lists))
+        self.patients = checksum(b"".join(lists))
 
     def make(self, name: str) -> None:
         """Make a row's sources first, then the row itself."""
@@ -130,16 +130,16 @@ class Reproduction:
         """Sample the patches of a set, and train a patch classifier on them."""
         patches = f"patches_{row.patch_set}"
         folder = self.recipe.out / patches
-        words = [row.patch_set, self.data, folder, *self.given["sample"]]
-        self.recipe.step(patches, "sample_patches.sh", words, inputs=self.patients)
-        self._train(row, "train_patch_clf.sh", [row.net, row.patch_set], "patch", folder, sources=[patches])
+        command = ["sample_patches.sh", row.patch_set, self.data, folder, *self.given["sample"]]
+        self.recipe.step(patches, command, inputs=self.patients)
+        self._train(row, ["train_patch_clf.sh", row.net, row.patch_set], "patch", folder, [patches])
 
     def image(self, row) -> None:
         """Convert a patch classifier and train it in two stages, or train all layers of a whole-image classifier."""
         [source] = row.sources
         start, more = ("PATCH_MODEL", []) if row.kind == "image" else ("RESUME_FROM", ["--nb-epoch", "0"])
         env = {start: self.recipe.out / source / "model.h5"}
-        self._train(row, "train_image_clf.sh", [row.net, row.top], "image", self.data, [source], env, more)
+        self._train(row, ["train_image_clf.sh", row.net, row.top], "image", self.data, [source], env, more)
 
     def finetune(self, row) -> None:
         """Finetune a whole-image classifier on INbreast, or on so many of its patients."""
@@ -150,32 +150,29 @@ class Reproduction:
         if row.patients:
             name = f"inbreast_{row.patients}_patients"
             chosen = self.recipe.out / name
-            words = ["published.py", "choose", chosen, data, row.patients]  # as earlier versions noted it
             make = partial(choose_patients, data, chosen, row.patients)
-            self.recipe.step(name, "python", words, inputs=images, make=make)
+            self.recipe.step(name, ["choose", data, row.patients], make, inputs=images)
             data, sources = chosen, [source, name]
-        model = self.recipe.out / source / "model.h5"
-        words = [model, data, self.recipe.out / row.name / "model.h5"]
-        self._train(row, "../inbreast/finetune.sh", words, "inbreast", data, sources, inputs=images)
+        model, best = (self.recipe.out / folder / "model.h5" for folder in (source, row.name))
+        command = ["../inbreast/finetune.sh", model, data, best]
+        self._train(row, command, "inbreast", data, sources, inputs=images)
 
     def mean(self, row) -> None:
         """Score the mean of several rows' predictions."""
         from mammo.evaluate.published import average_predictions
 
-        folders = [self.recipe.out / name for name in (row.name, *row.sources)]
-        words = ["published.py", "average", *folders]
-        make = partial(average_predictions, folders[1:], folders[0])
-        self.recipe.step(row.name, "python", words, sources=row.sources, make=make, expect=row.expectation)
+        folder, *sources = (self.recipe.out / name for name in (row.name, *row.sources))
+        make = partial(average_predictions, sources, folder)
+        self.recipe.step(row.name, ["average", *sources], make, sources=row.sources, expect=row.expectation)
 
-    def _train(self, row, script, words, section, data, sources, env=None, more=(), inputs="") -> None:
-        """Train a row's model, best weights in model.h5 of its folder, by a script and the options that it is given."""
+    def _train(self, row, command, section, data, sources, env=None, more=(), inputs="") -> None:
+        """Train a row's model, best weights in model.h5 of its folder, by a command and the options given for it."""
         folder = self.recipe.out / row.name
-        places = {"BEST_MODEL": folder / "model.h5"}
-        places |= {f"{part.upper()}_DIR": data / part for part in ("train", "val", "test")}
-        words = [*words, "--out-dir", folder, *self.given["all"], *self.given[section], *more]
-        env = self.seed | (env or {})
+        places = {f"{part.upper()}_DIR": data / part for part in ("train", "val", "test")}
+        places |= {"BEST_MODEL": folder / "model.h5"}
+        command = [*command, "--out-dir", folder, *self.given["all"], *self.given[section], *more]
         how = {"inputs": inputs, "sources": sources, "expect": row.expectation}
-        self.recipe.step(row.name, script, words, env=env, places=places, **how)
+        self.recipe.step(row.name, command, env=self.seed | (env or {}), places=places, **how)
 
 
 main = cli.command(make_parser, run)

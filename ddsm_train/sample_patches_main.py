@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(*paths, **options):
+def run(*paths, **options) -> None:
     """Sample patches with the command line's arguments, in its order or by keyword; see `--help` for them.
 
     Raises InputError as `sample_dataset` does.

@@ -44,6 +44,10 @@ _FILES_READ = ("resume_from", "patch_model_state", "pretrained_weights")
 
 _ENVIRONMENT = {"RANDOM_SEED": 12345, "NUM_GPU_DEVICES": 1}  # with their defaults
 
+# Degrees, radians, factors, grey levels of 0..255.
+AUGMENTATION = {"rotation_range": 25.0, "shear_range": 0.2, "zoom_range": (0.8, 1.2), "channel_shift_range": 20.0}
+AUGMENTATION |= {"horizontal_flip": True, "vertical_flip": True}
+
 
 @dataclass
 class Run:
@@ -126,9 +130,7 @@ def check_training_options(args: argparse.Namespace, model: keras.Model) -> None
         if given and devices > 1 and backend == "tensorflow":
             raise InputError(f"{option}: not with TensorFlow on several devices; set NUM_GPU_DEVICES to 1")
     if args.jit and backend == "torch":
-        raise InputError(
-            "--jit: Expected the backend tensorflow or jax. Received torch, which would compile every step"
-        )
+        raise InputError("--jit: Expected the backend tensorflow or jax. Received torch, which compiles every step")
     if args.best_model == (name := args.final_model) != "NOSAVE":
         raise InputError(f"--final-model: Expected another name than --best-model. Received {name} for both")
     for option, name in (("--best-model", args.best_model), ("--final-model", args.final_model)):
@@ -136,9 +138,7 @@ def check_training_options(args: argparse.Namespace, model: keras.Model) -> None
             continue
         checkpoint.check_model_name(name)
         if name.endswith(".weights.h5"):
-            raise InputError(
-                f"{option} {name}: Expected a full model, .h5 or .keras. Received the ending of bare weights"
-            )
+            raise InputError(f"{option} {name}: Expected a full model, .h5 or .keras. Received bare weights")
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         if not os.access(Path(name).parent, os.W_OK):
             raise InputError(f"{option} {name}: the folder cannot be written to")
@@ -246,29 +246,14 @@ def _open_sets(
 def make_sets(
     args: argparse.Namespace, channels: int, allow_constant: bool, checked: dict[str, ImageCheck] | None = None
 ) -> list[keras.utils.PyDataset]:
-    """Return the training, validation and test set.
-
-    Augmentation is the paper's: both flips, rotation within 25 degrees, shear within 0.2 rad, zoom 0.8..1.2 and
-    channel shift within 20.
-    """
+    """Return the training, validation and test set; the first is augmented as in the paper, by `AUGMENTATION`."""
     plain = DMImageDataGenerator(featurewise_center=args.featurewise_center)
-    augmented = DMImageDataGenerator(featurewise_center=args.featurewise_center)
+    ranges = AUGMENTATION if args.augmentation else {}
+    augmented = DMImageDataGenerator(featurewise_center=args.featurewise_center, **ranges)
     if args.featurewise_center:
         plain.mean = augmented.mean = args.featurewise_mean
-    if args.augmentation:
-        augmented.horizontal_flip = augmented.vertical_flip = True
-        augmented.rotation_range = 25.0
-        augmented.shear_range = 0.2
-        augmented.zoom_range = [0.8, 1.2]
-        augmented.channel_shift_range = 20.0
-    common = {
-        "pixels": Pixels.of(args, channels),
-        "classes": args.class_list,
-        "class_mode": "categorical",
-        "on_error": args.on_error,
-        "allow_constant": allow_constant,
-        "checked": checked,
-    }
+    common = {"pixels": Pixels.of(args, channels), "classes": args.class_list, "class_mode": "categorical"}
+    common |= {"on_error": args.on_error, "allow_constant": allow_constant, "checked": checked}
     train_set = augmented.flow_from_directory(
         args.train_dir,
         batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
@@ -287,10 +272,8 @@ def make_sets(
 def _check_data(args, out_dir: Path | None, allow_constant: bool, resumed: bool) -> dict[str, ImageCheck] | None:
     """Return what is known of the images of all sets, by file, or None where they are not checked.
 
-    Raises InputError for images that cannot be used, unless they are skipped.
-
-    A resumed training that skips images takes them for what they were when it began: one that cannot be read since is
-    a lost one, so that the order of the others stays.
+    Raises InputError for images that cannot be used, unless they are skipped. A resumed training that skips takes them
+    for what they were when it began: one lost since does not change the order of the others.
     """
     if not args.check_data:
         return None
@@ -335,9 +318,8 @@ def _report_skipped(**sets) -> None:
     for name, image_set in sets.items():
         for message in image_set.skipped:
             print(f"skipped: {message}", file=sys.stderr)
-        if image_set.skipped:
-            count, total = len(image_set.skipped), image_set.nb_file
-            print(f"warning: {count} of {total} {name} images skipped", file=sys.stderr)
+        if count := len(image_set.skipped):
+            print(f"warning: {count} of {image_set.nb_file} {name} images skipped", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -382,20 +364,21 @@ def score_run(run: Run, keeper: BestModel, history: Sequence[dict], flips: bool 
         kept = "kept in memory" if args.best_model == "NOSAVE" else f"saved in {args.best_model}"
         print(f"Best model: epoch {keeper.best_epoch + 1}, {kept}")
     diverged = bool(history) and not np.isfinite(history[-1]["loss"])
-    if args.final_model != "NOSAVE" and diverged:
+    if args.final_model == "NOSAVE":
+        pass
+    elif diverged:
         print("the final model is not saved: its loss is not finite", file=sys.stderr)
-    elif args.final_model != "NOSAVE" and not run.state.finished:  # the weights of the end are gone by then
+    elif not run.state.finished:  # the weights of the end are gone by then
         checkpoint.save_model(model, args.final_model)
         print(f"Final model saved in {args.final_model}")
-    elif args.final_model != "NOSAVE" and not Path(args.final_model).exists():
+    elif not Path(args.final_model).exists():
         print("the final model is not saved: the training had ended without one; --fresh trains anew", file=sys.stderr)
     keeper.restore(model)
     memory.full_precision(model)  # as the saved file predicts
 
     print("\n==== Evaluating the best model on the test set ====", flush=True)
     y_true, y_pred, _, y_flips = scoring.predict(model, run.test_set, flips=flips, progress=True)
-    columns = (y_true, y_pred, y_flips, np.array(run.test_set.filenames))
-    y_true, y_pred, y_flips, files = scoring.drop_unreadable(*columns)
+    y_true, y_pred, y_flips, files = scoring.drop_unreadable(y_true, y_pred, y_flips, np.array(run.test_set.filenames))
     predictions = {"single": y_pred} | ({"flips": y_flips} if flips else {})
     scores = scoring.classification_scores(y_true, y_pred, args.class_list)
     print(f"Test accuracy: {scores['accuracy']:.4f}")

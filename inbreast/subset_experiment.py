@@ -25,7 +25,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ddsm_train.recipe import Recipe, check_options, cksum, names_of_images, take_fresh
+from ddsm_train.recipe import Recipe, check_options, checksum, names_of_images, take_fresh
 from mammo.base import cli
 from mammo.base.files import InputError, atomic_write, env_int, locked
 from mammo.base.guards import read_json
@@ -66,19 +66,18 @@ def run(**options) -> None:
         # All subsets first: that the data have enough patients should be known before anything is trained.
         for number in filter(int, numbers):
             subset = out / f"{number}-patients"
-            words = ["published.py", "choose", subset, data, number, "--seed", seed]  # as earlier versions noted it
             make = partial(choose_patients, data, subset, int(number), seed)
-            recipe.step(subset.name, "python", words, inputs=images, make=make)
+            recipe.step(subset.name, ["choose", data, number, "--seed", seed], make, inputs=images)
         for name, file in models.items():
-            inputs = f"{images} {cksum(file.read_bytes())}"
+            inputs = f"{images} {checksum(file.read_bytes())}"
             for number in numbers:
                 folder, chosen = out / f"{name}-{number}-patients", f"{number}-patients"
                 subset, sources, epochs = out / chosen, [chosen], []
                 if number == "0":
                     subset, sources, epochs = data, [], ["--all-layer-epochs", "0"]
-                words = [file, subset, folder / "model.h5", "--out-dir", folder, *more, *epochs]
+                command = ["../inbreast/finetune.sh", file, subset, folder / "model.h5", "--out-dir", folder]
                 env = {"RANDOM_SEED": seed} | ({"MEAN": mean} if mean else {})
-                recipe.step(folder.name, "../inbreast/finetune.sh", words, env=env, inputs=inputs, sources=sources)
+                recipe.step(folder.name, [*command, *more, *epochs], env=env, inputs=inputs, sources=sources)
         table = published.subset_table(out)
         with atomic_write(out / "subset_auc.csv") as temporary:
             table.round(6).to_csv(temporary, index=False)

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import numpy as np
 from ddsm_train import sample_patches_combined as sampler
 from dm_image import DMImageDataGenerator
 from mammo.base.cli import HelpFormatter, complete, positive_int
-from mammo.base.files import atomic_write
+from mammo.base.files import atomic_write, write_img
 from mammo.data.patch_rules import Roi, sample_patches
 from mammo.data.patches import mask_name, plan_patches, read_breast, read_lesions, read_sampled, sample_image
 from mammo.images.iterators import empty_aligned
@@ -35,14 +36,10 @@ from mammo.phantom.prepared import make_phantom
 from mammo.train.backend import start_backend
 
 # The augmentation of the published training runs.
-SETTINGS = {
-    "rotation_range": 25.0,
-    "shear_range": 0.2,
-    "zoom_range": (0.8, 1.2),
-    "channel_shift_range": 20.0,
-    "horizontal_flip": True,
-    "vertical_flip": True,
-}
+SETTINGS = {"rotation_range": 25.0, "shear_range": 0.2, "zoom_range": (0.8, 1.2), "channel_shift_range": 20.0}
+SETTINGS |= {"horizontal_flip": True, "vertical_flip": True}
+
+PATCH, WHOLE = (224, 224), (1152, 896)
 
 
 def transform_of_2017(x, rng):
@@ -82,14 +79,9 @@ def phantom(rows, columns, rng):
     return img * np.float32(255 / 3)
 
 
-def fastest(function, repeats):
-    """Shortest wall time of a call, seconds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def fastest(function, repeats, number=1):
+    """Shortest wall time of a call, seconds, of so many means over `number` calls."""
+    return min(timeit.repeat(function, number=number, repeat=repeats)) / number
 
 
 def clock():
@@ -97,80 +89,81 @@ def clock():
     return np.array([time.perf_counter(), time.process_time()])
 
 
+def table(**columns):
+    """Print the header of a table, and return what prints a row. columns: the format of each, its width first."""
+    print(*(f"{name.strip():>{form.partition('.')[0]}}" for name, form in columns.items()))
+
+    def print_row(*cells):
+        print(*(f"{cell:>{form}}" for cell, form in zip(cells, columns.values(), strict=True)), flush=True)
+
+    return print_row
+
+
+def by_size(size):
+    return "{}x{}".format(*size)
+
+
 def augmentation(args):
     """Random transform of one image into its place in a batch, drawing included, on one thread."""
     cv2.setNumThreads(1)
-    generator = DMImageDataGenerator(**SETTINGS)
     rng = np.random.default_rng(0)
-    draws = np.random.RandomState(1)
     print("One random transform into a batch, one thread: the 2017 rule with SciPy against dm_image.")
     print("Means over several draws, fastest of many such means.")
     print("Channels: one repeated as a view (what the iterators use), equal copies, or three different ones.")
-    print(
-        f"{'size':>10} {'channels':>10} {'2017 ms':>9} {'ours ms':>9} {'images/s':>9} {'ratio':>6}  pixels that differ"
+    row = table(
+        **{"size": "10", "channels": "10", "2017 ms": "9.3f", "ours ms": "9.3f", "images/s": "9.0f", "ratio": "6.1f"},
+        **{"pixels that differ": "20"},
     )
-    for rows, columns in ((1152, 896), (224, 224)):
-        img = phantom(rows, columns, rng)
+    for size in (WHOLE, PATCH):
+        img = phantom(*size, rng)
         for name, x in {
-            "repeated": np.broadcast_to(img[..., None], (rows, columns, 3)),
+            "repeated": np.broadcast_to(img[..., None], (*size, 3)),
             "copies": np.repeat(img[..., None], 3, axis=2),
             "different": np.stack([img, img[::-1], img[:, ::-1]], axis=2),
         }.items():
-            plain = np.ascontiguousarray(x)
-            different = total = 0
-            for seed in range(args.cases):
-                ours = generator.random_transform(x, np.random.RandomState(seed))
-                different += np.count_nonzero(ours != transform_of_2017(plain, np.random.RandomState(seed)))
-                total += ours.size
-            batch = empty_aligned((2, rows, columns, 3))
-            batch[...] = 0
-            draws_timed = 4 if rows > 500 else 32
+            old, new, different = compare_transforms(x, args.cases)
+            different = f"{different} of {args.cases * x.size}"
+            row(by_size(size), name, old * 1e3, new * 1e3, 1 / new, old / new, different)
 
-            def old(plain=plain, batch=batch, n=draws_timed):
-                for _ in range(n):
-                    batch[0] = transform_of_2017(plain, draws)
 
-            def new(x=x, batch=batch, n=draws_timed):
-                for _ in range(n):
-                    generator.apply_transform(x, generator.get_random_transform(x.shape, draws), out=batch[1])
+def compare_transforms(x, cases):
+    """(seconds by the 2017 rule, by dm_image, pixels that differ in so many cases) of images like x (H, W, C)."""
+    generator, draws = DMImageDataGenerator(**SETTINGS), np.random.RandomState(1)
+    plain = np.ascontiguousarray(x)
+    different = 0
+    for seed in range(cases):
+        ours = generator.random_transform(x, np.random.RandomState(seed))
+        different += np.count_nonzero(ours != transform_of_2017(plain, np.random.RandomState(seed)))
+    batch = empty_aligned((2, *x.shape))
+    batch[...] = 0
 
-            # Alternating, so that both see the same of what else the machine does.
-            rounds = [(fastest(old, 2), fastest(new, 8)) for _ in range(6)]
-            old, new = np.min(rounds, axis=0) / draws_timed
-            size = f"{rows}x{columns}"
-            print(
-                f"{size:>10} {name:>10} {old * 1e3:9.3f} {new * 1e3:9.3f} {1 / new:9.0f} {old / new:6.1f}"
-                f"  {different} of {total}"
-            )
+    def old():
+        batch[0] = transform_of_2017(plain, draws)
+
+    def new():
+        generator.apply_transform(x, generator.get_random_transform(x.shape, draws), out=batch[1])
+
+    number = 4 if len(x) > 500 else 32
+    # Alternating, so that both see the same of what else the machine does.
+    return *np.min([(fastest(old, 2, number), fastest(new, 8, number)) for _ in range(6)], axis=0), different
 
 
 def loading(args):
     """Augmented batches of 16-bit PNG files, from disk and from memory, by number of loader threads."""
     rng = np.random.default_rng(0)
     generator = DMImageDataGenerator(**SETTINGS)
+    how = {"target_size": (576, 448), "batch_size": 8, "seed": 0, "dup_3_channels": True, "rescale_factor": 0.003891}
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("neg", "pos"):
-            Path(folder, name).mkdir()
-            for k in range(24):
-                pixels = (phantom(576, 448, rng) * 257).astype(np.uint16)
-                cv2.imwrite(str(Path(folder, name, f"{k}.png")), pixels)
+        for name, k in itertools.product(("neg", "pos"), range(24)):
+            write_img(Path(folder, name, f"{k}.png"), (phantom(576, 448, rng) * 257).astype(np.uint16))
         print("Batches of 8 augmented images 576x448x3 from 16-bit PNG files, images/s")
-        print(f"{'source':>8}" + "".join(f"{f'{n} workers':>12}" for n in (1, 2, 4)))
+        row = table(source="8", **{f"{workers} workers": "11.0f" for workers in (1, 2, 4)})
         for source in ("disk", "memory"):
             speeds = []
             for workers in (1, 2, 4):
-                images = generator.flow_from_directory(
-                    folder,
-                    target_size=(576, 448),
-                    batch_size=8,
-                    seed=0,
-                    dup_3_channels=True,
-                    rescale_factor=0.003891,
-                    load_to_ram=source == "memory",
-                    workers=workers,
-                )
-                speeds.append(images.nb_sample / fastest(lambda images=images: [x for x, _ in images], 3))
-            print(f"{source:>8}" + "".join(f"{speed:12.0f}" for speed in speeds))
+                images = generator.flow_from_directory(folder, load_to_ram=source == "memory", workers=workers, **how)
+                speeds.append(images.nb_sample / fastest(functools.partial(list, images), 3))
+            row(source, *speeds)
 
 
 def overlap_of_2017(mask, x, y, patch_size):
@@ -205,15 +198,14 @@ class Study:
 
     count, patch_size = 10, 256
 
-    def __init__(self, folder, patients, height, width, seed=0):
+    def __init__(self, folder, patients, height, width):
         self.root = Path(folder)
-        make_phantom(self.root, patients, ("CC",), height, width, test_size=0, val_size=0, seed=seed)
+        size = {"height": height, "width": width}
+        make_phantom(self.root, patients=patients, views=("CC",), **size, test_size=0, val_size=0)
         names = ("roi_mask_path.csv", "roi_mask", "pat_train.txt", "full_img", "out/train", "out/val")
         self.paths = [self.root / name for name in names]
-        self.options = {
-            "target_height": height, "nb_abn": self.count, "nb_bkg": self.count, "nb_hns": 0, "val_size": 0.0,
-            "verbose": False,
-        }  # fmt: skip
+        self.options = {"target_height": height, "nb_abn": self.count, "nb_bkg": self.count, "nb_hns": 0}
+        self.options |= {"val_size": 0.0, "verbose": False}
         self.args = complete(sampler.make_parser(), self.options, self.paths)
         # Images of one lesion: the others sample more patches than the rest of the table counts.
         lesions = read_lesions(self.args.roi_mask_path_file)
@@ -225,23 +217,46 @@ class Study:
         class_dirs = {("calc", True): "cm", ("calc", False): "cb", ("mass", True): "mm", ("mass", False): "mb"}
         return sample_image(plan_patches([lesion], self.args, class_dirs), self.args, class_dirs, self.root / "out")
 
+    def sample_all(self, jobs):
+        """All images anew, without a word; seconds."""
+        shutil.rmtree(self.root / "out", ignore_errors=True)  # patches that are there would be kept
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            return fastest(lambda: sampler.run(*self.paths, **self.options, jobs=jobs), 1)
+
     def image(self, lesion):
         return self.root / "full_img" / f"{lesion.image_id}.png"
 
-    def read(self, lesion):
-        """(padded breast, lesion mask of the breast)"""
+    def compare_with_2017(self, lesion):
+        """(seconds to choose centres by the 2017 rule, by patch_rules, seconds of all with ours, whether all agree)."""
         breast = read_breast(self.image(lesion), self.args)
         mask = read_sampled(self.root / "roi_mask" / mask_name(lesion), self.args)
-        return breast.padded, mask[breast.top : breast.top + breast.height, breast.left : breast.left + breast.width]
+        mask = mask[breast.top : breast.top + breast.height, breast.left : breast.left + breast.width]
+        half, img = self.patch_size // 2, breast.padded
+        padded = np.pad((mask > 0).astype(np.uint8), half)
 
+        def ours():
+            roi = Roi.from_mask(mask, half, img.shape)
+            numbers = {"nb_abn": self.count, "nb_bkg": self.count, "nb_hns": 0}
+            patches, _ = sample_patches(img, roi, [roi], patch_size=self.patch_size, **numbers)
+            return [(patch.x, patch.y) for patch in patches]
 
-def sample_quietly(study, jobs):
-    """Sample all images of a study anew; seconds."""
-    shutil.rmtree(study.root / "out", ignore_errors=True)  # patches that are there would be kept
-    start = time.perf_counter()
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        sampler.run(*study.paths, **study.options, jobs=jobs)
-    return time.perf_counter() - start
+        def old():
+            return centres_of_2017(padded, self.count, self.patch_size)
+
+        functions = (old, ours, functools.partial(self.sample, lesion))
+        return *(fastest(function, 3) for function in functions), ours() == old()
+
+    def compare_with_files_alone(self, lesion):
+        """(seconds to decode the image of a lesion and to encode its patches, seconds of all)."""
+        files = [self.root / "out" / file for file in self.sample(lesion).outputs]
+        patches = [cv2.imread(str(file), cv2.IMREAD_UNCHANGED) for file in files]
+
+        def alone():
+            cv2.imread(str(self.image(lesion)), cv2.IMREAD_UNCHANGED)
+            for patch in patches:
+                cv2.imencode(".png", patch)
+
+        return fastest(alone, 5), fastest(functools.partial(self.sample, lesion), 5)
 
 
 def sampling(args):
@@ -250,63 +265,39 @@ def sampling(args):
     with tempfile.TemporaryDirectory() as folder:
         print("Choosing the centres of 10 + 10 patches, and all of it (decode, segment, choose, encode, write), ms an")
         print("image 4096 x 3328: the 2017 rule with masks as large as the image against patch_rules, fastest of 3.")
-        print(
-            f"{'image':>18} {'2017':>8} {'ours':>8} {'ratio':>6} {'all 2017':>9} {'all ours':>9} {'ratio':>6}  centres"
+        row = table(
+            **{"image": "18", "2017": "8.1f", "ours": "8.2f", "ratio": "6.0f"},
+            **{"all 2017": "9.1f", "all ours": "9.1f", "ratio ": "6.1f", "centres": "12"},
         )
         study = Study(Path(folder, "large"), 6, 4096, 3328)
-        half = study.patch_size // 2
         for lesion in study.lesions[:3]:
-            img, mask = study.read(lesion)
-            padded = np.pad((mask > 0).astype(np.uint8), half)
+            *times, same = study.compare_with_2017(lesion)
+            plain, choose, whole = np.multiply(times, 1e3)
+            all_plain = whole - choose + plain
+            ratios = plain / choose, all_plain, whole, all_plain / whole
+            row(lesion.image_id, plain, choose, *ratios, "the same" if same else "NOT the same")
 
-            def ours(img=img, mask=mask):
-                roi = Roi.from_mask(mask, half, img.shape)
-                numbers = {"nb_abn": study.count, "nb_bkg": study.count, "nb_hns": 0}
-                patches, _ = sample_patches(img, roi, [roi], patch_size=study.patch_size, **numbers)
-                return [(patch.x, patch.y) for patch in patches]
-
-            def old(padded=padded):
-                return centres_of_2017(padded, study.count, study.patch_size)
-
-            same = "the same" if ours() == old() else "NOT the same"
-            choose, plain, whole = (
-                fastest(function, 3) for function in (ours, old, functools.partial(study.sample, lesion))
-            )
-            everything = whole - choose + plain
-            print(
-                f"{lesion.image_id:>18} {plain * 1e3:8.1f} {choose * 1e3:8.2f} {plain / choose:6.0f} "
-                f"{everything * 1e3:9.1f} {whole * 1e3:9.1f} {everything / whole:6.1f}  {same}"
-            )
+        print("\nAll of it against decoding the image and encoding the patches alone, ms, images 1152 x 896,")
+        print("fastest of 5")
+        row = table(image="18", alone="7.1f", ours="7.1f", ratio="6.2f")
+        study = Study(Path(folder, "small"), 80, *WHOLE)
+        for lesion in study.lesions[:4]:
+            alone, ours = study.compare_with_files_alone(lesion)
+            row(lesion.image_id, alone * 1e3, ours * 1e3, ours / alone)
 
         print(
-            "\nAll of it against decoding the image and encoding the patches alone, ms, images 1152 x 896, fastest of 5"
+            "\nTwo processes against one, all images of the set, started before, five times in turn; with the load of"
         )
-        print(f"{'image':>18} {'alone':>7} {'ours':>7} {'ratio':>6}")
-        study = Study(Path(folder, "small"), 80, 1152, 896)
-        for lesion in study.lesions[:4]:
-            patches = [
-                cv2.imread(str(study.root / "out" / file), cv2.IMREAD_UNCHANGED)
-                for file in study.sample(lesion).outputs
-            ]
-
-            def alone(lesion=lesion, patches=patches):
-                cv2.imread(str(study.image(lesion)), cv2.IMREAD_UNCHANGED)
-                for patch in patches:
-                    cv2.imencode(".png", patch)
-
-            alone, ours = (fastest(function, 5) for function in (alone, functools.partial(study.sample, lesion)))
-            print(f"{lesion.image_id:>18} {alone * 1e3:7.1f} {ours * 1e3:7.1f} {ours / alone:6.2f}")
-
-        print("\nTwo processes against one, all images of the set, started before, five times in turn")
-        print(f"{'one s':>7} {'two s':>7} {'ratio':>6}  load of the machine before (1 is one processor)")
+        print("the machine before (1 is one processor)")
+        row = table(**{"one s": "7.2f", "two s": "7.2f"}, ratio="6.2f", load="5.1f")
         # The one is a fresh process like the two, not this one: large images drawn here have left it memory to reuse.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            alone.submit(sample_quietly, study, 1).result()
-            sample_quietly(study, 2)
+            alone.submit(study.sample_all, 1).result()
+            study.sample_all(2)
             for _ in range(5):
                 load = os.getloadavg()[0]
-                one, two = alone.submit(sample_quietly, study, 1).result(), sample_quietly(study, 2)
-                print(f"{one:7.2f} {two:7.2f} {one / two:6.2f}  {load:.1f}")
+                one, two = alone.submit(study.sample_all, 1).result(), study.sample_all(2)
+                row(one, two, one / two, load)
 
 
 # The published top layers: two of [512-512-1024]x2, and two of 512x1.
@@ -314,8 +305,6 @@ TOPS = {
     "resnet50": {"block_type": "resnet", "depths": (512, 512), "repetitions": (2, 2), "bottleneck_enlarge_factor": 2},
     "vgg16": {"block_type": "vgg", "depths": (512, 512), "repetitions": (1, 1)},
 }
-
-PATCH, WHOLE = (224, 224), (1152, 896)
 
 BATCH = {PATCH: 16, WHOLE: 2}
 
@@ -457,36 +446,29 @@ def networks(args):
     if importlib.util.find_spec("torch") is None:
         print("skipped: PyTorch is not installed. For this section: pip install torch")
         return
+    print(f"Images/s with {args.threads} threads each, a process each, in turn, fastest of {args.rounds} rounds.")
     print(
-        f"Images/s with {args.threads} threads each, a process each, in turn, fastest of {args.rounds} rounds. Ratios:"
+        "Ratios: ours to PyTorch's, of wall time and of processor time (the steadier on a shared machine); above 1 is"
     )
-    print(
-        "ours to PyTorch's, of wall time and of processor time (the steadier on a shared machine); above 1 is faster."
-    )
-    print("Differences of predictions and of the first step's loss: the network is the same.")
-    print(
-        f"{'network':>9} {'size':>10} {'batch':>5} {'step':>8} {'ours':>7} {'PyTorch':>8} {'ratio':>6} {'of CPU':>6} "
-        f"{'differences':>14}  load"
+    print("faster. Differences of predictions and of the first step's loss: the network is the same.")
+    row = table(
+        **{"network": "9", "size": "10", "batch": "5", "step": "8", "ours": "7.2f", "PyTorch": "8.2f"},
+        **{"ratio": "6.2f", "of CPU": "6.2f", "differences": "14", "load": "5.1f"},
     )
     for size, net in itertools.product((PATCH, WHOLE), TOPS):
         with fresh_process(args.threads) as ours, fresh_process(args.threads) as other:
             layers, gpu, *mine = ours.submit(Ours.start, net, size).result()
-            device = "cuda" if gpu else "cpu"
-            theirs = other.submit(Torch.start, size, layers, args.threads, device).result()
+            theirs = other.submit(Torch.start, size, layers, args.threads, "cuda" if gpu else "cpu").result()
             differences = " ".join(f"{np.abs(a - b).max():.0e}" for a, b in zip(mine, theirs, strict=True))
             for step in ("train", "predict"):
-                before = os.getloadavg()[0]
+                load = os.getloadavg()[0]
                 rounds = [
                     [process.submit(Contestant.seconds, step).result() for process in (ours, other)]
                     for _ in range(args.rounds)
                 ]
                 (wall, cpu), (torch_wall, torch_cpu) = np.min(rounds, axis=0)
-                print(
-                    f"{net:>9} {size[0]:>5}x{size[1]:<4} {BATCH[size]:>5} {step:>8} {BATCH[size] / wall:7.2f} "
-                    f"{BATCH[size] / torch_wall:8.2f} {torch_wall / wall:6.2f} {torch_cpu / cpu:6.2f} "
-                    f"{differences:>14}  {before:.1f}",
-                    flush=True,
-                )
+                speeds = BATCH[size] / wall, BATCH[size] / torch_wall, torch_wall / wall, torch_cpu / cpu
+                row(net, by_size(size), BATCH[size], step, *speeds, differences, load)
 
 
 def class_folders(folder):
@@ -500,7 +482,7 @@ def training_set(folder, size, model, workers):
     os.environ["NUM_CPU_CORES"] = str(workers)
     options = {"batch_size": BATCH[size], "img_size": list(size), "rescale_factor": 0.003891, "best_model": "NOSAVE"}
     options |= {"featurewise_center": True, "augmentation": True, "auto_batch_balance": True}
-    options["class_list"] = class_folders(folder)
+    options |= {"class_list": class_folders(folder)}
     parser = (patch_clf_train if size == PATCH else image_clf_train).make_parser()
     args = complete(parser, options, [str(folder)] * 3)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -559,7 +541,7 @@ def feeding(args):
     with tempfile.TemporaryDirectory() as folder:
         study = Study(folder, 48, *WHOLE)
         study.options["patch_size"] = PATCH[0]
-        sample_quietly(study, args.threads)
+        study.sample_all(args.threads)
         folders = {PATCH: study.root / "out" / "train", WHOLE: study.root / "train"}
         workers = sorted({1, 2, args.threads})
 
@@ -568,34 +550,31 @@ def feeding(args):
                 return process.submit(function, *arguments).result()
 
         print("Loading alone, images/s, and images a second of processor time")
-        print(f"{'size':>10}" + "".join(f"{f'{n} workers':>20}" for n in workers))
+        row = table(size="10", **{f"{n} workers": "11.0f" for n in workers}, **{f"{n} CPU": "7.0f" for n in workers})
         for size, source in folders.items():
             speeds = [16 * BATCH[size] / alone(load, size, source, n, 16) for n in workers]
-            print(f"{size[0]:>5}x{size[1]:<4}" + "".join(f"{wall:12.0f}{cpu:8.0f}" for wall, cpu in speeds), flush=True)
+            row(by_size(size), *np.transpose(speeds).ravel())
 
         print(f"\nA step of `fit`, s, loader and network on the same {args.threads} processors: target 1.1")
-        print(f"{'network':>9} {'size':>10} {'memory':>8} {'files':>8} {'ratio':>6} {'of processor time':>18}  load")
+        row = table(
+            **{"network": "9", "size": "10", "memory": "8.2f", "files": "8.2f", "ratio": "6.2f"},
+            **{"of processor time": "18.2f", "load": "5.1f"},
+        )
         for size, net in ((PATCH, "resnet50"), (WHOLE, "resnet50"), (WHOLE, "vgg16")):
             before, steps = os.getloadavg()[0], 6 if size == PATCH else 3
             files, memory = alone(feed, net, size, folders[size], args.threads, steps, args.rounds) / steps
-            print(
-                f"{net:>9} {size[0]:>5}x{size[1]:<4} {memory[0]:8.2f} {files[0]:8.2f} {files[0] / memory[0]:6.2f} "
-                f"{files[1] / memory[1]:18.2f}  {before:.1f}",
-                flush=True,
-            )
+            row(net, by_size(size), memory[0], files[0], files[0] / memory[0], files[1] / memory[1], before)
 
         print(
             "\nThe same with a network elsewhere, of which a pause after each step takes the place: ratio by its speed"
         )
         for size, speeds in ((PATCH, (100, 200, 400, 800)), (WHOLE, (5, 10, 20, 40))):
-            print(f"{f'{size[0]}x{size[1]}':>10}" + "".join(f"{speed:>8}/s" for speed in speeds) + "  load")
+            row = table(**{by_size(size): "10"}, **{f"{speed}/s": "8.2f" for speed in speeds}, load="5.1f")
             for n in workers:
                 before = os.getloadavg()[0]
-                times = [
-                    alone(feed, None, size, folders[size], n, 16, args.rounds, BATCH[size] / speed) for speed in speeds
-                ]
-                ratios = "".join(f"{files[0] / memory[0]:10.2f}" for files, memory in times)
-                print(f"{n:>2} workers{ratios}  {before:.1f}", flush=True)
+                pauses = [BATCH[size] / speed for speed in speeds]
+                times = [alone(feed, None, size, folders[size], n, 16, args.rounds, pause) for pause in pauses]
+                row(f"{n} workers", *(files[0] / memory[0] for files, memory in times), before)
 
 
 def heatmap(args):
@@ -615,8 +594,10 @@ def heatmap(args):
     print(f"All {grid[0]} x {grid[1]} windows of {patch} pixels, {stride} apart, of one image {WHOLE[0]} x {WHOLE[1]},")
     print("seconds; the faster of 2, both ways in turns. Arithmetic: pixels of all windows to those of the image.")
     print("Difference: of the map of an image of one window, from that window's probabilities.")
-    names = ("windows", "once", "ratio", "of CPU", "arithmetic", "difference", "load")
-    print(f"{'network':>9}", *(f"{name:>10}" for name in names))
+    row = table(
+        **{"network": "9", "windows": "10.1f", "once": "10.2f", "ratio": "10.1f", "of CPU": "10.1f"},
+        **{"arithmetic": "10.1f", "difference": "10.0e", "load": "10.1f"},
+    )
     rng = np.random.default_rng(0)
     image = np.maximum(phantom(*WHOLE, rng), 1)
     arithmetic = grid[0] * grid[1] * patch**2 / (WHOLE[0] * WHOLE[1])
@@ -636,12 +617,10 @@ def heatmap(args):
             assert scorer.score(Scan("image", image, None)).shape == maps.shape == (*grid, 5)
             times[scorer].append(clock() - start)
         (windows, windows_cpu), (once, once_cpu) = (np.min(rounds, axis=0) for rounds in times.values())
-        print(
-            f"{net:>9} {windows:10.1f} {once:10.2f} {windows / once:10.1f} {windows_cpu / once_cpu:10.1f} "
-            f"{arithmetic:10.1f} {difference:10.0e} {load:10.1f}",
-            flush=True,
-        )
+        row(net, windows, once, windows / once, windows_cpu / once_cpu, arithmetic, difference, load)
 
+
+FC16_8 = {"add_heatmap": True, "hm_pool_size": (3, 3), "add_conv": False, "fc_init_units": 16, "add_shortcut": True}
 
 # Networks of the memory table: name -> (patch net, image size, options of add_top_layers; None: the patch net alone).
 MEMORY_NETS = {
@@ -650,11 +629,7 @@ MEMORY_NETS = {
     "ResNet50 [512-512-1024]x2": ("resnet50", WHOLE, TOPS["resnet50"]),
     "VGG16 512x1": ("vgg16", WHOLE, TOPS["vgg16"]),
     "VGG16 [512-512-1024]x2": ("vgg16", WHOLE, TOPS["resnet50"]),
-    "Yaroslav heatmap FC16-8": (
-        "yaroslav",
-        WHOLE,
-        {"add_heatmap": True, "hm_pool_size": (3, 3), "add_conv": False, "fc_init_units": 16, "add_shortcut": True},
-    ),
+    "Yaroslav heatmap FC16-8": ("yaroslav", WHOLE, FC16_8),
 }
 
 MEMORY_BATCHES = {PATCH: (32, 64, 128, 256), WHOLE: (1, 2, 4, 8, 16)}
@@ -748,29 +723,20 @@ def memory(args):
             pd.DataFrame(rows, columns=names).to_csv(temporary, index=False)
 
 
-SECTIONS = {
-    "augmentation": augmentation,
-    "loading": loading,
-    "sampling": sampling,
-    "networks": networks,
-    "feeding": feeding,
-    "heatmap": heatmap,
-    "memory": memory,
-}
+SECTIONS = {f.__name__: f for f in (augmentation, loading, sampling, networks, feeding, heatmap, memory)}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("section", nargs="*", help=f"which to run: {', '.join(SECTIONS)} (default: all)")
-    parser.add_argument("--cases", type=int, default=40, help="random cases compared pixel by pixel for each row")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="of networks and feeding, in turn")
-    threads = len(os.sched_getaffinity(0))
-    parser.add_argument("--threads", type=positive_int, default=threads, help="of each network")
-    parser.add_argument("--gib", type=positive_int, default=8, help="memory of the device of the memory section")
-    parser.add_argument("--out", metavar="CSV", help="file for the table of the memory section")
+    add = parser.add_argument
+    add("section", nargs="*", help=f"which to run: {', '.join(SECTIONS)} (default: all)")
+    add("--cases", type=int, default=40, help="random cases compared pixel by pixel for each row")
+    add("--rounds", type=positive_int, default=3, help="of networks and feeding, in turn")
+    add("--threads", type=positive_int, default=len(os.sched_getaffinity(0)), help="of each network")
+    add("--gib", type=positive_int, default=8, help="memory of the device of the memory section")
+    add("--out", metavar="CSV", help="file for the table of the memory section")
     args = parser.parse_args(argv)
-    unknown = set(args.section) - set(SECTIONS)
-    if unknown:
+    if unknown := set(args.section) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}")
     for name in args.section or SECTIONS:
         print(f"\n== {name} ==")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole method on made mammograms, in under ten minutes on two free cores without a GPU: make a download of phantoms,
+# The whole method on made mammograms, in about six minutes on two free cores without a GPU: make a download of phantoms,
 # prepare it, sample patches, train a patch classifier, convert it, train the whole-image classifier in two stages,
 # score it with and without flips, map where both see lesions. Real CBIS-DDSM takes the same path from step 2 on.
 #   scripts/demo.sh [OUTPUT_FOLDER]      default: work/demo

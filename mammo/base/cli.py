@@ -4,6 +4,7 @@ Only the standard library is imported here, so that `--help` and option errors a
 """
 
 import argparse
+import math
 import signal
 import sys
 import threading
@@ -18,9 +19,7 @@ _OUT_OF_MEMORY = ("ResourceExhaustedError", "OutOfMemoryError", "RESOURCE_EXHAUS
 
 # Options that decide how much memory a command line takes, where it has them.
 _SMALLER = ("--batch-size", "--train-bs-multiplier", "--img-size", "--target-height", "--patch-size", "--jobs")
-
 _LEFT_OUT = ("--load-train-ram", "--load-val-ram")
-
 _ADDED = ("--mixed-precision", "--remat")
 
 
@@ -37,39 +36,23 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"Expected a whole number of at least 1. Received {text}")
-    return value
+def _number(name: str, kind: type, fits: Callable, expected: str) -> Callable:
+    """Return a type of options: what argparse calls `name`, where it is no number at all."""
+
+    def read(text: str) -> float:
+        if not fits(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"Expected a {expected}. Received {text}")
+        return value
+
+    read.__name__ = name
+    return read
 
 
-def natural_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"Expected a whole number of at least 0. Received {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"Expected a number above 0. Received {text}")
-    return value
-
-
-def natural_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"Expected a number of at least 0. Received {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"Expected a number from 0 up to, not including, 1. Received {text}")
-    return value
+positive_int = _number("positive_int", int, lambda value: value >= 1, "whole number of at least 1")
+natural_int = _number("natural_int", int, lambda value: value >= 0, "whole number of at least 0")
+positive_float = _number("positive_float", float, lambda value: 0 < value < math.inf, "number above 0")
+natural_float = _number("natural_float", float, lambda value: 0 <= value < math.inf, "number of at least 0")
+fraction = _number("fraction", float, lambda value: 0 <= value < 1, "number from 0 up to, not including, 1")
 
 
 def add_flag(parser: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:
@@ -87,39 +70,28 @@ def add_optional(
 
 
 def add_pixel_options(parser: argparse.ArgumentParser) -> None:
-    """How pixels become network input: 0..255 floats with the mean of the training set subtracted."""
+    """Add how pixels become network input: 0..255 floats with the mean of the training set subtracted."""
     group = parser.add_argument_group("images")
-    group.add_argument(
-        "--img-size",
-        "-is",
-        nargs=2,
-        type=positive_int,
-        metavar=("HEIGHT", "WIDTH"),
-        help="images are resized to this",
-    )
-    add_optional(
-        group, "--img-scale", "-ic", type=positive_float, no_flags=["-nic"],
-        help="scale each image so that its own maximum becomes this; default: no such scaling",
-    )  # fmt: skip
-    add_optional(
-        group, "--rescale-factor", type=positive_float,
-        help="multiply pixels by this to bring them to 0..255 (0.003891 for 16-bit images); default: 1",
-    )  # fmt: skip
+    size = {"nargs": 2, "type": positive_int, "metavar": ("HEIGHT", "WIDTH")}
+    group.add_argument("--img-size", "-is", **size, help="images are resized to this")
+    text = "scale each image so that its own maximum becomes this; default: no such scaling"
+    add_optional(group, "--img-scale", "-ic", type=positive_float, no_flags=["-nic"], help=text)
+    text = "multiply pixels by this to bring them to 0..255 (0.003891 for 16-bit images); default: 1"
+    add_optional(group, "--rescale-factor", type=positive_float, help=text)
     add_flag(group, "--featurewise-center", True, "subtract --featurewise-mean from every pixel after rescaling")
     group.add_argument("--featurewise-mean", type=float, help="mean pixel of the training set after rescaling")
     add_flag(group, "--equalize-hist", False, "equalize the histogram of each image (needs pixels within 0..255)")
 
 
 def add_parallel_options(parser: argparse._ActionsContainer, jobs: int = 1) -> None:
-    """How `mammo.base.work.run_parallel` works. jobs: the default of `--jobs`."""
-    parser.add_argument(
-        "--jobs", type=positive_int, default=jobs, help=f"images worked on at the same time; default: {jobs}"
+    """Add how `mammo.base.work.run_parallel` works. jobs: the default of `--jobs`."""
+    text = f"images worked on at the same time; default: {jobs}"
+    parser.add_argument("--jobs", type=positive_int, default=jobs, help=text)
+    text = (
+        "what works on them: processes (loky) or threads of this machine, or a cluster: Dask's at "
+        "DASK_SCHEDULER_ADDRESS, Ray's at RAY_ADDRESS, or without these a local one of --jobs processes"
     )
-    parser.add_argument(
-        "--backend", choices=list(BACKENDS), default="loky",
-        help="what works on them: processes (loky) or threads of this machine, or a cluster: Dask's at "
-        "DASK_SCHEDULER_ADDRESS, Ray's at RAY_ADDRESS, or without these a local one of --jobs processes",
-    )  # fmt: skip
+    parser.add_argument("--backend", choices=list(BACKENDS), default="loky", help=text)
 
 
 def complete(parser: argparse.ArgumentParser, given: dict, positional: Sequence = ()) -> argparse.Namespace:
@@ -199,11 +171,8 @@ def _terminated_by_exception() -> Iterator[None]:
 
 
 def _less_memory(parser: argparse.ArgumentParser) -> str:
-    """What to do when memory is short, with the options that `parser` has."""
-    smaller, left_out, added = (
-        [name for name in names if name in parser._option_string_actions] for names in (_SMALLER, _LEFT_OUT, _ADDED)
-    )
-    advice = [f"use a smaller {' or '.join(smaller)}"] if smaller else []
-    advice += [f"leave out {' and '.join(left_out)}"] if left_out else []
-    advice += [f"add {' and '.join(added)}"] if added else []
-    return "; " + ", or ".join(advice) if advice else ""
+    """Return what to do when memory is short, with the options that `parser` has."""
+    kinds = (("use a smaller", " or ", _SMALLER), ("leave out", " and ", _LEFT_OUT), ("add", " and ", _ADDED))
+    known = [(do, link.join(filter(parser._option_string_actions.get, names))) for do, link, names in kinds]
+    advice = ", or ".join(f"{do} {names}" for do, names in known if names)
+    return advice and f"; {advice}"

@@ -16,7 +16,6 @@ from typing import Any
 
 # Reading the umask means setting it, for all threads: done once, while there is one.
 _UMASK = os.umask(0)
-
 os.umask(_UMASK)
 
 _PARTIAL = ".partial."
@@ -35,23 +34,23 @@ class InputError(ValueError):
 
 
 def one_line(text: str, length: int = 2000) -> str:
-    """A text, perhaps with parts of a file, as one line of printable characters: terminals obey the others."""
+    """Return a text, perhaps with parts of a file, as one line of printable characters: terminals obey the others."""
     line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
     return line if len(line) <= length else line[:length] + " ..."
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and what it counts, with an s but for one: "1 image", "1,566 patients"."""
+    """Return a number and what it counts, with an s but for one: "1 image", "1,566 patients"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def is_file_name(text: str) -> bool:
-    """Whether a text can be part of a file's name, and leads to no other folder."""
+    """Tell whether a text can be part of a file's name, and leads to no other folder."""
     return text.isprintable() and text.strip(" .") != "" and not any(part in text for part in ("/", "\\", "..", ":"))
 
 
 def env_int(name: str, default: int, minimum: int | None = None) -> int:
-    """Value of an environment variable such as `NUM_CPU_CORES`; InputError if it is no whole number or too low."""
+    """Return an environment variable such as `NUM_CPU_CORES`; InputError if it is no whole number or too low."""
     text = os.environ.get(name, "")
     try:
         value = int(text) if text else default
@@ -63,7 +62,7 @@ def env_int(name: str, default: int, minimum: int | None = None) -> int:
 
 
 def walk_files(root: str | os.PathLike, skip: Iterable[str | os.PathLike] = ()) -> list[Path]:
-    """All files below the folder `root`, sorted, without those of the folders in `skip`.
+    """Return all files below the folder `root`, sorted, without those of the folders in `skip`.
 
     Links to folders are followed. A folder that several lead to, or that links to one above it, is entered once, by
     its own name where it has one below `root`. Raises OSError for a folder that may not be read.
@@ -107,7 +106,8 @@ def atomic_write(path: str | os.PathLike, durable: bool = False) -> Iterator[Pat
             yield temporary
             if durable:
                 _sync(temporary, os.O_RDWR)  # older SMB clients refuse it where a file is open for reading alone
-            _copy_permissions(temporary, path)
+            # mkstemp makes files private: they get the mode of the file they replace, or the user's default.
+            os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_UMASK)
             os.replace(temporary, path)
             if durable:
                 with suppress(OSError):  # of file systems that keep folders in another way; the file is written
@@ -166,29 +166,15 @@ def write_img(path: str | os.PathLike, img) -> None:
 
 
 def remove_partial(path: str | os.PathLike) -> None:
-    """Remove what `atomic_write` left in a folder, or of a file, when its process was killed. Not while others write
-    there.
-    """
+    """Remove what killed processes left of `atomic_write` in a folder, or of a file. Not while others write there."""
     path = Path(path)
-    if path.is_dir():
-        left = path.glob(f"{_PARTIAL}*")
-    else:
-        left = path.parent.glob(f"{glob.escape(_partial_prefix(path))}????????{glob.escape(path.suffix)}")
-    for partial in left:
+    names = f"{glob.escape(_partial_prefix(path))}????????{glob.escape(path.suffix)}"
+    for partial in path.glob(f"{_PARTIAL}*") if path.is_dir() else path.parent.glob(names):
         partial.unlink(missing_ok=True)
 
 
 def _partial_prefix(path: Path) -> str:
     return f"{_PARTIAL}{path.stem[:40]}."
-
-
-def _copy_permissions(temporary: Path, path: Path) -> None:
-    """mkstemp makes files private; give ours the mode of the file they replace, or the user's default."""
-    if path.exists():
-        mode = path.stat().st_mode & 0o777
-    else:
-        mode = 0o666 & ~_UMASK
-    os.chmod(temporary, mode)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -198,9 +184,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise InputError where no file can be written at `path`, in folders that may be missing; for long work to ask
-    before it begins. Leaves nothing.
-    """
+    """Raise InputError where no file can be written at `path`, in folders that may be missing. Leaves nothing."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -245,7 +229,7 @@ def locked(folder: str | os.PathLike, file: str = "") -> Iterator[None]:
 
 
 def _lock(path: Path, output: Path) -> int:
-    """Descriptor of the file `path`, which is ours now. output: what it stands for."""
+    """Return a descriptor of the file `path`, which is ours now. output: what it stands for."""
     import fcntl
 
     while True:
@@ -256,18 +240,17 @@ def _lock(path: Path, output: Path) -> int:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 holder = os.read(handle, 200).decode(errors="replace")
                 os.close(handle)
+                remedy = "Expected one at a time: wait for it, end it, or name another place"
                 raise InputError(
-                    f"{output}: another run{holder and f' ({holder})'} is writing here. "
-                    f"Expected one at a time: wait for it, end it, or name another place"
+                    f"{output}: another run{holder and f' ({holder})'} is writing here. {remedy}"
                 ) from None
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise
-            print(
-                f"warning: {output}: the file system has no locks ({error.strerror}), so a second run that "
-                f"writes here would not be noticed",
-                file=sys.stderr,
+            text = (
+                f"warning: {output}: the file system has no locks ({error.strerror}), so a second run that writes here"
             )
+            print(f"{text} would not be noticed", file=sys.stderr)
         if _is_open_file(path, handle):
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {os.uname().nodename}".encode())
@@ -276,7 +259,7 @@ def _lock(path: Path, output: Path) -> int:
 
 
 def _is_open_file(path: Path, handle: int) -> bool:
-    """Whether the file called `path` is the open one."""
+    """Tell whether the file called `path` is the open one."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:

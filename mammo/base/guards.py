@@ -24,12 +24,10 @@ from mammo.base.files import InputError, env_int, one_line
 
 # More than any mammogram has (films at 42 micrometres have 40 million), and so few that copies in float32 fit.
 _MAX_PIXELS = 2**27
-
 _PIXELS_OPTION = "DM_MAX_PIXELS"
 
 # What content may take in memory: this, or so many times its file, where that is more.
 _MAX_BYTES = 2**30
-
 _MAX_EXPANSION = 64
 
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -37,7 +35,6 @@ _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 # OpenCV makes the same check of images before it decodes them. It takes its limit from the environment when it is
 # imported, and ends the process where that is no number.
 _given = os.environ.get(_PIXELS_OPTION, "")
-
 os.environ.setdefault(
     "OPENCV_IO_MAX_IMAGE_PIXELS", _given if re.fullmatch(r"[1-9]\d{0,17}", _given) else str(_MAX_PIXELS)
 )
@@ -50,10 +47,8 @@ def max_pixels() -> int:
 
 def too_many_pixels(where, claim: str) -> InputError:
     """Return the error for an image of too many pixels. where: its file. claim: how many it has, such as "more"."""
-    return InputError(
-        f"{where}: refused: its header claims {claim} pixels. Expected at most {max_pixels()}; where it is a whole "
-        f"mammogram, set the environment variable {_PIXELS_OPTION}"
-    )
+    remedy = f"where it is a whole mammogram, set the environment variable {_PIXELS_OPTION}"
+    return InputError(f"{where}: refused: its header claims {claim} pixels. Expected at most {max_pixels()}; {remedy}")
 
 
 def check_pixels(where, rows: int, columns: int) -> None:
@@ -70,8 +65,8 @@ def max_bytes(file_size: int) -> int:
 def read_bytes(path: str | os.PathLike) -> bytes:
     """Return the content of a file that is read as a whole.
 
-    Raises InputError where it cannot be read, and for pipes and devices, which never end.
-    Raises OSError where the machine lacks memory or open files: no file is left out for that.
+    Raises InputError where it cannot be read, and for pipes and devices, which never end; OSError where the machine
+    lacks memory or open files: no file is left out for that.
     """
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
@@ -92,11 +87,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 def readable(path: str | os.PathLike, complaint: str, kind: type[InputError] = InputError) -> Iterator[None]:
     """Raise one line for whatever a library raises in the block on a damaged file: its `path` and the complaint.
 
-    Args:
-        complaint: what is wrong and what to do, with {} for the library's own words.
-
-    InputError passes as it is, since it says enough; so do MemoryError and OSError for want of memory or open files,
-    which are no fault of the file.
+    complaint: what is wrong and what to do, with {} for the library's own words. InputError passes as it is, since it
+    says enough; so do MemoryError and OSError for want of memory or open files, which are no fault of the file.
     """
     try:
         yield
@@ -149,10 +141,8 @@ def check_archive(path: str | os.PathLike, compressed: bool = False) -> None:
 
 def check_bytes(path, claimed: int, file_size: int) -> None:
     """Raise InputError where a file of `file_size` bytes claims to hold more bytes than `max_bytes`."""
-    if claimed > max_bytes(file_size):
-        raise InputError(
-            f"{path}: refused: {file_size} bytes that claim to hold {claimed}. Expected at most {max_bytes(file_size)}"
-        )
+    if claimed > (most := max_bytes(file_size)):
+        raise InputError(f"{path}: refused: {file_size} bytes that claim to hold {claimed}. Expected at most {most}")
 
 
 # Groups within groups: Keras makes few, and HDF5 itself has no limit but its stack.
@@ -315,9 +305,7 @@ _UNSAFE_LAYERS = {
 # What Keras writes for the slices in a network's arithmetic, and for its constants: these with the dtype of numbers,
 # since texts can be of any length.
 _SPECIAL = {"__keras_tensor__", "__ellipsis__", "__slice__"}
-
 _CONSTANTS = {"__numpy__", "__tensor__"}
-
 _NUMBERS = re.compile(r"bool|b?float\d+|u?int\d+")
 
 
@@ -340,10 +328,9 @@ def refuse_code(node: object, path: Path) -> None:
         else:
             code = None
         if code:
-            raise InputError(
-                f"{path}: refused, because opening it runs code from outside Keras, or takes any memory ({code}). "
-                "If you trust where the file comes from, open it with --trust-checkpoint"
-            )
+            refused = "refused, because opening it runs code from outside Keras, or takes any memory"
+            remedy = "If you trust where the file comes from, open it with --trust-checkpoint"
+            raise InputError(f"{path}: {refused} ({code}). {remedy}")
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
@@ -353,21 +340,15 @@ def refuse_code(node: object, path: Path) -> None:
 def _is_constant(node: dict) -> bool:
     """Tell whether a node is a constant of numbers."""
     config = node.get("config")
-    return (
-        node["class_name"] in _CONSTANTS
-        and isinstance(config, dict)
-        and _NUMBERS.fullmatch(str(config.get("dtype"))) is not None
-    )
+    is_number = isinstance(config, dict) and _NUMBERS.fullmatch(str(config.get("dtype"))) is not None
+    return node["class_name"] in _CONSTANTS and is_number
 
 
 # ----------------------------------------------------------------------------------------------- trees of scikit-learn
 
 # Trees, which skops does not trust by itself: they hold no code, but indices that scikit-learn follows unseen, so that
 # `check_trees` looks at them.
-_TREE_TYPES = {
-    "sklearn.tree._tree.Tree",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-}
+_TREE_TYPES = {"sklearn.tree._tree.Tree", "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"}
 
 # The kinds of skops's nodes that such a classifier consists of; others call functions, or unpack arrays of any size.
 _TREE_NODES = {
@@ -379,8 +360,7 @@ _TREE_NODES = {
 def load_trees(path: str | os.PathLike):
     """Read a `.skops` file without running code: raise InputError for one that asks for more than scikit-learn's trees.
 
-    Its archive, or its indices (see `check_trees`), may still be damaged, in which case skops raises errors of many
-    types.
+    Its archive, or its indices (see `check_trees`), may still be damaged: skops then raises errors of many types.
     """
     import skops.io
 
@@ -389,12 +369,9 @@ def load_trees(path: str | os.PathLike):
         others = set(_node_kinds(parse_json(archive.read("schema.json")))) - _TREE_NODES
     if others:
         raise InputError(f"{path}: refused: holds {min(others)}. Expected scikit-learn's trees alone")
-    unknown = set(skops.io.get_untrusted_types(file=path)) - _TREE_TYPES
-    if unknown:
-        raise InputError(
-            f"{path}: refused: asks for {', '.join(sorted(unknown))}, which could run code. "
-            "Expected scikit-learn's trees alone"
-        )
+    if unknown := sorted(set(skops.io.get_untrusted_types(file=path)) - _TREE_TYPES):
+        code = f"{', '.join(unknown)}, which could run code"
+        raise InputError(f"{path}: refused: asks for {code}. Expected scikit-learn's trees alone")
     return skops.io.load(path, trusted=sorted(_TREE_TYPES))
 
 

@@ -15,9 +15,7 @@ from mammo.base.guards import check_archive, read_bytes, readable
 TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 
 # What an Excel table may have: cells, also empty ones, and tags in its XML, of which a cell takes four.
-_MAX_CELLS = 2**24
-
-_MAX_TAGS = 2**22
+_MAX_CELLS, _MAX_TAGS = 2**24, 2**22
 
 
 # ------------------------------------------------------------------------------------------------- text files
@@ -32,7 +30,7 @@ def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
 
 @contextmanager
 def open_csv(path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
-    """The header of a CSV file, and its rows: where each stands ("path, line n") and its cells; empty ones left out.
+    """Yield the header of a CSV file, and its rows, but for empty ones: where each stands ("path, line n"), its cells.
 
     delimiters: what may divide cells; the one that the header has most of does.
     InputError for what is no UTF-8 text or no CSV, or for a row of more or fewer cells than the header; it names the
@@ -64,7 +62,7 @@ def open_csv(path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[
 
 @contextmanager
 def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]]]]:
-    """The header of a table and its rows, as `open_csv` gives them: of a CSV file or the first sheet of an Excel file.
+    """Yield the header and the rows, as `open_csv` does, of a CSV file or of the first sheet of an Excel file.
 
     Cells of a CSV file are divided by what divides its header: commas, semicolons or tabs.
     """
@@ -80,7 +78,7 @@ def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]
 
 
 def _read_excel(path) -> list[list[str]]:
-    """Cells of the first sheet as text; whole numbers have no point."""
+    """Return the cells of the first sheet as text; whole numbers have no point."""
     package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{path}: reading it needs a package: pip install {package}, or save it as .csv")
@@ -96,7 +94,7 @@ def _read_excel(path) -> list[list[str]]:
 
 
 def _read_xlsx(path) -> list[list[str]]:
-    """Cells of the first sheet as text, in rows of one length, or none.
+    """Return the cells of the first sheet as text, in rows of one length, or none.
 
     Raises InputError where they would fill the memory: one cell far below and to the right makes all those before it,
     and each XML tag an object, of which an archive holds thousands in a few bytes.
@@ -122,9 +120,9 @@ def _read_xlsx(path) -> list[list[str]]:
             width = max(width, len(cells))
             rows.append(cells or empty)
             if len(rows) * max(width, 16) > _MAX_CELLS:  # the format itself has 2**20 rows
+                expected = "Expected the table alone on the first sheet, from its first row and column on"
                 raise InputError(
-                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. Expected the table alone on the first "
-                    "sheet, from its first row and column on; save it as .csv"
+                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. {expected}; save it as .csv"
                 )
     return [cells + [""] * (width - len(cells)) if cells else cells for cells in rows]
 
@@ -136,14 +134,14 @@ def _cell_text(value) -> str:
 
 
 def plain_header(name: str) -> str:
-    """The header of a column in small letters, with a space for each "_" or run of spaces."""
+    """Return the header of a column in small letters, with a space for each "_" or run of spaces."""
     return " ".join(name.replace("_", " ").lower().split())
 
 
 def find_columns(
     path, header: Sequence[str], columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> dict[str, int]:
-    """Where in `header` each column is. columns: spellings of each, of which one must be there.
+    """Return where in `header` each column is. columns: spellings of each, of which one must be there.
 
     Spellings are in small letters with spaces; in the header "_" and " " are the same, and so is case. InputError
     names what is missing, by the first spelling, but for the `optional` columns, which are left out.
@@ -151,8 +149,7 @@ def find_columns(
     names = [plain_header(name) for name in header]
     places, missing = {}, []
     for name, spellings in columns.items():
-        found = [names.index(spelling) for spelling in spellings if spelling in names]
-        if found:
+        if found := [names.index(spelling) for spelling in spellings if spelling in names]:
             places[name] = found[0]
         elif name not in optional:
             missing.append(spellings[0])
@@ -161,14 +158,27 @@ def find_columns(
     return places
 
 
+def read_columns(
+    path, columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Iterate over the rows of a table, CSV or Excel: where each stands, and its stripped cells by column.
+
+    columns, optional: see `find_columns`. Raises InputError as `open_table` and `find_columns`.
+    """
+    with open_table(path) as (header, rows):
+        places = find_columns(path, header, columns, optional)
+        for where, cells in rows:
+            yield where, {name: cells[place].strip() for name, place in places.items()}
+
+
 def missing_columns(path, missing: Iterable[str], header: Sequence[str]) -> InputError:
-    """The error of a table that lacks columns: which, and what there is, cut where it is long."""
+    """Return the error of a table that lacks columns: which, and what there is, cut where it is long."""
     received = one_line(", ".join(header), 100) or "nothing"
     return InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {received}")
 
 
 def is_below(name: str) -> bool:
-    """Whether a relative path, of this or another system, can only mean something below the folder it starts from."""
+    """Tell whether a relative path, of any system, can only mean something below the folder it starts from."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     anchored = posix.anchor or windows.anchor or ".." in posix.parts + windows.parts
     return bool(posix.parts) and not anchored and name.isprintable()

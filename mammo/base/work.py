@@ -21,14 +21,11 @@ from tqdm import tqdm
 from mammo.base.files import InputError, append_text, locked, remove_partial, write_text
 from mammo.base.guards import parse_json, read_json
 
-_LOCAL = ("joblib", "joblib", "Most often memory is short: use fewer --jobs")
-
-_ADVICE = "All its machines need this package installed, the same files and enough memory"
-
 # module, pip requirement, what to do when it fails
+_LOCAL = ("joblib", "joblib", "Most often memory is short: use fewer --jobs")
+_ADVICE = "All its machines need this package installed, the same files and enough memory"
 BACKENDS = {
-    "loky": _LOCAL,
-    "threading": _LOCAL,
+    **{"loky": _LOCAL, "threading": _LOCAL},
     "dask": ("distributed", "'dask[distributed]'", _ADVICE),
     "ray": ("ray", "ray", _ADVICE),
 }
@@ -75,7 +72,6 @@ def prefetch(function: Callable, items: Iterable, jobs: int = 1) -> Iterator:
 
 def _run(function: Callable, items: Sequence, jobs: int, backend: str, desc: str | None, unit: str) -> Iterator:
     from joblib import Parallel, delayed, effective_n_jobs, parallel_config
-    from tqdm import tqdm
 
     # What joblib says when the caller stops early.
     warnings.filterwarnings("ignore", r"\d+ tasks (have been|which were)", UserWarning)
@@ -105,7 +101,7 @@ def _run(function: Callable, items: Sequence, jobs: int, backend: str, desc: str
 
 
 def _call(function: Callable, caller: int, item) -> tuple:
-    """(result, None) or (None, exception): joblib would raise it before its turn. caller: a process id."""
+    """Return (result, None) or (None, exception), which joblib would raise before its turn. caller: a process id."""
     elsewhere = os.getpid() != caller
     if elsewhere:
         import cv2
@@ -121,7 +117,7 @@ def _call(function: Callable, caller: int, item) -> tuple:
 
 @contextmanager
 def _config(backend: str, jobs: int) -> Iterator[dict]:
-    """Options of joblib.parallel_config."""
+    """Yield the options of joblib.parallel_config."""
     if backend == "dask":
         import dask
         from distributed import Client
@@ -161,17 +157,11 @@ def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping
     """
     if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         changes = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in different)
-        raise InputError(
-            f"{folder}: has the work of a run with other options ({changes}): Expected the same, to go on. "
-            f"Give these, or {instead}"
-        )
+        remedy = f"Expected the same, to go on. Give these, or {instead}"
+        raise InputError(f"{folder}: has the work of a run with other options ({changes}): {remedy}")
 
 
-MANIFEST = "manifest.jsonl"
-
-OPTIONS = "options.json"
-
-REPORT = "report.json"
+MANIFEST, OPTIONS, REPORT = "manifest.jsonl", "options.json", "report.json"
 
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
 RULES = 4
@@ -250,9 +240,8 @@ def run_resumable(
         if records:
             print(f"{len(records)} of {len(items)} images are there from an earlier run")
         # Starts with the end of the line that a killed run may have left half written.
-        append_text(
-            manifest, "\n" + json.dumps({"to_come": [path for item in pending for path in item.outputs]}) + "\n"
-        )
+        to_come = [path for item in pending for path in item.outputs]
+        append_text(manifest, "\n" + json.dumps({"to_come": to_come}) + "\n")
         for item, result in zip(pending, run_parallel(function, pending, jobs, backend, desc), strict=True):
             if result.faults and on_error == "stop":
                 raise InputError(result.faults[0])
@@ -279,7 +268,7 @@ def keep_options(out, options: Mapping, fresh: bool = False) -> None:
 
 
 def check_kept_options(out, options: Mapping) -> None:
-    """The check of `keep_options` alone: a run that writes to several folders makes it before it notes any."""
+    """Make the check of `keep_options` alone: a run that writes to several folders does before it notes any."""
     if (earlier := read_json(Path(out, OPTIONS))) is not None:
         ours = json.loads(json.dumps(options))
         check_same_options(out, earlier, ours, "another folder, or --fresh to replace the work")
@@ -290,10 +279,10 @@ def _make_ready(out: Path, folders: Sequence[str], ours: Container[str]) -> None
     present = [path for folder in folders for path in Path(out, folder).rglob("*") if path.is_file()]
     for path in sorted(present):
         if path.relative_to(out).as_posix() not in ours and not path.name.startswith("."):
-            raise InputError(
-                f"{path}: not made by this script, so it is no part of the data set: Expected none but its own files "
-                f"in this folder; move it elsewhere, or name another output folder"
+            expected = (
+                "Expected none but its own files in this folder; move it elsewhere, or name another output folder"
             )
+            raise InputError(f"{path}: not made by this script, so it is no part of the data set: {expected}")
     (out / REPORT).unlink(missing_ok=True)
     for folder in {out, *(path.parent for path in present)}:
         remove_partial(folder)
@@ -370,8 +359,7 @@ def _is_own_file(name: object) -> bool:
 def _read_manifest(path: Path) -> tuple[dict[str, dict], set[str]]:
     """Return the last record of each item by its name, and all outputs that were ever announced or made."""
     records, outputs = {}, set()
-    lines = path.read_bytes().splitlines() if path.exists() else ()
-    for line in lines:
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = parse_json(line)
         except ValueError:  # a line cut off when the run was killed, or damaged

@@ -1,6 +1,6 @@
 """Read all images of a data set and list those that cannot be used, by cause; exit status 1 if there are any.
 
-  python -m mammo check-data data/train data/val data/test
+  mammo check-data data/train data/val data/test
 
 The trainers do the same before they start (--check-data). Every image has a row in the table, with its size, its pixel
 type and what is wrong with it; images that it has already are not read again, as long as they have not changed.
@@ -21,8 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="image, or folder searched for them")
     parser.add_argument("--table", metavar="FILE", default="data_check.csv", help="CSV to write, and to go on with")
     cli.add_flag(parser, "--allow-constant", False, "accept images whose pixels are all equal, as patches may be")
-    jobs_help = "images read at the same time; default: the environment variable NUM_CPU_CORES, or 4"
-    parser.add_argument("--jobs", type=cli.positive_int, help=jobs_help)
+    text = "images read at the same time; default: the environment variable NUM_CPU_CORES, or 4"
+    parser.add_argument("--jobs", type=cli.positive_int, help=text)
     return parser
 
 
@@ -33,11 +33,11 @@ def run(**options) -> None:
     checks = check_images(find_images(sources), args.table, args.allow_constant, args.jobs)
     good = [check for check in checks if not check.cause]
     types, sizes = [check.type for check in good], [f"{check.rows} x {check.columns}" for check in good]
-    for name, values in (("pixel types", types), ("sizes", sizes)):
-        common = Counter(values).most_common(5)
-        more = f" and {len(set(values)) - 5} others" if len(set(values)) > 5 else ""
-        print(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in common) + more)
-    print(f"{counted(len(checks), 'image')} listed in {args.table}")
+    for name, counts in (("pixel types", Counter(types)), ("sizes", Counter(sizes))):
+        more = f" and {len(counts) - 5} others" if len(counts) > 5 else ""
+        print(f"{name}: " + ", ".join(f"{value} ({count})" for value, count in counts.most_common(5)) + more)
+    verdict = ": all of them can be used" if len(good) == len(checks) else ""
+    print(f"{counted(len(checks), 'image')} listed in {args.table}{verdict}")
     warn_of_types(checks)
     report_faults(checks, args.table)
 

@@ -1,16 +1,17 @@
 """Download the models that the paper's authors released, and check that each is what it should be.
 
-  python -m mammo download-models --list
-  python -m mammo download-models ddsm-vgg16-512-512-1024x2-extended patch-resnet50-s10
-  python -m mammo download-models --all --out-dir models
+  mammo download-models --list
+  mammo download-models ddsm-vgg16-512-512-1024x2-extended patch-resnet50-s10
+  mammo download-models --all --out-dir models
 
 Needs the package gdown and the internet; without, it says what to fetch from which link and where to put it. A file
 that is there is kept; its SHA-256, in SHA256SUMS beside it, tells the next run whether it is still the same. Its
-pixel options go to <NAME>/args.json, where predict.py and evaluate.py find them.
+pixel options go to <NAME>/args.json, where `mammo predict` and `mammo evaluate` find them.
 """
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from mammo.base import cli
@@ -50,7 +51,7 @@ def run(**options) -> int:
     return 1 if missing else 0
 
 
-def fetch_all(models, folder) -> list:
+def fetch_all(models: Iterable, folder: str | Path) -> list:
     """Fetch each; say on standard error what is wrong with those that are returned."""
     from mammo.evaluate.published import NoConnectionError, fetch
 
@@ -61,10 +62,8 @@ def fetch_all(models, folder) -> list:
             missing.append(model)
             continue
         try:
-            downloaded = fetch(model, folder)
-            print(
-                f"{path}: {'downloaded and checked' if downloaded else 'is there'}, {model.classes} classes", flush=True
-            )
+            what = "downloaded and checked" if fetch(model, folder) else "is there"
+            print(f"{path}: {what}, {model.classes} classes", flush=True)
         except InputError as error:
             connected = connected and not isinstance(error, NoConnectionError)
             print(f"{model.name}: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Draw a mammogram as an 8-bit picture with the outlines of its lesions.
 
-  python -m mammo draw-lesions full_img/P_00005_RIGHT_CC.png out.png roi_mask/Calc-Training_P_00005_RIGHT_CC_1.png
+  mammo draw-lesions full_img/P_00005_RIGHT_CC.png out.png roi_mask/Calc-Training_P_00005_RIGHT_CC_1.png
 
 The darkest pixel becomes black and the brightest pixel of the breast white; a mask is resized to its image.
 """

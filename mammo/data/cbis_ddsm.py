@@ -21,15 +21,7 @@ from mammo.data.cbis_tables import Finding, find_tables, find_view_folder, read_
 from mammo.data.listing import FOLDERS, DataSet, Listing
 from mammo.data.patches import ASPECT_TOLERANCE, LESION_COLUMNS
 from mammo.data.prepare import finished, full_img_path, whole_img_path, whole_options, write_output, write_whole
-from mammo.images.reading import (
-    DICOM_SUFFIXES,
-    check_grey,
-    is_image,
-    read_dicom_header,
-    read_img,
-    read_size,
-    to_uint16,
-)
+from mammo.images.reading import DICOM_SUFFIXES, check_grey, is_image, read_dicom_header, read_img, read_size, to_uint16
 
 DICOM_INFO_COLUMNS = ("image_path", "PatientID", "SeriesDescription")
 
@@ -49,7 +41,7 @@ LEAST_SHARE = 0.25
 
 
 class CbisFiles(NamedTuple):
-    """Hold where the images lie. Paths are relative to the download folder.
+    """Hold where the images lie, as paths below the download folder.
 
     by_series: files by the name of the folder they are in. by_folder: files by the `FOLDER` they are below or,
     where there is none, by their PatientID. descriptions: SeriesDescription of files, where a table tells it.
@@ -65,8 +57,7 @@ class CbisFiles(NamedTuple):
         Where some files of a series have the name that the cell gives, only these.
         """
         series = self._find_series(cell, folder)
-        named = [path for path in series if path.split("/")[-1] == cell[-1]]
-        return named or series or self.by_folder.get(folder, [])
+        return [path for path in series if path.split("/")[-1] == cell[-1]] or series or self.by_folder.get(folder, [])
 
     def find_roi(self, row: Finding, findings: Iterable[Finding]) -> tuple[str, ...]:
         """Return the files that may be the mask of a row, one of the `findings` of its image.
@@ -147,10 +138,6 @@ class Header(NamedTuple):
     patient_id: str
     description: str
     inverted: bool
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.height, self.width
 
     @property
     def pixels(self) -> int:
@@ -252,21 +239,15 @@ def plan_image(findings: Sequence[Finding], download: CbisFiles, folder: str | N
         lesions_of.update(named.keys())
     plans = []
     for (kind, number), rows in lesions.items():
-        pathologies = sorted((finding.pathology for finding in rows), key="MALIGNANT".__ne__)
+        pathology = min((finding.pathology for finding in rows), key="MALIGNANT".__ne__)
         masks = tuple(
             Candidates(copy, tuple(named), files, lesions_of[copy, files])
             for (copy, files), named in candidates[kind, number].items()
         )
-        plans.append(CbisLesion(kind, number, pathologies[0], masks))
+        plans.append(CbisLesion(kind, number, pathology, masks))
     plan = CbisPlan(tuple(copies.values()), tuple(plans), folder, whole, {})
     descriptions = {path: download.descriptions[path] for path in plan.sources if path in download.descriptions}
     return plan._replace(descriptions=descriptions)
-
-
-def list_outputs(key: str, plan: CbisPlan) -> tuple[str, ...]:
-    """Return the paths of all files that `prepare_cbis_image` may write for the image, below the output folder."""
-    whole = (whole_img_path(key, plan.folder),) if plan.folder else ()
-    return full_img_path(key), *whole, *(lesion.mask_path(key) for lesion in plan.lesions)
 
 
 def prepare_cbis_image(job: Job, download: Path, out: Path) -> Outcome:
@@ -310,15 +291,12 @@ def read_image(plan: CbisPlan, download: Path, result: Outcome) -> tuple[np.ndar
             problems.append(str(error))
     if img is None:
         raise InputError("; ".join(problems))
-    for copy in plan.copies:
-        if kept.path not in copy.files:
-            result.repairs.append(("one_copy_of_image_kept", f"{result.name}: {kept.path}, not that of {copy.folder}"))
-    for problem in problems:
-        result.repairs.append(("unreadable_copy_of_image_not_needed", f"{result.name}: {problem}"))
-    if kept.inverted:
-        result.repairs.append(("monochrome1_inverted", f"{result.name}: {kept.path}"))
-    if img.dtype.name == "uint8":
-        result.repairs.append(("8_bit_scaled_to_16_bit", f"{result.name}: {kept.path}"))
+    others = [copy.folder for copy in plan.copies if kept.path not in copy.files]
+    repairs = [("one_copy_of_image_kept", f"{kept.path}, not that of {folder}") for folder in others]
+    repairs += [("unreadable_copy_of_image_not_needed", problem) for problem in problems]
+    repairs += [("monochrome1_inverted", kept.path)] * kept.inverted
+    repairs += [("8_bit_scaled_to_16_bit", kept.path)] * (img.dtype.name == "uint8")
+    result.repairs += [(kind, f"{result.name}: {what}") for kind, what in repairs]
     return img, kept.path, headers
 
 
@@ -380,22 +358,17 @@ def read_mask(
 ) -> np.ndarray:
     """Return the mask of one lesion, the union of the masks of its rows: uint8 0/255 (*shape).
 
-    Args:
-        headers: of each copy of the image.
-        shape: of the copy that is kept.
-
-    Raises:
-        InputError: when a row has no mask.
+    headers: of each copy of the image. shape: of the copy that is kept. Raises InputError when a row has no mask.
     """
     union, used, repairs = np.zeros(shape, bool), set(), {}  # a dict, so that nothing is listed twice
     images = {header.path for header in headers if header}
     for copy, named, files, lesions in lesion.masks:
-        size = headers[copy].size if headers[copy] else shape
+        size = headers[copy][1:3] if headers[copy] else shape  # height, width
         candidates = [path for path in files if path not in images]
         found, others, problems = find_masks(candidates, size, descriptions, download)
         if len(found) < len(named):
             wanted = ", ".join(sorted(named))
-            missing = "no mask" if not found else f"no mask for {len(named) - len(found)} of {len(named)} rows"
+            missing = f"no mask for {len(named) - len(found)} of {len(named)} rows" if found else "no mask"
             reasons = "; ".join([*problems, *map("mask {}".format, [*found, *others])]) or "no file in the download"
             raise InputError(
                 f"{missing}: Expected a file of two values and {size[0]} x {size[1]} pixels for {wanted}. "
@@ -453,14 +426,11 @@ def is_where_named(path: str, named: Iterable[str], candidates: Sequence[str]) -
 def find_masks(
     candidates: Sequence[str], size: tuple[int, int], descriptions: Mapping[str, str], download: Path
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """Find masks among the candidates.
+    """Return the masks among the candidates, boolean by path; paths of those not taken; what is wrong with other files.
 
     Files of two values are masks. In each folder, the masks that have the image's `size` (height, width) are taken.
     Where there are none, masks of another size are taken: the ones that are described as masks or, failing that, the
     largest.
-
-    Returns:
-        The masks by path as boolean arrays; the paths of masks not taken; what is wrong with the other files.
     """
     problems, folders = [], defaultdict(lambda: ({}, {}, {}))  # of the image's size, described as masks, others
     for path in candidates:
@@ -547,16 +517,11 @@ class CbisDdsm(DataSet):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--csv-dir", metavar="DIR", help="folder of the four description files; default: below the download folder"
-        )
+        text = "folder of the four description files; default: below the download folder"
+        parser.add_argument("--csv-dir", metavar="DIR", help=text)
 
     def read(self) -> Listing:
         listing = read_cbis_tables(find_tables(self.args.csv_dir or self.args.data))
-        self._print_tables(listing)
-        return listing
-
-    def _print_tables(self, listing: Listing) -> None:
         for name, counts in listing.report["tables"].items():
             print(f"{name}: {counts['rows']} rows, {counts['images']} images, {counts['patients']} patients")
         counts, repairs = listing.counts, {kind: len(items) for kind, items in listing.repairs.items()}
@@ -574,14 +539,17 @@ class CbisDdsm(DataSet):
             f"({repairs['images_in_calc_and_mass_of_one_set']} within one official set); each is taken once"
         )
         print(f"both malignant and other findings: {repairs['mixed_pathologies']} images, which are positive")
+        return listing
 
     def plan(self, pictures, places) -> list[Job]:
         """Return a job for each image; without a place, full image and masks alone are made."""
         self.download = scan_cbis(self.args.data, self.skip)
         jobs = []
         for name, picture in pictures.items():
-            plan = plan_image(picture.findings, self.download, places[name], whole_options(self.args))
-            jobs.append(Job(name, plan.sources, list_outputs(name, plan), plan))
+            plan = plan_image(picture.findings, self.download, folder := places[name], whole_options(self.args))
+            outputs = [full_img_path(name), *([whole_img_path(name, folder)] if folder else [])]
+            outputs += [lesion.mask_path(name) for lesion in plan.lesions]
+            jobs.append(Job(name, plan.sources, tuple(outputs), plan))
         return jobs
 
     def complete(self, report, listing, jobs, results) -> None:

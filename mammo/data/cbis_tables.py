@@ -4,7 +4,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,31 +14,21 @@ from mammo.data.listing import Listing, Picture
 
 # Where in the description files, in the two headers in circulation; "_" and " " are the same, and so is case.
 CBIS_COLUMNS = {
-    "patient": ("patient id",),
-    "side": ("left or right breast", "side"),
-    "view": ("image view", "view"),
-    "number": ("abnormality id", "abn num"),
-    "type": ("abnormality type",),
-    "pathology": ("pathology",),
+    **{"patient": ("patient id",), "side": ("left or right breast", "side"), "view": ("image view", "view")},
+    **{"number": ("abnormality id", "abn num"), "type": ("abnormality type",), "pathology": ("pathology",)},
     "image": ("image file path", "od img path"),
     "crop": ("cropped image file path", "od crop path"),
     "mask": ("roi mask file path", "mask path"),
 }
 
-CBIS_VALUES = {
-    "side": ("LEFT", "RIGHT"),
-    "view": ("CC", "MLO"),
-    "type": ("calcification", "mass"),
-    "pathology": ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK"),
-}
+CBIS_VALUES = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calcification", "mass")}
+CBIS_VALUES |= {"pathology": ("MALIGNANT", "BENIGN", "BENIGN_WITHOUT_CALLBACK")}
 
 # A folder of one view, or with a number at its end of one lesion; also the PatientID in its DICOM files.
 FOLDER = re.compile(r"(Calc|Mass)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?")
 
-# Counted for each description file.
+# Counted for each description file, and kinds of images that report.json lists, whether or not there are any.
 TABLE_ODDITIES = ("newline_in_path_cell", "backslash_path", "roi_and_crop_in_different_folders")
-
-# Kinds of images that report.json lists, whether or not there are any.
 IMAGE_ODDITIES = (
     *("mixed_pathologies", "images_in_both_official_sets"),
     *("images_in_calc_and_mass", "images_in_calc_and_mass_of_one_set"),
@@ -94,18 +84,14 @@ def find_tables(folder: str | Path) -> list[Path]:
     paths = [path for path in walk_files(folder) if re.fullmatch(r"[^.].*case_description.*\.csv", path.name)]
     paths.sort(key=lambda path: path.name)
     if not paths:
-        raise InputError(
-            f"{folder}: no description files: Expected calc_case_description_train_set.csv and its three siblings "
-            f"there or below; name their folder with --csv-dir"
-        )
-    names = [path.name for path in paths]
+        expected = "Expected calc_case_description_train_set.csv and its three siblings there or below"
+        raise InputError(f"{folder}: no description files: {expected}; name their folder with --csv-dir")
     for path, following in pairwise(paths):
         if path.name == following.name:
             raise InputError(f"{path} and {following}: two files of one name; name the right folder with --csv-dir")
-    for kind in ("calc", "mass"):
-        for division in ("train", "test"):
-            if not any(kind in name and division in name for name in names):
-                print(f"Warning: no {kind}_case_description_{division}_set.csv in {folder}")
+    for kind, division in product(("calc", "mass"), ("train", "test")):
+        if not any(kind in path.name and division in path.name for path in paths):
+            print(f"Warning: no {kind}_case_description_{division}_set.csv in {folder}")
     return paths
 
 
@@ -145,10 +131,8 @@ def _read_finding(cells: Mapping[str, str], where: str, division: str | None, od
         raise InputError(f"{where}: in the official training or test set? Expected a file name that has train or test")
     official = division or ("test" if "-Test_" in folder else "train")
     kind = "calc" if cells["type"] == "calcification" else "mass"
-    number = int(cells["number"])
-    finding = Finding(
-        patient[0], cells["side"], cells["view"], number, kind, cells["pathology"], official, **paths
-    )  # fmt: skip
+    what = int(cells["number"]), kind, cells["pathology"], official
+    finding = Finding(patient[0], cells["side"], cells["view"], *what, **paths)
     for name, path in paths.items():
         found = find_view_folder(path)
         if found and "_".join(FOLDER.fullmatch(found).group(3, 4, 5)) != finding.key:
@@ -197,22 +181,16 @@ def read_cbis_tables(paths: Sequence[Path]) -> Listing:
         images[finding.key].append(finding)
         lesions[finding.key, finding.type, finding.number].add(finding.pathology)
         divisions[finding.patient].add(finding.official)
-    pictures = [
-        CbisPicture(
-            "", is_positive(findings), *findings[0][:3], name=key, findings=tuple(findings),
-            set="test" if "test" in divisions[findings[0].patient] else "train",
-        )
-        for key, findings in images.items()
-    ]  # fmt: skip
+    pictures = []
+    for key, findings in images.items():
+        official = "test" if "test" in divisions[findings[0].patient] else "train"
+        who = findings[0][:3]
+        pictures.append(CbisPicture("", is_positive(findings), *who, official, key, findings=tuple(findings)))
+    differing = [(" ".join(map(str, lesion)), sorted(found)) for lesion, found in lesions.items() if len(found) > 1]
+    merged = [f"{row.key} {row.type} {row.number}: {n} rows" for row, n in repeated.items() if n > 1]
     repairs = _list_oddities(images) | {
-        "duplicate_rows_merged": [
-            f"{row.key} {row.type} {row.number}: {n} rows" for row, n in repeated.items() if n > 1
-        ],
-        "pathologies_of_one_lesion_differ": [
-            f"{key} {kind} {number}: {', '.join(sorted(found))}"
-            for (key, kind, number), found in lesions.items()
-            if len(found) > 1
-        ],
+        "duplicate_rows_merged": merged,
+        "pathologies_of_one_lesion_differ": [f"{lesion}: {', '.join(found)}" for lesion, found in differing],
         "patients_in_both_official_sets": sorted(patient for patient, sets in divisions.items() if len(sets) == 2),
     }
     counts = _count(rows) | {

@@ -19,26 +19,14 @@ import numpy as np
 
 from mammo.base.files import InputError, counted, walk_files
 from mammo.base.guards import read_bytes
-from mammo.base.tables import TABLE_SUFFIXES, find_columns, open_table, write_csv
+from mammo.base.tables import TABLE_SUFFIXES, read_columns, write_csv
 from mammo.base.work import Job, Outcome
 from mammo.data.listing import CLASSES, FOLDERS, RANDOM_SPLIT, DataSet, Listing, Picture
-from mammo.data.prepare import (
-    full_img_path,
-    print_exclusions,
-    whole_img_path,
-    whole_options,
-    write_output,
-    write_whole,
-)
+from mammo.data.prepare import full_img_path, print_exclusions, whole_img_path, whole_options, write_output, write_whole
 from mammo.data.splits import INBREAST_SIDES, INBREAST_VIEWS, parse_inbreast_name
 from mammo.images.reading import DICOM_SUFFIXES, read_dicom_16_bit
 
-INBREAST_COLUMNS = {
-    "file": ("file name",),
-    "side": ("laterality",),
-    "view": ("view",),
-    "birads": ("bi-rads", "birads"),
-}
+INBREAST_COLUMNS = {"file": ("file name",), "side": ("laterality",), "view": ("view",), "birads": ("bi-rads", "birads")}
 
 # Views that are no part of screening: one image is FB, from below.
 OTHER_VIEWS = ("FB",)
@@ -59,17 +47,10 @@ PUBLISHED_MEAN = 44.33
 
 # Kinds of findings by the names that annotations give them, in small letters and with their misspellings.
 KINDS = {
-    "mass": "Mass",
-    "calcification": "Calc",
-    "calcifications": "Calc",
-    "cluster": "Cluster",
-    "asymmetry": "Asymmetry",
-    "assymetry": "Asymmetry",
-    "distortion": "Distortion",
-    "spiculated region": "Spiculated",
-    "espiculated region": "Spiculated",
+    **{"mass": "Mass", "calcification": "Calc", "calcifications": "Calc", "cluster": "Cluster"},
+    **{"asymmetry": "Asymmetry", "assymetry": "Asymmetry", "distortion": "Distortion"},
+    **dict.fromkeys(("spiculated region", "espiculated region"), "Spiculated"),
 }
-
 OTHER_KIND = "Other"
 
 # Of the disc that stands for a single calcification marked by a point: 0.2 mm at the 70 micrometres of the detector.
@@ -105,31 +86,26 @@ def read_inbreast_table(path: str | Path) -> InbreastTable:
     depends on them.
     """
     rows, lines, repairs = {}, {}, defaultdict(list)
-    with open_table(path) as (header, cells_of):
-        places = find_columns(path, header, INBREAST_COLUMNS)
-        for where, cells in cells_of:
-            cells = {name: cells[place].strip() for name, place in places.items()}
-            if not cells["file"]:  # the .xls ends with rows of sums
-                repairs["rows_without_file_name"].append(where)
-                continue
-            row = _read_row(cells, where)
-            if row in rows:
-                repairs["duplicate_rows_merged"].append(f"{where}: as in {rows[row]}")
-            elif other := lines.get(row.file):
-                raise InputError(f"{where}: another row of File Name {row.file} is at {other}; remove the wrong one")
-            lines.setdefault(row.file, where)
-            rows.setdefault(row, where)
+    for where, cells in read_columns(path, INBREAST_COLUMNS):
+        if not cells["file"]:  # the .xls ends with rows of sums
+            repairs["rows_without_file_name"].append(where)
+            continue
+        row = _read_row(cells, where)
+        if row in rows:
+            repairs["duplicate_rows_merged"].append(f"{where}: as in {rows[row]}")
+        elif other := lines.get(row.file):
+            raise InputError(f"{where}: another row of File Name {row.file} is at {other}; remove the wrong one")
+        lines.setdefault(row.file, where)
+        rows.setdefault(row, where)
     if not rows:
         raise InputError(f"{path}: no rows below the header")
     return InbreastTable(Path(path), dict(sorted(rows.items(), key=lambda item: int(item[0].file))), dict(repairs))
 
 
 def _read_row(cells: Mapping[str, str], where: str) -> InbreastRow:
-    file = re.fullmatch(r"([0-9]{1,20})(\.0|\.dcm)?", cells["file"])
+    file = re.fullmatch(r"([0-9]{1,20})(\.0|\.dcm)?", name := cells["file"])
     if not file:
-        raise InputError(
-            f"{where}: unknown File Name: Expected a number as in 20588072. Received {cells['file'][:100]!r}"
-        )
+        raise InputError(f"{where}: unknown File Name: Expected a number as in 20588072. Received {name[:100]!r}")
     side, view, birads = cells["side"].upper(), cells["view"].upper(), cells["birads"].lower().removesuffix(".0")
     for name, value, allowed in (
         ("Laterality", side, INBREAST_SIDES),
@@ -211,9 +187,7 @@ def scan_inbreast(root: str | Path, skip: Iterable = ()) -> InbreastFiles:
             continue
         if suffix in DICOM_SUFFIXES:
             dicoms[file.stem.split("_")[0]].append(path)
-        elif (
-            suffix == ".xml" and file.stem.isdecimal() and "muscle" not in path.lower()
-        ):  # outlines of the pectoral muscle
+        elif suffix == ".xml" and file.stem.isdecimal() and "muscle" not in path.lower():  # of the pectoral muscle
             annotations[file.stem].append(path)
         elif suffix in TABLE_SUFFIXES and file.stem.lower() == "inbreast":
             tables.append(path)
@@ -262,9 +236,8 @@ def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes)
         listing.pictures.append(
             InbreastPicture(paths[0], label == "pos", patient, row.side, row.view, name=name, annotation=annotation)
         )
-    known = {row.file for row in table.rows}
-    without = sorted(path for file, paths in download.dicoms.items() if file not in known for path in paths)
-    listing.excluded["dicom_without_row"].extend(without)
+    without = download.dicoms.keys() - {row.file for row in table.rows}
+    listing.excluded["dicom_without_row"] += sorted(path for file in without for path in download.dicoms[file])
     return listing
 
 
@@ -282,12 +255,10 @@ def identify(row: InbreastRow, where: str, download: InbreastFiles) -> tuple[str
         known = parse_inbreast_name(Path(path).stem)
         if known is None:
             raise InputError(f"{path}: the name tells no patient: Expected {form}")
-        patient, side, view = known
-        if (side, view) != (row.side, row.view):
-            raise InputError(
-                f"{where}: says {row.side} {row.view}, but its DICOM file is called {path}: Expected {form}"
-            )
-        patients.add(patient)
+        if known[1:] != row[1:3]:
+            says = f"says {row.side} {row.view}, but its DICOM file is called {path}"
+            raise InputError(f"{where}: {says}: Expected {form}")
+        patients.add(known[0])
     if len(patients) > 1:
         raise InputError(f"{where}: DICOM files of {len(patients)} patients: Expected one. Received {', '.join(paths)}")
     return patients.pop(), paths
@@ -359,8 +330,7 @@ def group_findings(findings: Iterable[Outline]) -> tuple[list[Region], list[tupl
         else:
             regions.append(Region(finding.kind, len(regions) + 1, [finding]))
             calcs = regions[-1] if finding.kind == "Calc" else calcs
-    points = sum(len(finding.points) == 1 for region in regions for finding in region.findings)
-    if points:
+    if points := sum(len(finding.points) == 1 for region in regions for finding in region.findings):
         repairs.append(("points_drawn_as_discs", f"{points} of Calc"))
     return regions, repairs
 
@@ -479,14 +449,11 @@ class Inbreast(DataSet):
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--table", metavar="FILE", help="INbreast.csv or .xls; default: below the download folder, a CSV first"
-        )
+        text = "INbreast.csv or .xls; default: below the download folder, a CSV first"
+        parser.add_argument("--table", metavar="FILE", help=text)
         add_class_options(parser)
-        group = parser.add_argument_group("annotations")
-        group.add_argument(
-            "--roi-masks", action="store_true", help="also write lesion masks, and full images with them"
-        )
+        text = "also write lesion masks, and full images with them"
+        parser.add_argument_group("annotations").add_argument("--roi-masks", action="store_true", help=text)
 
     def read(self) -> Listing | None:
         args = self.args
@@ -501,10 +468,8 @@ class Inbreast(DataSet):
             raise InputError(f"{args.data}: no DICOM files: Expected AllDICOMs there or below")
         listing = list_images(table, download, classes)
         print_exclusions(listing, self.exclusions)
-        patients = {picture.patient for picture in listing.pictures}
-        positive = sum(picture.positive for picture in listing.pictures)
-        images = counted(len(listing.pictures), "image")
-        print(f"used: {images} ({positive} positive) of {counted(len(patients), 'patient')}")
+        patients = counted(len({picture.patient for picture in listing.pictures}), "patient")
+        print(f"used: {listing.count()} of {patients}")
         return listing
 
     def plan(self, pictures, places) -> list[Job]:

@@ -3,22 +3,21 @@
 To add a data set, write a subclass of `DataSet` and name it in `mammo.commands.prepare.DATA_SETS`.
 """
 
+import itertools
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, counted
 from mammo.base.work import Job, Outcome
 
 CLASSES = ("neg", "pos")
-
 SETS = ("train", "val", "test")
-
-# Where the whole images lie below the output folder.
-FOLDERS = tuple(f"{name}/{label}" for name in SETS for label in CLASSES)
+FOLDERS = tuple(f"{name}/{label}" for name in SETS for label in CLASSES)  # of whole images, below the output folder
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,14 @@ class Listing:
     counts: dict[str, int] = field(default_factory=dict)
     report: dict = field(default_factory=dict)
 
+    def count(self) -> str:
+        """Return the number of pictures, and of the positive ones among them, as text."""
+        positive = sum(picture.positive for picture in self.pictures)
+        return f"{counted(len(self.pictures), 'image')} ({positive} positive)"
+
 
 RANDOM_SPLIT = (
-    "--test-size for the test, then --val-size of the others for validation, stratified by whether any image is "
-    "positive"
+    "--test-size for the test, then --val-size of the others for validation, stratified by any positive image"
 )
 
 
@@ -90,7 +93,7 @@ class DataSet:
     def skip(self) -> list[Path]:
         """Return the output folder and its folders of images: their files are no part of data that lie around them."""
         out = self.args.out
-        return [] if out is None else [Path(out), *(Path(out, folder) for folder in self.folders)]
+        return [] if out is None else [Path(out, folder) for folder in ("", *self.folders)]
 
     @classmethod
     def add_options(cls, parser: ArgumentParser) -> None:
@@ -122,10 +125,8 @@ def name_pictures(pictures: Iterable[Picture]) -> tuple[dict[str, Picture], list
     """
     pictures = list(pictures)
     named, patients, unknown = {picture.name: picture for picture in pictures if picture.name}, {}, []
-    for picture in sorted(
-        (picture for picture in pictures if not picture.name),
-        key=lambda picture: (picture.patient, picture.side, picture.view, picture.file),
-    ):
+    unnamed = (picture for picture in pictures if not picture.name)
+    for picture in sorted(unnamed, key=attrgetter("patient", "side", "view", "file")):
         start = picture.patient
         if not start:
             unknown.append(picture.file)
@@ -133,14 +134,9 @@ def name_pictures(pictures: Iterable[Picture]) -> tuple[dict[str, Picture], list
             start = Path(picture.file).with_suffix("").as_posix()
         safe = re.sub(r"[^\w.-]+", "-", start).strip(".-") or "patient"
         if patients.setdefault(safe, picture.patient) != picture.patient:
-            raise InputError(
-                f"patients {patients[safe]!r} and {picture.patient!r} would both be called {safe} in file names; "
-                f"rename one of them"
-            )
+            both = f"patients {patients[safe]!r} and {picture.patient!r}"
+            raise InputError(f"{both} would both be called {safe} in file names; rename one of them")
         first = "_".join(filter(None, (safe, picture.side, picture.view)))
-        name, number = first, 1
-        while name in named:
-            number += 1
-            name = f"{first}_{number}"
-        named[name] = picture
+        names = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = picture
     return named, unknown

@@ -11,13 +11,14 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from mammo.base.files import InputError, counted, walk_files
+from mammo.base.files import InputError, walk_files
 from mammo.base.guards import read_bytes
-from mammo.base.tables import TABLE_SUFFIXES, find_columns, is_below, open_table, plain_header
+from mammo.base.tables import TABLE_SUFFIXES, is_below, plain_header, read_columns
 from mammo.base.unpickle import load_plain
 from mammo.base.work import Job, Outcome, run_parallel
 from mammo.data.inbreast import Classes, add_class_options, read_classes
@@ -45,32 +46,22 @@ OWN_COLUMNS = {
 }
 
 REQUIRED = ("file", "label")
-
 COLUMN_OPTIONS = {f"{name}_column": name for name in OWN_COLUMNS}
 
-NEGATIVE = ("0", "neg", "negative", "normal", "benign", "benign_without_callback", "false", "no")
-
-POSITIVE = ("1", "pos", "positive", "malignant", "cancer", "true", "yes")
-
 CMMD_COLUMNS = {"patient": ("id1",), "side": ("leftright",), "label": ("classification",)}
-
 VINDR_COLUMNS = {
-    "study": ("study id",),
-    "image": ("image id",),
-    "side": ("laterality",),
-    "view": ("view position", "view"),
-    "birads": ("breast birads",),
-    "set": ("split",),
+    **{"study": ("study id",), "image": ("image id",), "side": ("laterality",), "view": ("view position", "view")},
+    **{"birads": ("breast birads",), "set": ("split",)},
 }
 
+# What cells mean, in small letters; of views short, and as the DICOM standard calls them.
+NEGATIVE = ("0", "neg", "negative", "normal", "benign", "benign_without_callback", "false", "no")
+POSITIVE = ("1", "pos", "positive", "malignant", "cancer", "true", "yes")
 SIDES = {"l": "LEFT", "left": "LEFT", "r": "RIGHT", "right": "RIGHT"}
-
-# Short, and as the DICOM standard calls them.
 VIEWS = {
     **{"cc": "CC", "craniocaudal": "CC", "cranio-caudal": "CC"},
     **{"mlo": "MLO", "mediolateral oblique": "MLO", "medio-lateral oblique": "MLO"},
 }
-
 SET_NAMES = {
     **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
     **{"test": "test", "testing": "test"},
@@ -80,8 +71,6 @@ SET_NAMES = {
 _VIEW_IN_NAME = re.compile(r"(?<![a-z])(?:l|left|r|right)[ _-]?(cc|mlo)(?![a-z])", re.IGNORECASE)
 
 NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
-
-MIAS_SEVERITIES = ("B", "M")
 
 MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
 
@@ -148,31 +137,23 @@ def _once(places: dict[str, str], file: str, where: str) -> None:
 # -------------------------------------------------------------------------------------- tables and folders of one's own
 
 
-def find_patient(name: str, pattern: str | None) -> str:
-    """Return the patient in a file's name by `pattern`: its first group, or all that it matches.
-
-    Raises InputError where there is none.
-    """
-    match = re.search(pattern, name)
-    patient = match and match[min(1, match.re.groups)]
-    if not patient:
-        raise InputError(f"{name}: no patient in this name. Expected what --patient-regex {pattern!r} finds")
-    return patient
-
-
 def _from_name(name: str, pattern: str | None) -> dict[str, str]:
-    """Return patient, side and view by the name of a file, "" where they are not in it."""
+    """Return patient, side and view by the name of a file, "" where they are not in it.
+
+    pattern: finds the patient: its first group, or all that it matches. Raises InputError where it finds none.
+    """
     found = parse_image_name(Path(name).stem) or ("", "", "")
     known = dict(zip(("patient", "side", "view"), found, strict=True))
-    return known if pattern is None else known | {"patient": find_patient(name, pattern)}
+    if pattern is not None:
+        match = re.search(pattern, name)
+        known["patient"] = match and match[min(1, match.re.groups)]
+        if not known["patient"]:
+            raise InputError(f"{name}: no patient in this name. Expected what --patient-regex {pattern!r} finds")
+    return known
 
 
 def read_own_table(
-    root: str | Path,
-    path: str | Path,
-    labels: Labels,
-    columns: Mapping[str, str],
-    pattern: str | None = None,
+    root: str | Path, path: str | Path, labels: Labels, columns: Mapping[str, str], pattern: str | None = None
 ) -> Listing:
     """List images by a table with a row a file, whose names start from the folder `root`.
 
@@ -186,22 +167,18 @@ def read_own_table(
     """
     listing, lines = _start_listing(), {}
     spellings = OWN_COLUMNS | {name: (plain_header(header),) for name, header in columns.items()}
-    with open_table(path) as (header, rows):
-        places = find_columns(path, header, spellings, OWN_COLUMNS.keys() - {*REQUIRED, *columns})
-        for where, cells in rows:
-            row = {name: cells[place].strip() for name, place in places.items()}
-            file = _relative(root, row.pop("file"), where)
-            _once(lines, file, where)
-            positive = labels.is_positive(row.pop("label"), where)
-            if positive is None:
-                listing.excluded["label_of_no_class"].append(file)
-                continue
-            known = _from_name(file, pattern) | {name: cell for name, cell in row.items() if cell or name == "set"}
-            for name, allowed in (("side", SIDES), ("view", VIEWS)):
-                known[name] = known[name] and known_value(known[name], allowed, name, where)
-            if "set" in known:
-                known["set"] = known_value(known["set"], SET_NAMES, "set", where)
-            listing.pictures.append(Picture(file, positive, **known))
+    for where, row in read_columns(path, spellings, OWN_COLUMNS.keys() - {*REQUIRED, *columns}):
+        file = _relative(root, row.pop("file"), where)
+        _once(lines, file, where)
+        positive = labels.is_positive(row.pop("label"), where)
+        if positive is None:
+            listing.excluded["label_of_no_class"].append(file)
+            continue
+        known = _from_name(file, pattern) | {name: cell for name, cell in row.items() if cell or name == "set"}
+        for name, allowed in (("side", SIDES), ("view", VIEWS), ("set", SET_NAMES)):
+            if known.get(name) or (name == "set" and "set" in row):  # whose cell may not be empty
+                known[name] = known_value(known[name], allowed, name, where)
+        listing.pictures.append(Picture(file, positive, **known))
     return listing
 
 
@@ -224,22 +201,22 @@ def read_folders(root: str | Path, labels: Labels, pattern: str | None = None, s
     """
     listing, files = _start_listing(), _list_files(root, skip)
     in_sets = any(file.split("/")[0].lower() in SET_NAMES for file in files)
-    place = 1 if in_sets else 0
     for file in files:
         *folders, _ = parts = file.split("/")
         name = SET_NAMES.get(folders[0].lower(), "") if in_sets and folders else ""
         if in_sets and not name:
             listing.excluded["file_in_no_set"].append(file)
             continue
-        if len(folders) == place:
+        depth = 2 if in_sets else 1  # of class folders
+        if len(folders) < depth:
             raise InputError(f"{file}: Expected images of {root} in class folders, such as neg/ or train/neg/")
-        positive = labels.is_positive(folders[place], f"{Path(root, *folders[: place + 1])}")
+        positive = labels.is_positive(folders[depth - 1], f"{Path(root, *folders[:depth])}")
         if positive is None:
             listing.excluded["label_of_no_class"].append(file)
             continue
-        known = _from_name("/".join(parts[place + 1 :]), pattern)
-        if not known["patient"] and len(folders) > place + 1:
-            known["patient"] = folders[place + 1]
+        known = _from_name("/".join(parts[depth:]), pattern)
+        if not known["patient"] and len(folders) > depth:
+            known["patient"] = folders[depth]
         listing.pictures.append(Picture(file, positive, **known, set=name))
     return listing
 
@@ -277,12 +254,9 @@ def find_view(path: str | Path) -> str | None:
     Names that tell are a prepared image's, INbreast's, or one with L_CC, RIGHT-MLO or the like in it.
     """
     if is_dicom(path):
-        try:
-            view = VIEWS.get(dicom_view(read_dicom_header(path)).lower())
-        except Exception:  # pydicom raises many kinds on damaged headers, which the reader of the pixels judges
-            view = None
-        if view:
-            return view
+        with suppress(Exception):  # of many kinds, on damaged headers, which the reader of the pixels judges
+            if view := VIEWS.get(dicom_view(read_dicom_header(path)).lower()):
+                return view
     stem = Path(path).stem
     if known := parse_image_name(stem) or parse_inbreast_name(stem):
         return known[2]
@@ -296,26 +270,18 @@ def read_cmmd(root: str | Path, table: str | Path | None = None, jobs: int = 1, 
     table: default: CMMD_clinicaldata_revision.csv or .xlsx below `root`. jobs: headers read at the same time.
     """
     listing, breasts, rows_of = _start_listing(), {}, defaultdict(list)
-    path = table or _find_table(root, "cmmd_clinicaldata")
-    with open_table(path) as (header, rows):
-        places = find_columns(path, header, CMMD_COLUMNS)
-        for where, cells in rows:
-            row = {name: cells[place].strip() for name, place in places.items()}
-            breast = row["patient"], known_value(row["side"], SIDES, "side", where)
-            if row["label"].lower() not in ("benign", "malignant"):
-                raise InputError(
-                    f"{where}: unknown classification. Expected Benign or Malignant. Received {row['label']!r}"
-                )
-            breasts[breast] = breasts.get(breast, False) or row["label"].lower() == "malignant"
-            rows_of[breast].append(where)
+    for where, row in read_columns(table or _find_table(root, "cmmd_clinicaldata"), CMMD_COLUMNS):
+        breast, label = (row["patient"], known_value(row["side"], SIDES, "side", where)), row["label"]
+        if label.lower() not in ("benign", "malignant"):
+            raise InputError(f"{where}: unknown classification. Expected Benign or Malignant. Received {label!r}")
+        breasts[breast] = breasts.get(breast, False) or label.lower() == "malignant"
+        rows_of[breast].append(where)
     merged = [f"{' '.join(breast)}: {', '.join(wheres)}" for breast, wheres in rows_of.items() if len(wheres) > 1]
     listing.repairs["rows_of_one_breast_merged"] += merged
     files = _list_files(root, skip, (".dcm", ".dicom"))
-    ids = {patient for patient, _ in breasts}
-    read = functools.partial(_read_cmmd_header, root, ids)
-    for file, (patient, side, view, fault) in zip(
-        files, run_parallel(read, files, jobs, "threading", "reading headers"), strict=True
-    ):
+    read = functools.partial(_read_cmmd_header, root, {patient for patient, _ in breasts})
+    headers = run_parallel(read, files, jobs, "threading", "reading headers")
+    for file, (patient, side, view, fault) in zip(files, headers, strict=True):
         if fault:
             listing.faults.append(Outcome(file, faults=[f"{file}: {fault}; left out"]))
         elif (patient, side) in breasts:
@@ -345,26 +311,18 @@ def read_vindr(root: str | Path, classes: Classes, table: str | Path | None = No
     classes: which BI-RADS mean what. table: default: breast-level_annotations.csv below `root`.
     """
     listing, lines = _start_listing(), {}
-    path = table or _find_table(root, "breast-level_annotations")
-    with open_table(path) as (header, rows):
-        places = find_columns(path, header, VINDR_COLUMNS)
-        for where, cells in rows:
-            row = {name: cells[place].strip() for name, place in places.items()}
-            file = _relative(root, f"images/{row['study']}/{row['image']}.dicom", where)
-            _once(lines, file, where)
-            birads = re.fullmatch(r"BI-RADS ([0-6])", row["birads"])
-            if not birads:
-                raise InputError(
-                    f"{where}: unknown breast_birads. Expected as in BI-RADS 4. Received {row['birads']!r}"
-                )
-            side, view = (
-                known_value(row[name], known, name, where) for name, known in (("side", SIDES), ("view", VIEWS))
-            )
-            name = known_value(row["set"], SET_NAMES, "split", where)
-            if label := classes.label(birads[1]):
-                listing.pictures.append(Picture(file, label == "pos", row["study"], side, view, name))
-            else:
-                listing.excluded["label_of_no_class"].append(file)
+    for where, row in read_columns(table or _find_table(root, "breast-level_annotations"), VINDR_COLUMNS):
+        file = _relative(root, f"images/{row['study']}/{row['image']}.dicom", where)
+        _once(lines, file, where)
+        birads = row["birads"]
+        if not re.fullmatch(r"BI-RADS [0-6]", birads):
+            raise InputError(f"{where}: unknown breast_birads. Expected as in BI-RADS 4. Received {birads!r}")
+        side, view = known_value(row["side"], SIDES, "side", where), known_value(row["view"], VIEWS, "view", where)
+        name = known_value(row["set"], SET_NAMES, "split", where)
+        if label := classes.label(birads[-1]):
+            listing.pictures.append(Picture(file, label == "pos", row["study"], side, view, name))
+        else:
+            listing.excluded["label_of_no_class"].append(file)
     return listing
 
 
@@ -388,7 +346,7 @@ def read_mias(root: str | Path, table: str | Path | None = None, skip: Iterable 
         if finding not in MIAS_CLASSES:
             raise InputError(f"{where}: unknown class. Expected {', '.join(MIAS_CLASSES)}. Received {finding!r}")
         severity = words[3] if len(words) > 3 else ""
-        if finding != "NORM" and severity not in MIAS_SEVERITIES:
+        if finding != "NORM" and severity not in ("B", "M"):
             raise InputError(f"{where}: unknown severity. Expected B or M. Received {severity!r}")
         images[words[0]] = images.get(words[0], False) or severity == "M"
     if not images:
@@ -427,9 +385,7 @@ def read_exams(path: str | Path) -> Iterator[tuple[str, str, str, str, bool, boo
                 raise InputError(f"{where}: Expected a list of names under {key}. Received something else")
             images += [(name, key) for name in names_of_view]
         stems = {re.sub(r"_[LR]_(CC|MLO)(_\d+)?$", "", name) for name, _ in images}
-        patient = stems.pop() if len(stems) == 1 else f"exam_{number}"
-        if patient in names:
-            patient = f"exam_{number}"
+        patient = f"exam_{number}" if len(stems) != 1 or stems & names else stems.pop()
         names.add(patient)
         flip = exam.get("horizontal_flip", "NO")
         if flip not in ("YES", "NO"):
@@ -480,8 +436,7 @@ def prepare_own_image(job: Job, download: Path, out: Path) -> Outcome:
 def stored_bits(results: Iterable[Outcome]) -> int | None:
     """Return the bits that pixels of 16-bit files use, None without any. DICOM does not count: its header tells."""
     files = [result.facts for result in results if result.facts.get("bits") == 16]
-    brightest = [facts["brightest"] for facts in files if not facts["photometric"]]
-    return max(brightest).bit_length() if brightest else None
+    return max((facts["brightest"].bit_length() for facts in files if not facts["photometric"]), default=None)
 
 
 # ------------------------------------------------------------------------------------------------- the data sets
@@ -516,10 +471,8 @@ class OwnData(DataSet):
     def add_options(cls, parser: ArgumentParser) -> None:
         if cls.table:
             parser.add_argument("--table", metavar="FILE", help=cls.table, required="default" not in cls.table)
-        parser.add_argument(
-            "--voi-lut", action="store_true",
-            help="apply the display window or lookup table of each DICOM file that has one",
-        )  # fmt: skip
+        text = "apply the display window or lookup table of each DICOM file that has one"
+        parser.add_argument("--voi-lut", action="store_true", help=text)
 
     def list_pictures(self) -> Listing:
         """Return the pictures of the data."""
@@ -527,8 +480,7 @@ class OwnData(DataSet):
 
     def read(self) -> Listing:
         listing = self.list_pictures()
-        positive = sum(picture.positive for picture in listing.pictures)
-        print(f"found: {counted(len(listing.pictures), 'image')} ({positive} positive)")
+        print(f"found: {listing.count()}")
         print_exclusions(listing, self.exclusions)
         for kind, listed in listing.repairs.items():
             if listed:
@@ -541,11 +493,11 @@ class OwnData(DataSet):
         A file that is not there is a fault of its own. Raises InputError where none is there.
         """
         args, jobs = self.args, []
+        options = {"whole": whole_options(args), "voi_lut": args.voi_lut}
         for name, picture in pictures.items():
             if (folder := places[name]) is None:
                 continue
-            plan = {"file": picture.file, "folder": folder, "whole": whole_options(args), "voi_lut": args.voi_lut}
-            plan |= {"mirrored": picture.mirrored}
+            plan = {"file": picture.file, "folder": folder, **options, "mirrored": picture.mirrored}
             sources = (picture.file,) if Path(args.data, picture.file).is_file() else ()
             jobs.append(Job(name, sources, (whole_img_path(name, folder),), plan))
         if jobs and not any(job.sources for job in jobs):

@@ -13,7 +13,6 @@ from mammo.images.breast import detect_blobs
 
 # Random centres tried before the overlap asked of a lesion patch is lowered by OVERLAP_STEP.
 TRIES_PER_CUTOFF = 1000
-
 OVERLAP_STEP = 0.05
 
 # The published program tries for ever where a lesion leaves no room for background.
@@ -24,7 +23,6 @@ class Patch(NamedTuple):
     """Hold a patch centre.
 
     kind: "abn" (lesion), or background: "bkg" (anywhere), "blob" (on a bright spot) or "hard" (beside a lesion).
-
     overlap: see `Roi.overlap`; for background the largest over the lesions it had to avoid.
     """
 
@@ -51,14 +49,10 @@ class Roi:
 
     @classmethod
     def from_mask(cls, mask: np.ndarray, margin: int, image_shape: tuple[int, int]) -> "Roi":
-        """Read a lesion mask: 2-D array, above zero inside the lesion.
+        """Read a lesion mask: 2-D array, above zero inside the lesion. Raises InputError when no pixel is.
 
-        Args:
-            margin: zero pixels that the padded image has on each side and `mask` lacks.
-            image_shape: (height, width) of the padded image.
-
-        Raises:
-            InputError: when no pixel is above zero.
+        margin: zero pixels that the padded image has on each side and `mask` lacks. image_shape: (height, width) of the
+        padded image.
         """
         inside = (mask > 0).astype("uint8")
         left, top, width, height = cv2.boundingRect(inside)
@@ -70,11 +64,9 @@ class Roi:
         largest = max(contours, key=cv2.contourArea)
         x, y, width, height = cv2.boundingRect(largest)
         moments = cv2.moments(largest)
-        area = moments["m00"]
-        if area > 0:
-            centroid = (int(moments["m10"] / area), int(moments["m01"] / area))
-        else:
-            centroid = (x + width // 2, y + height // 2)
+        centroid = x + width // 2, y + height // 2
+        if (area := moments["m00"]) > 0:
+            centroid = int(moments["m10"] / area), int(moments["m01"] / area)
         return cls(centroid, (x, y, width, height), image_shape, cv2.integral(inside), origin)
 
     def overlap(self, x: int, y: int, patch_size: int) -> float:
@@ -89,11 +81,9 @@ class Roi:
         top, bottom = max(top, 0), min(bottom, height)
         if left >= right or top >= bottom:
             return 0.0
-        rows, columns = self._sums.shape
-        x0, y0 = self._origin
-        x1, x2 = (min(max(value - x0, 0), columns - 1) for value in (left, right))
-        y1, y2 = (min(max(value - y0, 0), rows - 1) for value in (top, bottom))
-        sums = self._sums
+        sums, (x0, y0) = self._sums, self._origin
+        x1, x2 = (min(max(value - x0, 0), sums.shape[1] - 1) for value in (left, right))
+        y1, y2 = (min(max(value - y0, 0), sums.shape[0] - 1) for value in (top, bottom))
         shared = int(sums[y2, x2]) - int(sums[y1, x2]) - int(sums[y2, x1]) + int(sums[y1, x1])
         return max(shared / ((right - left) * (bottom - top)), shared / int(sums[-1, -1]))
 
@@ -133,12 +123,8 @@ def sample_patches(
             where the image has so many.
         nb_hard_neg: further ones that lie beside the lesion.
 
-    Returns:
-        The patches in the order blob, abn, bkg, hard; and the overlap cutoff in the end, which is lower than
-        `pos_cutoff` when the lesion allowed no other way.
-
-    Raises:
-        InputError: when the lesion or its surroundings leave no room.
+    Returns the patches in the order blob, abn, bkg, hard; and the overlap cutoff in the end, which is lower than
+    `pos_cutoff` when the lesion allowed no other way. Raises InputError when lesion or surroundings leave no room.
     """
     rng = np.random.RandomState(SEED)
     blobs = sample_blobs(img, avoid, nb_hns, patch_size, neg_cutoff)
@@ -162,8 +148,7 @@ def sample_lesion(
     left, top, width, height = roi.box
     patches, tries = [], 0
     while len(patches) < nb_abn:
-        x = int(rng.randint(left, left + width))
-        y = int(rng.randint(top, top + height))
+        x, y = int(rng.randint(left, left + width)), int(rng.randint(top, top + height))
         tries += 1
         if tries == TRIES_PER_CUTOFF:
             tries = 0
@@ -187,8 +172,7 @@ def sample_background(
 
     Raises InputError after MAX_BACKGROUND_TRIES.
     """
-    half = patch_size // 2
-    height, width = image_shape
+    half, (height, width) = patch_size // 2, image_shape
     return _sample_apart("bkg", avoid, nb_bkg, patch_size, neg_cutoff, (half, half, width - half, height - half), rng)
 
 
@@ -203,12 +187,8 @@ def sample_hard_negatives(
     half = patch_size // 2
     left, top, width, height = roi.box
     image_height, image_width = roi.image_shape
-    limits = (
-        max(left - half, half),
-        max(top - half, half),
-        min(left + width + half, image_width - half),
-        min(top + height + half, image_height - half),
-    )
+    limits = max(left - half, half), max(top - half, half)
+    limits += min(left + width + half, image_width - half), min(top + height + half, image_height - half)
     return _sample_apart("hard", avoid, nb_hard_neg, patch_size, neg_cutoff, limits, np.random.RandomState(SEED))
 
 
@@ -222,8 +202,7 @@ def _sample_apart(kind, avoid, count, patch_size, neg_cutoff, limits, rng):
                 f"only {len(patches)} of {count} background patches ({kind}) found in {tries} tries: "
                 f"use a smaller --patch-size, fewer of them, or a larger --neg-cutoff"
             )
-        x = int(rng.randint(left, right))
-        y = int(rng.randint(top, bottom))
+        x, y = int(rng.randint(left, right)), int(rng.randint(top, bottom))
         tries += 1
         overlap = max(roi.overlap(x, y, patch_size) for roi in avoid)
         if _is_apart(overlap, neg_cutoff):

@@ -12,6 +12,7 @@ import csv
 import functools
 import glob
 import io
+import operator
 import re
 from argparse import Namespace
 from collections import Counter
@@ -31,28 +32,19 @@ from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import read_resize_img
 from mammo.images.reading import check_grey, read_size
 
-FOLDER_OPTIONS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
-
 # Written when a set is complete.
 TABLES = ("pat_lst.txt", "patches.csv")
 
+FOLDER_OPTIONS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
+
 # Options that decide nothing about a patch.
 _OTHER_OPTIONS = (
-    *FOLDER_OPTIONS,
-    "roi_mask_path_file",
-    "pat_train_list_file",
-    "val_size",
-    "on_error",
-    "jobs",
-    "backend",
-    "verbose",
-    "fresh",
+    *(*FOLDER_OPTIONS, "roi_mask_path_file", "pat_train_list_file", "val_size"),
+    *("on_error", "jobs", "backend", "verbose", "fresh"),
 )
 
 LESION_COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
-
 LESION_VALUES = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
-
 BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
 
 # A mask of another size than its image is resized like it; of another shape, it belongs to another image.
@@ -112,10 +104,8 @@ def read_lesions(path: str | Path) -> list[Lesion]:
     for where, cells in read_rows(path, LESION_COLUMNS):
         lesion = _read_lesion(cells, where)
         if other := seen.get(lesion[:5]):
-            line = other.rpartition(", ")[2]
-            raise InputError(
-                f"{where}: repeats {line} ({lesion.image_id}, {lesion.type} {lesion.number}); remove one of them"
-            )
+            line, same = other.rpartition(", ")[2], f"{lesion.image_id}, {lesion.type} {lesion.number}"
+            raise InputError(f"{where}: repeats {line} ({same}); remove one of them")
         seen[lesion[:5]] = where
         lesions.append(lesion)
     return lesions
@@ -128,9 +118,8 @@ def _read_lesion(cells: Mapping[str, str], where: str) -> Lesion:
     pathology = cells["pathology"]
     malignant = pathology.startswith("MALIGNANT")
     if not malignant and pathology not in BENIGN:
-        raise InputError(
-            f"{where}: unknown pathology: Expected MALIGNANT, {' or '.join(BENIGN)}. Received {pathology!r}"
-        )
+        expected = f"Expected MALIGNANT, {' or '.join(BENIGN)}"
+        raise InputError(f"{where}: unknown pathology: {expected}. Received {pathology!r}")
     for name in ("patient_id", "abn_num"):
         if not is_file_name(cells[name]):
             raise InputError(f"{where}: {name} is part of file names. Received {cells[name]!r}")
@@ -143,10 +132,8 @@ def _read_lesion(cells: Mapping[str, str], where: str) -> Lesion:
 def plan_patches(lesions: Sequence[Lesion], args: Namespace, class_dirs: Mapping, prefix: str = "") -> Job:
     """Return what `sample_image` is to do for one image.
 
-    Args:
-        lesions: all lesions of the image.
-        class_dirs: class folder by (type, malignant).
-        prefix: what the image's file name has before the image id.
+    lesions: all of the image. class_dirs: class folder by (type, malignant). prefix: what the image's file name has
+    before the image id.
     """
     image_id = lesions[0].image_id
     masks = (Path(args.roi_mask_dir, mask_name(lesion)) for lesion in lesions)
@@ -207,17 +194,15 @@ def read_roi(path: Path, breast: BreastImage, args: Namespace) -> Roi:
 def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | Path) -> Outcome:
     """Sample and write all patches of one image; the facts of the result are the `rows` of patches.csv, as text.
 
-    Args:
-        job: what `plan_patches` returned.
-        class_dirs: class folder by (type, malignant).
-        out_dir: where the class folders are.
+    job: what `plan_patches` returned. class_dirs: class folder by (type, malignant), below `out_dir`.
     """
-    result, rows = Outcome(job.name, facts={"rows": ""}), io.StringIO()
+    result, text = Outcome(job.name, facts={"rows": ""}), io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
     image_path, *mask_paths = map(Path, job.sources)
 
-    def log(text):
+    def log(line):
         if args.verbose:
-            result.log.append(text)
+            result.log.append(line)
 
     def fault(path, error):
         result.faults.append(str(error) if str(path) in str(error) else f"{path}: {error}")
@@ -237,22 +222,15 @@ def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | 
 
     # To avoid all lesions, all must be known. Background comes with one lesion, hard negatives with each.
     background_due = others_known = not (args.avoid_all_rois and result.faults)
+    how = {"patch_size": args.patch_size, "pos_cutoff": args.pos_cutoff, "neg_cutoff": args.neg_cutoff}
     # Of the image: the background of two lesions of one number, a mass and a calcification, is in one folder.
-    numbers = Counter()
+    written = Counter()
     for lesion, path, roi in rois:
         try:
-            patches, cutoff = sample_patches(
-                breast.padded,
-                roi,
-                avoid=[other for *_, other in rois] if args.avoid_all_rois else [roi],
-                nb_abn=args.nb_abn,
-                nb_bkg=args.nb_bkg if background_due else 0,
-                nb_hns=args.nb_hns if background_due else 0,
-                nb_hard_neg=args.nb_hard_neg if others_known else 0,
-                patch_size=args.patch_size,
-                pos_cutoff=args.pos_cutoff,
-                neg_cutoff=args.neg_cutoff,
-            )
+            avoid = [other for *_, other in rois] if args.avoid_all_rois else [roi]
+            numbers = {"nb_bkg": args.nb_bkg * background_due, "nb_hns": args.nb_hns * background_due}
+            numbers |= {"nb_abn": args.nb_abn, "nb_hard_neg": args.nb_hard_neg * others_known}
+            patches, cutoff = sample_patches(breast.padded, roi, avoid, **numbers, **how)
         except InputError as error:
             fault(path, error)
             continue
@@ -262,27 +240,22 @@ def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | 
             log(f"Nb of trials reached maximum, decrease overlap cutoff to {cutoff:.2f}")
         for patch in patches:
             class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
-            file = patch_name(job.name, class_dir, lesion.number, numbers[class_dir, lesion.number])
-            numbers[class_dir, lesion.number] += 1
+            file = patch_name(job.name, class_dir, lesion.number, written[class_dir, lesion.number])
+            written[class_dir, lesion.number] += 1
             write_patch(Path(out_dir, file), breast.padded, patch, args.patch_size)
             result.outputs.append(file)
             article = "an" if patch.kind == "abn" else "a"
             log(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
-            _write_row(rows, file, class_dir, lesion, patch, breast, args.patch_size // 2)
-    result.facts["rows"] = rows.getvalue()
+            rows.writerow(make_row(file, class_dir, lesion, patch, breast, args.patch_size // 2))
+    result.facts["rows"] = text.getvalue()
     return result
 
 
-def _write_row(
-    rows: io.StringIO, file: str, class_dir: str, lesion: Lesion, patch: Patch, breast: BreastImage, half: int
-) -> None:
-    """Write the row of patches.csv about one patch. half: the margin of the padded image."""
-    row = PatchRow(
-        file, lesion.patient, lesion.side, lesion.view, lesion.number, class_dir, patch.kind,
-        patch.x, patch.y, round(patch.overlap, 4), patch.x - half + breast.left, patch.y - half + breast.top,
-        *breast.shape, *breast.source_size,
-    )  # fmt: skip
-    csv.writer(rows, lineterminator="\n").writerow(row)
+def make_row(file: str, class_dir: str, lesion: Lesion, patch: Patch, breast: BreastImage, half: int) -> PatchRow:
+    """Return the row of patches.csv about one patch. half: the margin of the padded image."""
+    place = patch.x - half + breast.left, patch.y - half + breast.top
+    cut = class_dir, patch.kind, patch.x, patch.y, round(patch.overlap, 4)
+    return PatchRow(file, *lesion[:4], *cut, *place, *breast.shape, *breast.source_size)
 
 
 def read_sampled(path: str | Path, args: Namespace) -> np.ndarray:
@@ -295,11 +268,8 @@ def read_sampled(path: str | Path, args: Namespace) -> np.ndarray:
 def check_mask_fits(mask_size: tuple[int, int], image_size: tuple[int, int]) -> None:
     """Raise InputError for a mask with another aspect ratio than its image. Sizes: (height, width) of the files."""
     if abs(mask_size[0] / mask_size[1] * image_size[1] / image_size[0] - 1) > ASPECT_TOLERANCE:
-        raise InputError(
-            "the mask does not fit its image: Expected the shape of {} x {} pixels. Received {} x {}".format(
-                *image_size, *mask_size
-            )
-        )
+        text = "the mask does not fit its image: Expected the shape of {} x {} pixels. Received {} x {}"
+        raise InputError(text.format(*image_size, *mask_size))
 
 
 class LesionMask(NamedTuple):
@@ -371,20 +341,20 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
     malignant = {lesion.patient for lesion in lesions if lesion.malignant}
     train, val = stratified_split(patients, [patient in malignant for patient in patients], args.val_size)
     sets = (("train", train, args.train_out_dir), ("val", val, args.val_out_dir))
+    options, faults = deciding_sampling_options(args), []
     with contextlib.ExitStack() as locks:
         for name, names, out_dir in sets:
             if names:
                 locks.enter_context(locked(out_dir))
             if names and not args.fresh:
-                check_kept_options(out_dir, deciding_sampling_options(args))
+                check_kept_options(out_dir, options)
             if not (names and args.fresh):  # which removes the others' patches
                 check_patches_of(name, names, out_dir)
-        for _, names, out_dir in sets:
-            if names:
-                keep_options(out_dir, deciding_sampling_options(args), args.fresh)
-        faults = sample_set("train", train, lesions, args, class_dirs, prefix, args.train_out_dir)
-        if val:
-            faults += sample_set("val", val, lesions, args, class_dirs, prefix, args.val_out_dir)
+        sets = [each for each in sets if each[1]]
+        for *_, out_dir in sets:
+            keep_options(out_dir, options, args.fresh)
+        for name, names, out_dir in sets:
+            faults += sample_set(name, names, lesions, args, class_dirs, prefix, out_dir)
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
         if args.on_error != "skip":
@@ -406,19 +376,16 @@ def sample_set(
     """Sample the images of `patients` into `out_dir`; return the faults met."""
     print(f"Sampling into {out_dir}")
     wanted = set(patients)
-    images = groupby(
-        # A stable sort: the lesions of an image stay in the order of the table.
-        sorted((lesion for lesion in lesions if lesion.patient in wanted), key=lambda lesion: lesion[:3]),
-        key=lambda lesion: lesion[:3],
-    )
-    jobs = [plan_patches(list(group), args, class_dirs, prefix) for _, group in images]
+    # A stable sort: the lesions of an image stay in the order of the table.
+    view = operator.itemgetter(slice(3))
+    mine = sorted((lesion for lesion in lesions if lesion.patient in wanted), key=view)
+    jobs = [plan_patches(list(group), args, class_dirs, prefix) for _, group in groupby(mine, view)]
     sample = functools.partial(sample_image, args=args, class_dirs=dict(class_dirs), out_dir=out_dir)
     for table in TABLES:
         Path(out_dir, table).unlink(missing_ok=True)
     folders = sorted({args.bkg_dir, *class_dirs.values()})
-    results = run_resumable(
-        jobs, sample, "/", out_dir, folders, args.jobs, args.backend, args.on_error, args.fresh, desc=name
-    )
+    how = {option: getattr(args, option) for option in ("jobs", "backend", "on_error", "fresh")}
+    results = run_resumable(jobs, sample, "/", out_dir, folders, **how, desc=name)
 
     with atomic_write(Path(out_dir, "patches.csv")) as temporary, open(temporary, "w", encoding="utf-8") as file:
         # "class" is a word of Python and cannot name a field.

@@ -5,7 +5,9 @@ A data set's reader gives a `Picture` for each image, by the name of its file wi
 
 import argparse
 import functools
+import itertools
 import json
+import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -34,15 +36,12 @@ DECIDING = (
     *("img_size", "resize", "segment_breast", "auto_levels", "face"),
 )
 
-IMAGE_TABLE = "images.csv"
-
 # Brings 16-bit pixels to 0..255: the published value of 255/65535.
 RESCALE_FACTOR = 0.003891
 
-NEAR_DUPLICATES = "near_duplicates.csv"
+IMAGE_TABLE, NEAR_DUPLICATES = "images.csv", "near_duplicates.csv"
 
 _COMPARED = ("file", "set", "label", "patient")
-
 _PAIR_COLUMNS = (*_COMPARED, *(f"other_{name}" for name in _COMPARED), "difference")
 
 
@@ -51,11 +50,11 @@ _PAIR_COLUMNS = (*_COMPARED, *(f"other_{name}" for name in _COMPARED), "differen
 
 def add_work_options(parser: argparse._ActionsContainer) -> None:
     """Add the options of resumable work."""
-    parser.add_argument(
-        "--on-error", choices=["stop", "skip"],
-        help="what a bad image or mask does: end the run, or be left out and listed; "
-        "default: be left out and listed, with exit status 1 when all others are done",
-    )  # fmt: skip
+    text = (
+        "what a bad image or mask does: end the run, or be left out and listed; default: be left out and listed, with "
+        "exit status 1 when all others are done"
+    )
+    parser.add_argument("--on-error", choices=["stop", "skip"], help=text)
     parser.add_argument("--fresh", action="store_true", help="start over, and replace the work of an earlier run")
     add_parallel_options(parser)
 
@@ -63,39 +62,28 @@ def add_work_options(parser: argparse._ActionsContainer) -> None:
 def add_preparation_options(parser: argparse.ArgumentParser, splits: Mapping[str, str], test_size: float) -> None:
     """Add the options of all data sets: how they are divided, what whole images become, how the work is done.
 
-    Args:
-        splits: the values of `--split` and what each does, the default first; "lists" is added.
-        test_size: the default of `--test-size`.
+    splits: the values of `--split` and what each does, the default first; "lists" is added. test_size: the default.
     """
     splits = {**splits, "lists": "from files"}
-    default = next(iter(splits))
     parser.add_argument("--dry-run", action="store_true", help="read the tables alone and print the split")
-    group = parser.add_argument_group("split by patient")
-    add = group.add_argument
-    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in splits.items())
-    add("--split", choices=list(splits), default=default, help=f"{meanings} (default: {default})")
-    add("--test-size", type=fraction, default=test_size, help=f"share of the patients for the test ({test_size})")
-    add("--val-size", type=fraction, default=0.1, help="share of the other patients for validation (0.1)")
-    add("--random-state", type=natural_int, default=12345, help="seed of the split (12345)")
-    for name in ("train", "val", "test"):
+    add = parser.add_argument_group("split by patient").add_argument
+    text = "; ".join(f"{name}: {meaning}" for name, meaning in splits.items())
+    add("--split", choices=list(splits), default=next(iter(splits)), help=text)
+    add("--test-size", type=fraction, default=test_size, help="share of the patients for the test")
+    add("--val-size", type=fraction, default=0.1, help="share of the other patients for validation")
+    add("--random-state", type=natural_int, default=12345, help="seed of the split")
+    for name in SETS:
         add(f"--pat-{name}", metavar="FILE", help=f"with --split lists: {name} patients, one id a line")
     group = parser.add_argument_group("whole images")
     add = group.add_argument
-    add(
-        "--img-size", "-is", nargs=2, type=positive_int, default=[1152, 896], metavar=("HEIGHT", "WIDTH"),
-        help="size of the whole images (1152 896)",
-    )  # fmt: skip
-    add(
-        "--resize", choices=["stretch", "pad"], default="stretch",
-        help="stretch to the size (the original), or keep the aspect ratio, fill the height and pad the width with "
-        "zeros (default: stretch)",
-    )  # fmt: skip
+    size = {"nargs": 2, "type": positive_int, "metavar": ("HEIGHT", "WIDTH"), "default": [1152, 896]}
+    add("--img-size", "-is", help="size of the whole images", **size)
+    text = "stretch to the size (the original), or keep the aspect ratio, fill the height and pad the width with zeros"
+    add("--resize", choices=["stretch", "pad"], default="stretch", help=text)
     add_flag(group, "--segment-breast", False, "blank all but the breast, and cut the image to it")
     add_flag(group, "--auto-levels", False, "stretch the pixels of each image to the full range, 0..65535")
-    add(
-        "--face", choices=["left", "right", "as-is"], default="as-is",
-        help="mirror whole images so that the breasts point this way (default: as-is)",
-    )  # fmt: skip
+    text = "mirror whole images so that the breasts point this way"
+    add("--face", choices=["left", "right", "as-is"], default="as-is", help=text)
     add_work_options(parser.add_argument_group("work"))
 
 
@@ -142,12 +130,9 @@ def make_whole(
         resize: "stretch" to `img_size` (height, width), bicubic as the trainers do it, or "pad": keep the aspect, fill
             the height (the width, where that is reached first) and pad with zeros on the side away from the chest
             wall, and below.
-        segment_breast: blank all but the breast and cut the image to it.
+        segment_breast: blank all but the breast and cut the image to it. Raises InputError where there is none.
         levels: see `auto_levels`.
         face: "left" or "right" mirrors breasts that point the other way.
-
-    Raises:
-        InputError: where there is no breast.
     """
     if segment_breast:
         img, _ = DMImagePreprocessor.segment_breast(img)
@@ -174,10 +159,7 @@ def write_output(img: np.ndarray, out: str | Path, path: str, result: Outcome) -
 def write_whole(img: np.ndarray, out: str | Path, folder: str, whole: Mapping, source: str, result: Outcome) -> None:
     """Write a mammogram (H, W), uint8 or uint16, as whole image of `result`, and note its facts there.
 
-    Args:
-        folder: one of `FOLDERS`.
-        whole: what `whole_options` returned.
-        source: see `ImageRow`.
+    folder: one of `FOLDERS`. whole: what `whole_options` returned. source: see `ImageRow`.
     """
     img = to_uint16(img)
     small = make_whole(img, **whole)
@@ -206,10 +188,8 @@ def run_jobs(data_set: DataSet, jobs: Sequence[Job], faults: Sequence[Outcome] =
     # The workers of a cluster start in folders of their own.
     work = functools.partial(data_set.prepare, download=Path(args.data).resolve(), out=Path(args.out).resolve())
     keep_options(args.out, deciding_options(args), args.fresh)
-    done = run_resumable(
-        jobs, work, args.data, args.out, data_set.folders, args.jobs, args.backend, args.on_error, args.fresh
-    )
-    return [*faults, *done]
+    how = {name: getattr(args, name) for name in ("jobs", "backend", "on_error", "fresh")}
+    return [*faults, *run_resumable(jobs, work, args.data, args.out, data_set.folders, **how)]
 
 
 def finished(results: Iterable[Outcome]) -> list[Outcome]:
@@ -249,9 +229,8 @@ _ALLOWED = {"set": SETS, "label": CLASSES, "side": ("LEFT", "RIGHT", ""), "view"
 def to_row(result: Outcome, picture: Picture) -> ImageRow:
     """Return the row of a whole image."""
     folder = result.facts["folder"]
-    name, label = folder.split("/")
-    file = whole_img_path(result.name, folder)
-    return ImageRow(file, name, label, picture.patient, picture.side, picture.view, result.facts["source"])
+    who = picture.patient, picture.side, picture.view
+    return ImageRow(whole_img_path(result.name, folder), *folder.split("/"), *who, result.facts["source"])
 
 
 def write_image_table(path: str | Path, rows: Iterable[ImageRow]) -> None:
@@ -322,12 +301,9 @@ def _warn_of_moved(out: str | Path, rows: Iterable[ImageRow]) -> None:
     names = {PurePosixPath(row.file).name: row.set for row in rows}
     moved = [file for file, name in names.items() if earlier.get(file, name) != name]
     if moved := sorted(moved, key=lambda file: names[file] != "test"):
+        text = f"warning: {out}: {counted(len(moved), 'image')} now in another set than before (such as {moved[0]})"
         seen = ": models trained on the earlier sets have seen some of today's test images"
-        print(
-            f"warning: {out}: {counted(len(moved), 'image')} now in another set than before (such as {moved[0]})"
-            f"{seen if names[moved[0]] == 'test' else ''}",
-            file=sys.stderr,
-        )
+        print(text + seen * (names[moved[0]] == "test"), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -351,11 +327,9 @@ def list_near_duplicates(pictures: Mapping[str, Picture], results: Iterable[Outc
     whole = whole_images(results)
     rows = [to_row(result, pictures[result.name]) for result in whole]
     found = find_near_duplicates([result.facts["fingerprint"] for result in whole], [row.patient for row in rows])
-    pairs = []
-    for one, other, difference in found:
-        pair = {name: getattr(rows[one], name) for name in _COMPARED}
-        pair |= {f"other_{name}": getattr(rows[other], name) for name in _COMPARED}
-        pairs.append(pair | {"difference": round(difference, 4)})
+    compared = [operator.attrgetter(*_COMPARED)(row) for row in rows]
+    pairs = [(*compared[one], *compared[other], round(difference, 4)) for one, other, difference in found]
+    pairs = [dict(zip(_PAIR_COLUMNS, pair, strict=True)) for pair in pairs]
     return sorted(pairs, key=lambda pair: pair["set"] == pair["other_set"])
 
 
@@ -376,17 +350,12 @@ def make_report(
 ) -> dict:
     """Return what report.json says of any data set, to be completed by what is its own.
 
-    Args:
-        sets: patients of each set as planned.
-        lists: what `write_lists` returned.
+    sets: patients of each set as planned. lists: what `write_lists` returned.
     """
     done = finished(results)
-    repairs = {
-        kind: list(listing.repairs.get(kind, ())) for kind in dict.fromkeys([*data_set.repairs, *listing.repairs])
-    }
-    for result in results:
-        for kind, what in result.repairs:
-            repairs.setdefault(kind, []).append(what)
+    repairs = {kind: list(listing.repairs.get(kind, ())) for kind in {*data_set.repairs, *listing.repairs}}
+    for kind, what in itertools.chain.from_iterable(result.repairs for result in results):
+        repairs.setdefault(kind, []).append(what)
     report = {
         "options": deciding_options(data_set.args),
         "rescale_factor": RESCALE_FACTOR,
@@ -458,8 +427,8 @@ def write_preparation_report(report: dict, args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- near duplicates
 
 _SIDE = 32  # of the square of frequencies that a fingerprint is made of
-
 _BITS = _SIDE * _SIDE
+_BLOCK = 2048  # fingerprints that are compared at a time
 
 # Pictures are near duplicates when at most this share of their bits differs. Of 4.5 million pairs of drawn mammograms
 # of different patients the most alike differ in 0.16, the four real ones at hand in 0.48 or more; copies of the real
@@ -469,8 +438,6 @@ MAX_DIFFERENCE = 0.09
 
 # No more pairs are told: they grow as the square of the number of copies.
 MAX_PAIRS = 100_000
-
-_BLOCK = 2048
 
 
 def fingerprint(img: np.ndarray) -> str:

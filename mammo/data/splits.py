@@ -17,9 +17,7 @@ SEED = 12345
 
 # What INbreast's names of sides and views mean.
 INBREAST_SIDES = {"L": "LEFT", "R": "RIGHT"}
-
 INBREAST_VIEWS = {"CC": "CC", "MLO": "MLO", "ML": "MLO"}
-
 _INBREAST_NAME = re.compile(r"[^_]+_([0-9a-z]+)_MG_([LR])_([A-Z]+)_ANON", re.IGNORECASE)
 
 
@@ -27,25 +25,15 @@ _INBREAST_NAME = re.compile(r"[^_]+_([0-9a-z]+)_MG_([LR])_([A-Z]+)_ANON", re.IGN
 
 
 def stratified_split(
-    patients: Sequence[str],
-    malignant: Iterable[bool],
-    share: float,
-    seed: int = SEED,
-    option: str = "--val-size",
+    patients: Sequence[str], malignant: Iterable[bool], share: float, seed: int = SEED, option: str = "--val-size"
 ) -> tuple[list[str], list[str]]:
     """Split patients in two parts, such as training and validation, each with the same share of cancer patients.
 
     The same ids in the same order give the same split: fed with the patient list and the labels of the patch sampler,
-    it splits whole images as the patches were split.
+    it splits whole images as the patches were split. Raises InputError where a part would lack one of the classes.
 
-    Args:
-        patients: ids.
-        malignant: for each, whether any finding is malignant.
-        share: of the patients in the second part; 0 leaves it empty.
-        option: where the user has the share from, for the error.
-
-    Raises:
-        InputError: where a part would lack one of the classes.
+    malignant: for each patient, whether any finding is malignant. share: of the patients in the second part; 0 leaves
+    it empty. option: where the user has the share from, for the error.
     """
     if share == 0:
         return list(patients), []
@@ -68,21 +56,20 @@ def split_by_patient(cancer: Mapping[str, bool], share: float, seed: int) -> tup
     Patients are taken in sorted order, so that the split depends on nothing but the patients and the seed. Few
     patients are divided class by class, at least one of each class of two or more going to the second part.
 
-    Args:
-        cancer: for each patient, whether any finding is malignant.
-        share: of the patients in the second part, 0..1.
+    cancer: for each patient, whether any finding is malignant. share: of the patients in the second part, 0..1.
     """
     patients = sorted(cancer)
     try:
         first, second = stratified_split(patients, [cancer[patient] for patient in patients], share, seed)
     except InputError:
-        print(f"only {counted(len(patients), 'patient')} ({sum(cancer.values())} with cancer): divided class by class")
+        few = f"{counted(len(patients), 'patient')} ({sum(cancer.values())} with cancer)"
+        print(f"{few} are too few for a split with equal shares of cancer: those with and without are split separately")
         rng = np.random.RandomState(seed)
         second = []
         for label in (False, True):
             group = [patient for patient in patients if bool(cancer[patient]) == label]
             wanted = max(1, round(share * len(group))) if len(group) > 1 else 0
-            second += [group[index] for index in rng.permutation(len(group))[:wanted]]
+            second += rng.permutation(group)[:wanted].tolist()
         first = set(patients) - set(second)
     return sorted(first), sorted(second)
 
@@ -197,13 +184,8 @@ def split_by_options(pictures: Iterable[Picture], args: Namespace, parser: Argum
     """Split patients into train, val and test by `args.split`: "lists", "official", or any other name for a random one.
 
     The official split is the one that the data name; where they name no validation set, part of the training patients
-    are for validation.
-
-    Args:
-        parser: the one of `args`, which knows the defaults.
-
-    Raises:
-        InputError: when a patient is in two sets, and for lists of patients, or shares, that this split does not use.
+    are for validation. parser: the one of `args`, which knows the defaults. Raises InputError when a patient is in two
+    sets, and for lists of patients, or shares, that this split does not use.
     """
     pictures = list(pictures)
     cancer = cancer_patients(pictures)
@@ -276,20 +258,18 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = SEED) ->
     in the shares of the training set. So a smaller choice is always part of a larger one.
     Images are linked, not copied; `patients.txt` lists the patients. Returns them, sorted.
 
-    Raises:
-        InputError: for names that tell no patient, for fewer patients than are asked for, where these are too few
-            for both classes, and where `out` has links of another choice: images of other patients would stay in it.
+    Raises InputError for names that tell no patient, for fewer patients than are asked for, where these are too few for
+    both classes, and where `out` has links of another choice: images of other patients would stay in it.
     """
     source, out = Path(source).resolve(), Path(out)
-    images: dict[str, list[Path]] = {}
-    cancer = set()
+    images, cancer = defaultdict(list), set()
     for label in CLASSES:
         folder = source / "train" / label
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder. Expected train, val and test, each with neg and pos")
         for path in filter(is_image, walk_files(folder)):
             patient = patient_of(str(path))
-            images.setdefault(patient, []).append(path)
+            images[patient].append(path)
             if label == "pos":
                 cancer.add(patient)
     if len(images) < patients:
@@ -301,10 +281,8 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = SEED) ->
             f"for which this share means some with and some without. Received {patients}"
         )
     rng = np.random.default_rng(seed)
-    chosen = [
-        *rng.permutation(sorted(cancer)).tolist()[:with_cancer],
-        *rng.permutation(sorted(images.keys() - cancer)).tolist()[: patients - with_cancer],
-    ]
+    chosen = rng.permutation(sorted(cancer)).tolist()[:with_cancer]
+    chosen += rng.permutation(sorted(images.keys() - cancer)).tolist()[: patients - with_cancer]
     paths = [path for name in chosen for path in images[name]] + [source / "val", source / "test"]
     links = {out / path.relative_to(source): path for path in paths}
     for there in sorted(path for path in out.rglob("*") if path.is_symlink()):

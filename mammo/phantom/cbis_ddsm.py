@@ -4,7 +4,6 @@
 """
 
 import csv
-import functools
 import io
 import json
 from collections import defaultdict
@@ -15,9 +14,8 @@ import cv2
 import numpy as np
 
 from mammo.base.files import InputError, atomic_write
-from mammo.base.work import run_parallel
 from mammo.data.splits import stratified_split
-from mammo.phantom.draw import Patient, check_output, draw_patients, draw_view
+from mammo.phantom.draw import Drawing, Patient, draw_patients
 
 TREES = ("uid", "descriptive", "descriptive2", "jpeg")
 
@@ -35,6 +33,13 @@ ODDITIES = {
     "repeated_row": "a row that stands twice in its file",
     "patient_in_both_sets": "a patient with one view in the official training set, the other in the test set",
     "key_in_both_types": "an image that stands in the calc and in the mass file of one set",
+}
+
+# What a patient with an oddity has on each view, where that is not one mass.
+FINDINGS = {
+    **dict.fromkeys(("key_in_both_sets", "patient_in_both_sets", "key_in_both_types"), ("calc", "mass")),
+    **dict.fromkeys(("mixed_pathologies", "several_masks"), ("mass", "mass")),
+    "several_abnormalities": ("calc",) * 3,
 }
 
 HEADERS = {
@@ -143,16 +148,9 @@ def add_oddities(people, seed):
     order = np.random.default_rng([seed, 2]).permutation(len(people))
     for position, oddity in zip(order.tolist(), ODDITIES, strict=False):
         patient = people[position]
-        pathology = patient.findings[0][1]
-        kinds = {
-            "key_in_both_sets": ["calc", "mass"],
-            "patient_in_both_sets": ["calc", "mass"],
-            "key_in_both_types": ["calc", "mass"],
-            "mixed_pathologies": ["mass", "mass"],
-            "several_abnormalities": ["calc"] * 3,
-            "several_masks": ["mass", "mass"],
-        }.get(oddity, ["mass"])
-        pathologies = ["MALIGNANT", "BENIGN"] if oddity == "mixed_pathologies" else [pathology] * len(kinds)
+        kinds = FINDINGS.get(oddity, ("mass",))
+        first = patient.findings[0][1]
+        pathologies = ["MALIGNANT", "BENIGN"] if oddity == "mixed_pathologies" else [first] * len(kinds)
         people[position] = patient._replace(findings=list(zip(kinds, pathologies, strict=True)))
         odd[patient.name] = oddity
     return people, odd
@@ -198,11 +196,8 @@ def place_files(row, seed):
         unknown = inside == "mask" and "mask_without_description" in row.oddities
         return Place(content, row.roi_folder, *slots[slot], "NA" if unknown else DESCRIPTIONS[inside])
 
-    return (
-        image,
-        *(place(content, actual[content]) for content in ("mask", "crop")),
-        *(place(content, listed[content]).listed() for content in ("mask", "crop")),
-    )
+    places = [place(content, actual[content]) for content in ("mask", "crop")]
+    return image, *places, *(place(content, listed[content]).listed() for content in ("mask", "crop"))
 
 
 def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, bits=None, **tags):
@@ -242,10 +237,10 @@ def write_bytes(path, data, keep=1.0):
         temporary.write_bytes(data[: round(keep * len(data))])
 
 
-def write_view(rows, out, tree, seed, height, width, contrast, style):
+def write_view(rows, drawing, out, tree):
     """Draw one view of a patient and write the files of all its rows. Returns their rows of dicom_info.csv."""
     patient, view = rows[0].patient, rows[0].view
-    img, masks = draw_view(patient, view, seed, height, width, contrast, style)
+    img, masks = drawing.draw(patient, view)
     info, done = [], set()
     for row in rows:
         mask = masks[row.index]
@@ -253,23 +248,18 @@ def write_view(rows, out, tree, seed, height, width, contrast, style):
         margin = max(1, max(w, h) // 10)
         crop = img[max(y - margin, 0) : y + h + margin, max(x - margin, 0) : x + w + margin]
         if "mask_size" in row.oddities:
-            mask = cv2.resize(mask, (round(0.83 * width), round(0.87 * height)), interpolation=cv2.INTER_NEAREST)
-        for place, pixels in zip(place_files(row, seed)[:3], (img, mask, crop), strict=True):
+            size = round(0.83 * drawing.width), round(0.87 * drawing.height)
+            mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+        for place, pixels in zip(place_files(row, drawing.seed)[:3], (img, mask, crop), strict=True):
             path = place.path(tree)
             if path in done:  # the image of several findings
                 continue
             done.add(path)
-            description = DESCRIPTIONS[place.content]
-            if place.content == "mask" and "mask_without_description" in row.oddities:
-                description = None
             keep = 0.6 if place.content == "image" and "truncated" in row.oddities else 1
-            tags = {
-                "PatientID": place.folder,
-                "Laterality": patient.side[0],
-                "PatientOrientation": view,
-                "StudyInstanceUID": place.study,
-                "SeriesInstanceUID": place.series,
-            } | ({"SeriesDescription": description} if description else {})
+            tags = {"PatientID": place.folder, "Laterality": patient.side[0], "PatientOrientation": view}
+            tags |= {"StudyInstanceUID": place.study, "SeriesInstanceUID": place.series}
+            if not (place.content == "mask" and "mask_without_description" in row.oddities):
+                tags["SeriesDescription"] = DESCRIPTIONS[place.content]
             if tree == "jpeg":
                 grey = pixels if pixels.dtype == np.uint8 else (pixels >> 8).astype(np.uint8)
                 write_bytes(out / path, cv2.imencode(".jpg", grey)[1].tobytes(), keep)
@@ -277,13 +267,10 @@ def write_view(rows, out, tree, seed, height, width, contrast, style):
                 inverted = place.content == "image" and "monochrome1" in row.oddities
                 tags["InstanceNumber"] = place.position + 1
                 write_dicom(out / path, pixels, "MONOCHROME1" if inverted else "MONOCHROME2", keep, **tags)
-            info.append(
-                tags
-                | {"file_path": f"CBIS-DDSM/dicom/{place.series}/1-{place.position + 1}.dcm"}
-                | {"image_path": f"CBIS-DDSM/{path}", "Rows": pixels.shape[0], "Columns": pixels.shape[1]}
-                | {"BitsAllocated": 8 * pixels.itemsize, "BitsStored": 8 * pixels.itemsize, "Modality": "MG"}
-                | {"PhotometricInterpretation": "MONOCHROME2"}
-            )
+            tags |= {"file_path": f"CBIS-DDSM/dicom/{place.series}/1-{place.position + 1}.dcm"}
+            tags |= {"image_path": f"CBIS-DDSM/{path}", "Rows": pixels.shape[0], "Columns": pixels.shape[1]}
+            tags |= {"BitsAllocated": 8 * pixels.itemsize, "BitsStored": 8 * pixels.itemsize, "Modality": "MG"}
+            info.append(tags | {"PhotometricInterpretation": "MONOCHROME2"})
     return info
 
 
@@ -340,23 +327,7 @@ def count_oddities(rows):
     return {"counts": counts, "oddities": found}
 
 
-def make_download(
-    out,
-    patients=100,
-    views=("CC", "MLO"),
-    height=1152,
-    width=896,
-    prevalence=0.4,
-    contrast=1.0,
-    style="film",
-    test_size=0.2,
-    tree="uid",
-    oddities="all",
-    old_header=False,
-    seed=0,
-    jobs=1,
-    backend="loky",
-):
+def make_download(out, *, test_size=0.2, tree="uid", oddities="all", old_header=False, **drawing):
     """Write a folder like a download of CBIS-DDSM into the new or empty folder `out`.
 
     Below it are the four description files (`csv/` holds them in the tree "jpeg", with dicom_info.csv), the images
@@ -366,14 +337,15 @@ def make_download(
     tree: "uid", as the description files have it; "descriptive" and "descriptive2", dates and series descriptions
     as the two later downloads name folders; "jpeg", the JPEG re-release.
     oddities: "all", see ODDITIES (as many as there are patients for), or "none". Newlines in the path cells are
-    always there. old_header: the older column names and backslash paths.
+    always there. old_header: the older column names and backslash paths. drawing: options of `Drawing`.
     The same options give the same bytes for any number of jobs. Returns the list of `Row`s; with the patient, view
     and index of each, `draw_view` gives the true pixels and mask.
     Raises InputError for a folder with content and for shares that cannot be had.
     """
-    out = Path(out)
-    check_output(out, views, height, width)
-    people, odd = draw_patients(patients, prevalence, 1 - prevalence, seed), {}
+    out, drawing = Path(out), Drawing(**drawing)
+    drawing.check(out)
+    patients, seed = drawing.patients, drawing.seed
+    people, odd = draw_patients(patients, drawing.prevalence, 1 - drawing.prevalence, seed), {}
     if oddities == "all":
         people, odd = add_oddities(people, seed)
     if tree == "jpeg":
@@ -384,14 +356,11 @@ def make_download(
     except InputError as error:
         raise InputError(f"{error}, or more --patients than {patients}") from None
     divisions = {p.name: "Test" if p.name in test else "Training" for p in people}
-    rows = make_rows(people, views, divisions, odd, seed)
+    rows = make_rows(people, drawing.views, divisions, odd, seed)
     groups = defaultdict(list)
     for row in rows:
         groups[row.key].append(row)
-    write = functools.partial(
-        write_view, out=out, tree=tree, seed=seed, height=height, width=width, contrast=contrast, style=style
-    )
-    info = list(run_parallel(write, list(groups.values()), jobs, backend, "drawing"))
+    info = drawing.run(write_view, list(groups.values()), out=out, tree=tree)
     tables = out / "csv" if tree == "jpeg" else out
     if tree == "jpeg":
         cells = [[line.get(name, "") for name in JPEG_INFO] for group in info for line in group]
@@ -407,7 +376,6 @@ def make_download(
                     cells += [describe_download(row, old_header, seed)] * repeats
             write_rows(tables / f"{kind}_case_description_{name}_set.csv", header, cells)
     write_bytes(out / "oddities.json", json.dumps({"tree": tree} | count_oddities(rows), indent=2).encode())
-    shape = f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}"
-    text = README.format(options=f"{shape}, style {style}, oddities: {oddities}.", tree=tree)
+    text = README.format(options=f"{drawing}, style {drawing.style}, oddities: {oddities}.", tree=tree)
     write_bytes(out / "README.txt", text.encode())
     return rows

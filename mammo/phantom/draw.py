@@ -11,12 +11,17 @@ and even, malignant ones linear, branching and uneven (the descriptors of BI-RAD
 Pictures come in two styles: as digitised film, and as a digital detector with its maker's processing gives them.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from mammo.base.files import InputError
+from mammo.base.work import run_parallel
 
 
 class Patient(NamedTuple):
@@ -320,11 +325,39 @@ def _draw_patient(index, kind, seed):
     return Patient(f"P_{index:05d}", index, side, findings)
 
 
-def check_output(out, views, height, width):
-    """Raise InputError unless `out` (a Path) is new or empty and images of these views and size can be drawn."""
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out}: Expected a new or empty folder. Received one with files in it.")
-    if len(set(views)) < len(views):
-        raise InputError(f"Expected each of --views once. Received {' '.join(views)}.")
-    if min(height, width) < 128:
-        raise InputError(f"Expected --height and --width of at least 128. Received {height} and {width}.")
+@dataclass(frozen=True)
+class Drawing:
+    """Hold the options that all layouts share, as on the command line."""
+
+    patients: int = 100
+    views: Sequence[str] = ("CC", "MLO")
+    height: int = 1152
+    width: int = 896
+    prevalence: float = 0.4
+    contrast: float = 1.0
+    style: str = "film"
+    seed: int = 0
+    jobs: int = 1
+    backend: str = "loky"
+
+    def __str__(self) -> str:
+        views = " ".join(self.views)
+        return f"{self.patients} patients, views {views}, {self.height} x {self.width} pixels, seed {self.seed}"
+
+    def check(self, out: Path) -> None:
+        """Raise InputError unless `out` is new or empty and images of these views and size can be drawn."""
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out}: Expected a new or empty folder. Received one with files in it.")
+        if len(set(self.views)) < len(self.views):
+            raise InputError(f"Expected each of --views once. Received {' '.join(self.views)}.")
+        if min(self.height, self.width) < 128:
+            raise InputError(f"Expected --height and --width of at least 128. Received {self.height} and {self.width}.")
+
+    def draw(self, patient: Patient, view: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Draw one image of a patient; see `draw_view`."""
+        return draw_view(patient, view, self.seed, self.height, self.width, self.contrast, self.style)
+
+    def run(self, function: Callable, items: Sequence, unit: str = "image", **arguments) -> list:
+        """Return function(item, drawing, **arguments) for all items, computed by so many jobs."""
+        work = functools.partial(function, drawing=self, **arguments)
+        return list(run_parallel(work, items, self.jobs, self.backend, "drawing", unit))

@@ -1,9 +1,8 @@
 """Phantoms laid out like a download of INbreast: its table, DICOM files, annotations and oddities.
 
-`prepare_inbreast.py` and its tests take the same path with these as with the real data.
+`mammo prepare inbreast` and its tests take the same path with these as with the real data.
 """
 
-import functools
 import hashlib
 import json
 import plistlib
@@ -13,9 +12,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from mammo.base.work import run_parallel
 from mammo.phantom.cbis_ddsm import write_bytes, write_dicom, write_rows
-from mammo.phantom.draw import Patient, check_output, draw_patients, draw_view
+from mammo.phantom.draw import Drawing, Patient, draw_patients
 
 HEADER = ["Patient ID", "Patient age", "Laterality", "View", "Acquisition date", "File Name", "ACR", "Bi-Rads"]
 
@@ -40,7 +38,7 @@ POSITIVE_BIRADS = {"4a": 13, "4b": 8, "4c": 22, "5": 49, "6": 8}
 BITS = 14
 
 README = """SYNTHETIC IMAGES, laid out like a download of INbreast. Made by mammo phantom, without patients.
-They serve to try and to test software, inbreast/prepare_inbreast.py in particular. They are no substitute for
+They serve to try and to test software, mammo prepare inbreast in particular. They are no substitute for
 patients: figures measured on them say nothing about how a classifier does on real mammograms.
 
 {options}
@@ -133,58 +131,41 @@ def annotate(findings, masks, rng):
     return rois
 
 
-def write_view(view, out, seed, height, width, contrast, style):
+def write_view(view, drawing, out):
     """Draw one image and write its DICOM file and, where there are findings, its annotations."""
     findings = view.breast.findings
-    img, masks = draw_view(view.breast, view.view, seed, height, width, contrast, style)
+    img, masks = drawing.draw(view.breast, view.view)
     if "row_without_dicom" not in view.oddities:
         photometric = "MONOCHROME1" if "monochrome1" in view.oddities else "MONOCHROME2"
         keep = 0.6 if "truncated" in view.oddities else 1
         tags = {"PatientID": "removed", "PatientName": "removed", "InstanceNumber": view.number}
         write_dicom(out / view.dicom, img >> (16 - BITS), photometric, keep, BITS, **tags)
     if findings:
-        rois = annotate(findings, masks, np.random.default_rng([seed, view.number, 6]))
+        rois = annotate(findings, masks, np.random.default_rng([drawing.seed, view.number, 6]))
         images = {"Images": [{"ImageIndex": 0, "NumberOfROIs": len(rois), "ROIs": rois}]}
         write_bytes(out / view.annotation, plistlib.dumps(images), 0.6 if "damaged_xml" in view.oddities else 1)
 
 
-def make_inbreast(
-    out,
-    patients=100,
-    views=("CC", "MLO"),
-    height=1152,
-    width=896,
-    prevalence=0.4,
-    benign_rate=0.4,
-    contrast=1.0,
-    style="digital",
-    oddities="all",
-    seed=0,
-    jobs=1,
-    backend="loky",
-):
+def make_inbreast(out, *, benign_rate=0.4, oddities="all", **drawing):
     """Write a folder like a download of INbreast into the new or empty folder `out`.
 
     Below it are INbreast.csv, AllDICOMs/, AllXML/, README.txt and oddities.json. Both breasts of each patient are
     imaged; one of them has the findings, of the shares `prevalence` (malignant) and `benign_rate` of the patients.
-    oddities: "all", see ODDITIES (as many as there are patients with findings for), or "none".
-    The same options give the same bytes for any number of jobs. Returns the list of `View`s; with the breast and view
-    of each, `draw_view` gives the true pixels and masks.
+    oddities: "all", see ODDITIES (as many as there are patients with findings for), or "none". drawing: options of
+    `Drawing`, in the style "digital" by default. The same options give the same bytes for any number of jobs.
+    Returns the list of `View`s; with the breast and view of each, `draw_view` gives the true pixels and masks.
     Raises InputError for a folder with content.
     """
-    out = Path(out)
-    check_output(out, views, height, width)
-    people, odd = draw_patients(patients, prevalence, min(benign_rate, 1 - prevalence), seed), {}
+    out, drawing = Path(out), Drawing(**{"style": "digital"} | drawing)
+    drawing.check(out)
+    benign_rate = min(benign_rate, 1 - drawing.prevalence)
+    people, odd = draw_patients(drawing.patients, drawing.prevalence, benign_rate, drawing.seed), {}
     if oddities == "all":
         with_findings = [patient.name for patient in people if patient.findings]
-        chosen = np.random.default_rng([seed, 7]).permutation(with_findings).tolist()
+        chosen = np.random.default_rng([drawing.seed, 7]).permutation(with_findings).tolist()
         odd = dict(zip(chosen, ODDITIES, strict=False))
-    made = make_views(people, views, odd, seed)
-    write = functools.partial(
-        write_view, out=out, seed=seed, height=height, width=width, contrast=contrast, style=style
-    )
-    for _ in run_parallel(write, made, jobs, backend, "drawing"):
-        pass
+    made = make_views(people, drawing.views, odd, drawing.seed)
+    drawing.run(write_view, made, out=out)
     rows = []
     for view in made:
         if "dicom_without_row" not in view.oddities:
@@ -192,7 +173,7 @@ def make_inbreast(
     write_rows(out / "INbreast.csv", HEADER, rows, delimiter=";")
     found = {name: [view.number for view in made if name in view.oddities] for name in ODDITIES}
     write_bytes(out / "oddities.json", json.dumps(found, indent=2).encode())
-    shape = f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}"
-    text = README.format(options=f"{shape}, style {style}, contrast {contrast}, oddities: {oddities}.")
+    options = f"{drawing}, style {drawing.style}, contrast {drawing.contrast}, oddities: {oddities}."
+    text = README.format(options=options)
     write_bytes(out / "README.txt", text.encode())
     return made

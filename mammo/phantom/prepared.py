@@ -7,37 +7,26 @@ patients.
 Layout `prepared` (the default) holds what the patch sampler and the whole-image trainer read. Layout `cbis-ddsm`
 is the download before `mammo prepare cbis-ddsm`: DICOM files (or the JPEG files of the re-release) in one of the
 folder trees in circulation, the four description files, and the oddities of the real thing, which
-oddities.json lists. Layout `inbreast` is the download before `prepare_inbreast.py`: its table, DICOM files of 14 bits,
-annotations, and oddities.
+oddities.json lists. Layout `inbreast` is the download before `mammo prepare inbreast`: its table, DICOM files of 14
+bits, annotations, and oddities.
 
-    python -m mammo phantom phantom --patients 200 --height 576 --width 448
-    python -m mammo phantom download --layout cbis-ddsm --tree descriptive --patients 50
-    python -m mammo phantom download --layout inbreast --patients 50
+    mammo phantom phantom --patients 200 --height 576 --width 448
+    mammo phantom download --layout cbis-ddsm --tree descriptive --patients 50
+    mammo phantom download --layout inbreast --patients 50
 """
 
 import argparse
-import functools
 import os
 import shutil
 from pathlib import Path
 
 import cv2
 
-from mammo.base.cli import (
-    HelpFormatter,
-    add_parallel_options,
-    command,
-    complete,
-    fraction,
-    natural_float,
-    natural_int,
-    positive_int,
-)
+from mammo.base import cli
 from mammo.base.files import InputError, atomic_write, write_img, write_text
-from mammo.base.work import run_parallel
 from mammo.data.splits import stratified_split
 from mammo.phantom.cbis_ddsm import TREES, make_download
-from mammo.phantom.draw import STYLES, check_output, draw_patients, draw_view
+from mammo.phantom.draw import STYLES, Drawing, draw_patients
 from mammo.phantom.inbreast import make_inbreast
 
 CSV_HEADER = "patient_id,side,view,abn_num,pathology,type\n"
@@ -79,10 +68,10 @@ def assign_folders(people, test_size, val_size, seed):
     return folders
 
 
-def make_patient(patient, out, folders, views, seed, height, width, contrast, style, img_size):
+def make_patient(patient, drawing, out, folders, img_size):
     """Draw and write all images and masks of one patient."""
-    for view in views:
-        img, masks = draw_view(patient, view, seed, height, width, contrast, style)
+    for view in drawing.views:
+        img, masks = drawing.draw(patient, view)
         name = f"{patient.name}_{patient.side}_{view}"
         full_img = out / "full_img" / f"{name}.png"
         write_img(full_img, img)
@@ -104,46 +93,24 @@ def _link(source, target):
             shutil.copyfile(source, temporary)
 
 
-def make_phantom(
-    out,
-    patients=100,
-    views=("CC", "MLO"),
-    height=1152,
-    width=896,
-    img_size=None,
-    prevalence=0.4,
-    benign_rate=0.4,
-    contrast=1.0,
-    style="film",
-    test_size=0.2,
-    val_size=0.1,
-    seed=0,
-    jobs=1,
-    backend="loky",
-):
+def make_phantom(out, *, img_size=None, benign_rate=0.4, test_size=0.2, val_size=0.1, **drawing):
     """Write a phantom data set into the new or empty folder `out`: the README.txt there lists what.
 
-    Options as on the command line. The same options give the same bytes for any number of jobs. Returns the
-    list of patients. Raises InputError for a folder with content and for shares that cannot be had.
+    Options as on the command line; drawing: those of `Drawing`. The same options give the same bytes for any number of
+    jobs. Returns the list of patients. Raises InputError for a folder with content and for shares that cannot be had.
     """
-    out = Path(out)
-    check_output(out, views, height, width)
-    if prevalence + benign_rate > 1:
-        raise InputError(
-            f"Expected --prevalence and --benign-rate of at most 1 together. Received {prevalence} and {benign_rate}."
-        )
-    people = draw_patients(patients, prevalence, benign_rate, seed)
-    folders = assign_folders(people, test_size, val_size, seed)
-    draw = functools.partial(
-        make_patient, out=out, folders=folders, views=views, seed=seed, height=height, width=width, contrast=contrast,
-        style=style, img_size=img_size,
-    )  # fmt: skip
-    for _ in run_parallel(draw, people, jobs, backend, "drawing", "patient"):
-        pass
+    out, drawing = Path(out), Drawing(**drawing)
+    drawing.check(out)
+    if (prevalence := drawing.prevalence) + benign_rate > 1:
+        text = "Expected --prevalence and --benign-rate of at most 1 together"
+        raise InputError(f"{text}. Received {prevalence} and {benign_rate}.")
+    people = draw_patients(drawing.patients, prevalence, benign_rate, drawing.seed)
+    folders = assign_folders(people, test_size, val_size, drawing.seed)
+    drawing.run(make_patient, people, "patient", out=out, folders=folders, img_size=img_size)
     findings = [
         f"{p.name},{p.side},{view},{number},{pathology},{kind}\n"
         for p in people
-        for view in views
+        for view in drawing.views
         for number, (kind, pathology) in enumerate(p.findings, start=1)
     ]
     write_text(out / "roi_mask_path.csv", CSV_HEADER + "".join(findings))
@@ -152,14 +119,9 @@ def make_phantom(
         write_text(out / name, "".join(f"{name}\n" for name in names))
     cancers = [f"{p.name},{p.side},{int(p.malignant)}\n" for p in people]
     write_text(out / "pat_side_cancer.csv", "patient_id,side,cancer\n" + "".join(cancers))
-    write_text(
-        out / "README.txt",
-        README.format(
-            options=f"{patients} patients, views {' '.join(views)}, {height} x {width} pixels, seed {seed}, "
-            f"contrast {contrast}, style {style};\nshares: malignant {prevalence}, benign {benign_rate}, "
-            f"test {test_size}, validation {val_size}."
-        ),
-    )
+    shares = f"malignant {prevalence}, benign {benign_rate}, test {test_size}, validation {val_size}"
+    options = f"{drawing}, contrast {drawing.contrast}, style {drawing.style};\nshares: {shares}."
+    write_text(out / "README.txt", README.format(options=options))
     return people
 
 
@@ -171,44 +133,47 @@ LAYOUTS = {
 }
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("out", help="folder to write, new or empty")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
-    add("--layout", choices=LAYOUTS, default="prepared", help="how the images are laid out (prepared)")
-    add("--patients", type=positive_int, default=100, help="number of patients, one breast each; inbreast: both (100)")
-    add("--views", nargs="+", choices=["CC", "MLO"], default=["CC", "MLO"], help="views of each (both)")
-    add("--height", type=positive_int, default=1152, help="of the full images, in pixels (1152)")
-    add("--width", type=positive_int, default=896, help="of the full images, in pixels (896)")
-    add("--prevalence", type=fraction, default=0.4, help="share of patients with cancer (0.4)")
-    add("--contrast", type=natural_float, default=1.0, help="conspicuity of the lesions; 0: invisible (1)")
-    add("--style", choices=STYLES,
-        help="pictures as of digitised film, or of a digital detector: more contrast, sharper, black around the "
-        "breast, 14 bits (as the layout's originals: film; inbreast: digital)")  # fmt: skip
-    add("--test-size", type=fraction, default=0.2,
-        help="share of patients for the (official) test set; not inbreast (0.2)")  # fmt: skip
-    add("--benign-rate", type=fraction, default=0.4,
-        help="share with benign findings only; not cbis-ddsm, where all others have them (0.4)")  # fmt: skip
-    add("--oddities", choices=["all", "none"], default="all",
-        help="those of the real data: truncated files, repeated rows, swapped masks; not prepared (all)")  # fmt: skip
-    add("--seed", type=natural_int, default=0, help="other seeds make other patients (0)")
-    add_parallel_options(parser, jobs=os.cpu_count())
+    add("out", help="folder to write, new or empty")
+    add("--layout", choices=LAYOUTS, default="prepared", help="how the images are laid out")
+    text = "number of patients, one breast each; inbreast: both"
+    add("--patients", type=cli.positive_int, default=100, help=text)
+    add("--views", nargs="+", choices=["CC", "MLO"], default=["CC", "MLO"], help="views of each")
+    add("--height", type=cli.positive_int, default=1152, help="of the full images, in pixels")
+    add("--width", type=cli.positive_int, default=896, help="of the full images, in pixels")
+    add("--prevalence", type=cli.fraction, default=0.4, help="share of patients with cancer")
+    add("--contrast", type=cli.natural_float, default=1.0, help="conspicuity of the lesions; 0: invisible")
+    text = (
+        "pictures as of digitised film, or of a digital detector: more contrast, sharper, black around the breast, "
+        "14 bits; default: as the layout's originals, film, and digital for inbreast"
+    )
+    add("--style", choices=STYLES, help=text)
+    text = "share of patients for the (official) test set; not inbreast"
+    add("--test-size", type=cli.fraction, default=0.2, help=text)
+    text = "share with benign findings only; not cbis-ddsm, where all others have them"
+    add("--benign-rate", type=cli.fraction, default=0.4, help=text)
+    text = "those of the real data: truncated files, repeated rows, swapped masks; not prepared"
+    add("--oddities", choices=["all", "none"], default="all", help=text)
+    add("--seed", type=cli.natural_int, default=0, help="other seeds make other patients")
+    cli.add_parallel_options(parser, jobs=os.cpu_count())
     add = parser.add_argument_group("layout prepared").add_argument
-    add("--img-size", nargs=2, type=positive_int, metavar=("HEIGHT", "WIDTH"),
-        help="size of the whole images in train, val and test (default: links to the full images)")  # fmt: skip
-    add("--val-size", type=fraction, default=0.1,
-        help="share of the others for validation; give the patch sampler the same (0.1)")  # fmt: skip
+    text = "size of the whole images in train, val and test; default: links to the full images"
+    add("--img-size", nargs=2, type=cli.positive_int, metavar=("HEIGHT", "WIDTH"), help=text)
+    text = "share of the others for validation; give the patch sampler the same"
+    add("--val-size", type=cli.fraction, default=0.1, help=text)
     add = parser.add_argument_group("layout cbis-ddsm (every patient has findings)").add_argument
-    add("--tree", choices=TREES, default="uid",
-        help="folders named by UIDs, by dates and descriptions (two styles), or the JPEG re-release (uid)")  # fmt: skip
+    text = "folders named by UIDs, by dates and descriptions (two styles), or the JPEG re-release"
+    add("--tree", choices=TREES, default="uid", help=text)
     add("--old-header", action="store_true", help="description files with older column names and backslashes")
     return parser
 
 
-def run(**options):
+def run(**options) -> None:
     """Write the data set; keyword arguments are the option names of `make_parser`."""
     parser = make_parser()
-    args = vars(complete(parser, options))
+    args = vars(cli.complete(parser, options))
     layout = args.pop("layout")
     if args["style"] is None:
         del args["style"]
@@ -220,4 +185,4 @@ def run(**options):
     make(**args)
 
 
-main = command(make_parser, run)
+main = cli.command(make_parser, run)

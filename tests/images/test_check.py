@@ -225,7 +225,10 @@ def test_the_script_accepts_good_images(folder, tmp_path, capsys):
     table = tmp_path / "t.csv"
     given = [folder / "a.png", folder / "bad/constant.png"]
     assert check_data.main([*map(str, given), "--table", str(table), "--allow-constant", "--jobs", "2"]) == 0
-    assert capsys.readouterr() == (f"pixel types: uint16 (2)\nsizes: 40 x 30 (2)\n2 images listed in {table}\n", "")
+    assert capsys.readouterr() == (
+        f"pixel types: uint16 (2)\nsizes: 40 x 30 (2)\n2 images listed in {table}: all of them can be used\n",
+        "",
+    )
     assert check_data.main([*map(str, given), "--table", str(table)]) == 1
     assert "constant image: all pixels are 7" in capsys.readouterr().err
 
