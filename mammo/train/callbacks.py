@@ -58,7 +58,8 @@ class BestModel(keras.callbacks.Callback):
         if self.filepath == "NOSAVE":
             self.weights = model.get_weights()
         else:
-            checkpoint.save_model(model, self.filepath)
+            with checkpoint.unfrozen(model):
+                checkpoint.save_model(model, self.filepath)
 
     def restore(self, model: keras.Model) -> None:
         """Give `model` the best weights; without a finished epoch it stays as it is. InputError for another's file.

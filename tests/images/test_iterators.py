@@ -663,7 +663,7 @@ def test_exams_train_and_score_a_model_of_two_views(exams):
         exams, target_size=(32, 24), target_scale=2, batch_size=2, class_mode="categorical", seed=0
     )
     keras.utils.set_random_seed(0)
-    model = MultiViewResNetBuilder.build_dm_resnet_14((32, 24, 1), 2, nb_init_filter=2)
+    model = MultiViewResNetBuilder.build_dm_resnet_14((1, 32, 24), 2, nb_init_filter=2)
     model.compile(optimizer=keras.optimizers.SGD(1e-4), loss="categorical_crossentropy")
     fit = model.fit(iterator, epochs=2, shuffle=False, verbose=0)
     assert np.isfinite(fit.history["loss"]).all()

@@ -23,6 +23,7 @@ from dm_keras_ext import (
 from dm_multi_gpu import make_parallel
 from dm_region import prob_heatmap_features
 from dm_resnet import add_top_layers
+from mammo.train.callbacks import BestModel
 from tests.helpers import write_images
 from tests.train.networks import quick_training
 
@@ -191,6 +192,27 @@ def test_the_image_trainer(tmp_path, capsys):
     single = robust_load_model(best_model).predict(x[np.newaxis], verbose=0)
     plain = DMAucModelCheckpoint.calc_test_auc(test_generator, model, return_y_res=True)[2]
     np.testing.assert_allclose(single[0], plain[4], atol=1e-5)
+
+
+def test_a_best_model_of_the_first_stage_fits_load_weights_in_the_last(tmp_path):
+    """With batch normalization in the frozen patch net, some of it frozen before."""
+    patch_model = Yaroslav(classes=3, nb_init_filter=1)
+    patch_model.layers[3].trainable = False
+    shape = {"depths": [4], "repetitions": [1], "nb_class": 2}
+    model, top_layer_nb = add_top_layers(patch_model, [128, 128], "yaroslav", "vgg", **shape)
+    for layer in model.layers[:top_layer_nb]:
+        layer.trainable = False
+    flags = [variable.trainable for variable in model.variables]
+    keeper = BestModel(str(tmp_path / "best.h5"))
+    keeper.set_model(model)
+    keeper.on_epoch_end(0, {"val_accuracy": 0.5})
+    assert [variable.trainable for variable in model.variables] == flags and sum(flags) < len(flags) / 2
+    kept = model.get_weights()
+    model.trainable = True
+    model.set_weights([np.zeros_like(weights) for weights in kept])
+    model.load_weights(tmp_path / "best.h5")
+    for ours, theirs in zip(model.get_weights(), kept, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_heatmap_sweep_and_the_score_of_a_breast(tmp_path):
