@@ -97,7 +97,7 @@ def test_the_tree_names_every_module():
 
 def test_the_inbreast_recipe_is_the_published_command():
     def options(text):
-        return re.findall(r"^    (--\S+(?: [^$\"\\\n]*[^$\"\\\s])?)", text, flags=re.MULTILINE)
+        return re.findall(r"--[a-z][\w-]*(?: (?!--)[^\s$\"\\]+)*", text)
 
     published = options(block("shell", "RESUME_FROM"))
     assert len(published) == 27
