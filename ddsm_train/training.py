@@ -41,7 +41,6 @@ _FREE_TO_CHANGE = (
 _STAGE_OPTIONS = ("optim", "es_patience", "lr_patience", "frozen_bn", "accumulate", "jit")
 
 _FILES_READ = ("resume_from", "patch_model_state", "pretrained_weights")
-
 _ENVIRONMENT = {"RANDOM_SEED": 12345, "NUM_GPU_DEVICES": 1}  # with their defaults
 
 # Degrees, radians, factors, grey levels of 0..255.
@@ -87,7 +86,9 @@ def run_training(
     training with other options. While it runs, no other training can write to the output folder, or the same models.
     """
     check_training_options(args, model)
-    out_dir = _out_dir(args)
+    # Where results are written: None with --best-model NOSAVE alone.
+    saved = None if args.best_model == "NOSAVE" else Path(args.best_model).with_suffix("")
+    out_dir = saved if args.out_dir is None else Path(args.out_dir)
     with ExitStack() as stack:
         _lock_outputs(args, out_dir, stack)
         state = _open_state(args, out_dir)
@@ -146,12 +147,6 @@ def check_training_options(args: argparse.Namespace, model: keras.Model) -> None
 
 def _shapes(tensors) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-
-
-def _out_dir(args: argparse.Namespace) -> Path | None:
-    if args.out_dir is not None:
-        return Path(args.out_dir)
-    return None if args.best_model == "NOSAVE" else Path(args.best_model).with_suffix("")
 
 
 # ---------------------------------------------------------------------------------------------- lock and state

@@ -19,10 +19,7 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 _PARTIAL = ".partial."
-
-# What file systems answer that have no locks, such as some of clusters.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # answers of file systems without, as of some clusters
 _LOCKS: set[Path] = set()  # the files that this process has locked
 
 

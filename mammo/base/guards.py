@@ -29,7 +29,6 @@ _PIXELS_OPTION = "DM_MAX_PIXELS"
 # What content may take in memory: this, or so many times its file, where that is more.
 _MAX_BYTES = 2**30
 _MAX_EXPANSION = 64
-
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # OpenCV makes the same check of images before it decodes them. It takes its limit from the environment when it is

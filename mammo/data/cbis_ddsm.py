@@ -28,10 +28,8 @@ DICOM_INFO_COLUMNS = ("image_path", "PatientID", "SeriesDescription")
 # What SeriesDescription has, in capitals or not.
 IMAGE_DESCRIPTION, MASK_DESCRIPTION, CROP_DESCRIPTION = "full mammogram", "roi mask", "cropped"
 
-# A mask that JPEG has blurred: nearly all pixels within this fraction of the range of its darkest or brightest.
-JPEG_TOLERANCE = 0.15
-
-JPEG_SHARE = 0.05
+# Of a mask that JPEG has blurred, all but this share of the pixels are nearly as dark, or bright, as the extremes.
+JPEG_SHARE, JPEG_TOLERANCE = 0.05, 0.15
 
 # Masks of another size than their image have more than this share of its pixels, and most crops have fewer.
 LEAST_SHARE = 0.25

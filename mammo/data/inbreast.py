@@ -27,11 +27,12 @@ from mammo.data.splits import INBREAST_SIDES, INBREAST_VIEWS, parse_inbreast_nam
 from mammo.images.reading import DICOM_SUFFIXES, read_dicom_16_bit
 
 INBREAST_COLUMNS = {"file": ("file name",), "side": ("laterality",), "view": ("view",), "birads": ("bi-rads", "birads")}
-
-# Views that are no part of screening: one image is FB, from below.
-OTHER_VIEWS = ("FB",)
-
 BIRADS = ("0", "1", "2", "3", "4", "4a", "4b", "4c", "5", "6")
+MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
+OTHER_VIEWS = ("FB",)  # that are no part of screening: one image is FB, from below
+PUBLISHED_MEAN = 44.33  # what the paper's models subtract after finetuning
+MAX_COORDINATE = 100_000  # those beyond any detector are damage; OpenCV would wrap them around
+POINT_RADIUS = 3  # of the disc for a single calcification marked by a point: 0.2 mm at the detector's 70 micrometres
 
 # Why an image is no part of the data set, though nothing is wrong with it.
 INBREAST_EXCLUSIONS = {
@@ -40,11 +41,6 @@ INBREAST_EXCLUSIONS = {
     "dicom_without_row": "their File Name is not in the table, so there is no label",
 }
 
-MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
-
-# What the paper's models subtract after finetuning.
-PUBLISHED_MEAN = 44.33
-
 # Kinds of findings by the names that annotations give them, in small letters and with their misspellings.
 KINDS = {
     **{"mass": "Mass", "calcification": "Calc", "calcifications": "Calc", "cluster": "Cluster"},
@@ -52,12 +48,6 @@ KINDS = {
     **dict.fromkeys(("spiculated region", "espiculated region"), "Spiculated"),
 }
 OTHER_KIND = "Other"
-
-# Of the disc that stands for a single calcification marked by a point: 0.2 mm at the 70 micrometres of the detector.
-POINT_RADIUS = 3
-
-# Coordinates beyond any detector are damage; OpenCV would wrap them around.
-MAX_COORDINATE = 100_000
 
 # ------------------------------------------------------------------------------------------------------- table
 

@@ -44,10 +44,8 @@ OWN_COLUMNS = {
     "view": ("view", "view position", "viewposition", "image view"),
     "set": ("set", "split"),
 }
-
 REQUIRED = ("file", "label")
 COLUMN_OPTIONS = {f"{name}_column": name for name in OWN_COLUMNS}
-
 CMMD_COLUMNS = {"patient": ("id1",), "side": ("leftright",), "label": ("classification",)}
 VINDR_COLUMNS = {
     **{"study": ("study id",), "image": ("image id",), "side": ("laterality",), "view": ("view position", "view")},
@@ -67,12 +65,11 @@ SET_NAMES = {
     **{"test": "test", "testing": "test"},
 }
 
+NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
+MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
+
 # As in L_MLO, R-CC or LeftCC, with no other letters around it.
 _VIEW_IN_NAME = re.compile(r"(?<![a-z])(?:l|left|r|right)[ _-]?(cc|mlo)(?![a-z])", re.IGNORECASE)
-
-NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
-
-MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
 
 # Why an image is no part of the data set, though nothing is wrong with it.
 OWN_EXCLUSIONS = {

@@ -40,7 +40,6 @@ DECIDING = (
 RESCALE_FACTOR = 0.003891
 
 IMAGE_TABLE, NEAR_DUPLICATES = "images.csv", "near_duplicates.csv"
-
 _COMPARED = ("file", "set", "label", "patient")
 _PAIR_COLUMNS = (*_COMPARED, *(f"other_{name}" for name in _COMPARED), "difference")
 
@@ -436,8 +435,7 @@ _BLOCK = 2048  # fingerprints that are compared at a time
 # a gamma of 0.6 or 1.6.
 MAX_DIFFERENCE = 0.09
 
-# No more pairs are told: they grow as the square of the number of copies.
-MAX_PAIRS = 100_000
+MAX_PAIRS = 100_000  # no more are told: they grow as the square of the number of copies
 
 
 def fingerprint(img: np.ndarray) -> str:

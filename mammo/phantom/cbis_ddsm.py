@@ -53,11 +53,8 @@ DESCRIPTORS = {  # column names and some values of the two descriptive columns
     "calc": ("type", ["AMORPHOUS", "PLEOMORPHIC", "PUNCTATE"], "distribution", ["CLUSTERED", "LINEAR", "NA"]),
     "mass": ("shape", ["IRREGULAR", "LOBULATED", "OVAL"], "margins", ["CIRCUMSCRIBED", "ILL_DEFINED", "SPICULATED"]),
 }
-
 DESCRIPTIONS = {"image": "full mammogram images", "mask": "ROI mask images", "crop": "cropped images"}
-
 UID_PREFIX = "1.3.6.1.4.1.9590.100.1.2."
-
 JPEG_INFO = [
     *("file_path", "image_path", "BitsAllocated", "BitsStored", "Columns", "Laterality", "Modality", "PatientID"),
     *("PatientOrientation", "PhotometricInterpretation", "Rows", "SeriesDescription", "SeriesInstanceUID"),
@@ -133,7 +130,7 @@ class Place(NamedTuple):
 
 
 def make_uid(*words):
-    """A DICOM UID that is a function of the words."""
+    """Return a DICOM UID that is a function of the words."""
     from pydicom.uid import generate_uid
 
     # The first digit after the prefix is fixed: leading zeros are not allowed, and all UIDs get one length.

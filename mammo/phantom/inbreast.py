@@ -32,9 +32,7 @@ ODDITIES = {
     "other_laterality": "a row that says the other breast than the name of its DICOM file",
 }
 
-# Categories of breasts with cancer, as often as in INbreast.
-POSITIVE_BIRADS = {"4a": 13, "4b": 8, "4c": 22, "5": 49, "6": 8}
-
+POSITIVE_BIRADS = {"4a": 13, "4b": 8, "4c": 22, "5": 49, "6": 8}  # of breasts with cancer, as often as in INbreast
 BITS = 14
 
 README = """SYNTHETIC IMAGES, laid out like a download of INbreast. Made by mammo phantom, without patients.
