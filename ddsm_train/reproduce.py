@@ -97,10 +97,8 @@ def check_row(name: str, rows: dict, given: dict[str, list[str]]) -> None:
         check_options(image_clf_train.make_parser, "image_clf_train.py", given["all"] + given["inbreast"])
         inbreast = os.environ.get("INBREAST", "")
         if not inbreast or not Path(inbreast, "train").is_dir():
-            raise InputError(
-                f"{name}: Expected the environment variable INBREAST to be a folder of train, val and test, each with "
-                f"neg and pos. Received '{inbreast}'"
-            )
+            expected = "Expected the environment variable INBREAST to be a folder of train, val and test"
+            raise InputError(f"{name}: {expected}, each with neg and pos. Received '{inbreast}'")
 
 
 class Reproduction:
@@ -113,9 +111,8 @@ class Reproduction:
         try:
             lists = [(data / f"pat_{part}.txt").read_bytes() for part in ("train", "val", "test")]
         except OSError:
-            raise InputError(
-                f"{data}: no such folder, or no patient lists. Expected the one that mammo prepare cbis-ddsm wrote"
-            ) from None
+            expected = "Expected the one that mammo prepare cbis-ddsm wrote"
+            raise InputError(f"{data}: no such folder, or no patient lists. {expected}") from None
         self.patients = checksum(b"".join(lists))
 
     def make(self, name: str) -> None:

@@ -187,10 +187,9 @@ def _check_best_model(args: argparse.Namespace, state_folder: Path) -> None:
     best, read = Path(args.best_model), [getattr(args, name, None) for name in _FILES_READ]
     going_on = any(name is not None and Path(name).resolve() == best.resolve() for name in read)
     if best.exists() and not state_folder.exists() and not going_on:
-        raise InputError(
-            f"--best-model {best}: is there already, of a training whose state is not in {state_folder}. Give the "
-            "--out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
-        )
+        remedy = "Give the --out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
+        there = f"is there already, of a training whose state is not in {state_folder}"
+        raise InputError(f"--best-model {best}: {there}. {remedy}")
 
 
 def _describe_file(path: Path, outputs: Sequence[Path]) -> str:
@@ -249,15 +248,10 @@ def make_sets(
         plain.mean = augmented.mean = args.featurewise_mean
     common = {"pixels": Pixels.of(args, channels), "classes": args.class_list, "class_mode": "categorical"}
     common |= {"on_error": args.on_error, "allow_constant": allow_constant, "checked": checked}
-    train_set = augmented.flow_from_directory(
-        args.train_dir,
-        batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
-        shuffle=True,
-        seed=env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"]),
-        auto_batch_balance=args.auto_batch_balance,
-        load_to_ram=args.load_train_ram,
-        **common,
-    )
+    training = {"batch_size": max(1, int(args.batch_size * args.train_bs_multiplier)), "shuffle": True}
+    training |= {"seed": env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"]), "load_to_ram": args.load_train_ram}
+    training |= {"auto_batch_balance": args.auto_batch_balance}
+    train_set = augmented.flow_from_directory(args.train_dir, **training, **common)
     # A class may be absent where nothing is learned: its scores are then undefined, which is said.
     common |= {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True}
     val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, **common)
@@ -302,11 +296,8 @@ def _describe_sets(**sets) -> None:
     for (name, one), (other, two) in combinations(sets.items(), 2):
         shared = {Path(file).name for file in one.filenames} & {Path(file).name for file in two.filenames}
         if shared:
-            print(
-                f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set, such as "
-                f"{min(shared)}: no image or patient should be",
-                file=sys.stderr,
-            )
+            text = f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set"
+            print(f"{text}, such as {min(shared)}: no image or patient should be", file=sys.stderr)
 
 
 def _report_skipped(**sets) -> None:
