@@ -61,14 +61,8 @@ JPEG_INFO = [
     "StudyInstanceUID",
 ]
 
-README = """SYNTHETIC IMAGES, laid out like a download of CBIS-DDSM. Made by mammo phantom, without patients.
-They serve to try and to test software, mammo prepare cbis-ddsm in particular. They are no substitute for
-patients: figures measured on them say nothing about how a classifier does on real mammograms.
-
-{options}
-
-The four description files, the images in the tree "{tree}", and oddities.json: what is out of the ordinary, where.
-"""
+CONTENT = """\
+The four description files, the images in the tree "{tree}", and oddities.json: what is out of the ordinary, where."""
 
 
 class Row(NamedTuple):
@@ -154,7 +148,7 @@ def add_oddities(people, seed):
 
 
 def make_rows(people, views, divisions, odd, seed):
-    """The rows of all four description files, patient by patient."""
+    """Return the rows of all four description files, patient by patient."""
     rows = []
     for patient in people:
         rng = np.random.default_rng([seed, patient.index, 3])
@@ -176,7 +170,7 @@ def make_rows(people, views, divisions, odd, seed):
 
 
 def place_files(row, seed):
-    """The places of a row's image, mask and crop, and of its mask and crop according to the description file."""
+    """Return the places of a row's image, mask and crop, and of its mask and crop according to the description file."""
     study, series = (make_uid(seed, row.image_folder, word) for word in ("study", "series"))
     image = Place("image", row.image_folder, study, series, 0, DESCRIPTIONS["image"])
     separate = "separate_folders" in row.oddities
@@ -272,7 +266,7 @@ def write_view(rows, drawing, out, tree):
 
 
 def describe_download(row, old_header, seed):
-    """A row of a description file as a list of its cells."""
+    """Return a row of a description file as a list of its cells."""
     rng = np.random.default_rng([seed, row.patient.index, 4, row.index])
     _, first, _, second = DESCRIPTORS[row.kind]
     words = [row.patient.side, row.view, row.number, "calcification" if row.kind == "calc" else "mass"]
@@ -297,7 +291,7 @@ def write_rows(path, header, rows, delimiter=","):
 
 
 def count_oddities(rows):
-    """What oddities.json holds: for each oddity the keys, rows or patients that have it, and counts of all."""
+    """Return what oddities.json holds: for each oddity the keys, rows or patients that have it, and counts of all."""
     found = {name: sorted({row.key for row in rows if name in row.oddities}) for name in ODDITIES}
     found["swapped"] = sorted(row.roi_folder for row in rows if "swapped" in row.oddities)
     by_key, divisions = defaultdict(list), defaultdict(set)
@@ -367,12 +361,10 @@ def make_download(out, *, test_size=0.2, tree="uid", oddities="all", old_header=
         header = HEADERS[old_header].format(density=density, kind=kind, first=first, second=second).split(",")
         for division, name in (("Training", "train"), ("Test", "test")):
             cells = []
-            for row in rows:
-                if (row.kind, row.division) == (kind, division):
-                    repeats = 2 if "repeated_row" in row.oddities else 1
-                    cells += [describe_download(row, old_header, seed)] * repeats
+            for row in (row for row in rows if (row.kind, row.division) == (kind, division)):
+                cells += [describe_download(row, old_header, seed)] * (1 + ("repeated_row" in row.oddities))
             write_rows(tables / f"{kind}_case_description_{name}_set.csv", header, cells)
     write_bytes(out / "oddities.json", json.dumps({"tree": tree} | count_oddities(rows), indent=2).encode())
-    text = README.format(options=f"{drawing}, style {drawing.style}, oddities: {oddities}.", tree=tree)
-    write_bytes(out / "README.txt", text.encode())
+    like = ", laid out like a download of CBIS-DDSM, for mammo prepare cbis-ddsm"
+    drawing.write_readme(out, like, f"oddities: {oddities}", CONTENT.format(tree=tree))
     return rows

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, write_text
 from mammo.base.work import run_parallel
 
 
@@ -325,6 +325,16 @@ def _draw_patient(index, kind, seed):
     return Patient(f"P_{index:05d}", index, side, findings)
 
 
+README = """SYNTHETIC IMAGES{like}. Made by mammo phantom; no patient was imaged.
+They serve to try and to test software. They are no substitute for patients: figures measured on them say nothing about
+how a classifier does on real mammograms.
+
+{options}
+
+{content}
+"""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """Hold the options that all layouts share, as on the command line."""
@@ -352,6 +362,11 @@ class Drawing:
             raise InputError(f"Expected each of --views once. Received {' '.join(self.views)}.")
         if min(self.height, self.width) < 128:
             raise InputError(f"Expected --height and --width of at least 128. Received {self.height} and {self.width}.")
+
+    def write_readme(self, out: Path, like: str, options: str, content: str) -> None:
+        """Write README.txt: what the images are like, the options, those of one layout last, and what is where."""
+        options = f"{self}, style {self.style}, contrast {self.contrast}, {options}."
+        write_text(out / "README.txt", README.format(like=like, options=options, content=content))
 
     def draw(self, patient: Patient, view: str) -> tuple[np.ndarray, list[np.ndarray]]:
         """Draw one image of a patient; see `draw_view`."""

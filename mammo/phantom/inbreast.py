@@ -35,15 +35,9 @@ ODDITIES = {
 POSITIVE_BIRADS = {"4a": 13, "4b": 8, "4c": 22, "5": 49, "6": 8}  # of breasts with cancer, as often as in INbreast
 BITS = 14
 
-README = """SYNTHETIC IMAGES, laid out like a download of INbreast. Made by mammo phantom, without patients.
-They serve to try and to test software, mammo prepare inbreast in particular. They are no substitute for
-patients: figures measured on them say nothing about how a classifier does on real mammograms.
-
-{options}
-
+CONTENT = """\
 INbreast.csv, the images in AllDICOMs, annotations of those with findings in AllXML, and oddities.json: what is out of
-the ordinary, where.
-"""
+the ordinary, where."""
 
 
 class View(NamedTuple):
@@ -171,7 +165,6 @@ def make_inbreast(out, *, benign_rate=0.4, oddities="all", **drawing):
     write_rows(out / "INbreast.csv", HEADER, rows, delimiter=";")
     found = {name: [view.number for view in made if name in view.oddities] for name in ODDITIES}
     write_bytes(out / "oddities.json", json.dumps(found, indent=2).encode())
-    options = f"{drawing}, style {drawing.style}, contrast {drawing.contrast}, oddities: {oddities}."
-    text = README.format(options=options)
-    write_bytes(out / "README.txt", text.encode())
+    like = ", laid out like a download of INbreast, for mammo prepare inbreast"
+    drawing.write_readme(out, like, f"oddities: {oddities}", CONTENT)
     return made
