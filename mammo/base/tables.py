@@ -18,9 +18,6 @@ TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 _MAX_CELLS, _MAX_TAGS = 2**24, 2**22
 
 
-# ------------------------------------------------------------------------------------------------- text files
-
-
 def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -191,10 +188,8 @@ def read_rows(path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str
     """
     with open_csv(path) as (header, rows):
         if wrong := [name for name in columns if header.count(name) != 1]:
-            raise InputError(
-                f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(columns)}. "
-                f"Received {','.join(header)[:200]}"
-            )
+            expected = f"Expected {','.join(columns)}. Received {','.join(header)[:200]}"
+            raise InputError(f"{path}: missing or repeated columns {', '.join(wrong)}: {expected}")
         places = {name: header.index(name) for name in columns}
         for where, cells in rows:
             yield where, {name: cells[place].strip() for name, place in places.items()}

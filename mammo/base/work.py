@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -167,9 +167,6 @@ MANIFEST, OPTIONS, REPORT = "manifest.jsonl", "options.json", "report.json"
 RULES = 4
 
 
-# ---------------------------------------------------------------------------------------------- resumable runs
-
-
 @dataclass(frozen=True)
 class Job:
     """One image to prepare.
@@ -317,12 +314,9 @@ def _checksum(path: Path) -> int:
 
 def _is_whole(out: Path, record: dict) -> bool:
     """Tell whether an earlier result had no fault and its outputs are still there as written."""
-    if record["faults"]:
-        return False
-    try:
-        return [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError):
+        return not record["faults"] and [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
+    return False
 
 
 def _to_record(result: Outcome, stamp: str, out: Path) -> dict:

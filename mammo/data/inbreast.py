@@ -10,6 +10,7 @@ import re
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -134,11 +135,8 @@ def add_class_options(parser: ArgumentParser) -> None:
 
 def read_classes(neg: Iterable[str], pos: Iterable[str]) -> Classes:
     """Return the classes of these categories; 4 stands for 4a, 4b and 4c too. Raises InputError for one in both."""
-
-    def expand(names):
-        return frozenset(birads for birads in BIRADS for name in names if birads == name or birads[:-1] == name)
-
-    classes = Classes(expand(neg), expand(pos))
+    expanded = [{birads for birads in BIRADS if names & {birads, birads[:-1]}} for names in map(set, (neg, pos))]
+    classes = Classes(*map(frozenset, expanded))
     if both := sorted(classes.neg & classes.pos):
         raise InputError(f"BI-RADS {', '.join(both)}: in both classes: Expected each in --neg-birads or --pos-birads")
     return classes
@@ -193,11 +191,9 @@ class InbreastPicture(Picture):
 
 def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes) -> Listing:
     """Find the patient and the class of each row."""
-    listing = Listing(
-        excluded={kind: [] for kind in INBREAST_EXCLUSIONS},
-        repairs=defaultdict(list, table.repairs),
-        report={"table": {"file": table.path.name} | count_rows(table.rows)},
-    )
+    excluded, repairs = {kind: [] for kind in INBREAST_EXCLUSIONS}, defaultdict(list, table.repairs)
+    report = {"table": {"file": table.path.name} | count_rows(table.rows)}
+    listing = Listing(excluded=excluded, repairs=repairs, report=report)
     views = Counter()
     for row, where in table.rows.items():
         label = classes.label(row.birads)
@@ -286,11 +282,8 @@ def read_annotation(path: str | Path) -> list[Outline]:
     data = read_bytes(path)
     try:
         images = plistlib.loads(data, fmt=plistlib.FMT_XML)["Images"]
-        return [
-            Outline(" ".join(str(roi["Name"]).split()), [_read_point(text) for text in roi["Point_px"]])
-            for image in images
-            for roi in image["ROIs"]
-        ]
+        rois = [roi for image in images for roi in image["ROIs"]]
+        return [Outline(" ".join(str(roi["Name"]).split()), list(map(_read_point, roi["Point_px"]))) for roi in rois]
     except Exception as error:  # plistlib and what it reads with raise many kinds
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise InputError(f"{path}: not an annotation file ({reason}). Expected a property list of ROIs") from None
@@ -357,14 +350,6 @@ class InbreastPlan(NamedTuple):
     folder: str
     whole: dict
     full: bool
-
-
-def list_regions(path: Path) -> list[Region]:
-    """Return the regions of an annotation file; none of a damaged one, which is reported when masks are to be made."""
-    try:
-        return group_findings(read_annotation(path))[0]
-    except InputError:
-        return []
 
 
 def prepare_inbreast_image(job: Job, download: Path, out: Path) -> Outcome:
@@ -475,7 +460,9 @@ class Inbreast(DataSet):
                 outputs.append(full_img_path(name))
             if annotation:
                 sources.append(annotation)
-                outputs += [region.mask_path(name) for region in list_regions(Path(self.args.data, annotation))]
+                with suppress(InputError):  # of a damaged file, which is reported when masks are to be made
+                    regions, _ = group_findings(read_annotation(Path(self.args.data, annotation)))
+                    outputs += [region.mask_path(name) for region in regions]
             plan = InbreastPlan(picture.file, annotation, folder, whole, masks)
             jobs.append(Job(name, tuple(sources), tuple(outputs), plan))
         return jobs
@@ -483,20 +470,17 @@ class Inbreast(DataSet):
     def complete(self, report, listing, jobs, results) -> None:
         """Write roi_masks.csv, count the masks, and compare the pixel mean with the paper's."""
         table = Path(self.args.out, "roi_masks.csv")
-        if not self.args.roi_masks:
-            table.unlink(missing_ok=True)  # an earlier run's, whose masks are gone
-        else:
+        if self.args.roi_masks:
             masks = [mask for result in results for mask in result.facts.get("lesions", ())]
             write_csv(table, MASK_COLUMNS, masks)
-            report["counts"] |= {
-                "masks_prepared": len(masks),
-                "images_without_annotations": sum(job.plan.annotation is None for job in jobs),
-            }
-        if report["featurewise_mean"] is not None:
-            print(
-                f"pixel mean: {report['featurewise_mean']:.2f}; the paper's, {PUBLISHED_MEAN}, is of other patients "
-                f"and another conversion: where they differ much, see --auto-levels, and give the trainer your own"
-            )
+            without = sum(job.plan.annotation is None for job in jobs)
+            report["counts"] |= {"masks_prepared": len(masks), "images_without_annotations": without}
+        else:
+            table.unlink(missing_ok=True)  # an earlier run's, whose masks are gone
+        if (mean := report["featurewise_mean"]) is not None:
+            remedy = "where they differ much, see --auto-levels, and give the trainer your own"
+            theirs = f"the paper's, {PUBLISHED_MEAN}, is of other patients and another conversion"
+            print(f"pixel mean: {mean:.2f}; {theirs}: {remedy}")
 
 
 def print_table(table: InbreastTable, classes: Classes) -> None:

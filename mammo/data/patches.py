@@ -352,9 +352,9 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
         if args.on_error != "skip":
+            remedy = "mend them, or leave them out with --on-error skip"
             raise InputError(
-                f"images or masks at fault: {len(faults)}, all others sampled; mend them, or leave them out with "
-                f"--on-error skip. The first: {faults[0]}"
+                f"images or masks at fault: {len(faults)}, all others sampled; {remedy}. The first: {faults[0]}"
             )
 
 
@@ -408,12 +408,12 @@ def check_patches_of(name: str, patients: Sequence[str], out_dir: Path) -> None:
 
 def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:
     """Raise InputError for two lesions whose patches would have the same names."""
-    names = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
-    for (class_dir, image_id, number), count in names.items():
+    counts = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
+    for (class_dir, image_id, number), count in counts.items():
         if count > 1:
+            names = f"{class_dir}/{image_id}_{number}_*.png"
             raise InputError(
-                f"{count} lesions would share the file names {class_dir}/{image_id}_{number}_*.png; "
-                f"give their types folders of their own"
+                f"{count} lesions would share the file names {names}; give their types folders of their own"
             )
 
 

@@ -93,13 +93,8 @@ def deciding_options(args: argparse.Namespace) -> dict:
 
 def whole_options(args: argparse.Namespace) -> dict:
     """Return the options of `make_whole`, in types that JSON can hold."""
-    return {
-        "img_size": args.img_size,
-        "resize": args.resize,
-        "segment_breast": args.segment_breast,
-        "levels": args.auto_levels,
-        "face": args.face,
-    }
+    size = {"img_size": args.img_size, "resize": args.resize}
+    return {**size, "segment_breast": args.segment_breast, "levels": args.auto_levels, "face": args.face}
 
 
 # ------------------------------------------------------------------------------------------------- whole images
@@ -406,21 +401,18 @@ def write_preparation_report(report: dict, args: argparse.Namespace) -> None:
     if pairs:
         across = sum(pair["set"] != pair["other_set"] for pair in pairs)
         at_least = "at least " if len(pairs) == MAX_PAIRS else ""
-        print(
-            f"Warning: {at_least}{counted(len(pairs), 'pair')} of images of different patients that look the same, "
-            f"{at_least}{across} of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}; figures "
-            f"on the test set may be too good: see {NEAR_DUPLICATES}"
-        )
+        found = f"{at_least}{counted(len(pairs), 'pair')} of images of different patients that look the same"
+        such = f"{at_least}{across} of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}"
+        print(f"Warning: {found}, {such}; figures on the test set may be too good: see {NEAR_DUPLICATES}")
     if skipped:
         print(f"{len(skipped)} left out:", *(fault["reason"] for fault in skipped), sep="\n  ")
     if (mean := report["featurewise_mean"]) is not None:
         print(f"for the trainer: --rescale-factor {RESCALE_FACTOR} --featurewise-mean {mean:.2f}")
     print(f"details: {Path(args.out, REPORT)}")
     if skipped and args.on_error != "skip":
-        raise InputError(
-            f"images or masks at fault: {len(skipped)}, all others done; mend them and run this again, or "
-            f"leave them out with --on-error skip. The first: {skipped[0]['reason']}"
-        )
+        remedy = "mend them and run this again, or leave them out with --on-error skip"
+        first = skipped[0]["reason"]
+        raise InputError(f"images or masks at fault: {len(skipped)}, all others done; {remedy}. The first: {first}")
 
 
 # ---------------------------------------------------------------------------------------------- near duplicates
