@@ -11,11 +11,15 @@ Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from ddsm_train import options
 from mammo.base import cli
 from mammo.base.files import InputError
 from mammo.train import backend
+
+if TYPE_CHECKING:
+    import keras
 
 # Options that `dm_resnet.add_top_layers` has by the same names.
 _TOP_OPTIONS = (
@@ -59,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(args: argparse.Namespace):
+def build_model(args: argparse.Namespace) -> "tuple[keras.Model, int | None]":
     """Return (model, index of its first new layer or None)."""
     import keras
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 class Recipe:
     """The steps of one run in the folder `out`; with `fresh`, each of them begins anew."""
 
-    def __init__(self, out: Path, fresh: bool):
+    def __init__(self, out: Path, fresh: bool) -> None:
         self.out, self.fresh = out, fresh
         self._begun: set[str] = set()
 

@@ -25,10 +25,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddsm_train.recipe import Recipe, check_options, checksum, names_of_images, take_fresh
 from mammo.base import cli
 from mammo.base.files import InputError, env_int, locked
+
+if TYPE_CHECKING:
+    from mammo.evaluate.published import Row
 
 SECTIONS = ("sample", "patch", "image", "inbreast")
 
@@ -104,7 +108,7 @@ def check_row(name: str, rows: dict, given: dict[str, list[str]]) -> None:
 class Reproduction:
     """The steps of rows of the table, each after the rows that it stands on."""
 
-    def __init__(self, recipe: Recipe, data: Path, rows: dict, given: dict[str, list[str]]):
+    def __init__(self, recipe: Recipe, data: Path, rows: "dict[str, Row]", given: dict[str, list[str]]) -> None:
         self.recipe, self.data, self.rows, self.given = recipe, data, rows, given
         self.seed = {"RANDOM_SEED": env_int("RANDOM_SEED", 12345)}
         # On patches of one split and images of another, patients to test on could be trained on.
@@ -123,7 +127,7 @@ class Reproduction:
         steps = {"patch": self.patch, "image": self.image, "extend": self.image, "finetune": self.finetune}
         steps.get(row.kind, self.mean)(row)
 
-    def patch(self, row) -> None:
+    def patch(self, row: "Row") -> None:
         """Sample the patches of a set, and train a patch classifier on them."""
         patches = f"patches_{row.patch_set}"
         folder = self.recipe.out / patches
@@ -131,14 +135,14 @@ class Reproduction:
         self.recipe.step(patches, command, inputs=self.patients)
         self._train(row, ["train_patch_clf.sh", row.net, row.patch_set], "patch", folder, [patches])
 
-    def image(self, row) -> None:
+    def image(self, row: "Row") -> None:
         """Convert a patch classifier and train it in two stages, or train all layers of a whole-image classifier."""
         [source] = row.sources
         start, more = ("PATCH_MODEL", []) if row.kind == "image" else ("RESUME_FROM", ["--nb-epoch", "0"])
         env = {start: self.recipe.out / source / "model.h5"}
         self._train(row, ["train_image_clf.sh", row.net, row.top], "image", self.data, [source], env, more)
 
-    def finetune(self, row) -> None:
+    def finetune(self, row: "Row") -> None:
         """Finetune a whole-image classifier on INbreast, or on so many of its patients."""
         from mammo.data.splits import choose_patients
 
@@ -154,7 +158,7 @@ class Reproduction:
         command = ["../inbreast/finetune.sh", model, data, best]
         self._train(row, command, "inbreast", data, sources, inputs=images)
 
-    def mean(self, row) -> None:
+    def mean(self, row: "Row") -> None:
         """Score the mean of several rows' predictions."""
         from mammo.evaluate.published import average_predictions
 

@@ -32,7 +32,12 @@ BACKENDS = {
 
 
 def run_parallel(
-    function: Callable, items: Sequence, jobs: int = 1, backend: str = "loky", desc: str | None = None, unit="image"
+    function: Callable,
+    items: Sequence,
+    jobs: int = 1,
+    backend: str = "loky",
+    desc: str | None = None,
+    unit: str = "image",
 ) -> Iterator:
     """Iterate over function(item) for all `items`, in their order, computed `jobs` at a time.
 
@@ -202,8 +207,8 @@ class Outcome:
 def run_resumable(
     items: Sequence[Job],
     function: Callable[[Job], Outcome],
-    download,
-    out,
+    download: str | Path,
+    out: str | Path,
     folders: Sequence[str],
     jobs: int = 1,
     backend: str = "loky",
@@ -254,7 +259,7 @@ def run_resumable(
         return [_to_outcome(record) for record in ordered]
 
 
-def keep_options(out, options: Mapping, fresh: bool = False) -> None:
+def keep_options(out: str | Path, options: Mapping, fresh: bool = False) -> None:
     """Note what decides the files in the folder `out`, for another run to compare with.
 
     Raises InputError, naming them, where those of an earlier run are other ones, unless it is to begin `fresh`.
@@ -264,7 +269,7 @@ def keep_options(out, options: Mapping, fresh: bool = False) -> None:
     write_text(Path(out, OPTIONS), json.dumps(options, indent=1) + "\n")
 
 
-def check_kept_options(out, options: Mapping) -> None:
+def check_kept_options(out: str | Path, options: Mapping) -> None:
     """Make the check of `keep_options` alone: a run that writes to several folders does before it notes any."""
     if (earlier := read_json(Path(out, OPTIONS))) is not None:
         ours = json.loads(json.dumps(options))

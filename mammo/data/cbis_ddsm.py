@@ -19,7 +19,7 @@ from mammo.base.files import InputError, walk_files
 from mammo.base.tables import read_rows, write_csv
 from mammo.base.work import Job, Outcome
 from mammo.data.cbis_tables import Finding, find_tables, find_view_folder, read_cbis_tables
-from mammo.data.listing import FOLDERS, RANDOM_SPLIT, DataSet, Listing
+from mammo.data.listing import FOLDERS, RANDOM_SPLIT, DataSet, Listing, Picture
 from mammo.data.patches import ASPECT_TOLERANCE, LESION_COLUMNS
 from mammo.data.prepare import finished, full_img_path, whole_img_path, whole_options, write_output, write_whole
 from mammo.images.reading import DICOM_SUFFIXES, check_grey, is_image, read_dicom_header, read_img, read_size, to_uint16
@@ -524,7 +524,7 @@ class CbisDdsm(DataSet):
         print(f"both malignant and other findings: {repairs['mixed_pathologies']} images, which are positive")
         return listing
 
-    def plan(self, pictures, places) -> list[Job]:
+    def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
         """Return a job for each image; without a place, full image and masks alone are made."""
         self.download = scan_cbis(self.args.data, self.skip)
         jobs = []
@@ -535,7 +535,7 @@ class CbisDdsm(DataSet):
             jobs.append(Job(name, plan.sources, tuple(outputs), plan))
         return jobs
 
-    def complete(self, report, listing, jobs, results) -> None:
+    def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Write roi_mask_path.csv and pat_side_cancer.csv, of what was made, and count masks and files."""
         lesions = [
             (*result.name.rsplit("_", 2), number, pathology, kind)

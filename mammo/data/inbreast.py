@@ -9,7 +9,7 @@ import plistlib
 import re
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -447,7 +447,7 @@ class Inbreast(DataSet):
         print(f"used: {listing.count()} of {patients}")
         return listing
 
-    def plan(self, pictures, places) -> list[Job]:
+    def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
         """Return a job for each image of the patients in a set."""
         masks, whole, jobs = self.args.roi_masks, whole_options(self.args), []
         for name, picture in pictures.items():
@@ -467,7 +467,7 @@ class Inbreast(DataSet):
             jobs.append(Job(name, tuple(sources), tuple(outputs), plan))
         return jobs
 
-    def complete(self, report, listing, jobs, results) -> None:
+    def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Write roi_masks.csv, count the masks, and compare the pixel mean with the paper's."""
         table = Path(self.args.out, "roi_masks.csv")
         if self.args.roi_masks:

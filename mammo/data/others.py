@@ -469,7 +469,7 @@ class OwnData(DataSet):
                 print(f"{kind.replace('_', ' ')}: {len(listed)}, such as {listed[0]}")
         return listing
 
-    def plan(self, pictures, places) -> list[Job]:
+    def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
         """Return a job for each picture whose patient is in a set.
 
         A file that is not there is a fault of its own. Raises InputError where none is there.
@@ -487,7 +487,7 @@ class OwnData(DataSet):
             raise InputError(f"{args.data}: none of the {len(jobs)} files is there. {expected}")
         return jobs
 
-    def complete(self, report, listing, jobs, results) -> None:
+    def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Report how many bits 16-bit files use, and warn of dark images."""
         bits = report["stored_bits"] = stored_bits(results)
         if bits is not None and bits < 15 and not self.args.auto_levels:

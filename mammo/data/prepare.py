@@ -11,7 +11,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,6 +26,9 @@ from mammo.data.splits import count_left_patients, count_sets, sets_of_patients
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import auto_levels, faces_left, to_uint16
 from mammo.images.reading import resize as resize_image
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Options that decide what the outputs are, where a data set has them, in the order of options.json.
 DECIDING = (
@@ -232,7 +235,7 @@ def write_image_table(path: str | Path, rows: Iterable[ImageRow]) -> None:
     write_csv(path, ImageRow._fields, rows)
 
 
-def read_image_table(path: str | Path):
+def read_image_table(path: str | Path) -> "pd.DataFrame":
     """Read the rows of images.csv as a pandas DataFrame of strings: the columns of `ImageRow`, and others if there are.
 
     Raises InputError, which names the line, for missing columns, no rows, unknown values, an image without patient,

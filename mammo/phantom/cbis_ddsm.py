@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,23 +77,23 @@ class Row(NamedTuple):
     oddities: frozenset  # the names in ODDITIES that its image or mask has, and "swapped"
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         return self.patient.findings[self.index][0]
 
     @property
-    def pathology(self):
+    def pathology(self) -> str:
         return self.patient.findings[self.index][1]
 
     @property
-    def key(self):
+    def key(self) -> str:
         return f"{self.patient.name}_{self.patient.side}_{self.view}"
 
     @property
-    def image_folder(self):
+    def image_folder(self) -> str:
         return f"{self.kind.capitalize()}-{self.division}_{self.key}"
 
     @property
-    def roi_folder(self):
+    def roi_folder(self) -> str:
         return f"{self.image_folder}_{self.number}"
 
 
@@ -106,11 +107,11 @@ class Place(NamedTuple):
     position: int  # 0 for the first file of its folder
     described_as: str  # how the descriptive trees call the folder
 
-    def listed(self):
+    def listed(self) -> str:
         """The path that the description files give, whatever the tree."""
         return f"{self.folder}/{self.study}/{self.series}/{self.position:06d}.dcm"
 
-    def path(self, tree):
+    def path(self, tree: str) -> str:
         """Path below the download folder."""
         if tree == "uid":
             return f"CBIS-DDSM/{self.listed()}"
@@ -123,7 +124,7 @@ class Place(NamedTuple):
         return f"jpeg/{self.series}/{self.position + 1}-{int(self.study[-3:]):03d}.jpg"
 
 
-def make_uid(*words):
+def make_uid(*words) -> str:
     """Return a DICOM UID that is a function of the words."""
     from pydicom.uid import generate_uid
 
@@ -132,7 +133,7 @@ def make_uid(*words):
     return UID_PREFIX + ("1" + digits)[:39].ljust(39, "1")
 
 
-def add_oddities(people, seed):
+def add_oddities(people: Iterable[Patient], seed: int) -> tuple[list[Patient], dict[str, str]]:
     """Give one patient each the oddities, with the findings they need. Returns (people, {patient name: oddity})."""
     people, odd = list(people), {}
     # Fewer patients than oddities get the first ones.
@@ -147,7 +148,9 @@ def add_oddities(people, seed):
     return people, odd
 
 
-def make_rows(people, views, divisions, odd, seed):
+def make_rows(
+    people: Iterable[Patient], views: Sequence[str], divisions: Mapping[str, str], odd: Mapping[str, str], seed: int
+) -> list[Row]:
     """Return the rows of all four description files, patient by patient."""
     rows = []
     for patient in people:
@@ -169,7 +172,7 @@ def make_rows(people, views, divisions, odd, seed):
     return rows
 
 
-def place_files(row, seed):
+def place_files(row: Row, seed: int) -> tuple[Place, Place, Place, str, str]:
     """Return the places of a row's image, mask and crop, and of its mask and crop according to the description file."""
     study, series = (make_uid(seed, row.image_folder, word) for word in ("study", "series"))
     image = Place("image", row.image_folder, study, series, 0, DESCRIPTIONS["image"])
@@ -191,7 +194,9 @@ def place_files(row, seed):
     return image, *places, *(place(content, listed[content]).listed() for content in ("mask", "crop"))
 
 
-def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, bits=None, **tags):
+def write_dicom(
+    path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2", keep: float = 1.0, bits: int | None = None, **tags
+) -> None:
     """Write unsigned pixels (rows, columns) as an explicit VR little endian DICOM file with these tags.
 
     MONOCHROME1 stores them inverted, so that the file shows the same picture. keep: share of the bytes to write.
@@ -222,13 +227,13 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, bits=None, **
     write_bytes(path, buffer.getvalue(), keep)
 
 
-def write_bytes(path, data, keep=1.0):
+def write_bytes(path: Path, data: bytes, keep: float = 1.0) -> None:
     """Write the first bytes of `data`, this share of them."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data[: round(keep * len(data))])
 
 
-def write_view(rows, drawing, out, tree):
+def write_view(rows: Sequence[Row], drawing: Drawing, out: Path, tree: str) -> list[dict]:
     """Draw one view of a patient and write the files of all its rows. Returns their rows of dicom_info.csv."""
     patient, view = rows[0].patient, rows[0].view
     img, masks = drawing.draw(patient, view)
@@ -265,7 +270,7 @@ def write_view(rows, drawing, out, tree):
     return info
 
 
-def describe_download(row, old_header, seed):
+def describe_download(row: Row, old_header: bool, seed: int) -> list:
     """Return a row of a description file as a list of its cells."""
     rng = np.random.default_rng([seed, row.patient.index, 4, row.index])
     _, first, _, second = DESCRIPTORS[row.kind]
@@ -283,14 +288,14 @@ def describe_download(row, old_header, seed):
     return [row.patient.name, density, *words, *descriptors, assessment, row.pathology, subtlety, *paths]
 
 
-def write_rows(path, header, rows, delimiter=","):
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence], delimiter: str = ",") -> None:
     """Write a table with CRLF at the ends of lines."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter).writerows([header, *rows])
     write_bytes(path, text.getvalue().encode())
 
 
-def count_oddities(rows):
+def count_oddities(rows: Sequence[Row]) -> dict:
     """Return what oddities.json holds: for each oddity the keys, rows or patients that have it, and counts of all."""
     found = {name: sorted({row.key for row in rows if name in row.oddities}) for name in ODDITIES}
     found["swapped"] = sorted(row.roi_folder for row in rows if "swapped" in row.oddities)
@@ -318,7 +323,15 @@ def count_oddities(rows):
     return {"counts": counts, "oddities": found}
 
 
-def make_download(out, *, test_size=0.2, tree="uid", oddities="all", old_header=False, **drawing):
+def make_download(
+    out: str | Path,
+    *,
+    test_size: float = 0.2,
+    tree: str = "uid",
+    oddities: str = "all",
+    old_header: bool = False,
+    **drawing,
+) -> list[Row]:
     """Write a folder like a download of CBIS-DDSM into the new or empty folder `out`.
 
     Below it are the four description files (`csv/` holds them in the tree "jpeg", with dicom_info.csv), the images

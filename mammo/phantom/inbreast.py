@@ -6,6 +6,7 @@
 import hashlib
 import json
 import plistlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,27 +52,27 @@ class View(NamedTuple):
     oddities: frozenset
 
     @property
-    def listed(self):
+    def listed(self) -> str:
         """What the table calls the view."""
         return "FB" if "fb_view" in self.oddities else self.view
 
     @property
-    def dicom(self):
+    def dicom(self) -> str:
         view = "ML" if self.listed == "MLO" else self.listed
         return f"AllDICOMs/{self.number}_{self.patient}_MG_{self.breast.side[0]}_{view}_ANON.dcm"
 
     @property
-    def annotation(self):
+    def annotation(self) -> str:
         return f"AllXML/{self.number}.xml"
 
-    def row(self):
+    def row(self) -> list:
         side = {"LEFT": "R", "RIGHT": "L"}[self.breast.side] if "other_laterality" in self.oddities else None
         acr = " " * 190 if "blank_acr" in self.oddities else 1 + self.breast.index % 4
         words = "removed", "removed", side or self.breast.side[0], self.listed, 200801 + self.breast.index % 12
         return [*words, self.number, acr, self.birads]
 
 
-def make_views(people, views, odd, seed):
+def make_views(people: Sequence[Patient], views: Sequence[str], odd: Mapping[str, str], seed: int) -> list[View]:
     """Both breasts of all patients, the second without findings. odd: oddities by the names of patients."""
     made = []
     for patient in people:
@@ -97,7 +98,7 @@ def make_views(people, views, odd, seed):
     return made
 
 
-def annotate(findings, masks, rng):
+def annotate(findings: Sequence[tuple], masks: Sequence[np.ndarray], rng: np.random.Generator) -> list[dict]:
     """The ROIs of a property list: outlines of all masks; of calcifications also single ones, as points within it.
 
     Names vary, and are misspelt, as in INbreast.
@@ -123,7 +124,7 @@ def annotate(findings, masks, rng):
     return rois
 
 
-def write_view(view, drawing, out):
+def write_view(view: View, drawing: Drawing, out: Path) -> None:
     """Draw one image and write its DICOM file and, where there are findings, its annotations."""
     findings = view.breast.findings
     img, masks = drawing.draw(view.breast, view.view)
@@ -138,7 +139,7 @@ def write_view(view, drawing, out):
         write_bytes(out / view.annotation, plistlib.dumps(images), 0.6 if "damaged_xml" in view.oddities else 1)
 
 
-def make_inbreast(out, *, benign_rate=0.4, oddities="all", **drawing):
+def make_inbreast(out: str | Path, *, benign_rate: float = 0.4, oddities: str = "all", **drawing) -> list[View]:
     """Write a folder like a download of INbreast into the new or empty folder `out`.
 
     Below it are INbreast.csv, AllDICOMs/, AllXML/, README.txt and oddities.json. Both breasts of each patient are

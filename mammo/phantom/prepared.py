@@ -19,6 +19,7 @@ import argparse
 import itertools
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -29,7 +30,7 @@ from mammo.base.tables import write_csv
 from mammo.data.patches import LESION_COLUMNS
 from mammo.data.splits import stratified_split
 from mammo.phantom.cbis_ddsm import TREES, make_download
-from mammo.phantom.draw import STYLES, Drawing, draw_patients
+from mammo.phantom.draw import STYLES, Drawing, Patient, draw_patients
 from mammo.phantom.inbreast import make_inbreast
 
 CONTENT = """\
@@ -41,7 +42,7 @@ pat_side_cancer.csv  1 where the breast has a malignant finding
 train/ val/ test/    whole images, in pos where any finding is malignant, else in neg"""
 
 
-def assign_folders(people, test_size, val_size, seed):
+def assign_folders(people: Sequence[Patient], test_size: float, val_size: float, seed: int) -> dict[str, str]:
     """Map patient names to train, val or test, with the same share of cancer patients in each.
 
     Of the patients with findings, those go to val whom the patch sampler puts there, given pat_train.txt: so
@@ -63,7 +64,9 @@ def assign_folders(people, test_size, val_size, seed):
     return folders
 
 
-def make_patient(patient, drawing, out, folders, img_size):
+def make_patient(
+    patient: Patient, drawing: Drawing, out: Path, folders: Mapping[str, str], img_size: tuple[int, int] | None
+) -> None:
     """Draw and write all images and masks of one patient."""
     for view in drawing.views:
         img, masks = drawing.draw(patient, view)
@@ -88,7 +91,15 @@ def _link(source, target):
             shutil.copyfile(source, temporary)
 
 
-def make_phantom(out, *, img_size=None, benign_rate=0.4, test_size=0.2, val_size=0.1, **drawing):
+def make_phantom(
+    out: str | Path,
+    *,
+    img_size: tuple[int, int] | None = None,
+    benign_rate: float = 0.4,
+    test_size: float = 0.2,
+    val_size: float = 0.1,
+    **drawing,
+) -> list[Patient]:
     """Write a phantom data set into the new or empty folder `out`: the README.txt there lists what.
 
     Options as on the command line; drawing: those of `Drawing`. The same options give the same bytes for any number of
