@@ -130,7 +130,9 @@ class DMImageDataGenerator:
         self.mean = None
         self.std = None
 
-    def get_random_transform(self, img_shape: tuple[int, ...], rng) -> dict[str, Any]:
+    def get_random_transform(
+        self, img_shape: tuple[int, ...], rng: np.random.Generator | np.random.RandomState
+    ) -> dict[str, Any]:
         """Draw one transform for images of `img_shape` (with channels) from a NumPy Generator or RandomState.
 
         Returns theta and shear (radians), tx and ty (pixels, rows and columns), zx and zy (scale of rows and
@@ -216,9 +218,10 @@ class DMImageDataGenerator:
         ]
         return np.stack(warped, axis=-1)
 
-    def random_transform(self, x: np.ndarray, seed=None) -> np.ndarray:
-        """Draw a transform and apply it. `seed`: an integer, a NumPy Generator or RandomState, or None for fresh
-        entropy; an integer seeds a RandomState, as the 2017 program did."""
+    def random_transform(
+        self, x: np.ndarray, seed: int | np.random.Generator | np.random.RandomState | None = None
+    ) -> np.ndarray:
+        """Draw a transform and apply it. An integer seeds a RandomState, as in 2017; None is fresh entropy."""
         rng = seed if hasattr(seed, "random") else np.random.RandomState(seed)
         return self.apply_transform(x, self.get_random_transform(np.shape(x), rng))
 

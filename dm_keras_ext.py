@@ -5,7 +5,7 @@ all layers); both are lists of `Stage`s run by `train_stages`.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -48,7 +48,7 @@ def robust_load_model(
         return checkpoint.load_model(filepath, trust_checkpoint=trust_checkpoint)
 
 
-def load_dat_ram(generator, nb_samples: int | None) -> tuple:
+def load_dat_ram(generator: keras.utils.PyDataset, nb_samples: int | None) -> tuple:
     """Collect the batches of one epoch as arrays (x, y): float32 images (N, H, W, C) and their labels.
 
     nb_samples: stop after so many; None for all.
@@ -291,8 +291,8 @@ def set_regularization(model: keras.Model, weight_decay: float | None, dropout: 
 def train_stages(
     model: keras.Model,
     stages: Sequence[Stage],
-    train_set,
-    validation_set,
+    train_set: keras.utils.PyDataset,
+    validation_set: keras.utils.PyDataset | tuple,
     *,
     optim: str,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -372,7 +372,7 @@ def train_stages(
 
 
 @contextmanager
-def unreadable_images_named(*sets):
+def unreadable_images_named(*sets) -> Iterator[None]:
     """Raise the InputError of a set that could not read an image, where the backend wrapped it in its own error."""
     try:
         yield
@@ -449,8 +449,8 @@ def image_stages(model: keras.Model, schedule: Schedule, *, top_layer_nb: int | 
 def do_3stage_training(
     model: keras.Model,
     org_model: keras.Model,
-    train_generator,
-    validation_set,
+    train_generator: keras.utils.PyDataset,
+    validation_set: keras.utils.PyDataset | tuple,
     validation_steps: int | None,
     best_model_out: str | Path,
     steps_per_epoch: int | None,
@@ -491,8 +491,8 @@ def do_3stage_training(
 def do_2stage_training(
     model: keras.Model,
     org_model: keras.Model,
-    train_generator,
-    validation_set,
+    train_generator: keras.utils.PyDataset,
+    validation_set: keras.utils.PyDataset | tuple,
     validation_steps: int | None,
     best_model_out: str | Path,
     steps_per_epoch: int | None,

@@ -19,7 +19,7 @@ import keras
 from mammo.base.files import InputError
 
 
-def make_parallel(model, gpu_count):
+def make_parallel(model: keras.Model, gpu_count: int) -> tuple[keras.Model, keras.Model]:
     """Return (model to train, model to save): a copy of `model`, with its weights, that trains on several devices.
 
     With `gpu_count` below 2 both are `model` itself. Otherwise the model to save has the layers of the copy, and

@@ -12,10 +12,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mammo.base.files import InputError, atomic_write, remove_partial, write_text
 from mammo.base.guards import parse_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PUBLISHED_TABLE = Path(__file__).with_name("published.csv")
 
@@ -46,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def expectation(self) -> str:
-        """The time and the score to expect, as text."""
+        """Return the time and the score to expect, as text."""
         figures = [f"published {FIGURES[name]} {_as_published(value)}" for name, value in self.figures.items()]
         return "; ".join(filter(None, [self.time, *figures]))
 
@@ -62,7 +65,8 @@ class Comparison(NamedTuple):
     test_samples: int
 
 
-def read_published(path=PUBLISHED_TABLE) -> list[Row]:
+def read_published(path: str | Path = PUBLISHED_TABLE) -> list[Row]:
+    """Read all rows of the published table."""
     with open(path, newline="", encoding="utf-8") as file:
         return [
             Row(
@@ -82,7 +86,7 @@ def read_published(path=PUBLISHED_TABLE) -> list[Row]:
 
 
 def measured(folder: Path) -> tuple[dict[str, float], int]:
-    """Our figures by the keys of `FIGURES`, and the number of test samples, from the metrics.json of a run.
+    """Return our figures by the keys of `FIGURES`, and the number of test samples, from the metrics.json of a run.
 
     The AUC is that of the class `pos`; runs without such a class have an accuracy alone.
     Raises InputError for a file that is missing, damaged or of another kind.
@@ -101,7 +105,7 @@ def measured(folder: Path) -> tuple[dict[str, float], int]:
 
 
 def compare(out: Path, rows: Sequence[Row]) -> list[Comparison]:
-    """Ours beside the published figures, for every row with a finished folder `out/<row>`.
+    """List ours beside the published figures, for every row with a finished folder `out/<row>`.
 
     Of a patch row this is the accuracy, of the others the AUC, single and of four flips.
     """
@@ -119,6 +123,7 @@ def compare(out: Path, rows: Sequence[Row]) -> list[Comparison]:
 
 
 def write_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """Write a CSV file of a row a figure."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Comparison._fields)
@@ -128,6 +133,7 @@ def write_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
+    """Return the same as text."""
     return text_table(
         ["row", "figure", "published", "ours", "difference", "test set"],
         [
@@ -145,7 +151,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
 
 
 def published_table(rows: Sequence[Row]) -> str:
-    """Every row with its command and what was published."""
+    """Return every row with its command and what was published, as text."""
     return text_table(
         ["command", "published", "best epoch", "training on 8 GB (estimate)"],
         [
@@ -161,12 +167,12 @@ def published_table(rows: Sequence[Row]) -> str:
 
 
 def _as_published(value: float) -> str:
-    """Two decimals, or three where there are so many."""
+    """Return two decimals, or three where there are so many."""
     return f"{value:.3f}".removesuffix("0")
 
 
 def text_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table of the columns' widths, as Markdown."""
+    """Return a table of the columns' widths, as Markdown."""
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     rows = [header, ["-" * width for width in widths], *lines]
     return "\n".join(
@@ -217,8 +223,8 @@ def average_predictions(runs: Sequence[Path], out: Path) -> None:
     write_test_results(Path(out), list(first.index), y_true, predictions, class_list)
 
 
-def _read_predictions(path: Path):
-    """predictions.csv as a data frame, indexed by file: `label`, and the probabilities of each class."""
+def _read_predictions(path: Path) -> "pd.DataFrame":
+    """Read predictions.csv as a data frame, indexed by file: `label`, and the probabilities of each class."""
     import pandas as pd
 
     try:
@@ -243,8 +249,8 @@ def _read_predictions(path: Path):
     return table.set_index("file")
 
 
-def subset_table(out: Path):
-    """The trainings with few patients in `out`, the folder of `mammo subset`, as a data frame.
+def subset_table(out: Path) -> "pd.DataFrame":
+    """Return the trainings with few patients in `out`, the folder of `mammo subset`, as a data frame.
 
     A row a training, sorted by model and patients: `model`, its name; `patients` and `images`, in training; `auc` on
     the test set with its 95% interval `low` to `high` (DeLong, on the logit scale, clustered by patient), and the same
@@ -288,20 +294,20 @@ def subset_table(out: Path):
 
 
 def _command(folder: Path) -> str:
-    """By which commands and inputs a step of a recipe made its folder, those of its sources first."""
+    """Return by which commands and inputs a step of a recipe made its folder, those of its sources first."""
     path = folder / "command.txt"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _count_images(data: Path) -> int:
-    """Images to train on in a data folder; none where there is no such folder: no patient, no training."""
+    """Count the images to train on in a data folder; none where there is no such folder: no patient, no training."""
     from mammo.base.files import walk_files
     from mammo.images.reading import is_image
 
     return sum(map(is_image, walk_files(data / "train"))) if data.is_dir() else 0
 
 
-def plot_subsets(table, path: Path) -> None:
+def plot_subsets(table: "pd.DataFrame", path: Path) -> None:
     """Draw the AUC over the patients in training, of `subset_table`: a colour a model, its published AUC dashed."""
     from matplotlib.figure import Figure
 
@@ -356,14 +362,15 @@ class NoConnectionError(InputError):
     """There is no way to the internet: the other models cannot be fetched either."""
 
 
-def read_released(path=RELEASED_TABLE) -> list[Released]:
+def read_released(path: str | Path = RELEASED_TABLE) -> list[Released]:
+    """Read the table of the released models."""
     published = {row.name: row for row in read_published()}
     with open(path, newline="", encoding="utf-8") as file:
         return [Released(published[row["row"]], int(row["classes"]), row["link"]) for row in csv.DictReader(file)]
 
 
 def released_table(models: Sequence[Released]) -> str:
-    """Name, role, published figures and link of each, as text."""
+    """Return name, role, published figures and link of each, as text."""
     rows = []
     for model in models:
         figures = "; ".join(f"{FIGURES[name]} {value:.2f}" for name, value in model.row.figures.items())
@@ -372,6 +379,7 @@ def released_table(models: Sequence[Released]) -> str:
 
 
 def role(model: Released) -> str:
+    """Return what the model is for, in words."""
     if model.row.kind == "patch":
         return "patch classifier, to build whole-image classifiers on"
     data = "DDSM" if model.name.startswith("ddsm") else "INbreast"
@@ -387,8 +395,8 @@ def settings(model: Released) -> dict:
     return PUBLISHED_PIXELS | inbreast | (patch if model.row.kind == "patch" else {})
 
 
-def by_hand(models: Sequence[Released], folder) -> str:
-    """What to fetch from where, and where to put it."""
+def by_hand(models: Sequence[Released], folder: str | Path) -> str:
+    """Return what to fetch from where, and where to put it, as text."""
     lines = [f"  {model.link}  as  {Path(folder, model.file)}" for model in models]
     return "\n".join(
         [
@@ -418,7 +426,7 @@ def gdown_download(drive_id: str, output: str) -> None:
         raise InputError("Google Drive does not give the file: it may be asked for too often just now, or be private")
 
 
-def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_download) -> bool:
+def fetch(model: Released, folder: str | Path, download: Callable[[str, str], None] = gdown_download) -> bool:
     """Make sure that `<folder>/<name>.h5` is the model: download it where it is not there, check it, and keep its
     SHA-256 in `<folder>/SHA256SUMS`, in the form of `sha256sum`, and its pixel options in `<folder>/<name>/args.json`,
     where `mammo.images.pixels.read_settings` finds them.
@@ -455,7 +463,7 @@ def fetch(model: Released, folder, download: Callable[[str, str], None] = gdown_
     return not there
 
 
-def check(path, model: Released) -> None:
+def check(path: str | Path, model: Released) -> None:
     """Raise InputError unless the file is a model of the right number of classes, image size and convolutions."""
     from keras.layers import Conv2D
 
@@ -487,13 +495,14 @@ def check(path, model: Released) -> None:
 
 
 def _most_convolutions(net: str, whole: bool) -> float:
-    """That a network may have: the top layers of a whole-image one add fewer than make it as deep as ResNet50."""
+    """Return how many there may be: the top layers of a whole-image one do not make it as deep as ResNet50."""
     if not whole:
         return CONVOLUTIONS[net]
     return math.inf if net == "resnet50" else CONVOLUTIONS["resnet50"] - 1
 
 
-def check_same(path, expected: str) -> None:
+def check_same(path: str | Path, expected: str) -> None:
+    """Raise InputError unless the file has that SHA-256."""
     if (digest := sha256(path)) != expected:
         raise InputError(
             f"{path}: not the file that was checked: Expected the SHA-256 {expected}. Received {digest}; "
@@ -501,8 +510,8 @@ def check_same(path, expected: str) -> None:
         )
 
 
-def read_checksums(path) -> dict[str, str]:
-    """SHA-256 by file name, {} where there is no such file. Raises InputError for a damaged one."""
+def read_checksums(path: str | Path) -> dict[str, str]:
+    """Read the SHA-256 by file name, {} where there is no such file. Raises InputError for a damaged one."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -518,6 +527,7 @@ def read_checksums(path) -> dict[str, str]:
     return sums
 
 
-def sha256(path) -> str:
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -45,7 +45,7 @@ class DMImagePreprocessor:
 
     @staticmethod
     def max_pix_val(dtype) -> int:
-        """Largest value of the unsigned integer type `dtype`: 255 or 65535. InputError for any other type."""
+        """Return the largest value of an unsigned integer type, 255 or 65535. InputError for any other type."""
         dtype = np.dtype(dtype)
         if dtype not in (np.uint8, np.uint16):
             raise InputError(f"Expected an image of dtype uint8 or uint16. Received {dtype}.")
@@ -59,7 +59,7 @@ class DMImagePreprocessor:
         smooth_boundary: bool = False,
         kernel_size: int = 15,
     ) -> np.ndarray:
-        """Mask of the largest 8-connected object of a binary image.
+        """Return the mask of the largest 8-connected object of a binary image.
 
         img_bin: (H, W), non-zero in the objects. lab_val: value of the mask inside the object, 1..255.
         fill_holes: include what is enclosed by the object.
@@ -165,7 +165,7 @@ class DMImagePreprocessor:
         high_int_threshold: float = 0.8,
         **pect_kwargs,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Median filter, artefact suppression and pectoral removal, each as asked.
+        """Filter by the median, suppress artifacts and remove the pectoral muscle, each as asked.
 
         img: (H, W) uint8 or uint16. blur_kn_size: side of the median filter, odd. low_int_threshold, kernel_size: those
         of `suppress_artifacts`. high_int_threshold, pect_kwargs: those of `remove_pectoral`.
@@ -201,7 +201,7 @@ def _square(size):
 
 
 def _flood_seed(labels):
-    """(x, y) from which the published program floods the background: its first pixel in raster order.
+    """Return (x, y) from which the published program floods the background: its first pixel in raster order.
 
     The program exchanged row and column, so that an object at the left edge can take the seed and the whole
     image is then filled. Its output is reproduced; where the exchange left the image it failed, and the pixel
@@ -213,7 +213,7 @@ def _flood_seed(labels):
 
 
 def _as_uint8(img):
-    """`img` scaled by its own maximum to 0..255, truncated; InputError where that has no meaning."""
+    """Scale `img` by its own maximum to 0..255, truncated; InputError where that has no meaning."""
     if img.ndim != 2 or img.size == 0:
         raise InputError(f"Expected a greyscale image of shape (height, width). Received shape {img.shape}.")
     scaled = img.astype("float32")
@@ -234,7 +234,7 @@ def detect_blobs(
     max_int: float = 0.95,
     th_step: int = 10,
 ) -> np.ndarray:
-    """Bright spots of any shape, no larger than a patch.
+    """Detect bright spots of any shape, no larger than a patch.
 
     img: 2-D array of any real dtype, not negative. min_area: pixels. min_int, max_int: range of thresholds as
     fractions of the image's maximum. th_step: threshold step on the 0..255 scale. Returns an (n, 3) float array

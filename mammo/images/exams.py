@@ -18,7 +18,7 @@ class DMExamListIterator(DMIterator):
         exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
             or None) and "cancer" (0, 1 or None); or tuples (subj, exam, {"L": ..., "R": ...}).
         target_size, target_scale, gs_255, data_format; target_height, rescale_factor, equalize_hist, dup_3_channels:
-            how images are read, see `pixels_of`; `pixels` stands for all of them.
+            how images are read, see `read_img_for_pred`; `pixels` stands for all of them.
         validation_mode: no shuffling; the first image of each view. Otherwise a view's image is drawn.
         prediction_mode: no shuffling; all images of each view.
         all_neg_skip, balance_classes: no_pos_skip and balance_classes of `Batches`, an exam counting as positive
@@ -102,7 +102,8 @@ class DMExamListIterator(DMIterator):
         y = () if batch is None else batch[1:]
         return ([self.exams[i]["subj"] for i in index], [self.exams[i]["exam"] for i in index], *views.values(), *y)
 
-    def load(self, fname):
+    def load(self, fname: str | Path | None) -> np.ndarray:
+        """Read a file, or make the black image of a view without one."""
         if fname is not None:
             return self.pixels.read(fname)
         return self.pixels.to_input("black image", np.zeros(self.pixels.size, np.uint8))
@@ -126,7 +127,7 @@ def _exam_as_dict(exam):
 
 
 def _view_files(files):
-    """List of file names of a view given as a list, a table with a `filename` column, or None."""
+    """List the file names of a view given as a list, a table with a `filename` column, or None."""
     if files is None:
         return []
     return list(files["filename"] if hasattr(files, "columns") else files)
@@ -138,7 +139,7 @@ class DMCandidROIIterator(DMIterator):
     Args:
         img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.
         target_height, target_scale, gs_255, data_format; target_size, rescale_factor, equalize_hist, dup_3_channels:
-            how images are read, see `pixels_of`; `pixels` stands for all of them. The breast is then cut out.
+            how images are read, see `read_img_for_pred`; `pixels` stands for all of them. The breast is then cut out.
         img_per_batch, roi_per_img, roi_size: images a batch, patches an image, (rows, columns) of a patch.
         low_int_threshold: see `DMImagePreprocessor.segment_breast`.
         blob_min_area, blob_min_int, blob_max_int, blob_th_step: spot detector; intensities as fractions of the
@@ -260,7 +261,7 @@ class DMCandidROIIterator(DMIterator):
             raise InputError(f"{fname}: {error}") from error
 
     def _key_points(self, img, rng):
-        """nb_candidates points (n, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""
+        """Choose points (nb_candidates, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""
         n = self.nb_candidates
         spots = detect_blobs(img, max(self.roi_size), **self._blob_args)[:, :2]
         if len(spots) == 0:
@@ -275,7 +276,7 @@ class DMCandidROIIterator(DMIterator):
         return np.repeat(np.expand_dims(patch, axis), self.pixels.channels, axis=axis)
 
     def _choose(self, x, label):
-        """Which of the candidates x to keep, and their classes."""
+        """Return which of the candidates x to keep, and their classes."""
         if self.roi_clf is None:
             return range(len(x)), [self._patch_class(label)] * len(x)
         standardized = np.stack([self.generator.standardize(patch) for patch in x])
@@ -293,7 +294,7 @@ class DMCandidROIIterator(DMIterator):
 
 
 def get_roi_patches(img: np.ndarray, key_pts: np.ndarray, roi_size: tuple[int, int] = (256, 256)) -> np.ndarray:
-    """Patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (golden).
+    """Cut patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (golden).
 
     A patch that would start before the image is moved to start with it; beyond its end it is zero.
     """
@@ -307,7 +308,7 @@ def get_roi_patches(img: np.ndarray, key_pts: np.ndarray, roi_size: tuple[int, i
 
 
 def clust_kpts(key_pts: np.ndarray, nb_clust: int, seed: int = 12345) -> np.ndarray:
-    """Centres (nb_clust, 2) of a k-means clustering of the points (n, 2) of x, y."""
+    """Return the centres (nb_clust, 2) of a k-means clustering of the points (n, 2) of x, y."""
     from sklearn.cluster import KMeans
 
     return KMeans(nb_clust, n_init=10, random_state=seed).fit(np.asarray(key_pts, np.float32)).cluster_centers_

@@ -124,24 +124,18 @@ class DMIterator(keras.utils.PyDataset):
         self.classes = None if classes is None else np.asarray(classes)
         self.nb_class = nb_class
         self.batch_size = batches.batch_size
-        self.shuffle = batches.shuffle
         seed = np.random.SeedSequence().generate_state(1)[0] if batches.seed is None else batches.seed
         self.seed = int(seed) % 2**32
         self.class_mode = None if classes is None else batches.class_mode
-        self.auto_batch_balance = batches.auto_batch_balance
-        self.no_pos_skip = batches.no_pos_skip
-        self.balance_classes = batches.balance_classes
-        self.preprocess = batches.preprocess
-        self.save_to_dir, self.save_prefix = batches.save_to_dir, batches.save_prefix
-        self.save_format = batches.save_format
+        self.options = batches
         self.input_error = None
         self._epoch = 0
         self._next = 0  # position of next() in the epoch
         self._plan_epoch(batches_before=0)
 
     @property
-    def labels(self):
-        """Class numbers (n,) of the samples, or None."""
+    def labels(self) -> np.ndarray | None:
+        """Return the class numbers (n,) of the samples, or None."""
         return self.classes
 
     # -- order
@@ -152,7 +146,7 @@ class DMIterator(keras.utils.PyDataset):
         while not self._batches:  # all of an epoch's batches may be skipped
             self._before = batches_before
             order = np.arange(self.nb_sample)
-            if self.shuffle:
+            if self.options.shuffle:
                 order = self._random_state(batches_before).permutation(self.nb_sample)
             for start in range(0, self.nb_sample, self.batch_size):
                 index = order[start : start + self.batch_size]
@@ -165,9 +159,9 @@ class DMIterator(keras.utils.PyDataset):
         return np.random.RandomState((self.seed + number) % 2**32)
 
     def _is_skipped(self, number, index):
-        if not self.no_pos_skip or self.classes is None or (self.classes[index] == 1).any():
+        if not self.options.no_pos_skip or self.classes is None or (self.classes[index] == 1).any():
             return False
-        return self._random_state(number).uniform() < self.no_pos_skip
+        return self._random_state(number).uniform() < self.options.no_pos_skip
 
     def __len__(self):
         return len(self._batches)
@@ -189,47 +183,47 @@ class DMIterator(keras.utils.PyDataset):
         return self._make_batch(*self._balanced(*plan[position]))
 
     def _balanced(self, number, index):
-        """The samples of batch `number`, and the generator for what else it draws."""
+        """Return the samples of batch `number`, and the generator for what else it draws."""
         rng = self._random_state(number)
         if self.classes is not None:
             rng.uniform()  # the draw that decides on skipping
-            if self.balance_classes:
-                index = index_balancer(index, self.classes[index], self.balance_classes, rng)
+            if self.options.balance_classes:
+                index = index_balancer(index, self.classes[index], self.options.balance_classes, rng)
         return index, rng
 
-    def batch_names(self, i):
-        """What the samples of batch i of this epoch are called: the paths of their files, where they have any."""
+    def batch_names(self, i: int) -> list[str]:
+        """Return what the samples of batch i of this epoch are called: the paths of their files, if they have any."""
         return [str(self._name(sample)) for sample in self._balanced(*self._batches[i])[0]]
 
-    def on_epoch_end(self):
+    def on_epoch_end(self) -> None:
         """Go on to the next epoch; Keras calls this."""
         self._epoch += 1
         self._plan_epoch(self._after)
 
-    def reset(self):
+    def reset(self) -> None:
         """Start a new epoch; batches drawn so far by `next()` count for its order."""
         if self._next:
             self._epoch += 1
         self._plan_epoch(self.total_batches_seen)
 
     @property
-    def position(self):
-        """Where the epoch stands in the order of all, for `go_to`: (number of the epoch, batches before it)."""
+    def position(self) -> tuple[int, int]:
+        """Return where the epoch stands in the order of all, for `go_to`: its number, and the batches before it."""
         return self._epoch, self._before
 
-    def go_to(self, epoch, batches_before, skip=0):
+    def go_to(self, epoch: int, batches_before: int, skip: int = 0) -> None:
         """Take up the epoch at a `position`, without its first `skip` batches."""
         self._epoch = epoch
         self._plan_epoch(batches_before)
         del self._batches[:skip]
 
     @property
-    def total_batches_seen(self):
-        """Batches of past epochs and those that `next()` drew (or skipped) of this one."""
+    def total_batches_seen(self) -> int:
+        """Count the batches of past epochs and those that `next()` drew (or skipped) of this one."""
         return self._batches[self._next - 1][0] if self._next else self._before
 
     def next(self):
-        """The next batch, without end; a new epoch begins when one is through."""
+        """Return the next batch, without end; a new epoch begins when one is through."""
         if self._next == len(self):
             self.on_epoch_end()
         self._next += 1
@@ -238,7 +232,7 @@ class DMIterator(keras.utils.PyDataset):
     __next__ = next
 
     def __iter__(self):
-        """The batches left in this epoch; all of the next one when there are none."""
+        """Go through the batches left in this epoch, or all of the next one when there are none."""
         yield self.next()
         while self._next < len(self):
             yield self.next()
@@ -246,13 +240,13 @@ class DMIterator(keras.utils.PyDataset):
     # -- content
 
     def _make_batch(self, index, rng):
-        """Batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
+        """Return the batch of the samples `index`, as Keras takes it; random choices draw from `rng`."""
         raise NotImplementedError
 
     def _name(self, index):
         return f"sample {index}"
 
-    def close(self):
+    def close(self) -> None:
         """End the threads. Batches can still be drawn, by the caller's own."""
         for pool in (self._pool, self._reader):
             if pool is not None:
@@ -260,7 +254,7 @@ class DMIterator(keras.utils.PyDataset):
         self._pool = self._reader = self._ahead = None
 
     def _map(self, function, *items):
-        """List of function(item), or of several, on this iterator's threads."""
+        """List function(item), or of several, for all, on this iterator's threads."""
         return list((self._pool.map if self._pool else map)(function, *items))
 
     def _augment(self, x, index, occurrence=0, out=None):
@@ -274,7 +268,7 @@ class DMIterator(keras.utils.PyDataset):
         standardized = self.generator.standardize(x, copy=False)
         if standardized is not x:  # a preprocessing function may return another array
             x[...] = standardized
-        if self.save_to_dir:
+        if self.options.save_to_dir:
             self._save(x, index, occurrence)
         return x
 
@@ -283,11 +277,11 @@ class DMIterator(keras.utils.PyDataset):
             x = np.moveaxis(x, 0, -1)
         x = x - x.min()
         again = f"_{occurrence}" if occurrence else ""
-        name = f"{self.save_prefix}_{self._epoch}_{index}{again}.{self.save_format}"
-        write_img(Path(self.save_to_dir, name), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
+        name = f"{self.options.save_prefix}_{self._epoch}_{index}{again}.{self.options.save_format}"
+        write_img(Path(self.options.save_to_dir, name), np.rint(x * (255 / max(float(x.max()), 1e-7))).astype(np.uint8))
 
     def _with_labels(self, x, classes, there=slice(None)):
-        """(x, y), (x, y, weights) or x, after class_mode and auto_batch_balance.
+        """Return (x, y), (x, y, weights) or x, after class_mode and auto_batch_balance.
 
         there: places of the samples that count; the others get one-hot labels of zeros, and no weight.
         """
@@ -298,7 +292,7 @@ class DMIterator(keras.utils.PyDataset):
             y[there] = np.eye(self.nb_class)[classes[there]]
         else:
             y = classes.astype(np.float32 if self.class_mode == "binary" else np.int64)
-        if not self.auto_batch_balance:
+        if not self.options.auto_batch_balance:
             return x, y
         weights = np.zeros(len(classes), np.float32)
         weights[there] = batch_weights(classes[there])
@@ -320,7 +314,7 @@ def check_one_size(names: Sequence[str], images: Sequence[np.ndarray]) -> None:
 
 
 def batch_weights(classes: np.ndarray) -> np.ndarray:
-    """float32 (n,): 1 / (frequency of each sample's class among `classes`) (golden)."""
+    """Return 1 / (frequency of each sample's class among `classes`), float32 (n,) (golden)."""
     _, position, count = np.unique(classes, return_inverse=True, return_counts=True)
     return np.float32(1) / (count / len(classes)).astype(np.float32)[position]
 
@@ -348,16 +342,17 @@ class _SampleIterator(DMIterator):
         self._map(fill, there)
         for place in set(range(len(index))).difference(there):  # a batch keeps its size
             batch[place] = batch[there[place % len(there)]]
-        if self.preprocess is not None:
-            batch = self.preprocess(batch)
+        if self.options.preprocess is not None:
+            batch = self.options.preprocess(batch)
         counted = [] if attempt else there
         return self._with_labels(batch, None if self.classes is None else self.classes[index], counted)
 
-    def load(self, index):
+    def load(self, index: int) -> np.ndarray:
+        """Read sample `index`."""
         raise NotImplementedError
 
-    def load_or_none(self, index):
-        """`load(index)`, or None for a sample whose place another one takes."""
+    def load_or_none(self, index: int) -> np.ndarray | None:
+        """Read sample `index`, or return None where another one takes its place."""
         return self.load(index)
 
 
@@ -398,7 +393,7 @@ class DMNumpyArrayIterator(_SampleIterator):
         nb_class = None if y is None else int(classes.max()) + 1
         super().__init__(image_data_generator, len(self.x), classes, nb_class, batches)
 
-    def load(self, index):
+    def load(self, index: int) -> np.ndarray:
         return self.x[index].astype(np.float32)
 
     def _make_batch(self, index, rng):
@@ -427,10 +422,10 @@ class _FileIterator(_SampleIterator):
     def __init__(
         self,
         generator,
-        paths,
-        names,
-        classes,
-        nb_class,
+        paths: Sequence[str | Path],
+        names: Sequence[str],
+        classes: Sequence[int] | None,
+        nb_class: int | None,
         batches: Batches,
         pixels: Pixels,
         load_to_ram: bool,
@@ -466,14 +461,15 @@ class _FileIterator(_SampleIterator):
         self._replaces = on_error == "skip" and self.class_mode == "categorical"
 
     @property
-    def file_sizes(self):
-        """Bytes of each file, as they were when it was checked, if it was."""
+    def file_sizes(self) -> list[int]:
+        """Return the bytes of each file, as they were when it was checked, if it was."""
         if self._checks is None:
             return [os.path.getsize(path) for path in self._paths]
         return [check.bytes for check in self._checks]
 
     @property
-    def skipped(self):
+    def skipped(self) -> list[str]:
+        """Return what is wrong with each image that was left out or lost."""
         return [*self._left_out, *(message for _, message in sorted(self._lost.copy().items()))]
 
     def _keep(self, good, classes):
@@ -501,14 +497,14 @@ class _FileIterator(_SampleIterator):
         img = self.pixels.resize(path, img)
         return img if self._allow_constant else check_constant(path, img)
 
-    def load(self, index):
+    def load(self, index: int) -> np.ndarray:
         img = self._read(index) if self._ram is None else self._ram[index]
         return self.pixels.to_input(self._paths[index], img)
 
     def _name(self, index):
         return self._paths[index]
 
-    def load_or_none(self, index):
+    def load_or_none(self, index: int) -> np.ndarray | None:
         try:
             return self.load(index)
         except InputError as error:
@@ -564,7 +560,7 @@ class DMImgListIterator(_FileIterator):
     Args:
         img_list, lab_list: files, and a class number for each, or None.
         target_size, target_scale, gs_255, data_format; target_height, rescale_factor, equalize_hist, dup_3_channels:
-            how images are read, see `pixels_of`; `pixels` stands for all of them.
+            how images are read, see `read_img_for_pred`; `pixels` stands for all of them.
         validation_mode: no shuffling, skipping or balancing. all_neg_skip: no_pos_skip of `Batches`.
         verbose: print how many images there are of each class.
         load_to_ram, on_error, checked, allow_constant: see `_FileIterator`.
@@ -638,14 +634,14 @@ def found(what: str, classes: np.ndarray | None, n: int) -> str:
     return counted(n, what) + (f": {by_class}" if by_class else "")
 
 
-def check_labels(img_list, lab_list) -> None:
+def check_labels(img_list: Sequence, lab_list: Sequence | None) -> None:
     """Raise InputError unless there is a label for each image, or None."""
     if lab_list is not None and len(lab_list) != len(img_list):
         raise InputError(f"Expected as many labels as images, {len(img_list)}. Received {len(lab_list)}.")
 
 
 def _count_classes(labels):
-    """At least two: a list may happen to hold one class only."""
+    """Count at least two: a list may happen to hold one class only."""
     return None if labels is None or not len(labels) else max(2, int(max(labels)) + 1)
 
 
@@ -655,7 +651,7 @@ class DMDirectoryIterator(_FileIterator):
     Args:
         directory: folder of the class folders.
         target_size, target_scale, gs_255, equalize_hist, rescale_factor, dup_3_channels, data_format; target_height:
-            how images are read, see `pixels_of`; `pixels` stands for all of them.
+            how images are read, see `read_img_for_pred`; `pixels` stands for all of them.
         classes: names of the class folders in the order of the outputs; by default all sub-folders, sorted.
         allow_empty: accept class folders without images, as long as one has some.
         follow_links: also descend into linked folders.
@@ -739,7 +735,7 @@ def find_classes(
     follow_links: bool = False,
     checked: dict[str, ImageCheck] | None = None,
 ) -> dict[str, list[str]]:
-    """Names of the images in each class folder of `directory`, relative to it and sorted; see `DMDirectoryIterator`.
+    """List the images in each class folder of `directory`, relative to it and sorted; see `DMDirectoryIterator`.
 
     Raises InputError for a missing folder, and for `classes` that repeat a name.
     """
@@ -774,8 +770,8 @@ def _find_images(directory, class_name, follow_links):
 # ------------------------------------------------------------------------------------- labels and class balance
 
 
-def to_sparse(y) -> np.ndarray:
-    """Class numbers of labels that are one-hot rows (n, classes) or class numbers (n,) already.
+def to_sparse(y: np.ndarray | Sequence) -> np.ndarray:
+    """Return the class numbers of labels that are one-hot rows (n, classes) or class numbers (n,) already.
 
     Raises ValueError when a row is not one-hot, TypeError for arrays of more than two dimensions.
     """
@@ -789,11 +785,15 @@ def to_sparse(y) -> np.ndarray:
     return y.argmax(axis=1)
 
 
-def index_balancer(index_array, classes, ratio: float, rng) -> np.ndarray:
+def index_balancer(
+    index_array: np.ndarray | Sequence[int],
+    classes: np.ndarray | Sequence[int],
+    ratio: float,
+    rng: np.random.RandomState | np.random.Generator,
+) -> np.ndarray:
     """Draw len(index_array) of its elements with replacement, sorted, negatives to positives as `ratio` to 1 (golden).
 
     classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are equally likely.
-    rng: NumPy RandomState (or Generator).
     """
     index_array, positive = np.asarray(index_array), np.asarray(classes) == 1
     nb_positive = positive.sum()
@@ -804,7 +804,7 @@ def index_balancer(index_array, classes, ratio: float, rng) -> np.ndarray:
 
 
 def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Uninitialised float32 array that starts at a cache line.
+    """Return an uninitialised float32 array that starts at a cache line.
 
     OpenCV then writes images into it past the cache, which keeps what it reads: twice as fast for large images.
     """
@@ -814,8 +814,8 @@ def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
     return memory[start : start + size].reshape(shape)
 
 
-def sample_images(iterator, nb_images: int = 32) -> list[np.ndarray]:
-    """Up to `nb_images` images of a file or array iterator, evenly spread, before augmentation and mean subtraction."""
+def sample_images(iterator: "_SampleIterator", nb_images: int = 32) -> list[np.ndarray]:
+    """Load up to `nb_images` images, evenly spread, before augmentation and mean subtraction."""
     chosen = np.linspace(0, iterator.nb_sample - 1, min(nb_images, iterator.nb_sample)).astype(int)
     images = [image for image in map(iterator.load_or_none, chosen) if image is not None]
     return [image * iterator.generator.rescale for image in images] if iterator.generator.rescale else images

@@ -24,6 +24,7 @@ from mammo.base.files import InputError
 from mammo.data import splits
 from mammo.evaluate import published
 from mammo.evaluate.published import FIGURES, read_published
+from tests.commands.warm import warm_python
 from tests.helpers import ROOT
 
 CLEARED = (
@@ -35,19 +36,19 @@ ROWS = read_published()
 NAMES = [row.name for row in ROWS]
 CELLS = {cells["row"]: cells for cells in csv.DictReader(published.PUBLISHED_TABLE.read_text().splitlines())}
 
-# Both stand in for `python`: they record commands, or run the real scripts without compiling a graph.
-STAND_IN, EAGER = (Path(__file__).with_name(name) for name in ("stand_in.py", "eager.py"))
+STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 class Shell:
     """Run scripts and recipes in a folder, with a stand-in for the `python` that scripts call; keep its commands."""
 
-    def __init__(self, folder, monkeypatch, stand_in=STAND_IN):
+    def __init__(self, folder, monkeypatch, python=None):
         self.folder, self.monkeypatch = folder, monkeypatch
-        self.log, self.python = folder / "commands.jsonl", folder / "bin" / "python"
-        self.python.parent.mkdir(parents=True)
-        self.python.write_text(f"#!{sys.executable}\n{stand_in.read_text()}")
-        self.python.chmod(0o755)
+        self.log, self.python = folder / "commands.jsonl", python or folder / "bin" / "python"
+        if python is None:
+            self.python.parent.mkdir(parents=True)
+            self.python.write_text(f"#!{sys.executable}\n{STAND_IN.read_text()}")
+            self.python.chmod(0o755)
 
     def __call__(self, recipe, *args, status=0, **env):
         """Run a script, or a module, with more environment variables: (commands, standard output, standard error)."""
@@ -702,6 +703,12 @@ def phantoms(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    with warm_python(tmp_path_factory.mktemp("python")) as python:
+        yield python
+
+
 def invert(folders):
     return {part: sorted(name for name in folders if folders[name] == part) for part in ("train", "val", "test")}
 
@@ -717,7 +724,7 @@ OTHERS = [name for name in DRY if "resnet50" not in name]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [[name for name in DRY if "resnet50" in name], OTHERS], ids=["resnet50", "others"])
-def test_every_row_runs(phantoms, tmp_path, monkeypatch, rows):
+def test_every_row_runs(phantoms, python, tmp_path, monkeypatch, rows):
     """One training step in each stage of each network, top and start, by the real scripts, at the published rates."""
     import keras
 
@@ -725,7 +732,7 @@ def test_every_row_runs(phantoms, tmp_path, monkeypatch, rows):
     for net in nets.keys() & {CELLS[row]["net"] for row in rows}:
         model = getattr(keras.applications, nets[net])(weights=None, include_top=False)
         model.save_weights(tmp_path / f"{net}.weights.h5")
-    shell = Shell(tmp_path, monkeypatch, EAGER)
+    shell = Shell(tmp_path, monkeypatch, python)
     for row in rows:
         size = str(SIZES.get(CELLS[row]["top"], 64 if CELLS[row]["net"] == "resnet50" else 128))
         command = [

@@ -12,7 +12,7 @@ from inbreast import subset_experiment
 from mammo.base.files import InputError
 from mammo.data import splits
 from mammo.evaluate import published
-from tests.commands.test_recipes import EAGER, Shell, parse, shell  # noqa: F401  (a fixture)
+from tests.commands.test_recipes import Shell, parse, python, shell  # noqa: F401  (fixtures)
 
 MODEL = "ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5"
 
@@ -215,7 +215,7 @@ def test_a_folder_without_trainings_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_by_the_real_trainer(tmp_path, monkeypatch):
+def test_by_the_real_trainer(python, tmp_path, monkeypatch):  # noqa: F811
     """One epoch of a tiny network on tiny images, in a run of the script as a user gives it: finetuned and as it is."""
     import cv2
     import keras
@@ -231,7 +231,7 @@ def test_by_the_real_trainer(tmp_path, monkeypatch):
     hidden = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(image))
     keras.Model(image, keras.layers.Dense(2, activation="softmax")(hidden)).save(tmp_path / "tiny.keras")
     words = [tmp_path / "data", tmp_path / "tiny.keras", tmp_path / "few", "--img-size", "32", "32"]
-    Shell(tmp_path, monkeypatch, EAGER)(subset_experiment, *words, "--all-layer-epochs", "1", PATIENTS="0 2")
+    Shell(tmp_path, monkeypatch, python)(subset_experiment, *words, "--all-layer-epochs", "1", PATIENTS="0 2")
     table = pd.read_csv(tmp_path / "few" / "subset_auc.csv")
     columns = ["model", "patients", "images", "test_images", "test_patients"]
     assert table[columns].to_numpy().tolist() == [["tiny", 0, 0, 8, 4], ["tiny", 2, 4, 8, 4]]
