@@ -114,19 +114,13 @@ def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
 
 
 def parse_inbreast_name(stem: str) -> tuple[str, str, str | None] | None:
-    """Return (patient, side, view) by the name of an INbreast file without ending, None for names of another form.
-
-    The view is None where it is neither CC nor MLO.
-    """
+    """Return (patient, side, view) by an INbreast file's stem, the view None if not CC or MLO; None for other names."""
     match = _INBREAST_NAME.fullmatch(stem)
     return match and (match[1].lower(), INBREAST_SIDES[match[2].upper()], INBREAST_VIEWS.get(match[3].upper()))
 
 
 def patient_of(file: str) -> str:
-    """Return the patient whom the name of an image tells: one of INbreast, or one that data preparation wrote.
-
-    Raises InputError for names of another form.
-    """
+    """Return the patient whom an image's name tells, of INbreast or as data preparation writes it; else InputError."""
     stem = Path(file).stem
     if found := parse_inbreast_name(stem) or parse_image_name(stem):
         return found[0]
