@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -32,7 +32,12 @@ BACKENDS = {
 
 
 def run_parallel(
-    function: Callable, items: Sequence, jobs: int = 1, backend: str = "loky", desc: str | None = None, unit="image"
+    function: Callable,
+    items: Sequence,
+    jobs: int = 1,
+    backend: str = "loky",
+    desc: str | None = None,
+    unit: str = "image",
 ) -> Iterator:
     """Iterate over function(item) for all `items`, in their order, computed `jobs` at a time.
 
@@ -167,9 +172,6 @@ MANIFEST, OPTIONS, REPORT = "manifest.jsonl", "options.json", "report.json"
 RULES = 4
 
 
-# ---------------------------------------------------------------------------------------------- resumable runs
-
-
 @dataclass(frozen=True)
 class Job:
     """One image to prepare.
@@ -205,8 +207,8 @@ class Outcome:
 def run_resumable(
     items: Sequence[Job],
     function: Callable[[Job], Outcome],
-    download,
-    out,
+    download: str | Path,
+    out: str | Path,
     folders: Sequence[str],
     jobs: int = 1,
     backend: str = "loky",
@@ -257,7 +259,7 @@ def run_resumable(
         return [_to_outcome(record) for record in ordered]
 
 
-def keep_options(out, options: Mapping, fresh: bool = False) -> None:
+def keep_options(out: str | Path, options: Mapping, fresh: bool = False) -> None:
     """Note what decides the files in the folder `out`, for another run to compare with.
 
     Raises InputError, naming them, where those of an earlier run are other ones, unless it is to begin `fresh`.
@@ -267,7 +269,7 @@ def keep_options(out, options: Mapping, fresh: bool = False) -> None:
     write_text(Path(out, OPTIONS), json.dumps(options, indent=1) + "\n")
 
 
-def check_kept_options(out, options: Mapping) -> None:
+def check_kept_options(out: str | Path, options: Mapping) -> None:
     """Make the check of `keep_options` alone: a run that writes to several folders does before it notes any."""
     if (earlier := read_json(Path(out, OPTIONS))) is not None:
         ours = json.loads(json.dumps(options))
@@ -317,12 +319,9 @@ def _checksum(path: Path) -> int:
 
 def _is_whole(out: Path, record: dict) -> bool:
     """Tell whether an earlier result had no fault and its outputs are still there as written."""
-    if record["faults"]:
-        return False
-    try:
-        return [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError):
+        return not record["faults"] and [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
+    return False
 
 
 def _to_record(result: Outcome, stamp: str, out: Path) -> dict:

@@ -73,9 +73,6 @@ def find_view_folder(parts: Iterable[str]) -> str | None:
     return next(filter(FOLDER.fullmatch, parts), None)
 
 
-# ------------------------------------------------------------------------------------------- description files
-
-
 def find_tables(folder: str | Path) -> list[Path]:
     """Find the description files in `folder` or below it, sorted by name."""
     folder = Path(folder)

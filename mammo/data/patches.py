@@ -32,8 +32,7 @@ from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import read_resize_img
 from mammo.images.reading import check_grey, read_size
 
-# Written when a set is complete.
-TABLES = ("pat_lst.txt", "patches.csv")
+TABLES = ("pat_lst.txt", "patches.csv")  # written when a set is complete
 
 FOLDER_OPTIONS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 
@@ -242,7 +241,8 @@ def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | 
             class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
             file = patch_name(job.name, class_dir, lesion.number, written[class_dir, lesion.number])
             written[class_dir, lesion.number] += 1
-            write_patch(Path(out_dir, file), breast.padded, patch, args.patch_size)
+            pixels = np.rint(cut_patch(breast.padded, patch.x, patch.y, args.patch_size))
+            write_img(Path(out_dir, file), np.clip(pixels, 0, 65535).astype("uint16"))
             result.outputs.append(file)
             article = "an" if patch.kind == "abn" else "a"
             log(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
@@ -306,12 +306,6 @@ def read_lesion_masks(
     return masks
 
 
-def write_patch(path: Path, padded: np.ndarray, patch: Patch, patch_size: int) -> None:
-    """Save a patch of the padded image as 16-bit greyscale PNG with the same pixel values."""
-    pixels = np.clip(np.rint(cut_patch(padded, patch.x, patch.y, patch_size)), 0, 65535).astype("uint16")
-    write_img(path, pixels)
-
-
 # -------------------------------------------------------------------------------------------------- all images
 
 
@@ -358,9 +352,9 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
         if args.on_error != "skip":
+            remedy = "mend them, or leave them out with --on-error skip"
             raise InputError(
-                f"images or masks at fault: {len(faults)}, all others sampled; mend them, or leave them out with "
-                f"--on-error skip. The first: {faults[0]}"
+                f"images or masks at fault: {len(faults)}, all others sampled; {remedy}. The first: {faults[0]}"
             )
 
 
@@ -414,12 +408,12 @@ def check_patches_of(name: str, patients: Sequence[str], out_dir: Path) -> None:
 
 def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:
     """Raise InputError for two lesions whose patches would have the same names."""
-    names = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
-    for (class_dir, image_id, number), count in names.items():
+    counts = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
+    for (class_dir, image_id, number), count in counts.items():
         if count > 1:
+            names = f"{class_dir}/{image_id}_{number}_*.png"
             raise InputError(
-                f"{count} lesions would share the file names {class_dir}/{image_id}_{number}_*.png; "
-                f"give their types folders of their own"
+                f"{count} lesions would share the file names {names}; give their types folders of their own"
             )
 
 
