@@ -1,6 +1,6 @@
 """Convert DICOM mammograms of any source to 16-bit greyscale PNG files, which all other scripts read.
 
-  python -m mammo dicom-to-png downloads/mine converted --jobs 4
+  mammo dicom-to-png downloads/mine converted --jobs 4
 
 The PNG files lie in OUT/images, in the folders of the source; OUT/images.csv has a row for each, with patient, side
 and view from its header, and OUT/report.json the counts. Pixels are scaled so that the range of the stored bits (12,
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--on-error", choices=["stop", "skip"], default="stop",
-        help="what an unusable file does: end the run, or be left out and listed (stop)",
+        help="what an unusable file does: end the run, or be left out and listed",
     )  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start over, and replace the images of an earlier run")
     cli.add_parallel_options(parser)

@@ -1,6 +1,6 @@
 """Mean pixel of a training set after rescaling, and the rescale factor that its pixels suggest.
 
-  python -m mammo pixel-mean data/train --img-size 1152 896
+  mammo pixel-mean data/train --img-size 1152 896
 
 The options that it prints are those of both trainers and of the other scripts: paste them.
 """

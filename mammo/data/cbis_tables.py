@@ -73,9 +73,6 @@ def find_view_folder(parts: Iterable[str]) -> str | None:
     return next(filter(FOLDER.fullmatch, parts), None)
 
 
-# ------------------------------------------------------------------------------------------- description files
-
-
 def find_tables(folder: str | Path) -> list[Path]:
     """Find the description files in `folder` or below it, sorted by name."""
     folder = Path(folder)
@@ -164,10 +161,7 @@ def is_positive(findings: Iterable[Finding]) -> bool:
 
 
 def read_cbis_tables(paths: Sequence[Path]) -> Listing:
-    """Read and merge the description files.
-
-    A patient of the official test set is in no other: all images of those who are in both sets are for the test.
-    """
+    """Read and merge the description files; who is in the official test set too has all images in the test set."""
     rows, files = [], {}
     for path in paths:
         findings, oddities = read_cbis_table(path)

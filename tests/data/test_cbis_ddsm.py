@@ -624,8 +624,8 @@ def test_download_without_images_or_tables(plain, tmp_path, capsys):
         (lambda data: data.replace(b"Mass", b"M\xe4ss", 1), "not a text file"),
         (lambda data: data + b'"' + b"x" * 200_000, "field larger than field limit"),
         (lambda data: data[:-130], "cells. Received|unexpected end of data"),
-        (lambda data: b"", "line 1: missing columns image_path"),
-        (lambda data: data.replace(b"PatientID", b"patient"), "line 1: missing columns PatientID"),
+        (lambda data: b"", "missing or repeated columns image_path"),
+        (lambda data: data.replace(b"PatientID", b"patient"), "missing or repeated columns PatientID"),
     ],
 )
 def test_damaged_jpeg_table_is_named(jpeg, tmp_path, change, message):

@@ -139,8 +139,10 @@ def test_the_image_trainer(tmp_path, capsys):
     model, org_model = make_parallel(model, 1)
     train_imgen, val_imgen = generators(44.0)
     options = flow_options(["neg", "pos"], 128, batch_size=4, preprocess=None, seed=12345)
-    train_generator = train_imgen.flow_from_directory(
-        str(tmp_path / "train"), auto_batch_balance=True, shuffle=True, **options
+    raw_generator = DMImageDataGenerator().flow_from_directory(str(tmp_path / "train"), shuffle=False, **options)
+    raw_set = load_dat_ram(raw_generator, raw_generator.nb_sample)
+    train_generator = train_imgen.flow(
+        raw_set[0], raw_set[1], 4, auto_batch_balance=True, preprocess=None, shuffle=True, seed=12345
     )
     validation_set = val_imgen.flow_from_directory(str(tmp_path / "val"), shuffle=False, **options)
     auc_checkpointer = DMAucModelCheckpoint(best_model, validation_set, test_samples=validation_set.nb_sample)
