@@ -210,6 +210,7 @@ def test_a_best_model_of_the_first_stage_fits_load_weights_in_the_last(tmp_path)
     keeper.on_epoch_end(0, {"val_accuracy": 0.5})
     assert [variable.trainable for variable in model.variables] == flags and sum(flags) < len(flags) / 2
     kept = model.get_weights()
+    model.trainable = False  # TensorFlow ignores an assignment that does not change the value
     model.trainable = True
     model.set_weights([np.zeros_like(weights) for weights in kept])
     model.load_weights(tmp_path / "best.h5")
