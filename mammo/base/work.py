@@ -156,10 +156,7 @@ def _config(backend: str, jobs: int) -> Iterator[dict]:
 
 
 def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping, instead: str) -> None:
-    """Raise InputError, naming them, for options other than those of the run that began its work in `folder`.
-
-    instead: what to do without the same options.
-    """
+    """Raise InputError for options other than of the run that began in `folder`. instead: what else one may do."""
     if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         changes = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in different)
         remedy = f"Expected the same, to go on. Give these, or {instead}"
@@ -260,10 +257,7 @@ def run_resumable(
 
 
 def keep_options(out: str | Path, options: Mapping, fresh: bool = False) -> None:
-    """Note what decides the files in the folder `out`, for another run to compare with.
-
-    Raises InputError, naming them, where those of an earlier run are other ones, unless it is to begin `fresh`.
-    """
+    """Note what decides the files in `out`; InputError where an earlier run noted other options, unless `fresh`."""
     if not fresh:
         check_kept_options(out, options)
     write_text(Path(out, OPTIONS), json.dumps(options, indent=1) + "\n")
@@ -349,9 +343,7 @@ def _checksum_of_record(record: dict) -> int:
 
 def _is_own_file(name: object) -> bool:
     """Tell whether an output that the manifest lists is below its folder. Names of images may hold any character."""
-    if not isinstance(name, str) or "\0" in name:
-        return False
-    path = PurePosixPath(name)
+    path = PurePosixPath(name) if isinstance(name, str) and "\0" not in name else PurePosixPath()
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 

@@ -161,10 +161,7 @@ def is_positive(findings: Iterable[Finding]) -> bool:
 
 
 def read_cbis_tables(paths: Sequence[Path]) -> Listing:
-    """Read and merge the description files.
-
-    A patient of the official test set is in no other: all images of those who are in both sets are for the test.
-    """
+    """Read and merge the description files; who is in the official test set too has all images in the test set."""
     rows, files = [], {}
     for path in paths:
         findings, oddities = read_cbis_table(path)

@@ -228,10 +228,7 @@ def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes)
 
 
 def identify(row: InbreastRow, where: str, download: InbreastFiles) -> tuple[str, list[str]]:
-    """Return patient and DICOM files of a row, by the names of the files.
-
-    Raises InputError for none, or for others than the row tells.
-    """
+    """Return patient and DICOM files of a row, by the files' names; InputError for none, or others than the row's."""
     form = f"{row.file}_<patient>_MG_{row.side[0]}_{'ML' if row.view == 'MLO' else row.view}_ANON.dcm"
     paths = download.dicoms.get(row.file, [])
     if not paths:
@@ -319,10 +316,7 @@ def group_findings(findings: Iterable[Outline]) -> tuple[list[Region], list[tupl
 
 
 def draw_mask(region: Region, shape: tuple[int, int]) -> np.ndarray:
-    """Draw a uint8 mask (*shape), 255 in the region: outlines filled, points as discs of `POINT_RADIUS` pixels.
-
-    Raises InputError for a region beside the image.
-    """
+    """Draw uint8 (*shape), 255 in the outlines and in discs for points; InputError for a region beside the image."""
     mask = np.zeros(shape, np.uint8)
     for finding in region.findings:
         points = np.rint(finding.points).astype(np.int32)

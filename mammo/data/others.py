@@ -95,10 +95,7 @@ class Labels(NamedTuple):
 
 
 def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = None) -> Labels:
-    """Return labels by their values; where either is given, values of neither are left out.
-
-    Raises InputError for a value in both.
-    """
+    """Return labels by their values, none of them in both; where either is given, values of neither are left out."""
     strict = neg is None and pos is None
     classes = [frozenset(map(str.lower, values)) for values in (neg or NEGATIVE, pos or POSITIVE)]
     if both := sorted(classes[0] & classes[1]):
@@ -107,10 +104,7 @@ def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = No
 
 
 def known_value(value: str, allowed: Mapping[str, str], name: str, where: str) -> str:
-    """Return what a cell of a table means, such as a side by `SIDES`.
-
-    Raises InputError, which says `where`, for an unknown value.
-    """
+    """Return what a cell means, such as a side by `SIDES`; InputError, which says `where`, for an unknown value."""
     if value.strip().lower() not in allowed:
         raise InputError(f"{where}: unknown {name}. Expected {', '.join(allowed)}. Received {value!r}")
     return allowed[value.strip().lower()]

@@ -345,10 +345,7 @@ def make_report(
     lists: Mapping[str, Sequence[str]],
     results: Sequence[Outcome],
 ) -> dict:
-    """Return what report.json says of any data set, to be completed by what is its own.
-
-    sets: patients of each set as planned. lists: what `write_lists` returned.
-    """
+    """Return what report.json says of any data set. sets: patients as planned. lists: what `write_lists` returned."""
     done = finished(results)
     repairs = {kind: list(listing.repairs.get(kind, ())) for kind in {*data_set.repairs, *listing.repairs}}
     for kind, what in itertools.chain.from_iterable(result.repairs for result in results):
@@ -379,10 +376,7 @@ def make_report(
 
 
 def write_preparation_report(report: dict, args: argparse.Namespace) -> None:
-    """Write report.json and near_duplicates.csv, and print what matters of them.
-
-    Raises InputError for faults, unless `args.on_error` is "skip".
-    """
+    """Write report.json and near_duplicates.csv, and print them; InputError for faults but with `--on-error skip`."""
     pairs = report["near_duplicates"]
     write_csv(Path(args.out, NEAR_DUPLICATES), _PAIR_COLUMNS, [pair.values() for pair in pairs])
     write_text(Path(args.out, REPORT), json.dumps(report, indent=2) + "\n")

@@ -46,7 +46,7 @@ class Breast(NamedTuple):
 
 
 def power_law_noise(shape: tuple[int, int], rng: np.random.Generator, exponent: float = 3.0) -> np.ndarray:
-    """Periodic isotropic Gaussian noise with power spectrum 1 / frequency^exponent: mean 0, variance 1."""
+    """Return periodic isotropic Gaussian noise with power spectrum 1 / frequency^exponent: mean 0, variance 1."""
     from scipy import fft
 
     height, width = shape
@@ -120,7 +120,7 @@ def _distance(inside):
 
 
 def draw_mass(malignant: bool, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """A mass of about `radius` pixels: float32 (n, n) with n odd, peak 1, 0 outside the lesion."""
+    """Draw a mass of about `radius` pixels: float32 (n, n) with n odd, peak 1, 0 outside the lesion."""
     half = int(np.ceil(1.5 * radius)) + 2
     y, x = np.mgrid[-half : half + 1, -half : half + 1].astype("float32") / radius
     angle, distance = np.arctan2(y, x), np.hypot(x, y)
@@ -147,10 +147,7 @@ def draw_mass(malignant: bool, radius: float, rng: np.random.Generator) -> np.nd
 
 
 def draw_calcs(malignant: bool, radius: float, height: int, rng: np.random.Generator) -> np.ndarray:
-    """A cluster of microcalcifications within about `radius` pixels: as `draw_mass`.
-
-    height: of the whole image in pixels; single calcifications scale with it.
-    """
+    """Draw microcalcifications within about `radius` pixels, as `draw_mass`; each in scale with the image's height."""
     half = int(np.ceil(1.5 * radius)) + 2
     canvas = np.zeros((2 * half + 1, 2 * half + 1), np.uint8)
     grain = max(1.0, 0.0026 * height)  # radius of a round calcification

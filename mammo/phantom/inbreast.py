@@ -99,10 +99,7 @@ def make_views(people: Sequence[Patient], views: Sequence[str], odd: Mapping[str
 
 
 def annotate(findings: Sequence[tuple], masks: Sequence[np.ndarray], rng: np.random.Generator) -> list[dict]:
-    """The ROIs of a property list: outlines of all masks; of calcifications also single ones, as points within it.
-
-    Names vary, and are misspelt, as in INbreast.
-    """
+    """Return ROIs: outlines of all masks, and points within calcifications; names vary, as misspelt as in INbreast."""
     rois = []
 
     def add(name, points):
