@@ -452,25 +452,6 @@ def _flags_of_layers(model: keras.Model) -> Iterator[None]:
 
 
 @contextmanager
-def unfrozen(model: keras.Model) -> Iterator[None]:
-    """Within the block all layers train, so that a file saved in it fits `model.load_weights` in the last stage.
-
-    Stock Keras reads the weights of a nested model in an order that depends on its flags.
-    """
-    layers = [(layer, layer.trainable) for layer in model._flatten_layers()]
-    variables = [(variable, variable.trainable) for variable in model.variables]
-    for layer, _ in layers:
-        layer.trainable = True
-    try:
-        yield
-    finally:
-        for layer, flag in layers:  # containers come before what they hold
-            layer.trainable = flag
-        for variable, flag in variables:
-            variable.trainable = flag
-
-
-@contextmanager
 def _in_float32(model: keras.Model) -> Iterator[None]:
     """Within the block all layers compute in float32: half precision is a matter of the training, not of the file."""
     before = [(layer, layer.dtype_policy) for layer in leaf_layers(model)]
