@@ -23,13 +23,23 @@ SETTINGS = {
 }
 
 
+def write_picture(path, pixels, *options):
+    """Write a picture of the kind that the name's ending says, also such as the package refuses to write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), pixels, *options)
+    return path
+
+
+def png(pixels):
+    """Return the bytes of a PNG file."""
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
 def write_png(path, value=0, shape=(8, 6)):
     """Write an image of 16 bits whose first pixel is `value`."""
     pixels = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape)
     pixels[0, 0] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), pixels)
-    return path
+    return write_picture(path, pixels)
 
 
 def prepared(folder, patients=6):
@@ -75,7 +85,7 @@ def varied(shape):
 
 
 def write_dicom(path, pixels, bits=None, syntax=None, **tags):
-    """A DICOM file of integer pixels, 8 or 16 bits each; tags of None are left out."""
+    """Write a DICOM file of integer pixels, 8 or 16 bits each. syntax: a UID. Tags of None are left out."""
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -92,8 +102,10 @@ def write_dicom(path, pixels, bits=None, syntax=None, **tags):
             delattr(dataset, name)
         else:
             setattr(dataset, name, value)
-    if syntax:
-        dataset.compress(syntax)
+    if syntax and syntax.is_encapsulated:
+        dataset.compress(syntax, generate_instance_uid=False)
+    elif syntax:
+        dataset.file_meta.TransferSyntaxUID = syntax
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
     return path

@@ -27,8 +27,8 @@ from mammo.images import pixels, reading
 from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
 from mammo.maps.trees import load_classifier
 from mammo.train.checkpoint import load_model, load_weights
-from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom, write_image
-from tests.helpers import ROOT
+from tests.fuzz.seeds import SIZE, SYNTAXES, make_model, make_trees, mammogram, write_dicom
+from tests.helpers import ROOT, write_picture
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_the_limit_of_pixels_can_be_raised_and_lowered(tmp_path, monkeypatch):
 
 
 def test_a_line_of_pixels_does_not_become_a_giant(tmp_path, memory):
-    write_image(tmp_path / "a.png", np.zeros((1, 50_000), np.uint8))
+    write_picture(tmp_path / "a.png", np.zeros((1, 50_000), np.uint8))
     with pytest.raises(InputError, match=r"a\.png: cannot resize \(1, 50000\) to 4096 rows x 204800000 columns"):
         pixels.read_resize_img(tmp_path / "a.png", target_height=4096)
 

@@ -18,8 +18,12 @@ from unittest import mock
 
 import numpy as np
 
+from tests import helpers
+from tests.helpers import exam, write_list, write_picture
+
 SIZE = (64, 48)
 PARTS = ("train", "val", "test")
+LESIONS = "patient_id,side,view,abn_num,pathology,type"
 RELEASED = "ddsm-vgg16-512-512-1024x2-extended.h5"
 
 
@@ -63,39 +67,18 @@ def mask() -> np.ndarray:
     return pixels
 
 
-def write_image(path: Path, img: np.ndarray) -> None:
-    import cv2
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, img)[1])
-
-
 def write_dicom(path: Path, img: np.ndarray, syntax: str, **tags) -> None:
     """A DICOM file of one image. syntax: of `pydicom.uid`, or RLELossless, to which it is then compressed."""
     import pydicom
-    from pydicom.uid import ExplicitVRLittleEndian
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    uid = getattr(pydicom.uid, syntax)
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if uid.is_encapsulated else uid
-    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3.4"
-    dataset.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    dataset.PatientID, dataset.ImageLaterality, dataset.ViewPosition = "P_1", "L", "CC"
-    dataset.Rows, dataset.Columns = img.shape
-    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
-    dataset.PhotometricInterpretation = "MONOCHROME1"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
-    dataset.WindowCenter, dataset.WindowWidth = 2048, 4096
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    dataset.PixelData = (img >> 4).astype("<u2").tobytes()
-    dataset["PixelData"].VR = "OW"
-    if uid.is_encapsulated:
-        dataset.compress(uid, generate_instance_uid=False)
-    dataset.save_as(path, enforce_file_format=True)
+    header = {
+        "PatientID": "P_1",
+        "ImageLaterality": "L",
+        "ViewPosition": "CC",
+        "PhotometricInterpretation": "MONOCHROME1",
+    }
+    header |= {"WindowCenter": 2048, "WindowWidth": 4096}
+    helpers.write_dicom(path, img >> 4, 12, getattr(pydicom.uid, syntax), **header | tags)
 
 
 SYNTAXES = {
@@ -112,8 +95,8 @@ SYNTAXES = {
 def make_images(folder: Path, ending: str = ".png") -> None:
     dtype = np.uint16 if ending in (".png", ".tif") else np.uint8
     for i in range(6):
-        write_image(folder / "in" / ("pos" if i % 2 else "neg") / f"P_{i}_LEFT_CC{ending}", mammogram(i, dtype=dtype))
-    write_image(folder / "mask.png", mask())
+        write_picture(folder / "in" / ("pos" if i % 2 else "neg") / f"P_{i}_LEFT_CC{ending}", mammogram(i, dtype=dtype))
+    write_picture(folder / "mask.png", mask())
 
 
 def make_dicoms(folder: Path, syntax: str) -> None:
@@ -123,13 +106,13 @@ def make_dicoms(folder: Path, syntax: str) -> None:
 
 
 def make_sampling(folder: Path) -> None:
-    rows = ["patient_id,side,view,abn_num,pathology,type"]
+    rows = []
     for i in range(4):
         malignant = "MALIGNANT" if i % 2 else "BENIGN"
         rows.append(f"P_{i},LEFT,CC,1,{malignant},{'mass' if i < 2 else 'calc'}")
-        write_image(folder / "full" / f"P_{i}_LEFT_CC.png", mammogram(i))
-        write_image(folder / "roi" / f"{'Mass' if i < 2 else 'Calc'}-Training_P_{i}_LEFT_CC_1.png", mask())
-    (folder / "lesions.csv").write_text("\n".join(rows) + "\n")
+        write_picture(folder / "full" / f"P_{i}_LEFT_CC.png", mammogram(i))
+        write_picture(folder / "roi" / f"{'Mass' if i < 2 else 'Calc'}-Training_P_{i}_LEFT_CC_1.png", mask())
+    write_list(folder / "lesions.csv", rows, LESIONS)
     (folder / "patients.txt").write_text("".join(f"P_{i}\n" for i in range(4)))
 
 
@@ -187,33 +170,30 @@ def make_cmmd(folder: Path) -> None:
 
 
 def make_vindr(folder: Path) -> None:
-    rows = ["study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"]
+    header = "study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"
+    rows = []
     for i in range(8):
         part = "test" if i > 5 else "training"
         rows.append(f"study{i},series{i},image{i},L,CC,64,48,BI-RADS {4 if i % 2 else 1},DENSITY C,{part}")
         write_dicom(folder / "in" / "images" / f"study{i}" / f"image{i}.dicom", mammogram(i), SYNTAXES["explicit"])
-    (folder / "in" / "breast-level_annotations.csv").write_text("\n".join(rows) + "\n")
+    write_list(folder / "in" / "breast-level_annotations.csv", rows, header)
 
 
 def make_own_table(folder: Path) -> None:
     make_images(folder)
-    rows = ["file,label,patient,side,view,set"]
+    rows = []
     for i in range(6):
-        part = ("train", "val", "test")[i // 2]
-        rows.append(f"{'pos' if i % 2 else 'neg'}/P_{i}_LEFT_CC.png,{i % 2},P_{i},LEFT,CC,{part}")
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    for i, part in enumerate(("train", "val", "test")):
+        rows.append(f"{'pos' if i % 2 else 'neg'}/P_{i}_LEFT_CC.png,{i % 2},P_{i},LEFT,CC,{PARTS[i // 2]}")
+    write_list(folder / "labels.csv", rows, "file,label,patient,side,view,set")
+    for i, part in enumerate(PARTS):
         (folder / f"{part}.txt").write_text(f"P_{2 * i}\nP_{2 * i + 1}\n")
 
 
 def make_exams(folder: Path) -> None:
-    exams = []
+    exams = [exam(i, left=i % 2) for i in range(4)]
     for i in range(4):
-        names = {view: [f"{i}_{view.replace('-', '_')}"] for view in ("L-CC", "R-CC", "L-MLO", "R-MLO")}
-        labels = {"left_malignant": i % 2, "right_malignant": 0}
-        exams.append(names | {"cancer_label": labels, "horizontal_flip": "NO"})
-        for [name] in names.values():
-            write_image(folder / "in" / f"{name}.png", mammogram(i))
+        for view in ("L_CC", "R_CC", "L_MLO", "R_MLO"):
+            write_picture(folder / "in" / f"{i}_{view}.png", mammogram(i))
     (folder / "exams.pkl").write_bytes(pickle.dumps(exams, 2))
 
 
@@ -221,7 +201,7 @@ def make_mias(folder: Path) -> None:
     lines = []
     for i in range(1, 9):
         lines.append(f"mdb{i:03} D CIRC {'M' if i % 2 else 'B'} 30 30 5" if i < 7 else f"mdb{i:03} D NORM")
-        write_image(folder / "in" / f"mdb{i:03}.pgm", mammogram(i, dtype=np.uint8))
+        write_picture(folder / "in" / f"mdb{i:03}.pgm", mammogram(i, dtype=np.uint8))
     (folder / "in" / "Info.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -231,13 +211,11 @@ def make_mias(folder: Path) -> None:
 def make_predictions(folder: Path) -> None:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "label", "patient", "side", "view", "model"])
-        for i in range(24):
-            label = i % 2
-            score = f"{rng.random() * 0.6 + 0.3 * label:.3f}"
-            writer.writerow([f"P_{i // 2}_LEFT_{i}.png", label, f"P_{i // 2}", "LEFT", "CC", score])
+    rows = [
+        f"P_{i // 2}_LEFT_{i}.png,{i % 2},P_{i // 2},LEFT,CC,{rng.random() * 0.6 + 0.3 * (i % 2):.3f}"
+        for i in range(24)
+    ]
+    write_list(folder / "predictions.csv", rows, "file,label,patient,side,view,model")
 
 
 def make_maps(folder: Path, ending: str) -> None:
@@ -246,8 +224,8 @@ def make_maps(folder: Path, ending: str) -> None:
     rng, records = np.random.default_rng(0), []
     for i in range(12):
         path = folder / "full" / f"P_{i}_LEFT_CC.png"
-        write_image(path, mammogram(i))
-        write_image(folder / "roi" / f"Mass-Training_P_{i}_LEFT_CC_1.png", mask())
+        write_picture(path, mammogram(i))
+        write_picture(folder / "roi" / f"Mass-Training_P_{i}_LEFT_CC_1.png", mask())
         grid = Grid(SIZE, (4.0, 4.0), (8.0, 8.0))
         heatmap = rng.dirichlet([1, 1], (8, 6)).astype(np.float32)
         views = {"cc": heatmap, "cc_file": str(Path("full", path.name)), "cc_grid": grid}
@@ -285,7 +263,7 @@ def make_model(folder: Path, ending: str) -> None:
     model = keras.Model(whole, layers.Dense(2, activation="softmax")(layers.Dropout(0.1)(x)))
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / f"model{ending}")
-    write_image(folder / "in" / "P_1_LEFT_CC.png", mammogram())
+    write_picture(folder / "in" / "P_1_LEFT_CC.png", mammogram())
     options = PUBLISHED_PIXELS | {"img_size": list(SIZE), "featurewise_mean": 50.0}
     (folder / "model").mkdir()
     (folder / "model" / "args.json").write_text(json.dumps(options))
@@ -305,7 +283,7 @@ def make_mapped(command: str, folder: Path) -> None:
 
     def make(folder):
         make_model(folder, ".h5")
-        write_image(folder / "roi" / "Mass-Training_P_1_LEFT_CC_1.png", mask())
+        write_picture(folder / "roi" / "Mass-Training_P_1_LEFT_CC_1.png", mask())
 
     make_again(make, command, folder)
     parts = folder / "out" / "cam.npz.parts"
@@ -315,8 +293,7 @@ def make_mapped(command: str, folder: Path) -> None:
 
 def make_lesions(folder: Path) -> None:
     make_maps(folder, ".npz")
-    rows = ["patient_id,side,view,abn_num,pathology,type", *(f"P_{i},LEFT,CC,1,MALIGNANT,mass" for i in range(12))]
-    (folder / "lesions.csv").write_text("\n".join(rows) + "\n")
+    write_list(folder / "lesions.csv", [f"P_{i},LEFT,CC,1,MALIGNANT,mass" for i in range(12)], LESIONS)
 
 
 def make_two_maps(folder: Path) -> None:
@@ -362,7 +339,7 @@ def make_training(folder: Path, ending: str = ".png") -> None:
             if ending == ".dcm":
                 write_dicom(path, mammogram(i), SYNTAXES["explicit"])
             else:
-                write_image(path, mammogram(i, dtype=np.uint16 if ending == ".png" else np.uint8))
+                write_picture(path, mammogram(i, dtype=np.uint16 if ending == ".png" else np.uint8))
     make_model(folder, ".h5")
     keras.utils.set_random_seed(0)
     patch = Yaroslav(classes=2, nb_init_filter=2)
