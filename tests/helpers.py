@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -130,6 +131,18 @@ def write_images(folder, names, count, seed, size=64):
         for i in range(count):
             image = rng.integers(0, 16000, (size, size)) + 16000 * level
             cv2.imwrite(str(folder / name / f"{i}.png"), image.astype(np.uint16))
+
+
+def read_members(path):
+    """Return the files of a ZIP archive, bytes by name."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_members(path, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
 
 
 def read_report(out):
