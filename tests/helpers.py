@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -131,6 +132,23 @@ def write_images(folder, names, count, seed, size=64):
         for i in range(count):
             image = rng.integers(0, 16000, (size, size)) + 16000 * level
             cv2.imwrite(str(folder / name / f"{i}.png"), image.astype(np.uint16))
+
+
+def make_python(folder, python=sys.executable):
+    """Write a `python` for scripts to find, which is this one or another command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    (folder / "python").chmod(0o755)
+
+
+def check_options(parser, options):
+    """Assert that a parser has the options that the published program had, with their names and defaults."""
+    by_flag = {flag: action for action in parser._actions for flag in action.option_strings}
+    positional = [action.dest for action in parser._actions if not action.option_strings]
+    assert positional == [option["dest"] for option in options if not option["flags"]]
+    for option in options:
+        assert {by_flag[flag].dest for flag in option["flags"]} <= {option["dest"]}, option["dest"]
+        assert parser.get_default(option["dest"]) == option["default"], option["dest"]
 
 
 def read_members(path):

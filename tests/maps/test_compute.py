@@ -29,7 +29,7 @@ from mammo.maps.draw import share_of_largest
 from mammo.maps.files import Grid, load_heatmaps
 from mammo.train.checkpoint import save_model
 from mammo.train.devices import gradient_of_output
-from tests.helpers import ROOT
+from tests.helpers import ROOT, check_options, make_python
 
 rng = np.random.default_rng(3)
 
@@ -172,14 +172,7 @@ def test_golden_forward_propagation(golden, golden_models, tmp_path, net):
 
 
 def test_options_are_those_of_the_original(spec):
-    parser = heatmap_score.make_parser()
-    by_flag = {flag: action for action in parser._actions for flag in action.option_strings}
-    positional = [action.dest for action in parser._actions if not action.option_strings]
-    for option in json.loads((spec / "cli_flags.json").read_text())["heatmap_score"]:
-        for flag in option["flags"]:
-            assert by_flag[flag].dest == option["dest"], flag
-        assert option["flags"] or option["dest"] in positional
-        assert parser.get_default(option["dest"]) == option["default"], option["dest"]
+    check_options(heatmap_score.make_parser(), json.loads((spec / "cli_flags.json").read_text())["heatmap_score"])
 
 
 # ---------------------------------------------------------------------------------------------- where cells are
@@ -797,15 +790,9 @@ def test_recipes_map_all_sets_of_patients(tmp_path, models):
     shutil.copy(folder / "pat.csv", tmp_path / "pat_side_cancer.csv")
     (tmp_path / "pat_train.txt").write_text("P_1\n")
     (tmp_path / "pat_test.txt").write_text("P_2\nP_3\n")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "bin" / "python").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "DATA": str(tmp_path),
-        "SETS": "train test",
-    }
+    make_python(tmp_path / "bin")
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "DATA": str(tmp_path), "SETS": "train test"}
     recipe = [ROOT / "ddsm_train" / "fprop_heatmap_all.sh", models / "patch.h5", "vgg16"]
     subprocess.run([*recipe, "--img-size", "128", "96"], env=environment, check=True, capture_output=True)
     train, test = (load_heatmaps(tmp_path / "heatmaps" / "fprop" / f"{name}.npz") for name in ("train", "test"))
