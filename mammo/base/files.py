@@ -241,9 +241,8 @@ def _lock(path: Path, output: Path) -> int:
                 holder = os.read(handle, 200).decode(errors="replace")
                 os.close(handle)
                 remedy = "Expected one at a time: wait for it, end it, or name another place"
-                raise InputError(
-                    f"{output}: another run{holder and f' ({holder})'} is writing here. {remedy}"
-                ) from None
+                run = f"another run{holder and f' ({holder})'}"
+                raise InputError(f"{output}: {run} is writing here. {remedy}") from None
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise

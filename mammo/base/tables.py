@@ -118,9 +118,8 @@ def _read_xlsx(path: str | Path) -> list[list[str]]:
             rows.append(cells or empty)
             if len(rows) * max(width, 16) > _MAX_CELLS:  # the format itself has 2**20 rows
                 expected = "Expected the table alone on the first sheet, from its first row and column on"
-                raise InputError(
-                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. {expected}; save it as .csv"
-                )
+                refused = f"refused: a table of more than {_MAX_CELLS} cells"
+                raise InputError(f"{path}: {refused}. {expected}; save it as .csv")
     return [cells + [""] * (width - len(cells)) if cells else cells for cells in rows]
 
 
@@ -158,10 +157,7 @@ def find_columns(
 def read_columns(
     path: str | Path, columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Iterate over the rows of a table, CSV or Excel: where each stands, and its stripped cells by column.
-
-    columns, optional: see `find_columns`. Raises InputError as `open_table` and `find_columns`.
-    """
+    """Iterate over rows of a CSV or Excel table: where each stands, its stripped cells by column (`find_columns`)."""
     with open_table(path) as (header, rows):
         places = find_columns(path, header, columns, optional)
         for where, cells in rows:
@@ -182,10 +178,7 @@ def is_below(name: str) -> bool:
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Iterate over the rows of a CSV table: where each stands ("path, line n"), and its stripped cells by column.
-
-    Raises InputError for what is no such table.
-    """
+    """Iterate over rows of a CSV table with these columns: where each stands, its stripped cells; else InputError."""
     with open_csv(path) as (header, rows):
         if wrong := [name for name in columns if header.count(name) != 1]:
             expected = f"Expected {','.join(columns)}. Received {','.join(header)[:200]}"

@@ -343,9 +343,7 @@ def _checksum_of_record(record: dict) -> int:
 
 def _is_own_file(name: object) -> bool:
     """Tell whether an output that the manifest lists is below its folder. Names of images may hold any character."""
-    if not isinstance(name, str) or "\0" in name:
-        return False
-    path = PurePosixPath(name)
+    path = PurePosixPath(name) if isinstance(name, str) and "\0" not in name else PurePosixPath()
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 

@@ -21,9 +21,6 @@ INBREAST_VIEWS = {"CC": "CC", "MLO": "MLO", "ML": "MLO"}
 _INBREAST_NAME = re.compile(r"[^_]+_([0-9a-z]+)_MG_([LR])_([A-Z]+)_ANON", re.IGNORECASE)
 
 
-# ----------------------------------------------------------------------------------------------------- drawing
-
-
 def stratified_split(
     patients: Sequence[str], malignant: Iterable[bool], share: float, seed: int = SEED, option: str = "--val-size"
 ) -> tuple[list[str], list[str]]:
@@ -43,10 +40,11 @@ def stratified_split(
     try:
         first, second = train_test_split(list(patients), test_size=share, stratify=malignant, random_state=seed)
     except ValueError as error:
-        raise InputError(
-            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} "
-            f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
-        ) from None
+        text = (
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} so that both"
+        )
+        remedy = f"give another {option}, or 0 for no split"
+        raise InputError(f"{text} parts have both classes: {error}; {remedy}") from None
     return first, second
 
 
@@ -81,9 +79,6 @@ def split_in_three(cancer: Mapping[str, bool], test_size: float, val_size: float
     return {"train": train, "val": val, "test": test}
 
 
-# ------------------------------------------------------------------------------------------------ given splits
-
-
 def read_patient_list(path: str | Path) -> list[str]:
     """Read patient ids, one a line; a header line `patient_id` may come first. InputError for repeated ids or none."""
     try:
@@ -108,9 +103,6 @@ def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
             both = f"{counted(len(shared), 'patient')} in both {name} and {other_name}"
             such = ", ".join(shared[:10])
             raise InputError(f"{both}, such as {such}: Expected all images of a patient in one set")
-
-
-# --------------------------------------------------------------------------------------- patients of the images
 
 
 def parse_inbreast_name(stem: str) -> tuple[str, str, str | None] | None:
@@ -162,9 +154,6 @@ def count_sets(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture]) -
 def count_left_patients(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture]) -> int:
     """Count the patients in no set."""
     return len({picture.patient for picture in pictures} - sets_of_patients(sets).keys())
-
-
-# ------------------------------------------------------------------------------------------- splits by options
 
 
 def split_by_options(pictures: Iterable[Picture], args: Namespace, parser: ArgumentParser) -> dict[str, list[str]]:
@@ -229,9 +218,6 @@ def print_split(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture], 
     print(f"no patient is in two sets: {len(placed)} places, {len(set(placed))} patients")
     if left := count_left_patients(sets, pictures):
         print(f"in no set: {counted(left, 'patient')}")
-
-
-# ------------------------------------------------------------------------------------------------ fewer patients
 
 
 def choose_patients(source: Path, out: Path, patients: int, seed: int = SEED) -> list[str]:

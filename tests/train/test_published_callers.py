@@ -16,6 +16,7 @@ from dm_keras_ext import (
     create_optimizer,
     do_2stage_training,
     do_3stage_training,
+    freeze_below,
     get_dl_model,
     load_dat_ram,
     robust_load_model,
@@ -23,6 +24,7 @@ from dm_keras_ext import (
 from dm_multi_gpu import make_parallel
 from dm_region import prob_heatmap_features
 from dm_resnet import add_top_layers
+from mammo.train.callbacks import BestModel
 from tests.helpers import write_images
 from tests.train.networks import quick_training
 
@@ -215,3 +217,26 @@ def test_the_heatmap_sweep_and_the_score_of_a_breast(tmp_path):
     forests = [RandomForestClassifier(5, random_state=seed).fit(rows, np.arange(10) % 2) for seed in range(2)]
     highest = make_pred_case(cc, mlo, names, cutoffs, forests, k=2)
     assert 0 <= make_pred_case(cc, mlo, names, cutoffs, forests, k=2, use_mean=True) <= highest <= 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_saved_while_layers_were_frozen_is_loaded_by_keras_itself(tmp_path, whole):
+    """`load_weights` goes by position; in a nested model that used to depend on the stage of the best epoch."""
+
+    def image_model():
+        return add_top_layers(Yaroslav(classes=3, nb_init_filter=1), [128, 128], "yaroslav", "vgg", [4], [1])
+
+    (trained, top_layer_nb), (fresh, _) = image_model(), image_model()
+    rng = np.random.default_rng(0)
+    trained.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in trained.weights])
+    freeze_below(trained, top_layer_nb)
+    if whole:
+        trained.layers[1].trainable = False  # the nested model, as notebooks freeze it
+    flags = [variable.trainable for variable in trained.variables]
+    keeper = BestModel(tmp_path / "best.h5")
+    keeper.set_model(trained)
+    keeper.on_epoch_end(0, {"val_accuracy": 1.0})
+    assert [variable.trainable for variable in trained.variables] == flags and not all(flags)
+    fresh.load_weights(str(tmp_path / "best.h5"))
+    for weight, expected in zip(fresh.weights, trained.weights, strict=True):
+        np.testing.assert_array_equal(weight, expected)
