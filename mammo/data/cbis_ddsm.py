@@ -238,11 +238,9 @@ def plan_image(findings: Sequence[Finding], download: CbisFiles, folder: str | N
     plans = []
     for (kind, number), rows in lesions.items():
         pathology = min((finding.pathology for finding in rows), key="MALIGNANT".__ne__)
-        masks = tuple(
-            Candidates(copy, tuple(named), files, lesions_of[copy, files])
-            for (copy, files), named in candidates[kind, number].items()
-        )
-        plans.append(CbisLesion(kind, number, pathology, masks))
+        places = candidates[kind, number].items()
+        masks = (Candidates(place[0], tuple(named), place[1], lesions_of[place]) for place, named in places)
+        plans.append(CbisLesion(kind, number, pathology, tuple(masks)))
     plan = CbisPlan(tuple(copies.values()), tuple(plans), folder, whole, {})
     descriptions = {path: download.descriptions[path] for path in plan.sources if path in download.descriptions}
     return plan._replace(descriptions=descriptions)
@@ -537,12 +535,9 @@ class CbisDdsm(DataSet):
 
     def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Write roi_mask_path.csv and pat_side_cancer.csv, of what was made, and count masks and files."""
-        lesions = [
-            (*result.name.rsplit("_", 2), number, pathology, kind)
-            for result in results
-            for kind, number, pathology in result.facts.get("lesions", ())
-        ]
-        write_csv(Path(self.args.out, "roi_mask_path.csv"), LESION_COLUMNS, lesions)
+        lesions = [(result.name, *lesion) for result in results for lesion in result.facts.get("lesions", ())]
+        rows = [(*name.rsplit("_", 2), number, pathology, kind) for name, kind, number, pathology in lesions]
+        write_csv(Path(self.args.out, "roi_mask_path.csv"), LESION_COLUMNS, rows)
         breasts = defaultdict(bool)
         for picture in listing.pictures:
             breasts[picture.patient, picture.side] |= picture.positive
@@ -550,9 +545,6 @@ class CbisDdsm(DataSet):
         cancers = [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen]
         write_csv(Path(self.args.out, "pat_side_cancer.csv"), ["patient_id", "side", "cancer"], cancers)
         found = {path for paths in self.download.by_series.values() for path in paths}
-        report["counts"] |= {
-            "masks_prepared": len(lesions),
-            "masks_skipped": listing.counts["lesions"] - len(lesions),
-            "files_found": len(found),
-            "files_of_no_row": len(found.difference(*(job.sources for job in jobs))),
-        }
+        of_no_row = found.difference(*(job.sources for job in jobs))
+        report["counts"] |= {"masks_prepared": len(lesions), "masks_skipped": listing.counts["lesions"] - len(lesions)}
+        report["counts"] |= {"files_found": len(found), "files_of_no_row": len(of_no_row)}

@@ -187,11 +187,8 @@ def read_cbis_tables(paths: Sequence[Path]) -> Listing:
         "pathologies_of_one_lesion_differ": [f"{lesion}: {', '.join(found)}" for lesion, found in differing],
         "patients_in_both_official_sets": sorted(patient for patient, sets in divisions.items() if len(sets) == 2),
     }
-    counts = _count(rows) | {
-        "image_folders": len({row.image_folder for row in rows}),
-        "lesions": len(lesions),
-        "positive_images": sum(picture.positive for picture in pictures),
-    }
+    counts = _count(rows) | {"image_folders": len({row.image_folder for row in rows}), "lesions": len(lesions)}
+    counts |= {"positive_images": sum(picture.positive for picture in pictures)}
     return Listing(pictures, repairs=repairs, counts=counts, report={"tables": files})
 
 

@@ -218,10 +218,8 @@ def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes)
         for several in (paths, annotations):
             if len(several) > 1:
                 listing.repairs["several_files_for_one_image"].append(f"{name}: {several[0]} of {', '.join(several)}")
-        annotation = annotations[0] if annotations else None
-        listing.pictures.append(
-            InbreastPicture(paths[0], label == "pos", patient, row.side, row.view, name=name, annotation=annotation)
-        )
+        who, annotation = (patient, row.side, row.view), next(iter(annotations), None)
+        listing.pictures.append(InbreastPicture(paths[0], label == "pos", *who, name=name, annotation=annotation))
     without = download.dicoms.keys() - {row.file for row in table.rows}
     listing.excluded["dicom_without_row"] += sorted(path for file in without for path in download.dicoms[file])
     return listing

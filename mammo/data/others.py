@@ -400,11 +400,8 @@ def prepare_own_image(job: Job, download: Path, out: Path) -> Outcome:
         result.faults.append(f"{job.name}: {error}; left out")
         return result
     result.facts |= stored
-    kinds = {
-        "monochrome1_inverted": stored["photometric"] == "MONOCHROME1",
-        "8_bit_scaled_to_16_bit": stored["bits"] == 8,
-    }
-    kinds |= {"mirror_image_undone": plan["mirrored"]}
+    kinds = {"monochrome1_inverted": stored["photometric"] == "MONOCHROME1", "mirror_image_undone": plan["mirrored"]}
+    kinds |= {"8_bit_scaled_to_16_bit": stored["bits"] == 8}
     result.repairs += [(kind, f"{job.name}: {plan['file']}") for kind, present in kinds.items() if present]
     return result
 

@@ -198,9 +198,9 @@ def _sample_apart(kind, avoid, count, patch_size, neg_cutoff, limits, rng):
     patches, tries = [], 0
     while len(patches) < count:
         if tries == MAX_BACKGROUND_TRIES:
+            remedy = "use a smaller --patch-size, fewer of them, or a larger --neg-cutoff"
             raise InputError(
-                f"only {len(patches)} of {count} background patches ({kind}) found in {tries} tries: "
-                f"use a smaller --patch-size, fewer of them, or a larger --neg-cutoff"
+                f"only {len(patches)} of {count} background patches ({kind}) found in {tries} tries: {remedy}"
             )
         x, y = int(rng.randint(left, right)), int(rng.randint(top, bottom))
         tries += 1

@@ -350,22 +350,19 @@ def make_report(
     repairs = {kind: list(listing.repairs.get(kind, ())) for kind in {*data_set.repairs, *listing.repairs}}
     for kind, what in itertools.chain.from_iterable(result.repairs for result in results):
         repairs.setdefault(kind, []).append(what)
+    counts = {"images_prepared": len(done), "images_skipped": len(results) - len(done)}
+    counts |= {"patients_in_no_set": count_left_patients(sets, pictures.values())}
     report = {
         "options": deciding_options(data_set.args),
         "rescale_factor": RESCALE_FACTOR,
         "featurewise_mean": training_mean(results, data_set.args.img_size),
-        "counts": {
-            "images_prepared": len(done),
-            "images_skipped": len(results) - len(done),
-            "patients_in_no_set": count_left_patients(sets, pictures.values()),
-        },
+        "counts": counts | listing.counts,
         "planned_sets": count_sets(sets, pictures.values()),
         "sets": count_sets(lists, [pictures[result.name] for result in done]),
         "repairs": {kind: {"count": len(listed), "items": listed} for kind, listed in sorted(repairs.items())},
         "near_duplicates": list_near_duplicates(pictures, results),
         "skipped": [{"image": result.name, "reason": fault} for result in results for fault in result.faults],
     }
-    report["counts"] |= listing.counts
     report |= listing.report
     if data_set.exclusions:
         report["excluded"] = {

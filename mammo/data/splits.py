@@ -40,10 +40,11 @@ def stratified_split(
     try:
         first, second = train_test_split(list(patients), test_size=share, stratify=malignant, random_state=seed)
     except ValueError as error:
-        raise InputError(
-            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} "
-            f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
-        ) from None
+        text = (
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} so that both"
+        )
+        remedy = f"give another {option}, or 0 for no split"
+        raise InputError(f"{text} parts have both classes: {error}; {remedy}") from None
     return first, second
 
 

@@ -79,8 +79,9 @@ def _thawed(model: keras.Model) -> Iterator[None]:
 
     `model.load_weights` of Keras goes by position, which in a nested model depends on what was frozen.
     """
-    flags = [(part, part.trainable) for part in (*checkpoint.leaf_layers(model), *model.variables)]
-    for layer in checkpoint.leaf_layers(model):
+    layers, variables = list(model._flatten_layers()), model.variables  # nested models come before their layers
+    flags = [(part, part.trainable) for part in (*layers, *variables)]
+    for layer in layers:
         layer.trainable = False  # TensorFlow's object tracking ignores an assignment that changes nothing
         layer.trainable = True
     try:
