@@ -21,6 +21,7 @@ COMMANDS = (
     ("evaluate", "mammo.commands.evaluate", "score models with intervals, tests and a report"),
     ("predict", "mammo.commands.predict", "predict images of any folder"),
     ("download-models", "mammo.commands.download_models", "download the published models"),
+    ("convert-model", "mammo.commands.convert_model", "convert a model to a file that Keras 3 opens by itself"),
     ("reproduce", "ddsm_train.reproduce", "reproduce a row of the published table"),
     ("subset", "inbreast.subset_experiment", "finetune with few patients"),
     ("phantom", "mammo.phantom.prepared", "draw phantom data sets to try all this on"),

@@ -5,7 +5,9 @@ list depends on which layers were frozen when the file was written, so reading b
 equal shape without a word. Everything here therefore pairs weights by layer name and weight name.
 """
 
+import inspect
 import io
+import json
 import logging
 import math
 import os
@@ -285,6 +287,9 @@ def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset
         raise InputError(f"{path}: no layer of the file has the name of a layer of the model")
     for variable, data in pairs:
         variable.assign(data[()])
+    for layer in leaf_layers(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # takes the mean and variance that it computes with from its weights
 
 
 def _renumber(stored: dict[str, dict], names: Iterable[str]) -> dict[str, dict]:
@@ -509,7 +514,27 @@ def _save_legacy(model: keras.Model, path: Path) -> None:
     content = io.BytesIO()
     with _MemoryFile(content, "w") as h5:
         keras.saving.save_model(model, h5)
+        description = guards.parse_json(h5.attrs["model_config"])
+        _complete_operations(model, description["config"])
+        h5.attrs["model_config"] = json.dumps(description).encode()
     path.write_bytes(content.getbuffer())
+
+
+def _complete_operations(model: keras.Model, config: dict) -> None:
+    """Describe operations such as `x / 2` in full: Keras itself leaves out where it finds them again."""
+    entries = {entry["name"]: entry for entry in config["layers"]}
+    for operation in model.operations:
+        entry = entries[operation.name]
+        if not isinstance(operation, keras.Layer) or _is_misread(entry["config"]):
+            entry |= keras.saving.serialize_keras_object(operation)
+        elif isinstance(operation, keras.Model) and not isinstance(operation, keras.Sequential):
+            _complete_operations(operation, entry["config"])
+
+
+def _is_misread(config: dict) -> bool:
+    """Tell whether Keras takes a setting of a layer for one of its functions, such as attention's score_mode "dot"."""
+    values = (value for key, value in config.items() if key != "name" and isinstance(value, str))
+    return any(inspect.isfunction(getattr(keras.layers, value, None)) for value in values)
 
 
 def _save_weights(model: keras.Model, path: Path) -> None:

@@ -13,11 +13,12 @@ import keras
 from keras import ops
 
 from mammo.base.files import InputError, one_line
+from mammo.train.tf_nodes import node_of
 from mammo.train.tf_operations import operation_of
 
 _MODELS = ("Functional", "Model", "Network", "Sequential")
 _POLICIES = ("Policy", "PolicyV1", "DTypePolicy")
-_OPERATIONS = ("TFOpLambda", "SlicingOpLambda")
+_OPERATIONS = ("TFOpLambda", "SlicingOpLambda", "TensorFlowOpLayer")
 _CLASSES = {
     **{"BatchNormalizationV1": "BatchNormalization", "BatchNormalizationV2": "BatchNormalization"},
     **{"Convolution2D": "Conv2D", "SyncBatchNormalization": "BatchNormalization"},
@@ -224,7 +225,7 @@ def _make(layer: dict, safe_mode: bool) -> Callable:
         return _build_model(config, safe_mode)
     where = f"layer {name} ({kind})"
     if kind in _OPERATIONS:
-        return operation_of(layer, where)
+        return (node_of if kind == "TensorFlowOpLayer" else operation_of)(layer, where)
     if kind == "ThresholdedReLU":  # which Keras 3 no longer has
         return lambda inputs: inputs * ops.cast(inputs > config["theta"], inputs.dtype)
     try:
@@ -347,10 +348,12 @@ def _call(layer: dict, made: Callable, node: Any, tensor: Callable) -> list:
     settings = next((resolve(each[3]) for each in references if len(each) == 4 and each[3]), {})
     inputs = resolve(node)
     try:
+        if isinstance(inputs, list) and len(inputs) == 1 and layer["class_name"] not in _OPERATIONS:
+            inputs = inputs[0]
+        if layer["class_name"] not in _OPERATIONS and not _has_tensor(inputs):
+            raise InputError(f"{where}: Expected tensors of the model. Received numbers")
         if inspect.isfunction(made):
             return _named(made(inputs, **settings), layer["name"], [inputs, settings])
-        if isinstance(inputs, list) and len(inputs) == 1:
-            inputs = inputs[0]
         called = made.layer if isinstance(made, _Followed) else made
         taken = inspect.signature(called.call).parameters
         # Keras 2 gave these to any layer.
@@ -367,6 +370,10 @@ def _call(layer: dict, made: Callable, node: Any, tensor: Callable) -> list:
         raise
     except Exception as error:
         raise InputError(f"{where}: {reason(error)}") from error
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(each, keras.KerasTensor) for each in keras.tree.flatten(value))
 
 
 def _flat(node: Any) -> list[list]:

@@ -1,10 +1,10 @@
-"""TensorFlow's operations that Keras 2 models hold as layers, done by the operations of Keras 3.
+"""TensorFlow's functions that Keras 2 models hold as layers, done by the operations of Keras 3.
 
 Keras 2 made a layer of each call of TensorFlow on the tensors of a model, such as `x / 127.5`: TFOpLambda and
-SlicingOpLambda, which store the name of a function with its arguments, and TensorFlowOpLayer before, which stores a
-node of TensorFlow's graph.
+SlicingOpLambda, which store the name of a function with its arguments. Of older ones, see `mammo.train.tf_nodes`.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +13,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, one_line
 
 # Functions of the same name in these rooms of TensorFlow are the same function.
 _ROOMS = re.compile(r"(compat\.v1\.)?((math|nn|linalg|__operators__)\.)?")
-_NAMES = {"truediv": "divide", "sub": "subtract", "mul": "multiply", "div": "divide", "matmul": "matmul"}
+_MOST_PARTS = 4096
+_NAMES = {"truediv": "divide", "sub": "subtract", "mul": "multiply", "div": "divide"}
 
 
 def _reduce(function: Callable) -> Callable:
@@ -48,14 +49,13 @@ def _shape(sizes: Sequence) -> tuple:
 
 
 def _concat(values: list, axis: int) -> Any:
-    # Sizes of tensors, of which a shape is made.
-    if not any(isinstance(value, keras.KerasTensor) for value in values):
+    if not _is_of_tensors(values):  # but their sizes
         return [size for value in values for size in value]
     return ops.concatenate(_alike(*values), axis=axis)
 
 
 def _stack(values: list, axis: int = 0) -> Any:
-    if not any(isinstance(value, keras.KerasTensor) for value in values):
+    if not _is_of_tensors(values):
         return list(values)
     return ops.stack(_alike(*values), axis=axis)
 
@@ -71,17 +71,32 @@ def _getitem(tensor: Any, slice_spec: Any) -> Any:
         return part
 
     parts = [one(part) for part in slice_spec] if isinstance(slice_spec, list) else [one(slice_spec)]
-    return tensor[tuple(parts) if isinstance(tensor, keras.KerasTensor) else parts[0]]
+    if not isinstance(tensor, keras.KerasTensor):
+        return tensor[parts[0]]
+    if Ellipsis in parts:  # which Keras does not read again from a .h5 file
+        rank = len(tensor.shape) - sum(part is not None for part in parts) + 1
+        place = parts.index(Ellipsis)
+        parts[place : place + 1] = [slice(None)] * rank
+    return tensor[tuple(parts)]
 
 
 def _split(value: Any, num_or_size_splits: Any, axis: int = 0) -> list:
     if isinstance(num_or_size_splits, list):
         num_or_size_splits = [sum(num_or_size_splits[: i + 1]) for i in range(len(num_or_size_splits) - 1)]
+    else:
+        _check_parts(num_or_size_splits)
     return list(ops.split(value, num_or_size_splits, axis=axis))
 
 
 def _unstack(value: Any, num: int | None = None, axis: int = 0) -> list:
+    _check_parts(num or value.shape[axis] or 1)
     return list(ops.unstack(value, num=num, axis=axis))
+
+
+def _check_parts(number: int) -> None:
+    """Each part becomes a tensor as the model is built, whatever the size of its weights."""
+    if number > _MOST_PARTS:
+        raise ValueError(f"Expected at most {_MOST_PARTS} parts. Received {number}")
 
 
 def _matmul(a: Any, b: Any, transpose_a: bool = False, transpose_b: bool = False) -> Any:
@@ -121,7 +136,7 @@ def _where(condition: Any, x: Any, y: Any) -> Any:
 
 
 # By the name of TensorFlow's function: what does it here, with TensorFlow's names of its arguments.
-_FUNCTIONS: dict[str, Callable] = {
+FUNCTIONS: dict[str, Callable] = {
     **{name: _binary(getattr(ops, name)) for name in ("add", "subtract", "multiply", "divide", "maximum", "minimum")},
     **{name: _binary(getattr(ops, name)) for name in ("greater", "greater_equal", "less", "less_equal", "not_equal")},
     **{name: _binary(getattr(ops, name)) for name in ("equal", "logical_and", "logical_or")},
@@ -181,8 +196,8 @@ _FUNCTIONS: dict[str, Callable] = {
     "where": _where,
     "matmul": _matmul,
     "add_n": lambda inputs: sum(inputs[1:], inputs[0]),
-    "avg_pool": _pool(ops.average_pool),
-    "max_pool": _pool(ops.max_pool),
+    **dict.fromkeys(("avg_pool", "avg_pool2d"), _pool(ops.average_pool)),
+    **dict.fromkeys(("max_pool", "max_pool2d"), _pool(ops.max_pool)),
     "image.resize": _resize,
     "image.flip_left_right": lambda image: ops.flip(image, axis=-2),
     "image.flip_up_down": lambda image: ops.flip(image, axis=-3),
@@ -190,24 +205,90 @@ _FUNCTIONS: dict[str, Callable] = {
 }
 
 
+_MOST_SIZES, _LARGEST_SIZE = 64, 2**63
+
+
+def _are_sizes(values: Sequence) -> bool:
+    """Tell whether values are few whole numbers, none of them huge; a part's description, in getitem, may be more."""
+    flat = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
+    if len(flat) > _MOST_SIZES:
+        return False
+    return all(
+        each is None or isinstance(each, (str, dict)) or (isinstance(each, int) and abs(each) < _LARGEST_SIZE)
+        for each in flat
+    )
+
+
+# What may be done without a tensor: arithmetic of sizes, of which a model makes a shape.
+_OF_SIZES: dict[str, Callable] = {
+    "add": lambda x, y: x + y,
+    "subtract": lambda x, y: x - y,
+    "multiply": lambda x, y: x * y,
+    "floordiv": lambda x, y: x // y,
+    "cast": lambda x, dtype: x,
+    **{"concat": _concat, "stack": _stack, "getitem": _getitem},
+}
+_FIRST_MAY_BE_NUMBER = {
+    "add",
+    "subtract",
+    "multiply",
+    "divide",
+    "pow",
+    "maximum",
+    "minimum",
+    "matmul",
+    "mod",
+    "floordiv",
+}
+
+
+def apply(name: str, first: Any, *others: Any, **arguments: Any) -> Any:
+    """Do TensorFlow's function of this name, and return a tensor, a list of them, or sizes.
+
+    Raises ValueError or TypeError where Keras 3 cannot do it. Without a tensor it is never done but for sizes: numbers
+    in a file could ask for any memory.
+    """
+    if _is_of_tensors(first) or (name in _FIRST_MAY_BE_NUMBER and _others_have_tensor(others, arguments)):
+        return FUNCTIONS[name](first, *others, **arguments)
+    if name not in _OF_SIZES or not _are_sizes([first, *others, *arguments.values()]):
+        raise ValueError("Expected a tensor of the model. Received numbers")
+    sizes = _OF_SIZES[name](first, *others, **arguments)
+    if not _are_sizes([sizes]):
+        raise ValueError("Expected sizes of a shape")
+    return sizes
+
+
+def _is_of_tensors(value: Any) -> bool:
+    return any(isinstance(each, keras.KerasTensor) for each in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _others_have_tensor(others: Sequence, arguments: dict) -> bool:
+    return any(isinstance(each, keras.KerasTensor) for each in [*others, *arguments.values()])
+
+
 def operation_of(layer: dict, where: str) -> Callable:
     """Return the function of tensors that such a layer is. where: its name, for errors.
 
     Raises InputError, then or when it is called, for a function or an argument that Keras 3 does not have.
     """
-    config = layer["config"]
-    name = str(config.get("function", "__operators__.getitem"))
+    name = str(layer["config"].get("function", "__operators__.getitem"))
     short = _ROOMS.sub("", name, count=1)
-    function = _FUNCTIONS.get(_NAMES.get(short, short))
-    if function is None:
+    short = _NAMES.get(short, short)
+    if short not in FUNCTIONS:
         raise InputError(f"{where}: Keras 3 has not its operation tf.{name}; build the model anew, and load_weights")
+    taken = inspect.signature(FUNCTIONS[short]).parameters
 
     def run(inputs: Any, **arguments: Any) -> Any:
-        given = {key: value for key, value in arguments.items() if key != "name"}
+        given = {key: each for key, each in arguments.items() if key in taken or not _says_nothing(key, each)}
         try:
-            return function(inputs, **given)
+            return apply(short, inputs, **given)
         except (TypeError, ValueError) as error:
-            shown = ", ".join(f"{key}={value!r}"[:60] for key, value in given.items())
+            shown = ", ".join(f"{key}={one_line(repr(value), 60)}" for key, value in given.items())
             raise InputError(f"{where}: tf.{name}({shown}) cannot be done by Keras 3: {error}") from error
 
     return run
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Tell whether an argument that a function here does not take can be left out."""
+    return key in ("name", "out_type") or value is None or value is False or value == "NHWC"
