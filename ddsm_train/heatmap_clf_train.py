@@ -91,14 +91,14 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     features = clf.feature_table(heatmaps, args.cutoffs, args.top_k, args.jobs)
     model = clf.make_model(args.clf, args.trees, seed, args.jobs)
     probability, importances = clf.cross_validate(model, features, cancer, fold, seed)
-    results = {"cross_validation": (heatmaps, probability)}
+    results = {"cross_validation": (heatmaps, probability, fold)}
     classifier = clf.HeatmapClassifier.fit(model, heatmaps, features, cancer, args.cutoffs, args.top_k)
     if test is not None:
-        results["test"] = (test, classifier.predict(test, args.jobs))
+        results["test"] = (test, classifier.predict(test, args.jobs), None)
     clf.save_classifier(save_as, classifier)
     names = clf.feature_names(heatmaps.class_names, args.cutoffs, args.top_k)
     clf.write_importances(out_dir, names, importances, IMPORTANCE[args.clf])
-    clf.write_classification(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
+    clf.write_classification(out_dir, results, args.bootstrap, seed)
     print(f"The trees are saved in {save_as}")
 
 
@@ -109,7 +109,7 @@ def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     classifier = clf.load_classifier(args.model)
     heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
     clf.check_comparable(clf.kind_of(heatmaps), classifier.kind, args.maps[0], args.model)
-    results = {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}
+    results = {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs), None)}
     clf.write_classification(out_dir, results, args.bootstrap, seed)
 
 

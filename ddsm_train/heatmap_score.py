@@ -135,7 +135,7 @@ def run(*paths, **options) -> None:
         raise InputError(f"{args.dl_state}: Expected at least two classes. Received {model.output_shape[-1]}")
     args, source = with_options_of_model(args, model.input_shape[1:3])
     scorer, class_names = make_scorer(model, args), name_classes(model, args)
-    print(f"{args.dl_state}: {source}", file=sys.stderr)
+    print(f"{args.dl_state}: {source}")
     kept = {name: getattr(args, name) for name in (*SHARED_OPTIONS, *MODE_OPTIONS[scorer.mode])}
     # The same model may lie elsewhere on another machine.
     kept |= {"dl_state": Path(args.dl_state).name, "dl_state_crc32": zlib.crc32(Path(args.dl_state).read_bytes())}
@@ -261,8 +261,10 @@ def make_scorer(model, args: argparse.Namespace) -> compute.Scorer:
         with naming(args.dl_state):
             return make_grad_cam(model, args)
     if args.fprop_mode:
-        with naming(f"{args.dl_state} (--img-size, --avg-pool-size)"):
+        try:
             return make_forward_propagation(model, args)
+        except InputError as error:
+            raise InputError(f"{args.dl_state}: {error} (--img-size, --avg-pool-size)") from error
     args.img_height = args.img_height or args.img_size[0]
     return compute.Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, pixels.Pixels.of(args))
 

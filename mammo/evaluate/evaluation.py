@@ -470,7 +470,7 @@ def describe_results(results: dict[str, Any]) -> str:
             parts.append(f"  sensitivity / specificity, thresholds chosen on {results['data']['thresholds_from']}:")
             parts.append(_aligned(points))
         for pair in found["comparisons"][:_PRINTED]:
-            difference = f"{_text(pair['difference'])} ({_text(pair['interval'])}), p {_p_text(pair['p'])}"
+            difference = f"{figure_text(pair['difference'])} ({figure_text(pair['interval'])}), p {p_text(pair['p'])}"
             parts.append(f"  {' - '.join(pair['models'])}: {difference}")
         if len(found["comparisons"]) > _PRINTED:
             parts.append(f"  {len(found['comparisons']) - _PRINTED} more comparisons of AUCs are in comparisons.csv")
@@ -492,21 +492,23 @@ def _main_figures(result: dict[str, Any]) -> dict[str, str]:
     figures = {"AUC": auc["value"], "95% DeLong": auc["delong"], "95% bootstrap": auc["bootstrap"]}
     figures |= {"PR area": precision["value"], "95% bootstrap ": precision["bootstrap"]}
     figures |= {name: figure["value"] for name, figure in calibration.items() if name != "bins"}
-    return {name: _text(value) for name, value in figures.items()}
+    return {name: figure_text(value) for name, value in figures.items()}
 
 
 def _points_text(points: list[dict[str, Any]]) -> dict[str, str]:
-    return {point["name"]: " / ".join(_text(point[rate]["value"]) for rate in _RATES) for point in points}
+    return {point["name"]: " / ".join(figure_text(point[rate]["value"]) for rate in _RATES) for point in points}
 
 
-def _text(value) -> str:
+def figure_text(value: float | Sequence[float] | None, sign: str = "") -> str:
+    """Return a figure, or both ends of an interval, with three decimals. sign: "+" to show that of positive ones."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if np.ndim(value) == 0 else f"{value[0]:.3f} to {value[1]:.3f}"
+    return f"{value:{sign}.3f}" if np.ndim(value) == 0 else f"{value[0]:.3f} to {value[1]:.3f}"
 
 
-def _p_text(p: float | None) -> str:
-    return "< 0.001" if p is not None and p < 0.001 else _text(p)
+def p_text(p: float | None) -> str:
+    """Return a p value with three decimals."""
+    return "< 0.001" if p is not None and p < 0.001 else figure_text(p)
 
 
 def _aligned(rows: dict[str, dict[str, str]]) -> str:
@@ -567,7 +569,7 @@ def band_opacity(models: Collection) -> float:
 def draw_roc(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
     """Draw the ROC curve of a model's results in the next style of the axes, its band and first operating point."""
     curve, auc = result["roc"], result["auc"]
-    label = f"{label}: {_text(auc['value'])}" + (f" ({_text(auc['delong'])})" if auc["delong"] else "")
+    label = f"{label}: {figure_text(auc['value'])}" + (f" ({figure_text(auc['delong'])})" if auc["delong"] else "")
     (line,) = axes.plot(curve["false_positive"], curve["true_positive"], label=label)
     axes.fill_between(curve["false_positive"], curve["low"], curve["high"], color=line.get_color(), alpha=opacity, lw=0)
     for point in result["points"][:1]:
@@ -580,7 +582,7 @@ def draw_roc(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -
 def draw_pr(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
     """Draw the precision-recall curve of a model's results in the next style of the axes, and its band."""
     curve, area = result["pr"], result["average_precision"]["value"]
-    (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {_text(area)}")
+    (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {figure_text(area)}")
     style = {"color": line.get_color(), "alpha": opacity, "lw": 0}
     axes.fill_between(curve["recall"], curve["low"], curve["high"], step="pre", **style)
     axes.set(xlabel="sensitivity (recall)", ylabel="precision (positive predictive value)")

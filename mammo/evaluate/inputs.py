@@ -6,7 +6,8 @@ column a model follows: its probability of the positive classes.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,10 @@ def _read_prepared(folder: Path, part: str) -> list[tuple]:
 
 
 def _read_classes(folder: Path, classes, positive) -> list[tuple]:
-    listed = {}
+    listed, rows = {}, []
     if (folder.parent / IMAGE_TABLE).is_file():
         images = read_image_table(folder.parent / IMAGE_TABLE)
         listed = {row.file: (row.patient, row.side, row.view) for row in images.itertuples()}
-    rows = []
     for name in classes:
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: no such class folder. Expected {', '.join(classes)}; see --class-list")
@@ -216,23 +216,25 @@ def predict_images(
         flips: add a second column a model, <name>_flips: that of the mean over the four flips of each image.
         on_error: "stop" raises InputError for an unreadable image, "skip" leaves it out.
     """
+    from mammo.evaluate.predict import read_batches
+
     alike: dict[Pixels, list[str]] = {}
     for name, predictor in predictors.items():
         if missing := [label for label in positive if label not in predictor.class_list]:
             expected = f"Expected {', '.join(predictor.class_list)}; see --positive"
             raise InputError(f"{name}: no class {missing[0]}. {expected}")
         alike.setdefault(predictor.pixels, []).append(name)
-    faults: dict[str, str] = {}
+    jobs, faults = env_int("NUM_CPU_CORES", 4, minimum=1), {}
     for pixels, names in alike.items():
         files = [file for file in table["file"] if file not in faults]
         for message in pixel_warnings_of_files(files, pixels):
             print(f"warning: {', '.join(names)}: {message}", file=sys.stderr)
-        predicted = []
-        for images, at_fault in _read_batches(files, pixels, batch_size):
-            faults |= at_fault
+        predicted, batches = [], read_batches(partial(_read_whole, pixels), files, batch_size, jobs)
+        for batch in tqdm(batches, total=-(-len(files) // batch_size), desc="predict", disable=None):
+            faults |= {file: fault for file, _, fault in batch if fault is not None}
             if faults and on_error == "stop":
                 raise InputError(next(iter(faults.values())))
-            if images:
+            if images := {file: image for file, image, fault in batch if fault is None}:
                 columns = [_predict_positive(name, predictors[name], images, positive, flips) for name in names]
                 predicted.append(pd.concat(columns, axis=1))
         if not predicted:
@@ -241,21 +243,9 @@ def predict_images(
     return table[[*IMAGE_COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(faults.values())
 
 
-def _read_batches(files, pixels: Pixels, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
-    """Yield network input by file, in batches, and the faults met on the way by file.
-
-    A mammogram whose pixels are all equal is broken.
-    """
-    from mammo.evaluate.predict import read_batches
-
-    def read(file):
-        resized = pixels.resize(file, pixels.read_stored(file))
-        return pixels.to_input(file, check_constant(file, resized))
-
-    batches = read_batches(read, files, batch_size, env_int("NUM_CPU_CORES", 4, minimum=1))
-    for batch in tqdm(batches, total=-(-len(files) // batch_size), desc="predict", disable=None):
-        images = {file: image for file, image, fault in batch if fault is None}
-        yield images, {file: fault for file, _, fault in batch if fault is not None}
+def _read_whole(pixels: Pixels, file) -> np.ndarray:
+    """Return the network input of a file. A mammogram whose pixels are all equal is broken."""
+    return pixels.to_input(file, check_constant(file, pixels.resize(file, pixels.read_stored(file))))
 
 
 def _predict_positive(name: str, predictor, images: dict[str, np.ndarray], positive, flips: bool) -> pd.DataFrame:

@@ -31,7 +31,6 @@ _STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=_COLOURS)
 _NEGATIVE, _POSITIVE = _COLOURS[:2]
 _PICTURE_HEIGHT = 560  # pixels
 _BINS = 25  # of the histogram
-_NONE = "\u2013"  # a dash
 _SECTIONS = {"summary": "Summary", "image": "Images", "breast": "Breasts", "patient": "Patients"}
 _SECTIONS |= {"errors": "Most confident errors", "methods": "How to read the figures", "origin": "Origin"}
 
@@ -67,8 +66,8 @@ def write_report(
     command = results.get("command")
     loader = PackageLoader("mammo.evaluate", "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"estimate": _estimate, "interval": _interval, "number": _number, "p_value": _p_value}
-    environment.filters |= {"score": _score, "thousands": "{:,}".format}
+    environment.filters |= {"estimate": _estimate, "figure": _figure, "score": _score, "thousands": "{:,}".format}
+    environment.filters["p_value"] = lambda p: _figure(p) if p is None else evaluation.p_text(p)
     page = environment.get_template("report.html.j2").render(
         title=title,
         results=results,
@@ -105,10 +104,9 @@ def _count_models(columns: Sequence[str]) -> str:
 def _areas(results) -> list[list[str]]:
     """Make the rows of a table of AUCs by model and level, its head first."""
     levels = results["levels"]
-    rows = [["Model", *(_SECTIONS[name] for name in levels)]]
-    for name in results["models"]:
-        rows.append([name, *(_estimate(level["models"][name]["auc"], "delong") for level in levels.values())])
-    return rows
+    by_level = [level["models"] for level in levels.values()]
+    rows = [[name, *(_estimate(models[name]["auc"], "delong") for models in by_level)] for name in results["models"]]
+    return [["Model", *(_SECTIONS[name] for name in levels)], *rows]
 
 
 def _with_calibration(models) -> dict[str, Any]:
@@ -196,8 +194,8 @@ def _origins(data) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return _NONE if value is None else f"{value:{sign}.3f}".replace("-", "\u2212")
+def _figure(value: float | Sequence[float] | None, sign: str = "") -> str:
+    return "\u2013" if value is None else evaluation.figure_text(value, sign).replace("-", "\u2212")  # a dash, a minus
 
 
 def _score(value: float) -> str:
@@ -206,20 +204,10 @@ def _score(value: float) -> str:
     return f"{value:.{max(3, digits)}g}"
 
 
-def _interval(pair: Sequence[float] | None) -> str:
-    return _NONE if pair is None else f"{_number(pair[0])} to {_number(pair[1])}"
-
-
 def _estimate(estimate: Mapping[str, Any], interval: str = "interval") -> str:
     """Format an entry of the results with its interval of this name."""
-    pair = estimate[interval]
-    if estimate["value"] is None:
-        return "not defined"
-    return f"{_number(estimate['value'])} ({'no interval' if pair is None else _interval(pair)})"
-
-
-def _p_value(value: float | None) -> str:
-    return _NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    value, pair = estimate["value"], estimate[interval]
+    return "not defined" if value is None else f"{_figure(value)} ({'no interval' if pair is None else _figure(pair)})"
 
 
 # -------------------------------------------------------------------------------------------------------- drawing

@@ -19,14 +19,8 @@ from mammo.base.guards import read_json
 from mammo.images.reading import check_grey, read_img, resize_as_asked
 
 # The original's names of fields of `Pixels`, beside dup_3_channels and data_format.
-_KEYWORDS = {
-    "target_size": "size",
-    "target_height": "height",
-    "target_scale": "scale",
-    "rescale_factor": "factor",
-    "equalize_hist": "equalize",
-    "gs_255": "gs_255",
-}
+_KEYWORDS = {"target_size": "size", "target_height": "height", "target_scale": "scale", "rescale_factor": "factor"}
+_KEYWORDS |= {"equalize_hist": "equalize", "gs_255": "gs_255"}
 
 
 @dataclass(frozen=True)
@@ -130,10 +124,8 @@ def _equalize_histogram(img: np.ndarray, name) -> np.ndarray:
     """
     low, high = float(img.min()), float(img.max())
     if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
-        raise InputError(
-            f"{name}: histogram equalisation needs an image within 0..255 after rescaling. "
-            f"Received {low:g}..{high:g}; set a rescale factor or target scale."
-        )
+        received = f"Received {low:g}..{high:g}; set a rescale factor or target scale."
+        raise InputError(f"{name}: histogram equalisation needs an image within 0..255 after rescaling. {received}")
     return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
 
 
@@ -219,15 +211,8 @@ def pixel_warnings_of_files(files: Sequence, pixels: Pixels, nb_images: int = 32
 # ------------------------------------------------------------------------------- what a model was trained with
 
 # What the released models were trained with; their mean is that of the DDSM ones.
-PUBLISHED_PIXELS = {
-    "img_size": [1152, 896],
-    "img_scale": None,
-    "rescale_factor": 0.003891,
-    "featurewise_center": True,
-    "featurewise_mean": 52.18,
-    "equalize_hist": False,
-    "class_list": ["neg", "pos"],
-}
+PUBLISHED_PIXELS = {"img_size": [1152, 896], "img_scale": None, "rescale_factor": 0.003891, "equalize_hist": False}
+PUBLISHED_PIXELS |= {"featurewise_center": True, "featurewise_mean": 52.18, "class_list": ["neg", "pos"]}
 
 
 class _OfModel:
@@ -319,16 +304,11 @@ def _are_settings(settings: dict[str, Any]) -> bool:
         return False
     scale, factor, mean = (settings[name] for name in ("img_scale", "rescale_factor", "featurewise_mean"))
     size, classes = settings["img_size"], settings["class_list"]
-    return (
-        all(number is None or is_number(number) for number in (scale, factor, mean))
-        and isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(length, int) and length > 0 for length in size)
-        and all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and not (settings["featurewise_center"] and mean is None)
-    )
+    numbers = all(number is None or is_number(number) for number in (scale, factor, mean))
+    sizes = isinstance(size, list) and len(size) == 2 and all(isinstance(length, int) and length > 0 for length in size)
+    flags = all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return numbers and sizes and flags and names and not (settings["featurewise_center"] and mean is None)
 
 
 def is_number(value: object) -> bool:

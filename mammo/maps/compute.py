@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,20 +30,6 @@ class Scan(NamedTuple):
     file: str
     pixels: np.ndarray  # float32 (rows, columns)
     grid: Grid
-
-
-class Scorer(Protocol):
-    """A way to compute maps: `Sweep`, `ForwardPropagation` or `GradCam`."""
-
-    mode: str
-    strides: tuple[float, float]  # pixels from cell to cell
-    window: tuple[float, float]  # rows and columns of pixels that a cell stands for
-
-    def read(self, fname) -> Scan:
-        """Read an image. Raises InputError."""
-
-    def score(self, scan: Scan) -> np.ndarray:
-        """Return the map of an image: float32 (grid rows, grid columns, classes)."""
 
 
 @dataclass
@@ -107,10 +93,9 @@ class Sweep:
 
 
 class _WholeImage:
-    """Base of the ways that give the network the image at once, read as the trainers read it.
+    """Base of the ways that give the network the image at once, read as the trainers read it; `first` is as in `Grid`.
 
     segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
-    Each way has `first`, `strides` (see `Grid`) and `window`, the pixels that a cell stands for.
     """
 
     def __init__(self, model, pixels: Pixels, segment_breast: bool = False):
@@ -226,6 +211,11 @@ class GradCam(_WholeImage):
             weights = gradient_of_output(self.head, features, index).mean(axis=(0, 1, 2))
             maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
         return np.stack(maps, axis=-1)
+
+
+# A way to compute maps. Each has a `mode`; `strides`, (rows, columns) of pixels from cell to cell; and `window`, those
+# that a cell stands for. `read` gives the Scan of a file, and `score` its map.
+Scorer = Sweep | ForwardPropagation | GradCam
 
 
 class _Cells(NamedTuple):
@@ -461,8 +451,9 @@ def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, 
     if not path.exists():
         return {}
     kept = load_heatmaps(path)
-    theirs = {"class_names": kept.class_names, "mode": kept.mode} | kept.options
-    ours = {"class_names": header["class_names"], "mode": header["mode"]} | header["options"]
+    theirs, ours = (
+        {"class_names": of["class_names"], "mode": of["mode"]} | of["options"] for of in (vars(kept), header)
+    )
     check_same_options(path, theirs, ours, "another --out, or --fresh to replace them")
     written, records = path.stat().st_mtime, {f"{record.patient_id}_{record.side}": record for record in kept.records}
     finished = {}

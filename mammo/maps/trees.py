@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
     from sklearn.base import ClassifierMixin
 
+Maps = tuple[np.ndarray | None, np.ndarray | None]  # of CC and MLO, each (rows, columns, classes)
 CLASSIFIERS = ("rf", "gbt")
 _FORMAT = 1
 # What maps must share, beside class names, strides and mode, for one classifier to take them: the patch classifier and
@@ -103,11 +104,7 @@ def feature_names(class_names: Sequence[str], cutoffs: Sequence[float], k: int) 
 
 
 def breast_features(
-    maps: tuple[np.ndarray | None, np.ndarray | None],
-    cutoffs: Sequence[float],
-    k: int,
-    nb_cls: int,
-    names: Sequence[str] | None = None,
+    maps: Maps, cutoffs: Sequence[float], k: int, nb_cls: int, names: Sequence[str] | None = None
 ) -> np.ndarray:
     """Compute features (n,) float64 of the maps (cc, mlo) of a breast, those of `names` or all.
 
@@ -148,18 +145,12 @@ class HeatmapClassifier:
 
     @classmethod
     def fit(
-        cls,
-        model: "ClassifierMixin",
-        heatmaps: Heatmaps,
-        features: np.ndarray,
-        cancer: np.ndarray,
-        cutoffs: Sequence[float],
-        k: int,
+        cls, model: Any, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
     ) -> "HeatmapClassifier":
         """Fit a model of `make_model` to the `feature_table` of heatmaps and cancer (n,) 0 or 1."""
         return cls(_fit(model, features, cancer), list(cutoffs), k, kind_of(heatmaps))
 
-    def predict_maps(self, breasts: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> np.ndarray:
+    def predict_maps(self, breasts: Sequence[Maps]) -> np.ndarray:
         """Predict the probability of cancer (n,) of n breasts, each the maps (cc, mlo); one of the two may be None.
 
         Raises InputError for maps of other classes, and where both are None.
@@ -279,6 +270,7 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
     A `.skops` file runs no code: one that asks for any type but scikit-learn's trees is refused. Loading a `.joblib`
     file runs whatever code it holds, which is warned of. scikit-learn warns of trees that another version of it fitted.
     """
+    import joblib
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
     check_classifier_name(path)
@@ -286,7 +278,11 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         received = "a folder" if Path(path).is_dir() else "none"
         raise InputError(f"{path}: Expected a classifier's file. Received {received}")
     with readable(path, "not a whole classifier: Expected what heatmap_clf_train.py saves ({})"):
-        content = _read_joblib(path) if Path(path).suffix == ".joblib" else load_trees(path)
+        if Path(path).suffix == ".joblib":
+            warnings.warn(f"{path}: loading a .joblib file runs any code in it; prefer .skops", stacklevel=2)
+            content = joblib.load(path)
+        else:
+            content = load_trees(path)
         if content.pop("format") != _FORMAT:
             raise InputError(f"{path}: a classifier of a later version of this program")
         classifier = HeatmapClassifier(**content)
@@ -300,35 +296,26 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
     return classifier
 
 
-def _read_joblib(path) -> dict:
-    import joblib
-
-    warnings.warn(f"{path}: loading a .joblib file runs any code in it; prefer .skops", stacklevel=3)
-    return joblib.load(path)
-
-
 # ------------------------------------------------------------------------------------------------- the results
 
 
 def write_classification(
-    out_dir: Path,
-    results: dict[str, tuple[Heatmaps, np.ndarray]],
-    replicates: int,
-    seed: int,
-    folds: dict[str, np.ndarray] | None = None,
+    out_dir: Path, results: dict[str, tuple[Heatmaps, np.ndarray, np.ndarray | None]], replicates: int, seed: int
 ) -> None:
     """Write `predictions.csv` (one row a breast), `metrics.json` and, where a curve is defined, `roc.png`.
 
-    results: the breasts and their probabilities of cancer (n,), by name of the set. replicates: draws of patients, by
-    `seed`, for the 95% interval of the AUC. folds: (n,), by name of the set.
+    results: the breasts, their probabilities of cancer (n,) and, if cross-validated, their folds (n,), by name of the
+    set. replicates: draws of patients, by `seed`, for the 95% interval of the AUC.
     """
     import pandas as pd
 
     tables = {}
-    for name, (heatmaps, probability) in results.items():
-        tables[name] = _table_of(heatmaps).assign(probability=probability, set=name)
-        if folds and name in folds:
-            tables[name]["fold"] = pd.array(folds[name], "Int64")
+    for name, (heatmaps, probability, fold) in results.items():
+        rows = [(r.patient_id, r.side, "+".join(view for view, *_ in r.views()), r.cancer) for r in heatmaps.records]
+        table = pd.DataFrame(rows, columns=["patient_id", "side", "views", "cancer"]).astype({"cancer": "Int64"})
+        tables[name] = table.assign(probability=probability, set=name)
+        if fold is not None:
+            tables[name]["fold"] = pd.array(fold, "Int64")
     write_text(out_dir / "predictions.csv", pd.concat(tables.values()).to_csv(index=False))
     known = {name: table.dropna(subset="cancer").astype({"cancer": int}) for name, table in tables.items()}
     scores = {name: breast_scores(table, replicates, np.random.default_rng(seed)) for name, table in known.items()}
@@ -342,13 +329,6 @@ def write_classification(
     if any(score["auc"] is not None for score in scores.values()):
         curves = {name: (table["cancer"].to_numpy(), table["probability"].to_numpy()) for name, table in known.items()}
         plot_roc(out_dir / "roc.png", curves)
-
-
-def _table_of(heatmaps: Heatmaps) -> "pd.DataFrame":
-    import pandas as pd
-
-    rows = [(r.patient_id, r.side, "+".join(view for view, *_ in r.views()), r.cancer) for r in heatmaps.records]
-    return pd.DataFrame(rows, columns=["patient_id", "side", "views", "cancer"]).astype({"cancer": "Int64"})
 
 
 def breast_scores(table: "pd.DataFrame", replicates: int, rng: np.random.Generator) -> dict[str, Any]:

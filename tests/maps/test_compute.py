@@ -817,7 +817,7 @@ def test_options_are_taken_from_the_models_training_and_else_are_the_published_o
     expected = {name: expected[name] for name in heatmap_score.SHARED_OPTIONS} | {"featurewise_mean": 30}
     assert {name: maps.options[name] for name in expected} == expected
     assert maps.options["patch_size"] == (16 if told else 256) and maps.class_names[0] == "background"
-    assert ("args.json" in capsys.readouterr().err) and (maps.class_names[1] == "a") == told
+    assert "args.json" in capsys.readouterr().out and (maps.class_names[1] == "a") == told
     # Whole images are as large as the published ones: patches were resized to another size.
     args, _ = heatmap_score.with_options_of_model(heatmap_score.make_parser().parse_args([str(folder), str(model)]))
     assert args.img_size == [1152, 896]
