@@ -152,14 +152,10 @@ def evaluate_models(
         by_level[name] = _evaluate_level(level, others[name], models, points, replicates, seed)
     if any(model["auc"]["value"] in (0, 1) for level in by_level.values() for model in level["models"].values()):
         notes.append(_PERFECT)
-    data = {
-        "images": len(table),
-        "positive": int(table["label"].sum()),
-        "patients": int(table["patient"].nunique()) if has_patients(table) else None,
-        "patient_score": patient_score,
-        "thresholds_from": "these images" if chosen_on is None else "other images",
-    }
-    data |= {"confidence": stats.CONFIDENCE, "replicates": replicates, "seed": seed, "notes": notes}
+    patients = int(table["patient"].nunique()) if has_patients(table) else None
+    data = {"images": len(table), "positive": int(table["label"].sum()), "patients": patients}
+    data |= {"patient_score": patient_score, "replicates": replicates, "seed": seed, "confidence": stats.CONFIDENCE}
+    data |= {"thresholds_from": "these images" if chosen_on is None else "other images", "notes": notes}
     return {"models": list(models), "data": data, "levels": by_level}
 
 
@@ -226,24 +222,21 @@ def _evaluate_model(truth, score, variance, groups, counts, thresholds) -> tuple
     result = {
         "auc": {"value": auc, **normal, "bootstrap": _percentiles(drawn_auc)},
         "average_precision": {"value": precision, "bootstrap": _percentiles(drawn_precision)},
-        "points": [
-            {"name": name, "threshold": threshold} | _at_threshold(truth, score >= threshold, groups, counts)
-            for name, threshold in thresholds.items()
-        ],
+        "points": [_at_threshold(*point, truth, score, groups, counts) for point in thresholds.items()],
         "calibration": _calibration(truth, score, groups, counts),
     }
     return result | {"roc": roc, "pr": pr}, drawn_auc
 
 
-def _at_threshold(truth, called, groups, counts) -> dict[str, Any]:
-    """Compute sensitivity and specificity where the samples `called` count as positive."""
-    result = {}
-    for name, side, right in (("sensitivity", truth == 1, called), ("specificity", truth == 0, ~called)):
+def _at_threshold(name, threshold, truth, score, groups, counts) -> dict[str, Any]:
+    """Compute sensitivity and specificity at an operating point."""
+    result, called = {"name": name, "threshold": threshold}, score >= threshold
+    for rate, side, right in zip(_RATES, (truth == 1, truth == 0), (called, ~called), strict=True):
         drawn = counts[:, side]
         with np.errstate(invalid="ignore"):  # replicates without samples of this side
             values = (drawn @ right[side]) / drawn.sum(axis=1)
         interval = _interval(stats.proportion_interval(right[side], groups[side]))
-        result[name] = {"value": float(right[side].mean()), "interval": interval, "bootstrap": _percentiles(values)}
+        result[rate] = {"value": float(right[side].mean()), "interval": interval, "bootstrap": _percentiles(values)}
     return result
 
 

@@ -68,9 +68,8 @@ class Predictor:
             images = [read[0] for _, read, _ in batch if read]
             probabilities = iter(self.probabilities(np.stack(images), flips)[-1] if images else ())
             for file, read, fault in batch:
-                yield (
-                    Prediction(file, next(probabilities), read[1], None) if read else Prediction(file, None, [], fault)
-                )
+                found = (next(probabilities), read[1]) if read else (None, [])
+                yield Prediction(file, *found, fault)
 
     def read(self, file) -> tuple[np.ndarray, list[str]]:
         """Return the pixels of an image before mean subtraction, float32 (H, W), and what is unlike the training's.
