@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from dm_resnet import ResNetBuilder, set_dropout_rate
+from dm_resnet import RESNETS, ResNetBuilder, set_dropout_rate
 from mammo.base.files import InputError
 from mammo.train import checkpoint
 from mammo.train.callbacks import BestModel, DMAucModelCheckpoint, DMFlush, FiniteLoss
@@ -197,13 +197,10 @@ def _build_application(net, nb_class, use_pretrained, pretrained_weights, weight
 
 
 def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, options):
-    build = getattr(ResNetBuilder, f"build_{net}", None)
-    if build is None:
-        known = [*_PATCH_NETS, "yaroslav"]
-        known += [name.removeprefix("build_") for name in dir(ResNetBuilder) if name.startswith("build_")]
-        raise InputError(f"--net: Expected one of {', '.join(known)}. Received {net}")
+    if net not in RESNETS:
+        raise InputError(f"--net: Expected one of {', '.join([*_PATCH_NETS, 'yaroslav', *RESNETS])}. Received {net}")
     options |= {"nb_init_filter": nb_init_filter, "weight_decay": weight_decay, "hidden_dropout": hidden_dropout}
-    return build((None, None, 1), nb_class, **options)
+    return ResNetBuilder.build((1, None, None), nb_class, *RESNETS[net], **options)
 
 
 # --- Training in stages ---------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ Tensors are channels last: (batch, rows, columns, channels), float32 images of 0
 Residual units: He et al. 2016, "Deep residual learning" (post-activation), "Identity mappings" (pre-activation).
 """
 
-from functools import partialmethod
+import inspect
+from collections.abc import Callable, Sequence
 
 import keras
 from keras import layers
@@ -59,12 +60,10 @@ def _pool(layer, x):
     return layer(x)
 
 
-def _residual_unit(convs, init_strides, preactivation, shortcut_with_bn=True, dropout=0.0, weight_decay=0.0001):
-    """Return a function that adds one unit of `convs`, pairs (filters, kernel size), to a tensor.
-
-    The first convolution has the strides. Where they, or the widths, change the shape, the shortcut is
-    a 1x1 convolution, with batch norm after it when `shortcut_with_bn`.
-    """
+def _residual_unit(
+    convs, init_strides, identity, shortcut_with_bn, preactivation, dropout=0.0, weight_decay=0.0001
+) -> Callable:
+    """Return a function that adds one unit of `convs`, pairs (filters, kernel size), to a tensor."""
 
     def unit(x):
         residual = x
@@ -78,7 +77,7 @@ def _residual_unit(convs, init_strides, preactivation, shortcut_with_bn=True, dr
                     residual = _relu(residual, dropout)
         shortcut = x
         filters = convs[-1][0]
-        if tuple(init_strides) != (1, 1) or x.shape[-1] != filters:
+        if not identity or tuple(init_strides) != (1, 1) or x.shape[-1] != filters:
             shortcut = _conv(filters, 1, init_strides, padding="valid", weight_decay=weight_decay)(x)
             if shortcut_with_bn:
                 shortcut = layers.BatchNormalization()(shortcut)
@@ -88,30 +87,68 @@ def _residual_unit(convs, init_strides, preactivation, shortcut_with_bn=True, dr
     return unit
 
 
-def basic_block(filters, init_strides=(1, 1), bottleneck_enlarge_factor=None, **options):
-    """Pre-activation unit of two 3x3 convolutions; `bottleneck_enlarge_factor` has no effect.
+def basic_block(
+    nb_filters: int,
+    init_strides: tuple[int, int] = (1, 1),
+    identity: bool = True,
+    shortcut_with_bn: bool = False,
+    enlarge_factor: int | None = None,
+    **kw_args,
+) -> Callable:
+    """Return a function from tensor to tensor: a pre-activation unit of two 3x3 convolutions.
 
-    All four block functions return a function from tensor to tensor and take the same `options`:
-    `shortcut_with_bn=True`, `dropout=0.0` (after every ReLU), `weight_decay=0.0001` (L2 of every kernel).
+    All four block functions take the same arguments.
+
+    Args:
+        nb_filters: width of the convolutions.
+        init_strides: strides of the first convolution.
+        identity: add the input itself where the unit keeps its shape. Otherwise, and where it does not, the
+            shortcut is a 1x1 convolution of the input.
+        shortcut_with_bn: normalize that convolution.
+        enlarge_factor: of bottlenecks: the last convolution is this many times wider.
+        kw_args: `dropout` (rate after every ReLU, 0) and `weight_decay` (L2 of every kernel, 0.0001).
     """
-    return _residual_unit([(filters, 3), (filters, 3)], init_strides, preactivation=True, **options)
+    convs = [(nb_filters, 3), (nb_filters, 3)]
+    return _residual_unit(convs, init_strides, identity, shortcut_with_bn, preactivation=True, **kw_args)
 
 
-def basic_block_org(filters, init_strides=(1, 1), bottleneck_enlarge_factor=None, **options):
-    """Post-activation form of `basic_block`: convolution, batch norm, ReLU, and ReLU after the addition."""
-    return _residual_unit([(filters, 3), (filters, 3)], init_strides, preactivation=False, **options)
+def basic_block_org(
+    nb_filters: int,
+    init_strides: tuple[int, int] = (1, 1),
+    identity: bool = True,
+    shortcut_with_bn: bool = False,
+    enlarge_factor: int | None = None,
+    **kw_args,
+) -> Callable:
+    """Return the post-activation form of `basic_block`: convolution, batch norm, ReLU, and ReLU after the addition."""
+    convs = [(nb_filters, 3), (nb_filters, 3)]
+    return _residual_unit(convs, init_strides, identity, shortcut_with_bn, preactivation=False, **kw_args)
 
 
-def bottleneck(filters, init_strides=(1, 1), bottleneck_enlarge_factor=4, **options):
-    """Pre-activation unit of 1x1, 3x3, 1x1 convolutions, the last `bottleneck_enlarge_factor` times wider."""
-    convs = [(filters, 1), (filters, 3), (filters * bottleneck_enlarge_factor, 1)]
-    return _residual_unit(convs, init_strides, preactivation=True, **options)
+def bottleneck(
+    nb_filters: int,
+    init_strides: tuple[int, int] = (1, 1),
+    identity: bool = True,
+    shortcut_with_bn: bool = False,
+    enlarge_factor: int = 4,
+    **kw_args,
+) -> Callable:
+    """Return a pre-activation unit of 1x1, 3x3, 1x1 convolutions, as `basic_block` otherwise."""
+    convs = [(nb_filters, 1), (nb_filters, 3), (nb_filters * enlarge_factor, 1)]
+    return _residual_unit(convs, init_strides, identity, shortcut_with_bn, preactivation=True, **kw_args)
 
 
-def bottleneck_org(filters, init_strides=(1, 1), bottleneck_enlarge_factor=4, **options):
-    """Post-activation form of `bottleneck`, with the stride in its first 1x1 convolution."""
-    convs = [(filters, 1), (filters, 3), (filters * bottleneck_enlarge_factor, 1)]
-    return _residual_unit(convs, init_strides, preactivation=False, **options)
+def bottleneck_org(
+    nb_filters: int,
+    init_strides: tuple[int, int] = (1, 1),
+    identity: bool = True,
+    shortcut_with_bn: bool = False,
+    enlarge_factor: int = 4,
+    **kw_args,
+) -> Callable:
+    """Return the post-activation form of `bottleneck`, with the stride in its first 1x1 convolution."""
+    convs = [(nb_filters, 1), (nb_filters, 3), (nb_filters * enlarge_factor, 1)]
+    return _residual_unit(convs, init_strides, identity, shortcut_with_bn, preactivation=False, **kw_args)
 
 
 def _vgg_block(filters, repetitions, dropout, weight_decay):
@@ -251,7 +288,7 @@ def add_top_layers(
     top_layer_nb = len(keras.Model(image, x).layers)
 
     if add_conv:
-        options = {"bottleneck_enlarge_factor": bottleneck_enlarge_factor, "shortcut_with_bn": shortcut_with_bn}
+        options = {"enlarge_factor": bottleneck_enlarge_factor, "shortcut_with_bn": shortcut_with_bn}
         options |= {"dropout": dropout, "weight_decay": weight_decay}
         for filters, nb_units in zip(depths, repetitions, strict=True):
             if block_type == "vgg":
@@ -273,77 +310,125 @@ def add_top_layers(
     return keras.Model(image, output), top_layer_nb
 
 
-class ResNetBuilder:
-    """Residual networks for patches or whole images, trained from scratch.
+# What makes the networks of ResNetBuilder, by the name of its method without `build_`: block function, and number of
+# units in each group. A number in a name counts the convolutions on the main path and the dense layer.
+RESNETS = {
+    "resnet_18": (basic_block, (2, 2, 2, 2)),
+    "resnet_34": (basic_block, (3, 4, 6, 3)),
+    "resnet_38": (bottleneck, (3, 6, 3)),
+    "resnet_50": (bottleneck, (3, 4, 6, 3)),
+    "resnet_50_org": (bottleneck_org, (3, 4, 6, 3)),
+    "resnet_101": (bottleneck, (3, 4, 23, 3)),
+    "resnet_152": (bottleneck, (3, 8, 36, 3)),
+    "dm_resnet_14": (bottleneck, (1, 1, 1, 1)),
+    "dm_resnet_47rb5": (bottleneck, (3,) * 5),
+    "dm_resnet_56rb6": (bottleneck, (3,) * 6),
+    "dm_resnet_65rb7": (bottleneck, (3,) * 7),
+}
 
-    `build_resnet_50` and so on take (input_shape, num_outputs) and the options of `build`. The number in a
-    name counts the convolutions on the main path and the dense layer; `rb5` is five groups of residual units.
+
+def _named(name: str, *, shortcut_with_bn: bool = False) -> classmethod:
+    """Return the method that builds the network `name`, with the arguments of `build` that the published one has."""
+    block_fn, repetitions = RESNETS[name]
+    left_out = {"block_fn", "repetitions"} | (set() if shortcut_with_bn else {"shortcut_with_bn"})
+    parameters = [p for p in inspect.signature(_build).parameters.values() if p.name not in left_out]
+    signature = inspect.Signature(parameters, return_annotation=keras.Model)
+
+    def build_named(cls, *args, **kwargs):
+        options = signature.bind(cls, *args, **kwargs).arguments
+        for ignored in ("cls", "alpha", "l1_ratio"):
+            options.pop(ignored, None)
+        return cls.build(options.pop("input_shape"), options.pop("num_outputs"), block_fn, repetitions, **options)
+
+    build_named.__name__ = f"build_{name}"
+    build_named.__doc__ = f"""Build a network of groups of {repetitions} units `{block_fn.__name__}`.
+
+        See `build` for the arguments. As in the published program, `alpha` and `l1_ratio` have no effect: the penalty
+        of the last layer is that of their defaults.
+        """
+    build_named.__signature__ = signature
+    return classmethod(build_named)
+
+
+def _build(
+    cls,
+    input_shape: tuple[int, int | None, int | None],
+    num_outputs: int,
+    block_fn: Callable,
+    repetitions: Sequence[int],
+    nb_init_filter: int = 64,
+    init_filter_size: int = 7,
+    init_conv_stride: int = 2,
+    pool_size: int = 3,
+    pool_stride: int = 2,
+    weight_decay: float = 0.0001,
+    alpha: float = 1.0,
+    l1_ratio: float = 0.5,
+    inp_dropout: float = 0.0,
+    hidden_dropout: float = 0.0,
+    shortcut_with_bn: bool = False,
+) -> keras.Model:
+    """Build a residual network of float32 (batch, rows, columns, channels), softmax output (sigmoid for one).
+
+    Args:
+        input_shape: (channels, rows, columns), as published, though the tensors are channels last.
+        num_outputs: number of outputs.
+        block_fn: makes the units: `basic_block`, `bottleneck`, or their `_org` forms.
+        repetitions: number of units in each group. The first unit of a group has a convolution as its shortcut.
+        nb_init_filter: filters of the first convolution, doubled with every group; each but the first halves the map.
+        init_filter_size, init_conv_stride: of the first convolution.
+        pool_size, pool_stride: of the max pooling after it.
+        weight_decay: L2 of the convolutions.
+        alpha, l1_ratio: penalty of the dense layer, see `l1l2_penalty_reg`.
+        inp_dropout, hidden_dropout: rates of the image, and after every ReLU.
+        shortcut_with_bn: normalize the convolutions of shortcuts.
+
+    Raises InputError for an input shape whose channels stand last.
     """
+    channels, *size = input_shape
+    if channels is None or (channels > 4 and size[-1] in (1, 2, 3, 4)):
+        raise InputError(f"Expected an input shape (channels, rows, columns). Received: {tuple(input_shape)}.")
+    image = keras.Input((*size, channels))
+    x = layers.Dropout(inp_dropout)(image)
+    x = _conv(nb_init_filter, init_filter_size, init_conv_stride, weight_decay=weight_decay)(x)
+    x = _bn_relu(x, hidden_dropout)
+    x = layers.MaxPooling2D(pool_size, strides=pool_stride, padding="same")(x)
+    options = {"shortcut_with_bn": shortcut_with_bn, "dropout": hidden_dropout, "weight_decay": weight_decay}
+    for group, nb_units in enumerate(repetitions):
+        for i in range(nb_units):
+            strides = (2, 2) if i == 0 and group > 0 else (1, 1)
+            x = block_fn(nb_init_filter * 2**group, strides, identity=i > 0, **options)(x)
+    inputs, features = cls._views(keras.Model(image, layers.GlobalAveragePooling2D()(x)))
+    kernel = {"kernel_initializer": "he_normal", "kernel_regularizer": cls.l1l2_penalty_reg(alpha, l1_ratio)}
+    dense = layers.Dense(num_outputs, activation="sigmoid" if num_outputs == 1 else "softmax", **kernel)
+    return keras.Model(inputs, dense(features))
+
+
+class ResNetBuilder:
+    """Residual networks for patches or whole images, trained from scratch (`RESNETS`)."""
 
     @staticmethod
-    def l1l2_penalty_reg(alpha=1.0, l1_ratio=0.5):
+    def l1l2_penalty_reg(alpha: float = 1.0, l1_ratio: float = 0.5) -> keras.Regularizer:
         """Return the elastic net of glmnet and scikit-learn: alpha (l1_ratio |w| + (1 - l1_ratio) / 2 w^2)."""
         return keras.regularizers.L1L2(l1=alpha * l1_ratio, l2=alpha * (1 - l1_ratio) / 2)
 
-    @classmethod
-    def build(
-        cls,
-        input_shape,
-        num_outputs,
-        block_fn,
-        repetitions,
-        nb_init_filter=32,
-        init_filter_size=5,
-        init_conv_stride=2,
-        pool_size=2,
-        pool_stride=2,
-        weight_decay=0.0001,
-        alpha=0.0001,
-        l1_ratio=0.0,
-        inp_dropout=0.0,
-        hidden_dropout=0.0,
-    ):
-        """Build a residual network with softmax output (sigmoid for one output).
-
-        input_shape: (rows, columns, channels). repetitions: the number of units `block_fn` in each group.
-        The first convolution has `nb_init_filter` filters of size `init_filter_size`; the width doubles with
-        every group up to the fourth, as in He et al., then stays; every group but the first halves the map.
-        weight_decay: L2 of the convolutions. alpha, l1_ratio: see `l1l2_penalty_reg`, for the dense layer.
-        """
-        image = keras.Input(input_shape)
-        x = layers.Dropout(inp_dropout)(image)
-        x = _conv(nb_init_filter, init_filter_size, init_conv_stride, weight_decay=weight_decay)(x)
-        x = _bn_relu(x, hidden_dropout)
-        x = layers.MaxPooling2D(pool_size, strides=pool_stride, padding="same")(x)
-        for group, nb_units in enumerate(repetitions):
-            for i in range(nb_units):
-                strides = (2, 2) if i == 0 and group > 0 else (1, 1)
-                options = {"init_strides": strides, "dropout": hidden_dropout, "weight_decay": weight_decay}
-                x = block_fn(nb_init_filter * 2 ** min(group, 3), **options)(x)
-        if block_fn in (basic_block, bottleneck):  # pre-activation units end in an addition
-            x = _bn_relu(x, hidden_dropout)
-        tower = keras.Model(image, layers.GlobalAveragePooling2D()(x))
-        inputs, features = cls._views(tower)
-        kernel = {"kernel_initializer": "he_normal", "kernel_regularizer": cls.l1l2_penalty_reg(alpha, l1_ratio)}
-        dense = layers.Dense(num_outputs, activation="sigmoid" if num_outputs == 1 else "softmax", **kernel)
-        return keras.Model(inputs, dense(layers.Dropout(hidden_dropout)(features)))
-
     @staticmethod
     def _views(tower):
-        """Inputs of the network and the features that the output layer sees, given the convolutional part."""
+        """Return the inputs of the network and the features that its last layer sees, of the convolutional part."""
         return tower.input, tower.output
 
-    build_resnet_18 = partialmethod(build, block_fn=basic_block, repetitions=(2, 2, 2, 2))
-    build_resnet_34 = partialmethod(build, block_fn=basic_block, repetitions=(3, 4, 6, 3))
-    build_resnet_38 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3))
-    build_resnet_50 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 4, 6, 3))
-    build_resnet_50_org = partialmethod(build, block_fn=bottleneck_org, repetitions=(3, 4, 6, 3))
-    build_resnet_101 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 4, 23, 3))
-    build_resnet_152 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 8, 36, 3))
-    build_dm_resnet_14 = partialmethod(build, block_fn=bottleneck, repetitions=(1, 1, 1, 1))
-    build_dm_resnet_47rb5 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3, 3))
-    build_dm_resnet_56rb6 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3, 3, 3))
-    build_dm_resnet_65rb7 = partialmethod(build, block_fn=bottleneck, repetitions=(3, 3, 3, 3, 3, 3, 3))
+    build = classmethod(_build)
+    build_resnet_18 = _named("resnet_18")
+    build_resnet_34 = _named("resnet_34")
+    build_resnet_38 = _named("resnet_38")
+    build_resnet_50 = _named("resnet_50", shortcut_with_bn=True)
+    build_resnet_50_org = _named("resnet_50_org", shortcut_with_bn=True)
+    build_resnet_101 = _named("resnet_101")
+    build_resnet_152 = _named("resnet_152")
+    build_dm_resnet_14 = _named("dm_resnet_14")
+    build_dm_resnet_47rb5 = _named("dm_resnet_47rb5")
+    build_dm_resnet_56rb6 = _named("dm_resnet_56rb6")
+    build_dm_resnet_65rb7 = _named("dm_resnet_65rb7")
 
 
 class MultiViewResNetBuilder(ResNetBuilder):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train trees that classify breasts by the regions of their heatmaps, cross-validated by patient; or score by them.
 
-  python ddsm_train/heatmap_clf_train.py maps.npz --test test_maps.npz --out-dir heatmap_clf
-  python ddsm_train/heatmap_clf_train.py other_maps.npz --model heatmap_clf/heatmap_clf.skops --out-dir scored
+  mammo train-heatmaps maps.npz --test test_maps.npz --out-dir heatmap_clf
+  mammo train-heatmaps other_maps.npz --model heatmap_clf/heatmap_clf.skops --out-dir scored
 
 The map files are those of heatmap_score.py. The features are shape, size and probability of the largest regions of
 each class at several probability cut-offs, in both views; a missing view has none, which the trees learn to take.

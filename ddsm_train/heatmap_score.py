@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Map where a trained network sees lesions: probability maps of a patch classifier, Grad-CAM of an image classifier.
 
-  python ddsm_train/heatmap_score.py full_img patch.h5 --fprop-mode --pat-csv pat_side_cancer.csv --out maps.npz
-  python ddsm_train/heatmap_score.py full_img image.h5 --pat-csv pat_side_cancer.csv --out cam.npz --overlay pictures
+  mammo heatmaps full_img patch.h5 --fprop-mode --pat-csv pat_side_cancer.csv --out maps.npz
+  mammo heatmaps full_img image.h5 --pat-csv pat_side_cancer.csv --out cam.npz --overlay pictures
 
 A patch classifier sweeps the breast window by window, or with --fprop-mode sees the whole image at once, 25 times
 faster or more. A whole-image classifier is explained by Grad-CAM. Pixel options and the size of windows default to

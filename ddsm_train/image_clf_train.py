@@ -11,11 +11,15 @@ Environment: NUM_CPU_CORES (loader workers, 4), NUM_GPU_DEVICES (1), RANDOM_SEED
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from ddsm_train import options
 from mammo.base import cli
 from mammo.base.files import InputError
 from mammo.train import backend
+
+if TYPE_CHECKING:
+    import keras
 
 # Options that `dm_resnet.add_top_layers` has by the same names.
 _TOP_OPTIONS = (
@@ -59,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_model(args: argparse.Namespace):
+def build_model(args: argparse.Namespace) -> "tuple[keras.Model, int | None]":
     """Return (model, index of its first new layer or None)."""
     import keras
 
@@ -78,23 +82,15 @@ def build_model(args: argparse.Namespace):
         if len(patch_model.inputs) != 1 or len(patch_model.inputs[0].shape) != 4:
             raise InputError(f"{args.patch_model_state}: Expected a patch classifier, a model of one image")
         try:
-            model, top_layer_nb = add_top_layers(
-                patch_model,
-                args.img_size,
-                depths=args.top_depths,
-                repetitions=args.top_repetitions,
-                nb_class=len(args.class_list),
-                dropout=args.hidden_dropout,
-                **{name: getattr(args, name) for name in _TOP_OPTIONS},
-            )
+            options = {name: getattr(args, name) for name in _TOP_OPTIONS}
+            options |= {"depths": args.top_depths, "repetitions": args.top_repetitions, "dropout": args.hidden_dropout}
+            model, top_layer_nb = add_top_layers(patch_model, args.img_size, nb_class=len(args.class_list), **options)
             top_layer_nb = args.top_layer_nb or top_layer_nb
         except InputError as error:
             raise InputError(f"{args.patch_model_state}: {error}") from error
     else:
-        raise InputError(
-            "Expected --patch-model-state FILE, to build on a patch classifier, or --resume-from FILE, to finetune a "
-            "whole-image classifier. Received neither"
-        )
+        expected = "Expected --patch-model-state FILE, to build on a patch classifier, or --resume-from FILE"
+        raise InputError(f"{expected}, to finetune a whole-image classifier. Received neither")
     if args.nb_epoch > 0:
         dm_keras_ext.check_top_layer(model, top_layer_nb)
     return model, top_layer_nb
@@ -109,14 +105,14 @@ def run(**options) -> None:
     from mammo.train.callbacks import DMAucModelCheckpoint
 
     model, top_layer_nb = build_model(args)
-    run_training(
-        args,
-        model,
-        lambda model: image_stages(model, Schedule.of(vars(args)), top_layer_nb=top_layer_nb),
-        lambda run: DMAucModelCheckpoint(args.best_model, run.val_set, model_to_save=run.org_model),
-        allow_constant=False,
-        flips=args.test_augment,
-    )
+
+    def make_stages(model):
+        return image_stages(model, Schedule.of(vars(args)), top_layer_nb=top_layer_nb)
+
+    def make_keeper(run):
+        return DMAucModelCheckpoint(args.best_model, run.val_set, model_to_save=run.org_model)
+
+    run_training(args, model, make_stages, make_keeper, allow_constant=False, flips=args.test_augment)
 
 
 main = cli.command(make_parser, run)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Judge how well maps point at the lesions: pointing-game accuracy and free-response ROC, where masks are known.
 
-  python ddsm_train/localise.py --roi-mask-dir roi_mask --out-dir figures fprop.npz gradcam.npz
+  mammo localise --roi-mask-dir roi_mask --out-dir figures fprop.npz gradcam.npz
 
 Reads map files of heatmap_score.py; writes localisation.csv (a row a map file), froc.csv and froc.png. The rules are in
 `mammo.maps.localise`. The images must be where they were scored.

@@ -15,6 +15,12 @@ from ddsm_train import options
 from mammo.base import cli
 from mammo.train import backend
 
+# Options that `dm_keras_ext.get_dl_model` has by the same names, besides those of the networks of ResNetBuilder.
+_NETWORK_OPTIONS = (
+    *("use_pretrained", "pretrained_weights", "resume_from", "trust_checkpoint"),
+    *("top_layer_nb", "weight_decay", "nb_init_filter"),
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
@@ -53,27 +59,19 @@ def run(**options) -> None:
     from dm_keras_ext import BUILDER_OPTIONS, Schedule, get_dl_model, patch_stages
     from mammo.train.callbacks import BestModel
 
-    model, _, top_layer_nb = get_dl_model(
-        args.net,
-        nb_class=len(args.class_list),
-        use_pretrained=args.use_pretrained,
-        resume_from=args.resume_from,
-        top_layer_nb=args.top_layer_nb,
-        weight_decay=args.weight_decay,
-        # With dropout in any stage the layer must be there from the start.
-        hidden_dropout=max(args.hidden_dropout, args.hidden_dropout2),
-        pretrained_weights=args.pretrained_weights,
-        trust_checkpoint=args.trust_checkpoint,
-        nb_init_filter=args.nb_init_filter,
-        **{name: getattr(args, name) for name in BUILDER_OPTIONS},
-    )
-    networks = {"net": args.net, "use_pretrained": args.use_pretrained, "top_layer_nb": top_layer_nb}
-    run_training(
-        args,
-        model,
-        lambda model: patch_stages(model, Schedule.of(vars(args)), **networks),
-        lambda run: BestModel(args.best_model, "val_accuracy", model_to_save=run.org_model),
-    )
+    same = {name: getattr(args, name) for name in (*_NETWORK_OPTIONS, *BUILDER_OPTIONS)}
+    # With dropout in any stage the layer must be there from the start.
+    dropout = max(args.hidden_dropout, args.hidden_dropout2)
+    model, _, top_layer_nb = get_dl_model(args.net, nb_class=len(args.class_list), hidden_dropout=dropout, **same)
+
+    def make_stages(model):
+        networks = {"net": args.net, "use_pretrained": args.use_pretrained, "top_layer_nb": top_layer_nb}
+        return patch_stages(model, Schedule.of(vars(args)), **networks)
+
+    def make_keeper(run):
+        return BestModel(args.best_model, "val_accuracy", model_to_save=run.org_model)
+
+    run_training(args, model, make_stages, make_keeper)
 
 
 main = cli.command(make_parser, run)

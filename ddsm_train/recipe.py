@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 class Recipe:
     """The steps of one run in the folder `out`; with `fresh`, each of them begins anew."""
 
-    def __init__(self, out: Path, fresh: bool):
+    def __init__(self, out: Path, fresh: bool) -> None:
         self.out, self.fresh = out, fresh
         self._begun: set[str] = set()
 
@@ -65,11 +65,11 @@ class Recipe:
             return
         if there != record:
             if finished or (folder / "state").exists():
-                raise InputError(
-                    f"{folder}: {'finished' if finished else 'begun to train'} with other options or data (see "
-                    f"command.txt there). Expected the same, another OUT, that you remove the folder, or --fresh. "
-                    f"Received: {line}"
+                done = (
+                    f"{'finished' if finished else 'begun to train'} with other options or data (see command.txt there)"
                 )
+                expected = "Expected the same, another OUT, that you remove the folder, or --fresh"
+                raise InputError(f"{folder}: {done}. {expected}. Received: {line}")
             if there:
                 shutil.rmtree(folder)
             write_text(folder / "command.txt", record)

@@ -25,10 +25,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddsm_train.recipe import Recipe, check_options, checksum, names_of_images, take_fresh
 from mammo.base import cli
 from mammo.base.files import InputError, env_int, locked
+
+if TYPE_CHECKING:
+    from mammo.evaluate.published import Row
 
 SECTIONS = ("sample", "patch", "image", "inbreast")
 
@@ -97,25 +101,22 @@ def check_row(name: str, rows: dict, given: dict[str, list[str]]) -> None:
         check_options(image_clf_train.make_parser, "image_clf_train.py", given["all"] + given["inbreast"])
         inbreast = os.environ.get("INBREAST", "")
         if not inbreast or not Path(inbreast, "train").is_dir():
-            raise InputError(
-                f"{name}: Expected the environment variable INBREAST to be a folder of train, val and test, each with "
-                f"neg and pos. Received '{inbreast}'"
-            )
+            expected = "Expected the environment variable INBREAST to be a folder of train, val and test"
+            raise InputError(f"{name}: {expected}, each with neg and pos. Received '{inbreast}'")
 
 
 class Reproduction:
     """The steps of rows of the table, each after the rows that it stands on."""
 
-    def __init__(self, recipe: Recipe, data: Path, rows: dict, given: dict[str, list[str]]):
+    def __init__(self, recipe: Recipe, data: Path, rows: "dict[str, Row]", given: dict[str, list[str]]) -> None:
         self.recipe, self.data, self.rows, self.given = recipe, data, rows, given
         self.seed = {"RANDOM_SEED": env_int("RANDOM_SEED", 12345)}
         # On patches of one split and images of another, patients to test on could be trained on.
         try:
             lists = [(data / f"pat_{part}.txt").read_bytes() for part in ("train", "val", "test")]
         except OSError:
-            raise InputError(
-                f"{data}: no such folder, or no patient lists. Expected the one that mammo prepare cbis-ddsm wrote"
-            ) from None
+            expected = "Expected the one that mammo prepare cbis-ddsm wrote"
+            raise InputError(f"{data}: no such folder, or no patient lists. {expected}") from None
         self.patients = checksum(b"".join(lists))
 
     def make(self, name: str) -> None:
@@ -126,7 +127,7 @@ class Reproduction:
         steps = {"patch": self.patch, "image": self.image, "extend": self.image, "finetune": self.finetune}
         steps.get(row.kind, self.mean)(row)
 
-    def patch(self, row) -> None:
+    def patch(self, row: "Row") -> None:
         """Sample the patches of a set, and train a patch classifier on them."""
         patches = f"patches_{row.patch_set}"
         folder = self.recipe.out / patches
@@ -134,14 +135,14 @@ class Reproduction:
         self.recipe.step(patches, command, inputs=self.patients)
         self._train(row, ["train_patch_clf.sh", row.net, row.patch_set], "patch", folder, [patches])
 
-    def image(self, row) -> None:
+    def image(self, row: "Row") -> None:
         """Convert a patch classifier and train it in two stages, or train all layers of a whole-image classifier."""
         [source] = row.sources
         start, more = ("PATCH_MODEL", []) if row.kind == "image" else ("RESUME_FROM", ["--nb-epoch", "0"])
         env = {start: self.recipe.out / source / "model.h5"}
         self._train(row, ["train_image_clf.sh", row.net, row.top], "image", self.data, [source], env, more)
 
-    def finetune(self, row) -> None:
+    def finetune(self, row: "Row") -> None:
         """Finetune a whole-image classifier on INbreast, or on so many of its patients."""
         from mammo.data.splits import choose_patients
 
@@ -157,7 +158,7 @@ class Reproduction:
         command = ["../inbreast/finetune.sh", model, data, best]
         self._train(row, command, "inbreast", data, sources, inputs=images)
 
-    def mean(self, row) -> None:
+    def mean(self, row: "Row") -> None:
         """Score the mean of several rows' predictions."""
         from mammo.evaluate.published import average_predictions
 

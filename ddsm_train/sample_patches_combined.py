@@ -62,10 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(*paths, **options) -> None:
-    """Sample patches with the command line's arguments, in its order or by keyword; see `--help` for them.
-
-    Raises InputError as `sample_dataset` does.
-    """
+    """Sample patches by the command line's arguments, in its order or by name; InputError as of `sample_dataset`."""
     args = cli.complete(make_parser(), options, paths)
     class_dirs = {("calc", True): args.calc_pos_dir, ("calc", False): args.calc_neg_dir}
     class_dirs |= {("mass", True): args.mass_pos_dir, ("mass", False): args.mass_neg_dir}

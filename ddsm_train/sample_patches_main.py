@@ -23,10 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(*paths, **options) -> None:
-    """Sample patches with the command line's arguments, in its order or by keyword; see `--help` for them.
-
-    Raises InputError as `sample_dataset` does.
-    """
+    """Sample patches by the command line's arguments, in its order or by name; InputError as of `sample_dataset`."""
     args = complete(make_parser(), options, paths)
     lesion_type = args.itype.lower()
     class_dirs = {(lesion_type, True): args.pos_dir, (lesion_type, False): args.neg_dir}

@@ -41,7 +41,6 @@ _FREE_TO_CHANGE = (
 _STAGE_OPTIONS = ("optim", "es_patience", "lr_patience", "frozen_bn", "accumulate", "jit")
 
 _FILES_READ = ("resume_from", "patch_model_state", "pretrained_weights")
-
 _ENVIRONMENT = {"RANDOM_SEED": 12345, "NUM_GPU_DEVICES": 1}  # with their defaults
 
 # Degrees, radians, factors, grey levels of 0..255.
@@ -87,7 +86,9 @@ def run_training(
     training with other options. While it runs, no other training can write to the output folder, or the same models.
     """
     check_training_options(args, model)
-    out_dir = _out_dir(args)
+    # Where results are written: None with --best-model NOSAVE alone.
+    saved = None if args.best_model == "NOSAVE" else Path(args.best_model).with_suffix("")
+    out_dir = saved if args.out_dir is None else Path(args.out_dir)
     with ExitStack() as stack:
         _lock_outputs(args, out_dir, stack)
         state = _open_state(args, out_dir)
@@ -148,12 +149,6 @@ def _shapes(tensors) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
-def _out_dir(args: argparse.Namespace) -> Path | None:
-    if args.out_dir is not None:
-        return Path(args.out_dir)
-    return None if args.best_model == "NOSAVE" else Path(args.best_model).with_suffix("")
-
-
 # ---------------------------------------------------------------------------------------------- lock and state
 
 
@@ -192,10 +187,9 @@ def _check_best_model(args: argparse.Namespace, state_folder: Path) -> None:
     best, read = Path(args.best_model), [getattr(args, name, None) for name in _FILES_READ]
     going_on = any(name is not None and Path(name).resolve() == best.resolve() for name in read)
     if best.exists() and not state_folder.exists() and not going_on:
-        raise InputError(
-            f"--best-model {best}: is there already, of a training whose state is not in {state_folder}. Give the "
-            "--out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
-        )
+        remedy = "Give the --out-dir of that training to go on with it, another --best-model, or --fresh to replace it"
+        there = f"is there already, of a training whose state is not in {state_folder}"
+        raise InputError(f"--best-model {best}: {there}. {remedy}")
 
 
 def _describe_file(path: Path, outputs: Sequence[Path]) -> str:
@@ -254,15 +248,10 @@ def make_sets(
         plain.mean = augmented.mean = args.featurewise_mean
     common = {"pixels": Pixels.of(args, channels), "classes": args.class_list, "class_mode": "categorical"}
     common |= {"on_error": args.on_error, "allow_constant": allow_constant, "checked": checked}
-    train_set = augmented.flow_from_directory(
-        args.train_dir,
-        batch_size=max(1, int(args.batch_size * args.train_bs_multiplier)),
-        shuffle=True,
-        seed=env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"]),
-        auto_batch_balance=args.auto_batch_balance,
-        load_to_ram=args.load_train_ram,
-        **common,
-    )
+    training = {"batch_size": max(1, int(args.batch_size * args.train_bs_multiplier)), "shuffle": True}
+    training |= {"seed": env_int("RANDOM_SEED", _ENVIRONMENT["RANDOM_SEED"]), "load_to_ram": args.load_train_ram}
+    training |= {"auto_batch_balance": args.auto_batch_balance}
+    train_set = augmented.flow_from_directory(args.train_dir, **training, **common)
     # A class may be absent where nothing is learned: its scores are then undefined, which is said.
     common |= {"batch_size": args.batch_size, "shuffle": False, "allow_empty": True}
     val_set = plain.flow_from_directory(args.val_dir, load_to_ram=args.load_val_ram, **common)
@@ -307,11 +296,8 @@ def _describe_sets(**sets) -> None:
     for (name, one), (other, two) in combinations(sets.items(), 2):
         shared = {Path(file).name for file in one.filenames} & {Path(file).name for file in two.filenames}
         if shared:
-            print(
-                f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set, such as "
-                f"{min(shared)}: no image or patient should be",
-                file=sys.stderr,
-            )
+            text = f"warning: {counted(len(shared), 'file name')} in both the {name} and the {other} set"
+            print(f"{text}, such as {min(shared)}: no image or patient should be", file=sys.stderr)
 
 
 def _report_skipped(**sets) -> None:

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Turn a download of INbreast into the image folders that finetuning reads: the same as `mammo prepare inbreast`."""
 
-import argparse
 import functools
 import sys
 
@@ -9,12 +8,7 @@ from mammo.base.cli import command
 from mammo.commands import prepare
 
 run = functools.partial(prepare.run, "inbreast")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    return prepare.make_parser("inbreast")
-
-
+make_parser = functools.partial(prepare.make_parser, "inbreast")
 main = command(make_parser, run)
 
 if __name__ == "__main__":

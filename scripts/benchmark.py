@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import itertools
 import multiprocessing
@@ -18,7 +19,6 @@ import os
 import shutil
 import tempfile
 import time
-import timeit
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -79,24 +79,27 @@ def phantom(rows, columns, rng):
     return img * np.float32(255 / 3)
 
 
-def fastest(function, repeats, number=1):
-    """Shortest wall time of a call, seconds, of so many means over `number` calls."""
-    return min(timeit.repeat(function, number=number, repeat=repeats)) / number
-
-
 def clock():
     """(2,) seconds: wall time and this process's processor time."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def table(**columns):
-    """Print the header of a table, and return what prints a row. columns: the format of each, its width first."""
-    print(*(f"{name.strip():>{form.partition('.')[0]}}" for name, form in columns.items()))
+def fastest(function, repeats, number=1):
+    """Shortest (wall time, processor time) of a call, seconds, of so many means over `number` calls."""
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        for _ in range(number):
+            function()
+        times.append((clock() - start) / number)
+    return np.min(times, axis=0)
 
-    def print_row(*cells):
-        print(*(f"{cell:>{form}}" for cell, form in zip(cells, columns.values(), strict=True)), flush=True)
 
-    return print_row
+def table(columns):
+    """Print the header of a table, "name:format ..." with "_" for a space; return what prints a row."""
+    names, forms = zip(*(column.split(":") for column in columns.split()), strict=True)
+    print(*(f"{name.replace('_', ' '):>{form.partition('.')[0]}}" for name, form in zip(names, forms, strict=True)))
+    return lambda *cells: print(*(f"{cell:>{form}}" for cell, form in zip(cells, forms, strict=True)), flush=True)
 
 
 def by_size(size):
@@ -104,16 +107,13 @@ def by_size(size):
 
 
 def augmentation(args):
-    """Random transform of one image into its place in a batch, drawing included, on one thread."""
+    """Random transform of one image into its place in a batch, drawing included, on one thread: the 2017 rule with
+    SciPy against dm_image. Means over several draws, fastest of many such means.
+    Channels: one repeated as a view (what the iterators use), equal copies, or three different ones.
+    """
     cv2.setNumThreads(1)
     rng = np.random.default_rng(0)
-    print("One random transform into a batch, one thread: the 2017 rule with SciPy against dm_image.")
-    print("Means over several draws, fastest of many such means.")
-    print("Channels: one repeated as a view (what the iterators use), equal copies, or three different ones.")
-    row = table(
-        **{"size": "10", "channels": "10", "2017 ms": "9.3f", "ours ms": "9.3f", "images/s": "9.0f", "ratio": "6.1f"},
-        **{"pixels that differ": "20"},
-    )
+    row = table("size:10 channels:10 2017_ms:9.3f ours_ms:9.3f images/s:9.0f ratio:6.1f pixels_that_differ:20")
     for size in (WHOLE, PATCH):
         img = phantom(*size, rng)
         for name, x in {
@@ -145,24 +145,25 @@ def compare_transforms(x, cases):
 
     number = 4 if len(x) > 500 else 32
     # Alternating, so that both see the same of what else the machine does.
-    return *np.min([(fastest(old, 2, number), fastest(new, 8, number)) for _ in range(6)], axis=0), different
+    return *np.min([(fastest(old, 2, number)[0], fastest(new, 8, number)[0]) for _ in range(6)], axis=0), different
 
 
 def loading(args):
-    """Augmented batches of 16-bit PNG files, from disk and from memory, by number of loader threads."""
+    """Batches of 8 augmented images 576x448x3 from 16-bit PNG files, images/s, from disk and from memory, by number of
+    loader threads.
+    """
     rng = np.random.default_rng(0)
     generator = DMImageDataGenerator(**SETTINGS)
     how = {"target_size": (576, 448), "batch_size": 8, "seed": 0, "dup_3_channels": True, "rescale_factor": 0.003891}
     with tempfile.TemporaryDirectory() as folder:
         for name, k in itertools.product(("neg", "pos"), range(24)):
             write_img(Path(folder, name, f"{k}.png"), (phantom(576, 448, rng) * 257).astype(np.uint16))
-        print("Batches of 8 augmented images 576x448x3 from 16-bit PNG files, images/s")
-        row = table(source="8", **{f"{workers} workers": "11.0f" for workers in (1, 2, 4)})
+        row = table("source:8 1_workers:11.0f 2_workers:11.0f 4_workers:11.0f")
         for source in ("disk", "memory"):
             speeds = []
             for workers in (1, 2, 4):
                 images = generator.flow_from_directory(folder, load_to_ram=source == "memory", workers=workers, **how)
-                speeds.append(images.nb_sample / fastest(functools.partial(list, images), 3))
+                speeds.append(images.nb_sample / fastest(functools.partial(list, images), 3)[0])
             row(source, *speeds)
 
 
@@ -221,7 +222,7 @@ class Study:
         """All images anew, without a word; seconds."""
         shutil.rmtree(self.root / "out", ignore_errors=True)  # patches that are there would be kept
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            return fastest(lambda: sampler.run(*self.paths, **self.options, jobs=jobs), 1)
+            return fastest(lambda: sampler.run(*self.paths, **self.options, jobs=jobs), 1)[0]
 
     def image(self, lesion):
         return self.root / "full_img" / f"{lesion.image_id}.png"
@@ -244,7 +245,7 @@ class Study:
             return centres_of_2017(padded, self.count, self.patch_size)
 
         functions = (old, ours, functools.partial(self.sample, lesion))
-        return *(fastest(function, 3) for function in functions), ours() == old()
+        return *(fastest(function, 3)[0] for function in functions), ours() == old()
 
     def compare_with_files_alone(self, lesion):
         """(seconds to decode the image of a lesion and to encode its patches, seconds of all)."""
@@ -256,19 +257,16 @@ class Study:
             for patch in patches:
                 cv2.imencode(".png", patch)
 
-        return fastest(alone, 5), fastest(functools.partial(self.sample, lesion), 5)
+        return fastest(alone, 5)[0], fastest(functools.partial(self.sample, lesion), 5)[0]
 
 
 def sampling(args):
-    """Patches of lesions and background, 10 and 10 an image of phantom data sets."""
+    """Choosing the centres of 10 + 10 patches, and all of it (decode, segment, choose, encode, write), ms an image of
+    4096 x 3328: the 2017 rule with masks as large as the image against patch_rules, fastest of 3.
+    """
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
-        print("Choosing the centres of 10 + 10 patches, and all of it (decode, segment, choose, encode, write), ms an")
-        print("image 4096 x 3328: the 2017 rule with masks as large as the image against patch_rules, fastest of 3.")
-        row = table(
-            **{"image": "18", "2017": "8.1f", "ours": "8.2f", "ratio": "6.0f"},
-            **{"all 2017": "9.1f", "all ours": "9.1f", "ratio ": "6.1f", "centres": "12"},
-        )
+        row = table("image:18 2017:8.1f ours:8.2f ratio:6.0f all_2017:9.1f all_ours:9.1f ratio:6.1f centres:12")
         study = Study(Path(folder, "large"), 6, 4096, 3328)
         for lesion in study.lesions[:3]:
             *times, same = study.compare_with_2017(lesion)
@@ -279,7 +277,7 @@ def sampling(args):
 
         print("\nAll of it against decoding the image and encoding the patches alone, ms, images 1152 x 896,")
         print("fastest of 5")
-        row = table(image="18", alone="7.1f", ours="7.1f", ratio="6.2f")
+        row = table("image:18 alone:7.1f ours:7.1f ratio:6.2f")
         study = Study(Path(folder, "small"), 80, *WHOLE)
         for lesion in study.lesions[:4]:
             alone, ours = study.compare_with_files_alone(lesion)
@@ -289,7 +287,7 @@ def sampling(args):
             "\nTwo processes against one, all images of the set, started before, five times in turn; with the load of"
         )
         print("the machine before (1 is one processor)")
-        row = table(**{"one s": "7.2f", "two s": "7.2f"}, ratio="6.2f", load="5.1f")
+        row = table("one_s:7.2f two_s:7.2f ratio:6.2f load:5.1f")
         # The one is a fresh process like the two, not this one: large images drawn here have left it memory to reuse.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             alone.submit(study.sample_all, 1).result()
@@ -305,7 +303,6 @@ TOPS = {
     "resnet50": {"block_type": "resnet", "depths": (512, 512), "repetitions": (2, 2), "bottleneck_enlarge_factor": 2},
     "vgg16": {"block_type": "vgg", "depths": (512, 512), "repetitions": (1, 1)},
 }
-
 BATCH = {PATCH: 16, WHOLE: 2}
 
 
@@ -315,23 +312,19 @@ def set_environment(variables):
 
 def fresh_process(threads):
     """An executor of one process, which Keras or PyTorch have to themselves, with so many threads."""
-    environment = {
-        "TF_NUM_INTRAOP_THREADS": str(threads),
-        "OMP_NUM_THREADS": str(threads),
-        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    }
+    environment = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS"), str(threads))
+    environment |= {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_environment, (environment,))
 
 
-def build_network(net, size):
-    """An untrained patch classifier of five classes, or a whole-image classifier of two on top of one."""
+def build_network(net, size, top=None):
+    """An untrained patch classifier of five classes, or a whole-image classifier of two with these options on one."""
     start_backend()
     from dm_keras_ext import get_dl_model
     from dm_resnet import add_top_layers
 
     model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
-    return model if size == PATCH else add_top_layers(model, size, patch_net=net, **TOPS[net])[0]
+    return model if size == PATCH else add_top_layers(model, size, patch_net=net, **top or TOPS[net])[0]
 
 
 def hold(batches, count=None):
@@ -377,9 +370,7 @@ class Contestant:
     @staticmethod
     def seconds(step):
         """(wall time, processor time of all threads) of a step"""
-        start = clock()
-        getattr(Contestant.instance, step)()
-        return clock() - start
+        return fastest(getattr(Contestant.instance, step), 1)
 
 
 class Ours(Contestant):
@@ -442,19 +433,15 @@ class Torch(Contestant):
 
 
 def networks(args):
-    """Training and prediction, images a second, of our networks and of the same ones in PyTorch."""
+    """Training and prediction, images/s, of our networks and of the same ones in PyTorch, a process of --threads each,
+    in turn, fastest of --rounds. Ratios: ours to PyTorch's, of wall time and of processor time (the steadier on a
+    shared machine); above 1 is faster. Differences: of predictions and of the first step's loss, of one network.
+    """
     if importlib.util.find_spec("torch") is None:
         print("skipped: PyTorch is not installed. For this section: pip install torch")
         return
-    print(f"Images/s with {args.threads} threads each, a process each, in turn, fastest of {args.rounds} rounds.")
-    print(
-        "Ratios: ours to PyTorch's, of wall time and of processor time (the steadier on a shared machine); above 1 is"
-    )
-    print("faster. Differences of predictions and of the first step's loss: the network is the same.")
-    row = table(
-        **{"network": "9", "size": "10", "batch": "5", "step": "8", "ours": "7.2f", "PyTorch": "8.2f"},
-        **{"ratio": "6.2f", "of CPU": "6.2f", "differences": "14", "load": "5.1f"},
-    )
+    columns = "network:9 size:10 batch:5 step:8 ours:7.2f PyTorch:8.2f ratio:6.2f of_CPU:6.2f differences:14 load:5.1f"
+    row = table(columns)
     for size, net in itertools.product((PATCH, WHOLE), TOPS):
         with fresh_process(args.threads) as ours, fresh_process(args.threads) as other:
             layers, gpu, *mine = ours.submit(Ours.start, net, size).result()
@@ -502,13 +489,7 @@ def smallest_network(size, folder):
 def load(size, folder, workers, steps):
     """(wall time, processor time) of loading so many batches, fastest of 3."""
     train_set = training_set(folder, size, smallest_network(size, folder), workers)
-    times = []
-    for _ in range(3):
-        start = clock()
-        for i in range(steps):
-            train_set[i]
-        times.append(clock() - start)
-    return np.min(times, axis=0)
+    return fastest(lambda: [train_set[i] for i in range(steps)], 3)
 
 
 def feed(net, size, folder, workers, steps, rounds, pause=0.0):
@@ -550,26 +531,21 @@ def feeding(args):
                 return process.submit(function, *arguments).result()
 
         print("Loading alone, images/s, and images a second of processor time")
-        row = table(size="10", **{f"{n} workers": "11.0f" for n in workers}, **{f"{n} CPU": "7.0f" for n in workers})
+        row = table(" ".join(["size:10", *(f"{n}_{what}:10.0f" for what in ("workers", "CPU") for n in workers)]))
         for size, source in folders.items():
             speeds = [16 * BATCH[size] / alone(load, size, source, n, 16) for n in workers]
             row(by_size(size), *np.transpose(speeds).ravel())
 
         print(f"\nA step of `fit`, s, loader and network on the same {args.threads} processors: target 1.1")
-        row = table(
-            **{"network": "9", "size": "10", "memory": "8.2f", "files": "8.2f", "ratio": "6.2f"},
-            **{"of processor time": "18.2f", "load": "5.1f"},
-        )
+        row = table("network:9 size:10 memory:8.2f files:8.2f ratio:6.2f of_processor_time:18.2f load:5.1f")
         for size, net in ((PATCH, "resnet50"), (WHOLE, "resnet50"), (WHOLE, "vgg16")):
             before, steps = os.getloadavg()[0], 6 if size == PATCH else 3
             files, memory = alone(feed, net, size, folders[size], args.threads, steps, args.rounds) / steps
             row(net, by_size(size), memory[0], files[0], files[0] / memory[0], files[1] / memory[1], before)
 
-        print(
-            "\nThe same with a network elsewhere, of which a pause after each step takes the place: ratio by its speed"
-        )
+        print("\nThe same with a network elsewhere, for which a pause after each step stands: ratio by its speed")
         for size, speeds in ((PATCH, (100, 200, 400, 800)), (WHOLE, (5, 10, 20, 40))):
-            row = table(**{by_size(size): "10"}, **{f"{speed}/s": "8.2f" for speed in speeds}, load="5.1f")
+            row = table(" ".join([f"{by_size(size)}:10", *(f"{speed}/s:8.2f" for speed in speeds), "load:5.1f"]))
             for n in workers:
                 before = os.getloadavg()[0]
                 pauses = [BATCH[size] / speed for speed in speeds]
@@ -578,9 +554,11 @@ def feeding(args):
 
 
 def heatmap(args):
-    """Maps of a patch classifier over one image: the forward propagation against the sliding windows of one grid."""
+    """Maps of a patch classifier over one image 1152 x 896, seconds: all windows of 224 pixels, 32 apart, against one
+    forward propagation of the image; the faster of 2, both ways in turns. Arithmetic: pixels of all windows to those of
+    the image. Difference: of the map of an image of one window, from that window's probabilities.
+    """
     start_backend()
-    from dm_keras_ext import get_dl_model
     from dm_resnet import add_top_layers
     from mammo.images.pixels import Pixels
     from mammo.maps.compute import ForwardPropagation, Scan, Sweep
@@ -591,18 +569,13 @@ def heatmap(args):
     patch, stride = PATCH[0], 32
     grid = [(size - patch) // stride + 1 for size in WHOLE]
     batch_size = grid[0] * grid[1] // 10  # of equal batches, so that nothing idle is computed
-    print(f"All {grid[0]} x {grid[1]} windows of {patch} pixels, {stride} apart, of one image {WHOLE[0]} x {WHOLE[1]},")
-    print("seconds; the faster of 2, both ways in turns. Arithmetic: pixels of all windows to those of the image.")
-    print("Difference: of the map of an image of one window, from that window's probabilities.")
     row = table(
-        **{"network": "9", "windows": "10.1f", "once": "10.2f", "ratio": "10.1f", "of CPU": "10.1f"},
-        **{"arithmetic": "10.1f", "difference": "10.0e", "load": "10.1f"},
+        "network:9 windows:10.1f once:10.2f ratio:10.1f of_CPU:10.1f arithmetic:10.1f difference:10.0e load:10.1f"
     )
-    rng = np.random.default_rng(0)
-    image = np.maximum(phantom(*WHOLE, rng), 1)
+    image = np.maximum(phantom(*WHOLE, np.random.default_rng(0)), 1)
     arithmetic = grid[0] * grid[1] * patch**2 / (WHOLE[0] * WHOLE[1])
     for net in ("resnet50", "vgg16"):
-        model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
+        model = build_network(net, PATCH)
         sweep = Sweep(model, WHOLE[0], patch, stride, batch_size)
         forward = forward_propagation(WHOLE)
         window = image[:patch, :patch]
@@ -612,10 +585,9 @@ def heatmap(args):
         maps = forward.score(Scan("warm-up", image, None))
         load = os.getloadavg()[0]
         times = {sweep: [], forward: []}
+        assert maps.shape == (*grid, 5)
         for scorer in (sweep, forward) * 2:
-            start = clock()
-            assert scorer.score(Scan("image", image, None)).shape == maps.shape == (*grid, 5)
-            times[scorer].append(clock() - start)
+            times[scorer].append(fastest(functools.partial(scorer.score, Scan("image", image, None)), 1))
         (windows, windows_cpu), (once, once_cpu) = (np.min(rounds, axis=0) for rounds in times.values())
         row(net, windows, once, windows / once, windows_cpu / once_cpu, arithmetic, difference, load)
 
@@ -633,20 +605,15 @@ MEMORY_NETS = {
 }
 
 MEMORY_BATCHES = {PATCH: (32, 64, 128, 256), WHOLE: (1, 2, 4, 8, 16)}
-
 GIB = 2**30
 
 
 def memory_models(name):
     """Yield (way, model) for a network of `MEMORY_NETS`, as the trainers train it with the options of that way."""
-    from dm_keras_ext import get_dl_model
-    from dm_resnet import add_top_layers
+    net, size, top = MEMORY_NETS[name]
+    model = build_network(net, size, top)
     from mammo.train.memory import mixed_precision, rematerialize
 
-    net, size, top = MEMORY_NETS[name]
-    model = get_dl_model(net, nb_class=5, use_pretrained=False)[0]
-    if top is not None:
-        model = add_top_layers(model, size, patch_net=net, **top)[0]
     yield "plain", model
     yield "remat", rematerialize(model, size)
     mixed_precision(model)
@@ -691,17 +658,17 @@ def measured_peak(name, way, batch):
 
 
 def memory(args):
-    """Peak memory of a training step, all layers and Adam, by network, batch and the options that reduce it."""
+    """Peak memory of a training step, all layers and Adam, GiB, by network, batch and the options that reduce it, as
+    estimated from the graph, and measured where there is a GPU, in brackets. Fits: the largest batch estimated at
+    --gib, less 1 for what is not counted.
+    """
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the measuring processes need the GPU
     start_backend()
     import pandas as pd
 
     from mammo.train.memory import half_type, training_memory
 
-    measures = half_type() == "float16"
-    print("Peak of a training step of all layers with Adam, GiB: estimated from the graph" + measures * " (measured)")
-    print(f"fits: the largest batch estimated at {args.gib - 1} GiB: {args.gib}, less 1 for what is not counted")
-    rows = []
+    measures, rows = half_type() == "float16", []
     for name, (_, size, _) in MEMORY_NETS.items():
         for way, model in memory_models(name):
             one = training_memory(model, 1, size, optimizer_slots=2)
@@ -739,7 +706,7 @@ def main(argv=None):
     if unknown := set(args.section) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}")
     for name in args.section or SECTIONS:
-        print(f"\n== {name} ==")
+        print(f"\n== {name} ==\n{inspect.getdoc(SECTIONS[name])}")
         SECTIONS[name](args)
 
 

@@ -18,19 +18,10 @@ from mammo.base import cli
 from mammo.base.files import InputError, atomic_write
 from mammo.evaluate.published import measured, subset_table
 
-# Folders of the runs of `patch_or_scratch.sh` in the folder of a seed, and what they are.
-STARTS = {
-    "from_patch": "from the patch classifier",
-    "scratch": "from scratch, as many epochs",
-    "scratch_long": "from scratch, twice the epochs",
-}
-
-# Names of the models of `transfer_or_scratch.sh`, and what they are.
-TRANSFERS = {
-    "finetuned": "trained on film, finetuned",
-    "scratch": "from scratch, as many epochs",
-    "scratch_long": "from scratch, twice the epochs",
-}
+# Folders of the runs of `patch_or_scratch.sh` in the folder of a seed, and models of `transfer_or_scratch.sh`.
+SCRATCH = {"scratch": "from scratch, as many epochs", "scratch_long": "from scratch, twice the epochs"}
+STARTS = {"from_patch": "from the patch classifier", **SCRATCH}
+TRANSFERS = {"finetuned": "trained on film, finetuned", **SCRATCH}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,36 +43,31 @@ def demo_figures(out) -> str:
         pointing, chance = float(maps["pointing_accuracy"]), float(maps["chance"])
     except FileNotFoundError:
         raise InputError(f"{table}: no such file. Expected the output folder of scripts/demo.sh") from None
-    return "\n".join([
-        f"patch classifier, test accuracy     {patch['accuracy']:.3f} on {patches} patches",
-        f"whole-image classifier, test AUC    {image['auc']:.3f} on {images} images",
-        f"the same, mean of four flips        {image['auc_flips']:.3f}",
-        f"maps that point at a lesion         {pointing:.3f} of {maps['images_with_lesions']} images, "
-        f"by chance {chance:.3f}",
-    ])  # fmt: skip
+    return f"""\
+patch classifier, test accuracy     {patch["accuracy"]:.3f} on {patches} patches
+whole-image classifier, test AUC    {image["auc"]:.3f} on {images} images
+the same, mean of four flips        {image["auc_flips"]:.3f}
+maps that point at a lesion         {pointing:.3f} of {maps["images_with_lesions"]} images, by chance {chance:.3f}"""
 
 
 def find_runs(out) -> list[tuple[str, int, Path]]:
     """(start, seed, folder) of the runs of `patch_or_scratch.sh` in `out`: in the order of STARTS, then of seeds."""
-    runs = [
-        (start, int(folder.parent.name.removeprefix("seed_")), folder)
-        for start in STARTS
-        for folder in Path(out).glob(f"seed_*/{start}")
-    ]
+    runs = []
+    for start in STARTS:
+        folders = Path(out).glob(f"seed_*/{start}")
+        runs += sorted((start, int(folder.parent.name.removeprefix("seed_")), folder) for folder in folders)
     if not runs:
         raise InputError(f"{out}: no runs there. Expected the output folder of scripts/patch_or_scratch.sh")
-    return sorted(runs, key=lambda run: (list(STARTS).index(run[0]), run[1]))
+    return runs
 
 
 def start_figures(out):
     """The table of `results.csv`, a data frame: start, seed, and test AUC of the single prediction and of the flips."""
     import pandas as pd
 
-    rows = []
-    for start, seed, folder in find_runs(out):
-        figures, _ = measured(folder)
-        rows.append({"start": start, "seed": seed, "single": figures["auc"], "flips": figures["auc_flips"]})
-    return pd.DataFrame(rows)
+    runs = [(start, seed, measured(folder)[0]) for start, seed, folder in find_runs(out)]
+    rows = [(start, seed, figures["auc"], figures["auc_flips"]) for start, seed, figures in runs]
+    return pd.DataFrame(rows, columns=["start", "seed", "single", "flips"])
 
 
 def plot_starts(out, path) -> None:
@@ -91,11 +77,9 @@ def plot_starts(out, path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    labels = dict(STARTS)
+    axes, labels = figure.subplots(), dict(STARTS)
     for start, _, folder in find_runs(out):
-        history = pd.read_csv(folder / "history.csv")
-        place = list(STARTS).index(start)
+        history, place = pd.read_csv(folder / "history.csv"), list(STARTS).index(start)
         # The longer run from scratch begins as the shorter one, and lies below it.
         style = {"color": f"C{place}", "zorder": 3 - place / 10, "marker": "."}
         axes.plot(history.epoch, history.val_auc, label=labels.pop(start, None), **style)

@@ -46,7 +46,6 @@ class TorchNetwork:
         import torch
 
         torch.set_num_threads(threads)
-
         self.torch, self.device = torch, device
         modules, graph, self._decay = torch.nn.ModuleDict(), torch.fx.Graph(), {}
         values, padding = [graph.placeholder("images")], {}
@@ -76,14 +75,8 @@ class TorchNetwork:
         if kind == "Conv2D":
             kernel = tensors[0].permute(3, 2, 0, 1)
             size, strides = config["kernel_size"], config["strides"]
-            module = nn.Conv2d(
-                kernel.shape[1],
-                kernel.shape[0],
-                size,
-                strides,
-                _pads(config["padding"], size, strides, padding),
-                bias=config["use_bias"],
-            )
+            pads = _pads(config["padding"], size, strides, padding)
+            module = nn.Conv2d(kernel.shape[1], kernel.shape[0], size, strides, pads, bias=config["use_bias"])
             tensors[0] = kernel
         elif kind == "Dense":
             module = nn.Linear(*tensors[0].shape, bias=config["use_bias"])
@@ -106,8 +99,7 @@ class TorchNetwork:
         with torch.no_grad():
             for parameter, tensor in zip(module.parameters(), tensors, strict=False):
                 parameter.copy_(tensor)
-        penalty = config.get("kernel_regularizer")
-        if penalty:
+        if penalty := config.get("kernel_regularizer"):
             self._decay[module.weight] = float(penalty["config"]["l2"])
         return nn.Sequential(module, nn.ReLU(inplace=True)) if config.get("activation") == "relu" else module
 

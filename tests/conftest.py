@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,13 @@ def determinism_ends():
         import torch
 
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def memory():
+    """Fails a test that reserves more than 256 MB through Python or NumPy at any time."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**28

@@ -3,6 +3,8 @@
 import csv
 import json
 import pickle
+import sys
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -23,13 +25,23 @@ SETTINGS = {
 }
 
 
+def write_picture(path, pixels, *options):
+    """Write a picture of the kind that the name's ending says, also such as the package refuses to write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), pixels, *options)
+    return path
+
+
+def png(pixels):
+    """Return the bytes of a PNG file."""
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
 def write_png(path, value=0, shape=(8, 6)):
     """Write an image of 16 bits whose first pixel is `value`."""
     pixels = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape)
     pixels[0, 0] = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), pixels)
-    return path
+    return write_picture(path, pixels)
 
 
 def prepared(folder, patients=6):
@@ -75,7 +87,7 @@ def varied(shape):
 
 
 def write_dicom(path, pixels, bits=None, syntax=None, **tags):
-    """A DICOM file of integer pixels, 8 or 16 bits each; tags of None are left out."""
+    """Write a DICOM file of integer pixels, 8 or 16 bits each. syntax: a UID. Tags of None are left out."""
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -92,8 +104,10 @@ def write_dicom(path, pixels, bits=None, syntax=None, **tags):
             delattr(dataset, name)
         else:
             setattr(dataset, name, value)
-    if syntax:
-        dataset.compress(syntax)
+    if syntax and syntax.is_encapsulated:
+        dataset.compress(syntax, generate_instance_uid=False)
+    elif syntax:
+        dataset.file_meta.TransferSyntaxUID = syntax
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
     return path
@@ -118,6 +132,35 @@ def write_images(folder, names, count, seed, size=64):
         for i in range(count):
             image = rng.integers(0, 16000, (size, size)) + 16000 * level
             cv2.imwrite(str(folder / name / f"{i}.png"), image.astype(np.uint16))
+
+
+def make_python(folder, python=sys.executable):
+    """Write a `python` for scripts to find, which is this one or another command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+    (folder / "python").chmod(0o755)
+
+
+def check_options(parser, options):
+    """Assert that a parser has the options that the published program had, with their names and defaults."""
+    by_flag = {flag: action for action in parser._actions for flag in action.option_strings}
+    positional = [action.dest for action in parser._actions if not action.option_strings]
+    assert positional == [option["dest"] for option in options if not option["flags"]]
+    for option in options:
+        assert {by_flag[flag].dest for flag in option["flags"]} <= {option["dest"]}, option["dest"]
+        assert parser.get_default(option["dest"]) == option["default"], option["dest"]
+
+
+def read_members(path):
+    """Return the files of a ZIP archive, bytes by name."""
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_members(path, members, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
 
 
 def read_report(out):

@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 
 from mammo.__main__ import COMMANDS, main
+from mammo.commands.prepare import DATA_SETS
 from tests.helpers import ROOT
 
 README = ROOT / "README.md"
@@ -96,7 +97,7 @@ def test_the_tree_names_every_module():
 
 def test_the_inbreast_recipe_is_the_published_command():
     def options(text):
-        return re.findall(r"^    (--\S+(?: [^$\"\\\n]*[^$\"\\\s])?)", text, flags=re.MULTILINE)
+        return re.findall(r"--[a-z][\w-]*(?: (?!--)[^\s$\"\\]+)*", text)
 
     published = options(block("shell", "RESUME_FROM"))
     assert len(published) == 27
@@ -149,6 +150,16 @@ def test_commands_are_there_and_take_their_options(page):
                 text += help_of("train-patch") + help_of("train-image")
             known = re.findall(r"--[\w-]+", text)
             assert [word for word in words if word.startswith("--") and word not in known] == [], words
+
+
+HELPS = [(name,) for name, *_ in COMMANDS if name != "prepare"] + [("prepare", name) for name in DATA_SETS]
+
+
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
+def test_help_shows_the_command_as_it_is_typed_and_each_default_once(command):
+    text = " ".join(help_of(*command).split())
+    assert not re.findall(r"python (?:-m mammo|\S+/\S+\.py)", text)
+    assert not re.findall(r"\((?:default: )?([^()]+)\) \(default: \1\)", text)
 
 
 @pages

@@ -139,12 +139,10 @@ def run_main(parser: argparse.ArgumentParser, run: Callable, argv: Sequence[str]
         message = f"{name}: Expected file names in UTF-8. Received other bytes in one; rename it"
     except MemoryError as error:
         message = "out of memory" + (f" ({error})" if str(error) else "") + _less_memory(parser)
-    except KeyboardInterrupt as error:
-        print(f"{parser.prog}: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 130
-    except Terminated as error:
-        print(f"{parser.prog}: {str(error) or 'terminated'}", file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, Terminated) as error:
+        what, status = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"{parser.prog}: {str(error) or what}", file=sys.stderr)
+        return status
     except Exception as error:
         if not any(name in f"{type(error).__name__} {error}" for name in _OUT_OF_MEMORY):
             raise

@@ -12,17 +12,17 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Reading the umask means setting it, for all threads: done once, while there is one.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 _PARTIAL = ".partial."
-
-# What file systems answer that have no locks, such as some of clusters.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # answers of file systems without, as of some clusters
 _LOCKS: set[Path] = set()  # the files that this process has locked
 
 
@@ -152,7 +152,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_img(path: str | os.PathLike, img) -> None:
+def write_img(path: str | os.PathLike, img: "np.ndarray") -> None:
     """Write an image (H, W[, 1]), or (H, W, 3) in OpenCV order, as PNG or (8-bit only) JPEG, by the name's ending.
 
     Raises InputError for another ending or an array that is no such image, OSError when the file cannot be written.
@@ -250,9 +250,8 @@ def _lock(path: Path, output: Path) -> int:
                 holder = os.read(handle, 200).decode(errors="replace")
                 os.close(handle)
                 remedy = "Expected one at a time: wait for it, end it, or name another place"
-                raise InputError(
-                    f"{output}: another run{holder and f' ({holder})'} is writing here. {remedy}"
-                ) from None
+                run = f"another run{holder and f' ({holder})'}"
+                raise InputError(f"{output}: {run} is writing here. {remedy}") from None
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise

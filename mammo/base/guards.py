@@ -17,8 +17,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mammo.base.files import InputError, env_int, one_line
+
+if TYPE_CHECKING:
+    import h5py
+    import pydicom
 
 # --------------------------------------------------------------------------------------------------------------- sizes
 
@@ -29,7 +34,6 @@ _PIXELS_OPTION = "DM_MAX_PIXELS"
 # What content may take in memory: this, or so many times its file, where that is more.
 _MAX_BYTES = 2**30
 _MAX_EXPANSION = 64
-
 _SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # OpenCV makes the same check of images before it decodes them. It takes its limit from the environment when it is
@@ -45,13 +49,13 @@ def max_pixels() -> int:
     return env_int(_PIXELS_OPTION, _MAX_PIXELS, 1)
 
 
-def too_many_pixels(where, claim: str) -> InputError:
+def too_many_pixels(where: str | os.PathLike, claim: str) -> InputError:
     """Return the error for an image of too many pixels. where: its file. claim: how many it has, such as "more"."""
     remedy = f"where it is a whole mammogram, set the environment variable {_PIXELS_OPTION}"
     return InputError(f"{where}: refused: its header claims {claim} pixels. Expected at most {max_pixels()}; {remedy}")
 
 
-def check_pixels(where, rows: int, columns: int) -> None:
+def check_pixels(where: str | os.PathLike, rows: int, columns: int) -> None:
     """Raise InputError for an image that claims more pixels than `max_pixels`. where: its file."""
     if rows * columns > max_pixels():
         raise too_many_pixels(where, f"{rows} x {columns}")
@@ -101,7 +105,7 @@ def readable(path: str | os.PathLike, complaint: str, kind: type[InputError] = I
         raise kind(f"{path}: {complaint.format(reason)}") from error
 
 
-def parse_json(text: str | bytes):
+def parse_json(text: str | bytes) -> Any:
     """Read JSON as json.loads does, with a ValueError also for values that are nested too deeply."""
     try:
         return json.loads(text)
@@ -139,7 +143,7 @@ def check_archive(path: str | os.PathLike, compressed: bool = False) -> None:
     check_bytes(path, sum(member.file_size for member in members), os.path.getsize(path))
 
 
-def check_bytes(path, claimed: int, file_size: int) -> None:
+def check_bytes(path: str | os.PathLike, claimed: int, file_size: int) -> None:
     """Raise InputError where a file of `file_size` bytes claims to hold more bytes than `max_bytes`."""
     if claimed > (most := max_bytes(file_size)):
         raise InputError(f"{path}: refused: {file_size} bytes that claim to hold {claimed}. Expected at most {most}")
@@ -149,7 +153,7 @@ def check_bytes(path, claimed: int, file_size: int) -> None:
 _MAX_DEPTH = 64
 
 
-def check_h5(path: str | os.PathLike, h5, file_size: int) -> None:
+def check_h5(path: str | os.PathLike, h5: "h5py.File", file_size: int) -> None:
     """Raise InputError for an open HDF5 file whose content is elsewhere, or claims too much memory.
 
     path: its name, for the error. h5: h5py.File. file_size: bytes of the file.
@@ -242,7 +246,7 @@ def check_unpacked_size(fname: str | os.PathLike, size: int) -> None:
         raise InputError(f"{fname}: refused: it unpacks to more than {max_unpacked_size()} bytes, which no image has")
 
 
-def check_frame(fname: str | os.PathLike, dataset) -> None:
+def check_frame(fname: str | os.PathLike, dataset: "pydicom.Dataset") -> None:
     """Raise InputError for a DICOM image larger than any, by its header or by its compressed pixels."""
     from pydicom.encaps import get_frame
     from pydicom.uid import RLELossless
@@ -357,7 +361,7 @@ _TREE_NODES = {
 }
 
 
-def load_trees(path: str | os.PathLike):
+def load_trees(path: str | os.PathLike) -> Any:
     """Read a `.skops` file without running code: raise InputError for one that asks for more than scikit-learn's trees.
 
     Its archive, or its indices (see `check_trees`), may still be damaged: skops then raises errors of many types.
@@ -375,7 +379,7 @@ def load_trees(path: str | os.PathLike):
     return skops.io.load(path, trusted=sorted(_TREE_TYPES))
 
 
-def check_trees(model) -> None:
+def check_trees(model: Any) -> None:
     """Raise ValueError unless all splits lead to later nodes of their tree by features that there are.
 
     scikit-learn follows these indices as they are: it would read beyond its memory, or go round for ever.

@@ -22,13 +22,9 @@ def cumulative_counts(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Count positives and negatives at or above each distinct score; all curves are made from these counts.
 
-    Args:
-        truth: (N,) 0/1 labels.
-        score: (N,), the higher the more likely 1.
-        weights: (N,) or (R, N), such as how often each sample is in each of R replicates; default: each once.
-
-    Returns:
-        thresholds (T,), falling; weights of the true and of the false positives, (T,) or (R, T), rising.
+    truth: (N,) 0/1 labels. score: (N,), the higher the more likely 1. weights: (N,) or (R, N), such as how often each
+    sample is in each of R replicates; default: each once. Returns thresholds (T,), falling; weights of the true and of
+    the false positives, (T,) or (R, T), rising.
     """
     order = np.argsort(-score, kind="stable")
     last_of_ties = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
@@ -66,14 +62,8 @@ def delong(truth: np.ndarray, scores: np.ndarray, groups: Sequence | None = None
     By structural components (DeLong, DeLong and Clarke-Pearson 1988), computed from midranks (Sun and Xu 2014), and
     summed by group (Obuchowski 1997, "Nonparametric analysis of clustered ROC curve data").
 
-    Args:
-        truth: (N,) 0/1 labels.
-        scores: (M, N).
-        groups: (N,) of each sample; default: each is its own.
-
-    Returns:
-        (M,) and (M, M). Covariances are NaN where only one group has positives, or negatives; all is NaN without both
-        classes.
+    truth: (N,) 0/1 labels. scores: (M, N). groups: (N,) of each sample; default: each is its own. Returns (M,), (M, M).
+    Covariances are NaN where only one group has positives, or negatives; all is NaN without both classes.
     """
     from scipy.stats import rankdata
 
@@ -149,14 +139,10 @@ def difference_test(difference: float, variance: float, confidence: float = CONF
 def bootstrap_counts(groups: Sequence, rng: np.random.Generator, replicates: int = 2000) -> np.ndarray:
     """Count how often each sample is in each replicate of a bootstrap that draws whole groups.
 
-    Args:
-        groups: (N,) group of each sample, such as its patient. The samples of a group are not independent, so they
-            are drawn together.
-        rng: makes `replicates` draws of as many groups as there are, with replacement. The same generator and number
-            of groups give the same draws, so that differences between scores, and levels of them, pair up.
-
-    Returns:
-        (replicates, N) int32, weights for `cumulative_counts` or a matrix product.
+    groups: (N,) of each sample, such as its patient: its samples are not independent, so they are drawn together.
+    rng: makes `replicates` draws of as many groups as there are, with replacement. The same generator and number of
+    groups give the same draws, so that differences between scores, and levels of them, pair up.
+    Returns (replicates, N) int32, weights for `cumulative_counts` or a matrix product.
     """
     group_of = _group_numbers(groups, len(groups))
     nb_group = group_of.max() + 1
@@ -225,15 +211,10 @@ def logit(probability: np.ndarray) -> np.ndarray:
 def logistic_fit(
     design: np.ndarray, truth: np.ndarray, offset: np.ndarray | float = 0.0, groups: Sequence | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fit a logistic regression by maximum likelihood: coefficients (K,) and their standard errors (K,).
+    """Fit a logistic regression by maximum likelihood: coefficients (K,), and their errors (K,) by groups (sandwich).
 
-    The errors are by groups (sandwich).
-
-    Args:
-        design: (N, K), with a column of ones for an intercept.
-        truth: (N,) 0/1.
-        offset: added to the linear predictor.
-        groups: (N,) of each sample; default: each is its own.
+    design: (N, K), with a column of ones for an intercept. truth: (N,) 0/1. offset: added to the linear predictor.
+    groups: (N,) of each sample; default: each is its own.
     """
     from scipy.optimize import minimize
     from scipy.special import expit

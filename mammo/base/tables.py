@@ -18,10 +18,7 @@ TABLE_SUFFIXES = (".csv", ".xlsx", ".xls")
 _MAX_CELLS, _MAX_TAGS = 2**24, 2**22
 
 
-# ------------------------------------------------------------------------------------------------- text files
-
-
-def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -29,7 +26,7 @@ def write_csv(path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
 
 
 @contextmanager
-def open_csv(path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
+def open_csv(path: str | Path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[tuple[str, list[str]]]]]:
     """Yield the header of a CSV file, and its rows, but for empty ones: where each stands ("path, line n"), its cells.
 
     delimiters: what may divide cells; the one that the header has most of does.
@@ -61,7 +58,7 @@ def open_csv(path, delimiters: str = ",") -> Iterator[tuple[list[str], Iterator[
 
 
 @contextmanager
-def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]]]]:
+def open_table(path: str | Path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]]]]:
     """Yield the header and the rows, as `open_csv` does, of a CSV file or of the first sheet of an Excel file.
 
     Cells of a CSV file are divided by what divides its header: commas, semicolons or tabs.
@@ -77,7 +74,7 @@ def open_table(path) -> Iterator[tuple[list[str], Iterable[tuple[str, list[str]]
         raise InputError(f"{path}: Expected a table ending in {', '.join(TABLE_SUFFIXES)}")
 
 
-def _read_excel(path) -> list[list[str]]:
+def _read_excel(path: str | Path) -> list[list[str]]:
     """Return the cells of the first sheet as text; whole numbers have no point."""
     package = {".xls": "xlrd", ".xlsx": "openpyxl"}[Path(path).suffix.lower()]
     if importlib.util.find_spec(package) is None:
@@ -93,7 +90,7 @@ def _read_excel(path) -> list[list[str]]:
         return [[f"{cell.value:.15g}" if cell.ctype == number else str(cell.value) for cell in row] for row in rows]
 
 
-def _read_xlsx(path) -> list[list[str]]:
+def _read_xlsx(path: str | Path) -> list[list[str]]:
     """Return the cells of the first sheet as text, in rows of one length, or none.
 
     Raises InputError where they would fill the memory: one cell far below and to the right makes all those before it,
@@ -121,9 +118,8 @@ def _read_xlsx(path) -> list[list[str]]:
             rows.append(cells or empty)
             if len(rows) * max(width, 16) > _MAX_CELLS:  # the format itself has 2**20 rows
                 expected = "Expected the table alone on the first sheet, from its first row and column on"
-                raise InputError(
-                    f"{path}: refused: a table of more than {_MAX_CELLS} cells. {expected}; save it as .csv"
-                )
+                refused = f"refused: a table of more than {_MAX_CELLS} cells"
+                raise InputError(f"{path}: {refused}. {expected}; save it as .csv")
     return [cells + [""] * (width - len(cells)) if cells else cells for cells in rows]
 
 
@@ -139,7 +135,7 @@ def plain_header(name: str) -> str:
 
 
 def find_columns(
-    path, header: Sequence[str], columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+    path: str | Path, header: Sequence[str], columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> dict[str, int]:
     """Return where in `header` each column is. columns: spellings of each, of which one must be there.
 
@@ -159,19 +155,16 @@ def find_columns(
 
 
 def read_columns(
-    path, columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
+    path: str | Path, columns: Mapping[str, Sequence[str]], optional: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Iterate over the rows of a table, CSV or Excel: where each stands, and its stripped cells by column.
-
-    columns, optional: see `find_columns`. Raises InputError as `open_table` and `find_columns`.
-    """
+    """Iterate over rows of a CSV or Excel table: where each stands, its stripped cells by column (`find_columns`)."""
     with open_table(path) as (header, rows):
         places = find_columns(path, header, columns, optional)
         for where, cells in rows:
             yield where, {name: cells[place].strip() for name, place in places.items()}
 
 
-def missing_columns(path, missing: Iterable[str], header: Sequence[str]) -> InputError:
+def missing_columns(path: str | Path, missing: Iterable[str], header: Sequence[str]) -> InputError:
     """Return the error of a table that lacks columns: which, and what there is, cut where it is long."""
     received = one_line(", ".join(header), 100) or "nothing"
     return InputError(f"{path}, line 1: missing columns {', '.join(missing)}. Received {received}")
@@ -184,17 +177,12 @@ def is_below(name: str) -> bool:
     return bool(posix.parts) and not anchored and name.isprintable()
 
 
-def read_rows(path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Iterate over the rows of a CSV table: where each stands ("path, line n"), and its stripped cells by column.
-
-    Raises InputError for what is no such table.
-    """
+def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Iterate over rows of a CSV table with these columns: where each stands, its stripped cells; else InputError."""
     with open_csv(path) as (header, rows):
         if wrong := [name for name in columns if header.count(name) != 1]:
-            raise InputError(
-                f"{path}: missing or repeated columns {', '.join(wrong)}: Expected {','.join(columns)}. "
-                f"Received {','.join(header)[:200]}"
-            )
+            expected = f"Expected {','.join(columns)}. Received {','.join(header)[:200]}"
+            raise InputError(f"{path}: missing or repeated columns {', '.join(wrong)}: {expected}")
         places = {name: header.index(name) for name in columns}
         for where, cells in rows:
             yield where, {name: cells[place].strip() for name, place in places.items()}

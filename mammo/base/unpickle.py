@@ -5,6 +5,7 @@ import os
 import pickle
 import pickletools
 import re
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ _EXPECTED = (
 _MAX_COPIES = 4
 
 
-def load_plain(path: str | os.PathLike):
+def load_plain(path: str | os.PathLike) -> Any:
     """Return the content of a pickle of lists, dicts, tuples, numbers, texts and NumPy arrays, of Python 2 too.
 
     Nothing in the file is executed: whatever it names is looked up in a short table of stand-ins here, and arrays are

@@ -12,7 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -32,7 +32,12 @@ BACKENDS = {
 
 
 def run_parallel(
-    function: Callable, items: Sequence, jobs: int = 1, backend: str = "loky", desc: str | None = None, unit="image"
+    function: Callable,
+    items: Sequence,
+    jobs: int = 1,
+    backend: str = "loky",
+    desc: str | None = None,
+    unit: str = "image",
 ) -> Iterator:
     """Iterate over function(item) for all `items`, in their order, computed `jobs` at a time.
 
@@ -151,10 +156,7 @@ def _config(backend: str, jobs: int) -> Iterator[dict]:
 
 
 def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping, instead: str) -> None:
-    """Raise InputError, naming them, for options other than those of the run that began its work in `folder`.
-
-    instead: what to do without the same options.
-    """
+    """Raise InputError for options other than of the run that began in `folder`. instead: what else one may do."""
     if different := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         changes = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} now" for name in different)
         remedy = f"Expected the same, to go on. Give these, or {instead}"
@@ -165,9 +167,6 @@ MANIFEST, OPTIONS, REPORT = "manifest.jsonl", "options.json", "report.json"
 
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
 RULES = 4
-
-
-# ---------------------------------------------------------------------------------------------- resumable runs
 
 
 @dataclass(frozen=True)
@@ -205,8 +204,8 @@ class Outcome:
 def run_resumable(
     items: Sequence[Job],
     function: Callable[[Job], Outcome],
-    download,
-    out,
+    download: str | Path,
+    out: str | Path,
     folders: Sequence[str],
     jobs: int = 1,
     backend: str = "loky",
@@ -257,17 +256,14 @@ def run_resumable(
         return [_to_outcome(record) for record in ordered]
 
 
-def keep_options(out, options: Mapping, fresh: bool = False) -> None:
-    """Note what decides the files in the folder `out`, for another run to compare with.
-
-    Raises InputError, naming them, where those of an earlier run are other ones, unless it is to begin `fresh`.
-    """
+def keep_options(out: str | Path, options: Mapping, fresh: bool = False) -> None:
+    """Note what decides the files in `out`; InputError where an earlier run noted other options, unless `fresh`."""
     if not fresh:
         check_kept_options(out, options)
     write_text(Path(out, OPTIONS), json.dumps(options, indent=1) + "\n")
 
 
-def check_kept_options(out, options: Mapping) -> None:
+def check_kept_options(out: str | Path, options: Mapping) -> None:
     """Make the check of `keep_options` alone: a run that writes to several folders does before it notes any."""
     if (earlier := read_json(Path(out, OPTIONS))) is not None:
         ours = json.loads(json.dumps(options))
@@ -317,12 +313,9 @@ def _checksum(path: Path) -> int:
 
 def _is_whole(out: Path, record: dict) -> bool:
     """Tell whether an earlier result had no fault and its outputs are still there as written."""
-    if record["faults"]:
-        return False
-    try:
-        return [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError):
+        return not record["faults"] and [_checksum(out / path) for path in record["outputs"]] == record["checksums"]
+    return False
 
 
 def _to_record(result: Outcome, stamp: str, out: Path) -> dict:
@@ -350,9 +343,7 @@ def _checksum_of_record(record: dict) -> int:
 
 def _is_own_file(name: object) -> bool:
     """Tell whether an output that the manifest lists is below its folder. Names of images may hold any character."""
-    if not isinstance(name, str) or "\0" in name:
-        return False
-    path = PurePosixPath(name)
+    path = PurePosixPath(name) if isinstance(name, str) and "\0" not in name else PurePosixPath()
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 

@@ -1,8 +1,8 @@
 """Score whole-image classifiers on labelled mammograms: by image, breast and patient, with 95% intervals.
 
-  python -m mammo evaluate resnet.h5 vgg.h5 data --flips --average mean --out-dir evaluation
-  python -m mammo evaluate image_model.h5 exams.csv --val data/val --report report.html
-  python -m mammo evaluate --predictions evaluation/predictions.csv
+  mammo evaluate resnet.h5 vgg.h5 data --flips --average mean --out-dir evaluation
+  mammo evaluate image_model.h5 exams.csv --val data/val --report report.html
+  mammo evaluate --predictions evaluation/predictions.csv
 
 DATA, which comes last, is the output folder of a preparation script, a folder with one sub-folder a class, a table
 (file,label and perhaps patient,side,view,set) or an exam list of the NYU metarepository (.pkl). Intervals are by

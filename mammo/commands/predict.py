@@ -1,7 +1,7 @@
 """The probability of cancer in mammograms, by a trained whole-image classifier.
 
-  python -m mammo predict image_model.h5 mammogram.dcm > predictions.csv
-  python -m mammo predict image_model.h5 folder more.png --flips --out predictions.json --overlay pictures
+  mammo predict image_model.h5 mammogram.dcm > predictions.csv
+  mammo predict image_model.h5 folder more.png --flips --out predictions.json --overlay pictures
 
 Reads DICOM, PNG, JPEG, BMP and TIFF files, and folders of them; DICOM as the 16-bit PNG that data preparation makes of
 it without --auto-levels or --voi-lut, so that both give the same. Pixel options default to those of the model's

@@ -9,18 +9,11 @@ from collections.abc import Sequence
 
 from mammo.base.cli import HelpFormatter, complete, run_main
 from mammo.base.files import InputError, counted, locked
+from mammo.data import prepare
 from mammo.data.cbis_ddsm import CbisDdsm
 from mammo.data.inbreast import Inbreast
 from mammo.data.listing import DataSet, name_pictures
 from mammo.data.others import Cmmd, Mias, Nyu, OwnFolders, OwnTable, VindrMammo
-from mammo.data.prepare import (
-    add_preparation_options,
-    make_report,
-    place_pictures,
-    run_jobs,
-    write_lists,
-    write_preparation_report,
-)
 from mammo.data.splits import named_sets, print_split, split_by_options
 
 DATA_SETS: dict[str, type[DataSet]] = {
@@ -55,10 +48,8 @@ def run(name: str, **options) -> None:
         return
     pictures, unknown = name_pictures(listing.pictures)
     if unknown:
-        print(
-            f"Warning: the patient of {counted(len(unknown), 'image')}, such as {unknown[0]}, is not known: each "
-            f"counts as a patient of its own, and images of one patient may come into several sets"
-        )
+        text = "each counts as a patient of its own, and images of one patient may come into several sets"
+        print(f"Warning: the patient of {counted(len(unknown), 'image')}, such as {unknown[0]}, is not known: {text}")
     if not pictures:
         raise InputError(f"{args.data}: no images of either class: Expected some. What is wrong is said above")
     if args.split == "official" and named_sets(pictures.values()) is None:
@@ -68,12 +59,12 @@ def run(name: str, **options) -> None:
     if args.dry_run:
         return
     with locked(args.out):
-        jobs = data_set.plan(pictures, place_pictures(pictures, sets))
-        results = run_jobs(data_set, jobs, listing.faults)
-        lists = write_lists(args.out, sets, pictures, results)
-        report = make_report(data_set, listing, pictures, sets, lists, results)
+        jobs = data_set.plan(pictures, prepare.place_pictures(pictures, sets))
+        results = prepare.run_jobs(data_set, jobs, listing.faults)
+        lists = prepare.write_lists(args.out, sets, pictures, results)
+        report = prepare.make_report(data_set, listing, pictures, sets, lists, results)
         data_set.complete(report, listing, jobs, results)
-        write_preparation_report(report, args)
+        prepare.write_preparation_report(report, args)
 
 
 def make_parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
@@ -84,7 +75,7 @@ def make_parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("data", help=kind.data_help)
     parser.add_argument("out", nargs="?", help="folder to write; not needed with --dry-run")
     kind.add_options(parser)
-    add_preparation_options(parser, kind.splits, kind.test_size)
+    prepare.add_preparation_options(parser, kind.splits, kind.test_size)
     return parser
 
 
@@ -92,11 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the data set that `argv` begins with, and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     rows = "\n".join(f"  {name:<10} {inspect.getdoc(kind).splitlines()[0]}" for name, kind in DATA_SETS.items())
-    names = argparse.ArgumentParser(
-        usage="%(prog)s DATA_SET DATA [OUT] ...",
-        description=f"{__doc__}\n\ndata sets:\n{rows}\n\nDATA_SET --help lists its options",
-        formatter_class=HelpFormatter,
-    )
+    usage, description = "%(prog)s DATA_SET DATA [OUT] ...", f"{__doc__}\n\ndata sets:\n{rows}"
+    description += "\n\nDATA_SET --help lists its options"
+    names = argparse.ArgumentParser(usage=usage, description=description, formatter_class=HelpFormatter)
     names.add_argument("name", metavar="DATA_SET", choices=list(DATA_SETS), help=argparse.SUPPRESS)
     name = names.parse_args(argv[:1]).name
     parser = make_parser(name, f"{names.prog} {name}")

@@ -7,7 +7,8 @@ series description; and the JPEG re-release. The content of a lesion's files tel
 import re
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ import cv2
 import numpy as np
 
 from mammo.base.files import InputError, walk_files
-from mammo.base.tables import missing_columns, open_csv, write_csv
+from mammo.base.tables import read_rows, write_csv
 from mammo.base.work import Job, Outcome
 from mammo.data.cbis_tables import Finding, find_tables, find_view_folder, read_cbis_tables
-from mammo.data.listing import FOLDERS, DataSet, Listing
+from mammo.data.listing import FOLDERS, RANDOM_SPLIT, DataSet, Listing, Picture
 from mammo.data.patches import ASPECT_TOLERANCE, LESION_COLUMNS
 from mammo.data.prepare import finished, full_img_path, whole_img_path, whole_options, write_output, write_whole
 from mammo.images.reading import DICOM_SUFFIXES, check_grey, is_image, read_dicom_header, read_img, read_size, to_uint16
@@ -28,10 +29,8 @@ DICOM_INFO_COLUMNS = ("image_path", "PatientID", "SeriesDescription")
 # What SeriesDescription has, in capitals or not.
 IMAGE_DESCRIPTION, MASK_DESCRIPTION, CROP_DESCRIPTION = "full mammogram", "roi mask", "cropped"
 
-# A mask that JPEG has blurred: nearly all pixels within this fraction of the range of its darkest or brightest.
-JPEG_TOLERANCE = 0.15
-
-JPEG_SHARE = 0.05
+# Of a mask that JPEG has blurred, all but this share of the pixels are nearly as dark, or bright, as the extremes.
+JPEG_SHARE, JPEG_TOLERANCE = 0.05, 0.15
 
 # Masks of another size than their image have more than this share of its pixels, and most crops have fewer.
 LEAST_SHARE = 0.25
@@ -108,24 +107,17 @@ def scan_cbis(root: str | Path, skip: Iterable = ()) -> CbisFiles:
             by_folder[patient_ids[place]].append(path)
             told[path] = descriptions[place]
         elif path.lower().endswith(DICOM_SUFFIXES):
-            try:
-                by_folder[read_header(root, path, {}).patient_id].append(path)
-            except InputError:  # it may be found by its series, and is reported where it is wanted
-                continue
+            with suppress(InputError):  # it may be found by its series, and is reported where it is wanted
+                by_folder[Reader(root, {}).header(path).patient_id].append(path)
     return CbisFiles(dict(by_series), dict(by_folder), told)
 
 
 def read_dicom_info(path: str | Path) -> tuple[dict[str, str], dict[str, str]]:
     """Read PatientID and SeriesDescription of the files of the JPEG re-release, by <folder>/<file name>."""
-    with open_csv(path) as (header, rows):
-        if missing := [name for name in DICOM_INFO_COLUMNS if name not in header]:
-            raise missing_columns(path, missing, header)
-        columns = [header.index(name) for name in DICOM_INFO_COLUMNS]
-        patients, descriptions = {}, {}
-        for _, cells in rows:
-            image, patient, description = (cells[column].strip() for column in columns)
-            place = "/".join(image.replace("\\", "/").split("/")[-2:])
-            patients[place], descriptions[place] = patient, description
+    patients, descriptions = {}, {}
+    for _, row in read_rows(path, DICOM_INFO_COLUMNS):
+        place = "/".join(row["image_path"].replace("\\", "/").split("/")[-2:])
+        patients[place], descriptions[place] = row["PatientID"], row["SeriesDescription"]
     return patients, descriptions
 
 
@@ -144,28 +136,34 @@ class Header(NamedTuple):
         return self.height * self.width
 
 
-def read_header(root: str | Path, path: str, descriptions: Mapping[str, str]) -> Header:
-    """Read the header of an image file. Raises InputError as `read_dicom_header` and `read_size`."""
-    file = Path(root, path)
-    try:
-        if not path.lower().endswith(DICOM_SUFFIXES):
-            return Header(path, *read_size(file), "", descriptions.get(path, "").lower(), False)
-        tags = read_dicom_header(file)
-    except InputError as error:
-        raise InputError(str(error).replace(str(file), path)) from None
-    described = str(tags.get("SeriesDescription") or "").lower()
-    inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
-    return Header(path, int(tags.Rows), int(tags.Columns), str(tags.get("PatientID") or ""), described, inverted)
+class Reader(NamedTuple):
+    """Read files below the download folder `root`; errors name their paths below it. descriptions: see `CbisFiles`."""
 
+    root: str | Path
+    descriptions: Mapping[str, str]
 
-def read_grey(root: str | Path, path: str) -> np.ndarray:
-    """Read the pixels (H, W) of an image file. Raises InputError, which names the path below the download folder."""
-    file = Path(root, path)
-    try:
-        # The re-release has some grey pictures in three channels.
-        return check_grey(file, read_img(file, gs_255=is_lossy(path)))
-    except InputError as error:
-        raise InputError(str(error).replace(str(file), path)) from None
+    def header(self, path: str) -> Header:
+        """Read the header of an image file. Raises InputError as `read_dicom_header` and `read_size`."""
+        with self._naming(path) as file:
+            if not path.lower().endswith(DICOM_SUFFIXES):
+                return Header(path, *read_size(file), "", self.descriptions.get(path, "").lower(), False)
+            tags = read_dicom_header(file)
+        described = str(tags.get("SeriesDescription") or "").lower()
+        inverted = tags.get("PhotometricInterpretation") == "MONOCHROME1"
+        return Header(path, int(tags.Rows), int(tags.Columns), str(tags.get("PatientID") or ""), described, inverted)
+
+    def grey(self, path: str) -> np.ndarray:
+        """Read the pixels (H, W) of an image file; the re-release has some grey pictures in three channels."""
+        with self._naming(path) as file:
+            return check_grey(file, read_img(file, gs_255=is_lossy(path)))
+
+    @contextmanager
+    def _naming(self, path: str) -> Iterator[Path]:
+        file = Path(self.root, path)
+        try:
+            yield file
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), path)) from None
 
 
 # -------------------------------------------------------------------------------------------------- one image
@@ -240,11 +238,9 @@ def plan_image(findings: Sequence[Finding], download: CbisFiles, folder: str | N
     plans = []
     for (kind, number), rows in lesions.items():
         pathology = min((finding.pathology for finding in rows), key="MALIGNANT".__ne__)
-        masks = tuple(
-            Candidates(copy, tuple(named), files, lesions_of[copy, files])
-            for (copy, files), named in candidates[kind, number].items()
-        )
-        plans.append(CbisLesion(kind, number, pathology, masks))
+        places = candidates[kind, number].items()
+        masks = (Candidates(place[0], tuple(named), place[1], lesions_of[place]) for place, named in places)
+        plans.append(CbisLesion(kind, number, pathology, tuple(masks)))
     plan = CbisPlan(tuple(copies.values()), tuple(plans), folder, whole, {})
     descriptions = {path: download.descriptions[path] for path in plan.sources if path in download.descriptions}
     return plan._replace(descriptions=descriptions)
@@ -252,9 +248,9 @@ def plan_image(findings: Sequence[Finding], download: CbisFiles, folder: str | N
 
 def prepare_cbis_image(job: Job, download: Path, out: Path) -> Outcome:
     """Write the full image, the masks and the whole image of one job; see `work.run_resumable`."""
-    plan, result = job.plan, Outcome(job.name)
+    plan, result, reader = job.plan, Outcome(job.name), Reader(download, job.plan.descriptions)
     try:
-        img, source, headers = read_image(plan, download, result)
+        img, source, headers = read_image(plan, reader, result)
         if plan.folder:
             write_whole(img, out, plan.folder, plan.whole, source, result)
         write_output(to_uint16(img), out, full_img_path(job.name), result)
@@ -265,7 +261,7 @@ def prepare_cbis_image(job: Job, download: Path, out: Path) -> Outcome:
     for lesion in plan.lesions:
         name = f"{job.name} {lesion.type} {lesion.number}"
         try:
-            mask = read_mask(name, lesion, headers, img.shape, plan.descriptions, download, result)
+            mask = read_mask(name, lesion, headers, img.shape, reader, result)
         except InputError as error:
             result.faults.append(f"{name}: {error}")
             continue
@@ -274,7 +270,7 @@ def prepare_cbis_image(job: Job, download: Path, out: Path) -> Outcome:
     return result
 
 
-def read_image(plan: CbisPlan, download: Path, result: Outcome) -> tuple[np.ndarray, str, list[Header | None]]:
+def read_image(plan: CbisPlan, reader: Reader, result: Outcome) -> tuple[np.ndarray, str, list[Header | None]]:
     """Read pixels and path of the first readable copy of an image, and the header of each copy, None for one without.
 
     The calc and the mass rows of one view have files of their own, of the same film; one is kept.
@@ -283,9 +279,9 @@ def read_image(plan: CbisPlan, download: Path, result: Outcome) -> tuple[np.ndar
     for copy in plan.copies:
         headers.append(None)
         try:
-            headers[-1] = header = choose_image(copy, plan.descriptions, download, result)
+            headers[-1] = header = choose_image(copy, reader, result)
             if img is None:
-                img = check_mammogram(header.path, read_grey(download, header.path))
+                img = check_mammogram(header.path, reader.grey(header.path))
                 kept = header
         except InputError as error:
             problems.append(str(error))
@@ -300,7 +296,7 @@ def read_image(plan: CbisPlan, download: Path, result: Outcome) -> tuple[np.ndar
     return img, kept.path, headers
 
 
-def choose_image(copy: Copy, descriptions: Mapping[str, str], download: Path, result: Outcome) -> Header:
+def choose_image(copy: Copy, reader: Reader, result: Outcome) -> Header:
     """Return the header of the full mammogram among the files of `copy`.
 
     Of several files, the ones count that are described as mammograms, by their header, table or path; failing that,
@@ -310,7 +306,7 @@ def choose_image(copy: Copy, descriptions: Mapping[str, str], download: Path, re
     headers, problems = [], []
     for path in copy.files:
         try:
-            headers.append(read_header(download, path, descriptions))
+            headers.append(reader.header(path))
         except InputError as error:
             problems.append(str(error))
     if not headers:
@@ -325,15 +321,13 @@ def choose_image(copy: Copy, descriptions: Mapping[str, str], download: Path, re
     for header in headers:
         if header.pixels < LEAST_SHARE * headers[0].pixels:  # a crop, the image itself is missing
             break
-        if described or as_mask(read_grey(download, header.path), is_lossy(header.path)) is None:
+        if described or as_mask(reader.grey(header.path), is_lossy(header.path)) is None:
             text = f"{result.name}: {header.path} of {len(copy.files)} files of {copy.folder}"
             result.repairs.append(("several_files_for_one_image", text))
             result.repairs += [("unreadable_file_not_needed", f"{result.name}: {problem}") for problem in problems]
             return header
-    raise InputError(
-        f"no image of {copy.folder}: Expected a picture of more than two values. "
-        f"Received {len(copy.files)} files such as {copy.files[0]}; {'; '.join(problems) or 'masks and crops'}"
-    )
+    received = f"{len(copy.files)} files such as {copy.files[0]}; {'; '.join(problems) or 'masks and crops'}"
+    raise InputError(f"no image of {copy.folder}: Expected a picture of more than two values. Received {received}")
 
 
 def check_mammogram(path: str, img: np.ndarray) -> np.ndarray:
@@ -352,8 +346,7 @@ def read_mask(
     lesion: CbisLesion,
     headers: Sequence[Header | None],
     shape: tuple[int, int],
-    descriptions: Mapping[str, str],
-    download: Path,
+    reader: Reader,
     result: Outcome,
 ) -> np.ndarray:
     """Return the mask of one lesion, the union of the masks of its rows: uint8 0/255 (*shape).
@@ -365,20 +358,16 @@ def read_mask(
     for copy, named, files, lesions in lesion.masks:
         size = headers[copy][1:3] if headers[copy] else shape  # height, width
         candidates = [path for path in files if path not in images]
-        found, others, problems = find_masks(candidates, size, descriptions, download)
+        found, others, problems = find_masks(candidates, size, reader)
         if len(found) < len(named):
             wanted = ", ".join(sorted(named))
             missing = f"no mask for {len(named) - len(found)} of {len(named)} rows" if found else "no mask"
             reasons = "; ".join([*problems, *map("mask {}".format, [*found, *others])]) or "no file in the download"
-            raise InputError(
-                f"{missing}: Expected a file of two values and {size[0]} x {size[1]} pixels for {wanted}. "
-                f"Received {reasons}"
-            )
+            expected = f"Expected a file of two values and {size[0]} x {size[1]} pixels for {wanted}"
+            raise InputError(f"{missing}: {expected}. Received {reasons}")
         if lesions > 1:
-            raise InputError(
-                f"no mask: {len(found)} masks, such as {min(found)}, may be of any of {lesions} lesions. Expected a "
-                f"folder for each, such as {named[0]}"
-            )
+            text = f"no mask: {len(found)} masks, such as {min(found)}, may be of any of {lesions} lesions"
+            raise InputError(f"{text}. Expected a folder for each, such as {named[0]}")
         for path, mask in found.items():
             if path in used:
                 continue
@@ -424,7 +413,7 @@ def is_where_named(path: str, named: Iterable[str], candidates: Sequence[str]) -
 
 
 def find_masks(
-    candidates: Sequence[str], size: tuple[int, int], descriptions: Mapping[str, str], download: Path
+    candidates: Sequence[str], size: tuple[int, int], reader: Reader
 ) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
     """Return the masks among the candidates, boolean by path; paths of those not taken; what is wrong with other files.
 
@@ -435,14 +424,13 @@ def find_masks(
     problems, folders = [], defaultdict(lambda: ({}, {}, {}))  # of the image's size, described as masks, others
     for path in candidates:
         exact, described, others = folders[path.rpartition("/")[0]]
-        lossy = is_lossy(path)
         try:
-            pixels = read_grey(download, path)
+            pixels, lossy = reader.grey(path), is_lossy(path)
             mask = as_mask(pixels, lossy)
             if mask is None:
                 problems.append("{} of {} x {} pixels, not of two values".format(path, *pixels.shape))
                 continue
-            description = read_header(download, path, descriptions).description
+            description = reader.header(path).description
             if mask.shape == tuple(size):
                 exact[path] = mask
             elif MASK_DESCRIPTION in description:
@@ -499,8 +487,7 @@ class CbisDdsm(DataSet):
     pat_side_cancer.csv    1 where a breast has a malignant finding
 """
     splits = {  # noqa: RUF012
-        "author": "--test-size for the test, then --val-size of the others for validation, stratified by any "
-        "malignancy (the paper's)",
+        "author": f"{RANDOM_SPLIT} (the paper's)",
         "official": "the data set's own test patients, with those who are in both of its sets, then --val-size of the "
         "others",
     }
@@ -523,25 +510,19 @@ class CbisDdsm(DataSet):
     def read(self) -> Listing:
         listing = read_cbis_tables(find_tables(self.args.csv_dir or self.args.data))
         for name, counts in listing.report["tables"].items():
-            print(f"{name}: {counts['rows']} rows, {counts['images']} images, {counts['patients']} patients")
-        counts, repairs = listing.counts, {kind: len(items) for kind, items in listing.repairs.items()}
-        print(
-            f"together: {counts['rows']} rows, {counts['lesions']} lesions, {counts['image_folders']} image folders, "
-            f"{counts['images']} images ({counts['positive_images']} positive), {counts['patients']} patients"
-        )
-        print(
-            f"in both official sets: {repairs['patients_in_both_official_sets']} patients, "
-            f"{repairs['images_in_both_official_sets']} images"
-            + ("; they are for the test only" if self.args.split == "official" else "")
-        )
-        print(
-            f"in the calc and the mass table: {repairs['images_in_calc_and_mass']} images "
-            f"({repairs['images_in_calc_and_mass_of_one_set']} within one official set); each is taken once"
-        )
+            print(name, "{rows} rows, {images} images, {patients} patients".format(**counts), sep=": ")
+        images = "{image_folders} image folders, {images} images ({positive_images} positive)"
+        text = "together: {rows} rows, {lesions} lesions, " + images + ", {patients} patients"
+        print(text.format(**listing.counts))
+        repairs = {kind: len(items) for kind, items in listing.repairs.items()}
+        text = "in both official sets: {patients_in_both_official_sets} patients, {images_in_both_official_sets} images"
+        print(text.format(**repairs) + "; they are for the test only" * (self.args.split == "official"))
+        text = "in the calc and the mass table: {images_in_calc_and_mass} images ({images_in_calc_and_mass_of_one_set}"
+        print(text.format(**repairs), "within one official set); each is taken once")
         print(f"both malignant and other findings: {repairs['mixed_pathologies']} images, which are positive")
         return listing
 
-    def plan(self, pictures, places) -> list[Job]:
+    def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
         """Return a job for each image; without a place, full image and masks alone are made."""
         self.download = scan_cbis(self.args.data, self.skip)
         jobs = []
@@ -552,14 +533,11 @@ class CbisDdsm(DataSet):
             jobs.append(Job(name, plan.sources, tuple(outputs), plan))
         return jobs
 
-    def complete(self, report, listing, jobs, results) -> None:
+    def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Write roi_mask_path.csv and pat_side_cancer.csv, of what was made, and count masks and files."""
-        lesions = [
-            (*result.name.rsplit("_", 2), number, pathology, kind)
-            for result in results
-            for kind, number, pathology in result.facts.get("lesions", ())
-        ]
-        write_csv(Path(self.args.out, "roi_mask_path.csv"), LESION_COLUMNS, lesions)
+        lesions = [(result.name, *lesion) for result in results for lesion in result.facts.get("lesions", ())]
+        rows = [(*name.rsplit("_", 2), number, pathology, kind) for name, kind, number, pathology in lesions]
+        write_csv(Path(self.args.out, "roi_mask_path.csv"), LESION_COLUMNS, rows)
         breasts = defaultdict(bool)
         for picture in listing.pictures:
             breasts[picture.patient, picture.side] |= picture.positive
@@ -567,9 +545,6 @@ class CbisDdsm(DataSet):
         cancers = [(*breast, int(cancer)) for breast, cancer in sorted(breasts.items()) if breast in seen]
         write_csv(Path(self.args.out, "pat_side_cancer.csv"), ["patient_id", "side", "cancer"], cancers)
         found = {path for paths in self.download.by_series.values() for path in paths}
-        report["counts"] |= {
-            "masks_prepared": len(lesions),
-            "masks_skipped": listing.counts["lesions"] - len(lesions),
-            "files_found": len(found),
-            "files_of_no_row": len(found.difference(*(job.sources for job in jobs))),
-        }
+        of_no_row = found.difference(*(job.sources for job in jobs))
+        report["counts"] |= {"masks_prepared": len(lesions), "masks_skipped": listing.counts["lesions"] - len(lesions)}
+        report["counts"] |= {"files_found": len(found), "files_of_no_row": len(of_no_row)}

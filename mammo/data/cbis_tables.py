@@ -73,9 +73,6 @@ def find_view_folder(parts: Iterable[str]) -> str | None:
     return next(filter(FOLDER.fullmatch, parts), None)
 
 
-# ------------------------------------------------------------------------------------------- description files
-
-
 def find_tables(folder: str | Path) -> list[Path]:
     """Find the description files in `folder` or below it, sorted by name."""
     folder = Path(folder)
@@ -164,10 +161,7 @@ def is_positive(findings: Iterable[Finding]) -> bool:
 
 
 def read_cbis_tables(paths: Sequence[Path]) -> Listing:
-    """Read and merge the description files.
-
-    A patient of the official test set is in no other: all images of those who are in both sets are for the test.
-    """
+    """Read and merge the description files; who is in the official test set too has all images in the test set."""
     rows, files = [], {}
     for path in paths:
         findings, oddities = read_cbis_table(path)
@@ -193,11 +187,8 @@ def read_cbis_tables(paths: Sequence[Path]) -> Listing:
         "pathologies_of_one_lesion_differ": [f"{lesion}: {', '.join(found)}" for lesion, found in differing],
         "patients_in_both_official_sets": sorted(patient for patient, sets in divisions.items() if len(sets) == 2),
     }
-    counts = _count(rows) | {
-        "image_folders": len({row.image_folder for row in rows}),
-        "lesions": len(lesions),
-        "positive_images": sum(picture.positive for picture in pictures),
-    }
+    counts = _count(rows) | {"image_folders": len({row.image_folder for row in rows}), "lesions": len(lesions)}
+    counts |= {"positive_images": sum(picture.positive for picture in pictures)}
     return Listing(pictures, repairs=repairs, counts=counts, report={"tables": files})
 
 

@@ -9,7 +9,8 @@ import plistlib
 import re
 from argparse import ArgumentParser
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +28,12 @@ from mammo.data.splits import INBREAST_SIDES, INBREAST_VIEWS, parse_inbreast_nam
 from mammo.images.reading import DICOM_SUFFIXES, read_dicom_16_bit
 
 INBREAST_COLUMNS = {"file": ("file name",), "side": ("laterality",), "view": ("view",), "birads": ("bi-rads", "birads")}
-
-# Views that are no part of screening: one image is FB, from below.
-OTHER_VIEWS = ("FB",)
-
 BIRADS = ("0", "1", "2", "3", "4", "4a", "4b", "4c", "5", "6")
+MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
+OTHER_VIEWS = ("FB",)  # that are no part of screening: one image is FB, from below
+PUBLISHED_MEAN = 44.33  # what the paper's models subtract after finetuning
+MAX_COORDINATE = 100_000  # those beyond any detector are damage; OpenCV would wrap them around
+POINT_RADIUS = 3  # of the disc for a single calcification marked by a point: 0.2 mm at the detector's 70 micrometres
 
 # Why an image is no part of the data set, though nothing is wrong with it.
 INBREAST_EXCLUSIONS = {
@@ -40,11 +42,6 @@ INBREAST_EXCLUSIONS = {
     "dicom_without_row": "their File Name is not in the table, so there is no label",
 }
 
-MASK_COLUMNS = ("file", "number", "kind", "names", "findings")
-
-# What the paper's models subtract after finetuning.
-PUBLISHED_MEAN = 44.33
-
 # Kinds of findings by the names that annotations give them, in small letters and with their misspellings.
 KINDS = {
     **{"mass": "Mass", "calcification": "Calc", "calcifications": "Calc", "cluster": "Cluster"},
@@ -52,12 +49,6 @@ KINDS = {
     **dict.fromkeys(("spiculated region", "espiculated region"), "Spiculated"),
 }
 OTHER_KIND = "Other"
-
-# Of the disc that stands for a single calcification marked by a point: 0.2 mm at the 70 micrometres of the detector.
-POINT_RADIUS = 3
-
-# Coordinates beyond any detector are damage; OpenCV would wrap them around.
-MAX_COORDINATE = 100_000
 
 # ------------------------------------------------------------------------------------------------------- table
 
@@ -144,11 +135,8 @@ def add_class_options(parser: ArgumentParser) -> None:
 
 def read_classes(neg: Iterable[str], pos: Iterable[str]) -> Classes:
     """Return the classes of these categories; 4 stands for 4a, 4b and 4c too. Raises InputError for one in both."""
-
-    def expand(names):
-        return frozenset(birads for birads in BIRADS for name in names if birads == name or birads[:-1] == name)
-
-    classes = Classes(expand(neg), expand(pos))
+    expanded = [{birads for birads in BIRADS if names & {birads, birads[:-1]}} for names in map(set, (neg, pos))]
+    classes = Classes(*map(frozenset, expanded))
     if both := sorted(classes.neg & classes.pos):
         raise InputError(f"BI-RADS {', '.join(both)}: in both classes: Expected each in --neg-birads or --pos-birads")
     return classes
@@ -203,11 +191,9 @@ class InbreastPicture(Picture):
 
 def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes) -> Listing:
     """Find the patient and the class of each row."""
-    listing = Listing(
-        excluded={kind: [] for kind in INBREAST_EXCLUSIONS},
-        repairs=defaultdict(list, table.repairs),
-        report={"table": {"file": table.path.name} | count_rows(table.rows)},
-    )
+    excluded, repairs = {kind: [] for kind in INBREAST_EXCLUSIONS}, defaultdict(list, table.repairs)
+    report = {"table": {"file": table.path.name} | count_rows(table.rows)}
+    listing = Listing(excluded=excluded, repairs=repairs, report=report)
     views = Counter()
     for row, where in table.rows.items():
         label = classes.label(row.birads)
@@ -232,20 +218,15 @@ def list_images(table: InbreastTable, download: InbreastFiles, classes: Classes)
         for several in (paths, annotations):
             if len(several) > 1:
                 listing.repairs["several_files_for_one_image"].append(f"{name}: {several[0]} of {', '.join(several)}")
-        annotation = annotations[0] if annotations else None
-        listing.pictures.append(
-            InbreastPicture(paths[0], label == "pos", patient, row.side, row.view, name=name, annotation=annotation)
-        )
+        who, annotation = (patient, row.side, row.view), next(iter(annotations), None)
+        listing.pictures.append(InbreastPicture(paths[0], label == "pos", *who, name=name, annotation=annotation))
     without = download.dicoms.keys() - {row.file for row in table.rows}
     listing.excluded["dicom_without_row"] += sorted(path for file in without for path in download.dicoms[file])
     return listing
 
 
 def identify(row: InbreastRow, where: str, download: InbreastFiles) -> tuple[str, list[str]]:
-    """Return patient and DICOM files of a row, by the names of the files.
-
-    Raises InputError for none, or for others than the row tells.
-    """
+    """Return patient and DICOM files of a row, by the files' names; InputError for none, or others than the row's."""
     form = f"{row.file}_<patient>_MG_{row.side[0]}_{'ML' if row.view == 'MLO' else row.view}_ANON.dcm"
     paths = download.dicoms.get(row.file, [])
     if not paths:
@@ -296,11 +277,8 @@ def read_annotation(path: str | Path) -> list[Outline]:
     data = read_bytes(path)
     try:
         images = plistlib.loads(data, fmt=plistlib.FMT_XML)["Images"]
-        return [
-            Outline(" ".join(str(roi["Name"]).split()), [_read_point(text) for text in roi["Point_px"]])
-            for image in images
-            for roi in image["ROIs"]
-        ]
+        rois = [roi for image in images for roi in image["ROIs"]]
+        return [Outline(" ".join(str(roi["Name"]).split()), list(map(_read_point, roi["Point_px"]))) for roi in rois]
     except Exception as error:  # plistlib and what it reads with raise many kinds
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise InputError(f"{path}: not an annotation file ({reason}). Expected a property list of ROIs") from None
@@ -336,10 +314,7 @@ def group_findings(findings: Iterable[Outline]) -> tuple[list[Region], list[tupl
 
 
 def draw_mask(region: Region, shape: tuple[int, int]) -> np.ndarray:
-    """Draw a uint8 mask (*shape), 255 in the region: outlines filled, points as discs of `POINT_RADIUS` pixels.
-
-    Raises InputError for a region beside the image.
-    """
+    """Draw uint8 (*shape), 255 in the outlines and in discs for points; InputError for a region beside the image."""
     mask = np.zeros(shape, np.uint8)
     for finding in region.findings:
         points = np.rint(finding.points).astype(np.int32)
@@ -367,14 +342,6 @@ class InbreastPlan(NamedTuple):
     folder: str
     whole: dict
     full: bool
-
-
-def list_regions(path: Path) -> list[Region]:
-    """Return the regions of an annotation file; none of a damaged one, which is reported when masks are to be made."""
-    try:
-        return group_findings(read_annotation(path))[0]
-    except InputError:
-        return []
 
 
 def prepare_inbreast_image(job: Job, download: Path, out: Path) -> Outcome:
@@ -472,7 +439,7 @@ class Inbreast(DataSet):
         print(f"used: {listing.count()} of {patients}")
         return listing
 
-    def plan(self, pictures, places) -> list[Job]:
+    def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
         """Return a job for each image of the patients in a set."""
         masks, whole, jobs = self.args.roi_masks, whole_options(self.args), []
         for name, picture in pictures.items():
@@ -485,28 +452,27 @@ class Inbreast(DataSet):
                 outputs.append(full_img_path(name))
             if annotation:
                 sources.append(annotation)
-                outputs += [region.mask_path(name) for region in list_regions(Path(self.args.data, annotation))]
+                with suppress(InputError):  # of a damaged file, which is reported when masks are to be made
+                    regions, _ = group_findings(read_annotation(Path(self.args.data, annotation)))
+                    outputs += [region.mask_path(name) for region in regions]
             plan = InbreastPlan(picture.file, annotation, folder, whole, masks)
             jobs.append(Job(name, tuple(sources), tuple(outputs), plan))
         return jobs
 
-    def complete(self, report, listing, jobs, results) -> None:
+    def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Write roi_masks.csv, count the masks, and compare the pixel mean with the paper's."""
         table = Path(self.args.out, "roi_masks.csv")
-        if not self.args.roi_masks:
-            table.unlink(missing_ok=True)  # an earlier run's, whose masks are gone
-        else:
+        if self.args.roi_masks:
             masks = [mask for result in results for mask in result.facts.get("lesions", ())]
             write_csv(table, MASK_COLUMNS, masks)
-            report["counts"] |= {
-                "masks_prepared": len(masks),
-                "images_without_annotations": sum(job.plan.annotation is None for job in jobs),
-            }
-        if report["featurewise_mean"] is not None:
-            print(
-                f"pixel mean: {report['featurewise_mean']:.2f}; the paper's, {PUBLISHED_MEAN}, is of other patients "
-                f"and another conversion: where they differ much, see --auto-levels, and give the trainer your own"
-            )
+            without = sum(job.plan.annotation is None for job in jobs)
+            report["counts"] |= {"masks_prepared": len(masks), "images_without_annotations": without}
+        else:
+            table.unlink(missing_ok=True)  # an earlier run's, whose masks are gone
+        if (mean := report["featurewise_mean"]) is not None:
+            remedy = "where they differ much, see --auto-levels, and give the trainer your own"
+            theirs = f"the paper's, {PUBLISHED_MEAN}, is of other patients and another conversion"
+            print(f"pixel mean: {mean:.2f}; {theirs}: {remedy}")
 
 
 def print_table(table: InbreastTable, classes: Classes) -> None:

@@ -104,11 +104,9 @@ class DataSet:
         raise NotImplementedError
 
     def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
-        """Return a job for each image to be made.
+        """Return a job for each image to be made. pictures: by the name of the image to be.
 
-        Args:
-            pictures: by the name of the image to be.
-            places: the folder of each whole image, one of `FOLDERS`; None where its patient is in no set.
+        places: the folder of each whole image, one of `FOLDERS`; None where its patient is in no set.
         """
         raise NotImplementedError
 

@@ -25,15 +25,8 @@ from mammo.data.inbreast import Classes, add_class_options, read_classes
 from mammo.data.listing import RANDOM_SPLIT, DataSet, Listing, Picture
 from mammo.data.prepare import print_exclusions, whole_img_path, whole_options, write_whole
 from mammo.data.splits import parse_inbreast_name
-from mammo.images.reading import (
-    IMAGE_SUFFIXES,
-    dicom_side,
-    dicom_view,
-    is_dicom,
-    parse_image_name,
-    read_dicom_header,
-    read_mammogram,
-)
+from mammo.images import reading
+from mammo.images.reading import is_dicom, parse_image_name, read_dicom_header
 
 # Columns of a table of one's own, by the spellings that `tables.find_columns` takes; all but two may be missing.
 OWN_COLUMNS = {
@@ -44,10 +37,8 @@ OWN_COLUMNS = {
     "view": ("view", "view position", "viewposition", "image view"),
     "set": ("set", "split"),
 }
-
 REQUIRED = ("file", "label")
 COLUMN_OPTIONS = {f"{name}_column": name for name in OWN_COLUMNS}
-
 CMMD_COLUMNS = {"patient": ("id1",), "side": ("leftright",), "label": ("classification",)}
 VINDR_COLUMNS = {
     **{"study": ("study id",), "image": ("image id",), "side": ("laterality",), "view": ("view position", "view")},
@@ -67,12 +58,11 @@ SET_NAMES = {
     **{"test": "test", "testing": "test"},
 }
 
+NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
+MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
+
 # As in L_MLO, R-CC or LeftCC, with no other letters around it.
 _VIEW_IN_NAME = re.compile(r"(?<![a-z])(?:l|left|r|right)[ _-]?(cc|mlo)(?![a-z])", re.IGNORECASE)
-
-NYU_VIEWS = {"L-CC": "left", "R-CC": "right", "L-MLO": "left", "R-MLO": "right"}
-
-MIAS_CLASSES = ("CALC", "CIRC", "SPIC", "MISC", "ARCH", "ASYM", "NORM")
 
 # Why an image is no part of the data set, though nothing is wrong with it.
 OWN_EXCLUSIONS = {
@@ -99,18 +89,13 @@ class Labels(NamedTuple):
         if value in self.neg | self.pos:
             return value in self.pos
         if self.strict:
-            raise InputError(
-                f"{where}: unknown label. Expected one of {', '.join((*NEGATIVE, *POSITIVE))}, or others that "
-                f"--neg-labels and --pos-labels name. Received {value!r}"
-            )
+            expected = f"one of {', '.join((*NEGATIVE, *POSITIVE))}, or others that --neg-labels and --pos-labels name"
+            raise InputError(f"{where}: unknown label. Expected {expected}. Received {value!r}")
         return None
 
 
 def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = None) -> Labels:
-    """Return labels by their values; where either is given, values of neither are left out.
-
-    Raises InputError for a value in both.
-    """
+    """Return labels by their values, none of them in both; where either is given, values of neither are left out."""
     strict = neg is None and pos is None
     classes = [frozenset(map(str.lower, values)) for values in (neg or NEGATIVE, pos or POSITIVE)]
     if both := sorted(classes[0] & classes[1]):
@@ -119,10 +104,7 @@ def read_labels(neg: Iterable[str] | None = None, pos: Iterable[str] | None = No
 
 
 def known_value(value: str, allowed: Mapping[str, str], name: str, where: str) -> str:
-    """Return what a cell of a table means, such as a side by `SIDES`.
-
-    Raises InputError, which says `where`, for an unknown value.
-    """
+    """Return what a cell means, such as a side by `SIDES`; InputError, which says `where`, for an unknown value."""
     if value.strip().lower() not in allowed:
         raise InputError(f"{where}: unknown {name}. Expected {', '.join(allowed)}. Received {value!r}")
     return allowed[value.strip().lower()]
@@ -157,13 +139,9 @@ def read_own_table(
 ) -> Listing:
     """List images by a table with a row a file, whose names start from the folder `root`.
 
-    Args:
-        columns: headers of the table where they differ from `OWN_COLUMNS`.
-        pattern: finds the patient in a file's name; without it and without such columns, patient, side and view are
-            read from names of the form that prepared images have.
-
-    Raises:
-        InputError: names the line of an unknown value, a file outside `root`, or one that stands there twice.
+    columns: headers of the table where they differ from `OWN_COLUMNS`. pattern: finds the patient in a file's name;
+    without it and without such columns, patient, side and view are read from names as prepared images have them.
+    Raises InputError, which names the line of an unknown value, a file outside `root`, or one that stands there twice.
     """
     listing, lines = _start_listing(), {}
     spellings = OWN_COLUMNS | {name: (plain_header(header),) for name, header in columns.items()}
@@ -223,7 +201,7 @@ def read_folders(root: str | Path, labels: Labels, pattern: str | None = None, s
 
 def _list_files(root, skip: Iterable = (), suffixes: Sequence[str] | None = None) -> list[str]:
     """Return the paths of the images below `root`. suffixes: of their names. Raises InputError where there are none."""
-    suffixes = tuple(suffixes or (*IMAGE_SUFFIXES, ".pgm"))
+    suffixes = tuple(suffixes or (*reading.IMAGE_SUFFIXES, ".pgm"))
     if not Path(root).is_dir():
         raise InputError(f"{root}: no such folder. Expected that of the images")
     files = [path for path in walk_files(root, skip) if path.name.lower().endswith(suffixes)]
@@ -241,10 +219,8 @@ def _find_table(root, start: str, suffixes: Sequence[str] = TABLE_SUFFIXES) -> P
     found = [path for path in found if path.suffix.lower() in suffixes]
     if len(found) != 1:
         received = ", ".join(map(str, found[:3])) or "none"
-        raise InputError(
-            f"{root}: Expected one table {start}*{' or '.join(suffixes)} below it. Received {received}; "
-            f"name the right one with --table"
-        )
+        expected = f"Expected one table {start}*{' or '.join(suffixes)} below it"
+        raise InputError(f"{root}: {expected}. Received {received}; name the right one with --table")
     return found[0]
 
 
@@ -255,7 +231,7 @@ def find_view(path: str | Path) -> str | None:
     """
     if is_dicom(path):
         with suppress(Exception):  # of many kinds, on damaged headers, which the reader of the pixels judges
-            if view := VIEWS.get(dicom_view(read_dicom_header(path)).lower()):
+            if view := VIEWS.get(reading.dicom_view(read_dicom_header(path)).lower()):
                 return view
     stem = Path(path).stem
     if known := parse_image_name(stem) or parse_inbreast_name(stem):
@@ -297,11 +273,11 @@ def _read_cmmd_header(root, ids: set[str], file: str) -> tuple[str, str, str, st
     """Return patient, side, view and what is wrong with the header of a file."""
     try:
         header = read_dicom_header(Path(root, file))
-        side = known_value(dicom_side(header), SIDES, "ImageLaterality", "header")
+        side = known_value(reading.dicom_side(header), SIDES, "ImageLaterality", "header")
     except InputError as error:
         return "", "", "", str(error)
     folders = (part for part in file.split("/") if part in ids)
-    view = dicom_view(header)
+    view = reading.dicom_view(header)
     return str(header.get("PatientID") or next(folders, "")), side, view if view in VIEWS.values() else "", ""
 
 
@@ -418,17 +394,14 @@ def prepare_own_image(job: Job, download: Path, out: Path) -> Outcome:
     """Write the whole image of one job; see `work.run_resumable`."""
     plan, result = job.plan, Outcome(job.name)
     try:
-        img, stored = read_mammogram(Path(download, plan["file"]), plan["voi_lut"], plan["whole"]["levels"])
+        img, stored = reading.read_mammogram(Path(download, plan["file"]), plan["voi_lut"], plan["whole"]["levels"])
         write_whole(img[:, ::-1] if plan["mirrored"] else img, out, plan["folder"], plan["whole"], plan["file"], result)
     except InputError as error:
         result.faults.append(f"{job.name}: {error}; left out")
         return result
     result.facts |= stored
-    kinds = {
-        "monochrome1_inverted": stored["photometric"] == "MONOCHROME1",
-        "8_bit_scaled_to_16_bit": stored["bits"] == 8,
-        "mirror_image_undone": plan["mirrored"],
-    }
+    kinds = {"monochrome1_inverted": stored["photometric"] == "MONOCHROME1", "mirror_image_undone": plan["mirrored"]}
+    kinds |= {"8_bit_scaled_to_16_bit": stored["bits"] == 8}
     result.repairs += [(kind, f"{job.name}: {plan['file']}") for kind, present in kinds.items() if present]
     return result
 
@@ -487,7 +460,7 @@ class OwnData(DataSet):
                 print(f"{kind.replace('_', ' ')}: {len(listed)}, such as {listed[0]}")
         return listing
 
-    def plan(self, pictures, places) -> list[Job]:
+    def plan(self, pictures: Mapping[str, Picture], places: Mapping[str, str | None]) -> list[Job]:
         """Return a job for each picture whose patient is in a set.
 
         A file that is not there is a fault of its own. Raises InputError where none is there.
@@ -501,20 +474,18 @@ class OwnData(DataSet):
             sources = (picture.file,) if Path(args.data, picture.file).is_file() else ()
             jobs.append(Job(name, sources, (whole_img_path(name, folder),), plan))
         if jobs and not any(job.sources for job in jobs):
-            raise InputError(
-                f"{args.data}: none of the {len(jobs)} files is there. Expected the folder that their names start "
-                f"from, in which {jobs[0].plan['file']} is"
-            )
+            expected = f"Expected the folder that their names start from, in which {jobs[0].plan['file']} is"
+            raise InputError(f"{args.data}: none of the {len(jobs)} files is there. {expected}")
         return jobs
 
-    def complete(self, report, listing, jobs, results) -> None:
+    def complete(self, report: dict, listing: Listing, jobs: Sequence[Job], results: Sequence[Outcome]) -> None:
         """Report how many bits 16-bit files use, and warn of dark images."""
         bits = report["stored_bits"] = stored_bits(results)
         if bits is not None and bits < 15 and not self.args.auto_levels:
-            print(
-                f"Warning: the pixels of all 16-bit files use {bits} bits, so that the images are dark: after the "
-                f"rescale factor they reach {255 * 2**bits / 2**16:.0f} of 255; --auto-levels stretches them"
+            reach = (
+                f"after the rescale factor they reach {255 * 2**bits / 2**16:.0f} of 255; --auto-levels stretches them"
             )
+            print(f"Warning: the pixels of all 16-bit files use {bits} bits, so that the images are dark: {reach}")
 
 
 def _add_labels(parser: ArgumentParser) -> None:
@@ -628,8 +599,6 @@ class Nyu(OwnData):
 
     def read(self) -> Listing:
         listing = super().read()
-        print(
-            f"Warning: {self.args.table} names no patients: each exam counts as one, and images of a patient with "
-            f"several exams may come into several sets"
-        )
+        text = "each exam counts as one, and images of a patient with several exams may come into several sets"
+        print(f"Warning: {self.args.table} names no patients: {text}")
         return listing

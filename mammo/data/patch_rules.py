@@ -168,10 +168,7 @@ def sample_background(
     image_shape: tuple[int, int],
     rng: np.random.RandomState,
 ) -> list[Patch]:
-    """Return patches anywhere in the image, margins excepted, that overlap all of `avoid` less than `neg_cutoff`.
-
-    Raises InputError after MAX_BACKGROUND_TRIES.
-    """
+    """Return patches in the image, margins excepted, overlapping all of `avoid` < `neg_cutoff`; see `_sample_apart`."""
     half, (height, width) = patch_size // 2, image_shape
     return _sample_apart("bkg", avoid, nb_bkg, patch_size, neg_cutoff, (half, half, width - half, height - half), rng)
 
@@ -182,7 +179,7 @@ def sample_hard_negatives(
     """Return patches beside a lesion, centred within half a patch of its box, that overlap `avoid` < `neg_cutoff`.
 
     The box is cut at the margins of the image. The draws are from a generator of their own. (The published program
-    has this sampler, without a call of it.) Raises InputError after MAX_BACKGROUND_TRIES.
+    has this sampler, without a call of it.) See `_sample_apart`.
     """
     half = patch_size // 2
     left, top, width, height = roi.box
@@ -193,14 +190,17 @@ def sample_hard_negatives(
 
 
 def _sample_apart(kind, avoid, count, patch_size, neg_cutoff, limits, rng):
-    """Return `count` patches with centres within `limits` (left, top, right, bottom); every try draws x, then y."""
+    """Return `count` patches with centres within `limits` (left, top, right, bottom); every try draws x, then y.
+
+    Raises InputError after MAX_BACKGROUND_TRIES.
+    """
     left, top, right, bottom = limits
     patches, tries = [], 0
     while len(patches) < count:
         if tries == MAX_BACKGROUND_TRIES:
+            remedy = "use a smaller --patch-size, fewer of them, or a larger --neg-cutoff"
             raise InputError(
-                f"only {len(patches)} of {count} background patches ({kind}) found in {tries} tries: "
-                f"use a smaller --patch-size, fewer of them, or a larger --neg-cutoff"
+                f"only {len(patches)} of {count} background patches ({kind}) found in {tries} tries: {remedy}"
             )
         x, y = int(rng.randint(left, right)), int(rng.randint(top, bottom))
         tries += 1

@@ -2,9 +2,9 @@
 
 The rows of the lesion table become jobs, one an image; a job reads image and masks, chooses the centres of patches and
 writes them. Output folders hold one sub-folder a class with the patches as 16-bit PNG, `patches.csv` (a row a patch,
-see `PatchRow`) and `pat_lst.txt` (the patients of the set). The two tables are there when a set is complete. A run that
-was killed, started again, goes on and ends with the same files (`work.run_resumable`). `options.json` holds the options
-that decide them, and a run with others is refused.
+of `PATCH_COLUMNS`) and `pat_lst.txt` (the patients of the set). The two tables are there when a set is complete. A run
+that was killed, started again, goes on and ends with the same files (`work.run_resumable`). `options.json` holds the
+options that decide them, and a run with others is refused.
 """
 
 import contextlib
@@ -32,8 +32,7 @@ from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import read_resize_img
 from mammo.images.reading import check_grey, read_size
 
-# Written when a set is complete.
-TABLES = ("pat_lst.txt", "patches.csv")
+TABLES = ("pat_lst.txt", "patches.csv")  # written when a set is complete
 
 FOLDER_OPTIONS = ("roi_mask_dir", "full_img_dir", "train_out_dir", "val_out_dir")
 
@@ -46,6 +45,13 @@ _OTHER_OPTIONS = (
 LESION_COLUMNS = ("patient_id", "side", "view", "abn_num", "pathology", "type")
 LESION_VALUES = {"side": ("LEFT", "RIGHT"), "view": ("CC", "MLO"), "type": ("calc", "mass")}
 BENIGN = ("BENIGN", "BENIGN_WITHOUT_CALLBACK")
+
+# Of patches.csv. x, y: centre as in `Patch` and in the log. image_x, image_y: the same in the whole image as resized to
+# image_height x image_width. source_height, source_width: of the image file. overlap: see `Roi.overlap`.
+PATCH_COLUMNS = (
+    *("file", "patient", "side", "view", "abnormality", "class", "kind", "x", "y", "overlap"),
+    *("image_x", "image_y", "image_height", "image_width", "source_height", "source_width"),
+)
 
 # A mask of another size than its image is resized like it; of another shape, it belongs to another image.
 ASPECT_TOLERANCE = 0.02
@@ -67,32 +73,6 @@ class Lesion(NamedTuple):
     @property
     def image_id(self) -> str:
         return f"{self.patient}_{self.side}_{self.view}"
-
-
-class PatchRow(NamedTuple):
-    """Hold one row of patches.csv; its header is these names, with `class` for `class_name`.
-
-    x, y: centre as in `Patch` and in the log. image_x, image_y: the same centre in the whole image as resized
-    to image_height x image_width. source_height, source_width: the size of the image file. overlap: see
-    `Roi.overlap`.
-    """
-
-    file: str
-    patient: str
-    side: str
-    view: str
-    abnormality: str
-    class_name: str
-    kind: str
-    x: int
-    y: int
-    overlap: float
-    image_x: int
-    image_y: int
-    image_height: int
-    image_width: int
-    source_height: int
-    source_width: int
 
 
 # ---------------------------------------------------------------------------------------------- input tables
@@ -242,7 +222,8 @@ def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | 
             class_dir = class_dirs[lesion.type, lesion.malignant] if patch.kind == "abn" else args.bkg_dir
             file = patch_name(job.name, class_dir, lesion.number, written[class_dir, lesion.number])
             written[class_dir, lesion.number] += 1
-            write_patch(Path(out_dir, file), breast.padded, patch, args.patch_size)
+            pixels = np.rint(cut_patch(breast.padded, patch.x, patch.y, args.patch_size))
+            write_img(Path(out_dir, file), np.clip(pixels, 0, 65535).astype("uint16"))
             result.outputs.append(file)
             article = "an" if patch.kind == "abn" else "a"
             log(f"sampled {article} {patch.kind} patch at (x,y) center= {(patch.x, patch.y)}")
@@ -251,11 +232,11 @@ def sample_image(job: Job, args: Namespace, class_dirs: Mapping, out_dir: str | 
     return result
 
 
-def make_row(file: str, class_dir: str, lesion: Lesion, patch: Patch, breast: BreastImage, half: int) -> PatchRow:
+def make_row(file: str, class_dir: str, lesion: Lesion, patch: Patch, breast: BreastImage, half: int) -> tuple:
     """Return the row of patches.csv about one patch. half: the margin of the padded image."""
     place = patch.x - half + breast.left, patch.y - half + breast.top
     cut = class_dir, patch.kind, patch.x, patch.y, round(patch.overlap, 4)
-    return PatchRow(file, *lesion[:4], *cut, *place, *breast.shape, *breast.source_size)
+    return file, *lesion[:4], *cut, *place, *breast.shape, *breast.source_size
 
 
 def read_sampled(path: str | Path, args: Namespace) -> np.ndarray:
@@ -306,12 +287,6 @@ def read_lesion_masks(
     return masks
 
 
-def write_patch(path: Path, padded: np.ndarray, patch: Patch, patch_size: int) -> None:
-    """Save a patch of the padded image as 16-bit greyscale PNG with the same pixel values."""
-    pixels = np.clip(np.rint(cut_patch(padded, patch.x, patch.y, patch_size)), 0, 65535).astype("uint16")
-    write_img(path, pixels)
-
-
 # -------------------------------------------------------------------------------------------------- all images
 
 
@@ -358,9 +333,9 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
     if faults:
         print(f"{len(faults)} left out:", *faults, sep="\n  ")
         if args.on_error != "skip":
+            remedy = "mend them, or leave them out with --on-error skip"
             raise InputError(
-                f"images or masks at fault: {len(faults)}, all others sampled; mend them, or leave them out with "
-                f"--on-error skip. The first: {faults[0]}"
+                f"images or masks at fault: {len(faults)}, all others sampled; {remedy}. The first: {faults[0]}"
             )
 
 
@@ -388,8 +363,7 @@ def sample_set(
     results = run_resumable(jobs, sample, "/", out_dir, folders, **how, desc=name)
 
     with atomic_write(Path(out_dir, "patches.csv")) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        # "class" is a word of Python and cannot name a field.
-        file.write(",".join(field.removesuffix("_name") for field in PatchRow._fields) + "\n")
+        file.write(",".join(PATCH_COLUMNS) + "\n")
         file.writelines(result.facts["rows"] for result in results)
     write_text(Path(out_dir, "pat_lst.txt"), "".join(f"{patient}\n" for patient in patients))
     counts = Counter(path.split("/")[0] for result in results for path in result.outputs)
@@ -414,12 +388,12 @@ def check_patches_of(name: str, patients: Sequence[str], out_dir: Path) -> None:
 
 def check_names(lesions: Sequence[Lesion], class_dirs: Mapping) -> None:
     """Raise InputError for two lesions whose patches would have the same names."""
-    names = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
-    for (class_dir, image_id, number), count in names.items():
+    counts = Counter((class_dirs[lesion.type, lesion.malignant], lesion.image_id, lesion.number) for lesion in lesions)
+    for (class_dir, image_id, number), count in counts.items():
         if count > 1:
+            names = f"{class_dir}/{image_id}_{number}_*.png"
             raise InputError(
-                f"{count} lesions would share the file names {class_dir}/{image_id}_{number}_*.png; "
-                f"give their types folders of their own"
+                f"{count} lesions would share the file names {names}; give their types folders of their own"
             )
 
 

@@ -11,7 +11,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -27,6 +27,9 @@ from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import auto_levels, faces_left, to_uint16
 from mammo.images.reading import resize as resize_image
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # Options that decide what the outputs are, where a data set has them, in the order of options.json.
 DECIDING = (
     *("format", "voi_lut"),
@@ -40,7 +43,6 @@ DECIDING = (
 RESCALE_FACTOR = 0.003891
 
 IMAGE_TABLE, NEAR_DUPLICATES = "images.csv", "near_duplicates.csv"
-
 _COMPARED = ("file", "set", "label", "patient")
 _PAIR_COLUMNS = (*_COMPARED, *(f"other_{name}" for name in _COMPARED), "difference")
 
@@ -94,13 +96,8 @@ def deciding_options(args: argparse.Namespace) -> dict:
 
 def whole_options(args: argparse.Namespace) -> dict:
     """Return the options of `make_whole`, in types that JSON can hold."""
-    return {
-        "img_size": args.img_size,
-        "resize": args.resize,
-        "segment_breast": args.segment_breast,
-        "levels": args.auto_levels,
-        "face": args.face,
-    }
+    size = {"img_size": args.img_size, "resize": args.resize}
+    return {**size, "segment_breast": args.segment_breast, "levels": args.auto_levels, "face": args.face}
 
 
 # ------------------------------------------------------------------------------------------------- whole images
@@ -238,7 +235,7 @@ def write_image_table(path: str | Path, rows: Iterable[ImageRow]) -> None:
     write_csv(path, ImageRow._fields, rows)
 
 
-def read_image_table(path: str | Path):
+def read_image_table(path: str | Path) -> "pd.DataFrame":
     """Read the rows of images.csv as a pandas DataFrame of strings: the columns of `ImageRow`, and others if there are.
 
     Raises InputError, which names the line, for missing columns, no rows, unknown values, an image without patient,
@@ -348,30 +345,24 @@ def make_report(
     lists: Mapping[str, Sequence[str]],
     results: Sequence[Outcome],
 ) -> dict:
-    """Return what report.json says of any data set, to be completed by what is its own.
-
-    sets: patients of each set as planned. lists: what `write_lists` returned.
-    """
+    """Return what report.json says of any data set. sets: patients as planned. lists: what `write_lists` returned."""
     done = finished(results)
     repairs = {kind: list(listing.repairs.get(kind, ())) for kind in {*data_set.repairs, *listing.repairs}}
     for kind, what in itertools.chain.from_iterable(result.repairs for result in results):
         repairs.setdefault(kind, []).append(what)
+    counts = {"images_prepared": len(done), "images_skipped": len(results) - len(done)}
+    counts |= {"patients_in_no_set": count_left_patients(sets, pictures.values())}
     report = {
         "options": deciding_options(data_set.args),
         "rescale_factor": RESCALE_FACTOR,
         "featurewise_mean": training_mean(results, data_set.args.img_size),
-        "counts": {
-            "images_prepared": len(done),
-            "images_skipped": len(results) - len(done),
-            "patients_in_no_set": count_left_patients(sets, pictures.values()),
-        },
+        "counts": counts | listing.counts,
         "planned_sets": count_sets(sets, pictures.values()),
         "sets": count_sets(lists, [pictures[result.name] for result in done]),
         "repairs": {kind: {"count": len(listed), "items": listed} for kind, listed in sorted(repairs.items())},
         "near_duplicates": list_near_duplicates(pictures, results),
         "skipped": [{"image": result.name, "reason": fault} for result in results for fault in result.faults],
     }
-    report["counts"] |= listing.counts
     report |= listing.report
     if data_set.exclusions:
         report["excluded"] = {
@@ -382,10 +373,7 @@ def make_report(
 
 
 def write_preparation_report(report: dict, args: argparse.Namespace) -> None:
-    """Write report.json and near_duplicates.csv, and print what matters of them.
-
-    Raises InputError for faults, unless `args.on_error` is "skip".
-    """
+    """Write report.json and near_duplicates.csv, and print them; InputError for faults but with `--on-error skip`."""
     pairs = report["near_duplicates"]
     write_csv(Path(args.out, NEAR_DUPLICATES), _PAIR_COLUMNS, [pair.values() for pair in pairs])
     write_text(Path(args.out, REPORT), json.dumps(report, indent=2) + "\n")
@@ -407,21 +395,18 @@ def write_preparation_report(report: dict, args: argparse.Namespace) -> None:
     if pairs:
         across = sum(pair["set"] != pair["other_set"] for pair in pairs)
         at_least = "at least " if len(pairs) == MAX_PAIRS else ""
-        print(
-            f"Warning: {at_least}{counted(len(pairs), 'pair')} of images of different patients that look the same, "
-            f"{at_least}{across} of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}; figures "
-            f"on the test set may be too good: see {NEAR_DUPLICATES}"
-        )
+        found = f"{at_least}{counted(len(pairs), 'pair')} of images of different patients that look the same"
+        such = f"{at_least}{across} of them across sets, such as {pairs[0]['file']} and {pairs[0]['other_file']}"
+        print(f"Warning: {found}, {such}; figures on the test set may be too good: see {NEAR_DUPLICATES}")
     if skipped:
         print(f"{len(skipped)} left out:", *(fault["reason"] for fault in skipped), sep="\n  ")
     if (mean := report["featurewise_mean"]) is not None:
         print(f"for the trainer: --rescale-factor {RESCALE_FACTOR} --featurewise-mean {mean:.2f}")
     print(f"details: {Path(args.out, REPORT)}")
     if skipped and args.on_error != "skip":
-        raise InputError(
-            f"images or masks at fault: {len(skipped)}, all others done; mend them and run this again, or "
-            f"leave them out with --on-error skip. The first: {skipped[0]['reason']}"
-        )
+        remedy = "mend them and run this again, or leave them out with --on-error skip"
+        first = skipped[0]["reason"]
+        raise InputError(f"images or masks at fault: {len(skipped)}, all others done; {remedy}. The first: {first}")
 
 
 # ---------------------------------------------------------------------------------------------- near duplicates
@@ -436,8 +421,7 @@ _BLOCK = 2048  # fingerprints that are compared at a time
 # a gamma of 0.6 or 1.6.
 MAX_DIFFERENCE = 0.09
 
-# No more pairs are told: they grow as the square of the number of copies.
-MAX_PAIRS = 100_000
+MAX_PAIRS = 100_000  # no more are told: they grow as the square of the number of copies
 
 
 def fingerprint(img: np.ndarray) -> str:

@@ -21,9 +21,6 @@ INBREAST_VIEWS = {"CC": "CC", "MLO": "MLO", "ML": "MLO"}
 _INBREAST_NAME = re.compile(r"[^_]+_([0-9a-z]+)_MG_([LR])_([A-Z]+)_ANON", re.IGNORECASE)
 
 
-# ----------------------------------------------------------------------------------------------------- drawing
-
-
 def stratified_split(
     patients: Sequence[str], malignant: Iterable[bool], share: float, seed: int = SEED, option: str = "--val-size"
 ) -> tuple[list[str], list[str]]:
@@ -43,10 +40,11 @@ def stratified_split(
     try:
         first, second = train_test_split(list(patients), test_size=share, stratify=malignant, random_state=seed)
     except ValueError as error:
-        raise InputError(
-            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} "
-            f"so that both parts have both classes: {error}; give another {option}, or 0 for no split"
-        ) from None
+        text = (
+            f"cannot split {len(malignant)} patients ({sum(malignant)} with cancer) at {option} {share:g} so that both"
+        )
+        remedy = f"give another {option}, or 0 for no split"
+        raise InputError(f"{text} parts have both classes: {error}; {remedy}") from None
     return first, second
 
 
@@ -81,9 +79,6 @@ def split_in_three(cancer: Mapping[str, bool], test_size: float, val_size: float
     return {"train": train, "val": val, "test": test}
 
 
-# ------------------------------------------------------------------------------------------------ given splits
-
-
 def read_patient_list(path: str | Path) -> list[str]:
     """Read patient ids, one a line; a header line `patient_id` may come first. InputError for repeated ids or none."""
     try:
@@ -105,36 +100,24 @@ def check_disjoint(sets: Mapping[str, Iterable[str]]) -> None:
     """Raise InputError when a patient is in two sets. sets: patient ids by the name of the set."""
     for (name, patients), (other_name, others) in combinations(sets.items(), 2):
         if shared := sorted(set(patients) & set(others)):
-            raise InputError(
-                f"{counted(len(shared), 'patient')} in both {name} and {other_name}, such as {', '.join(shared[:10])}: "
-                f"Expected all images of a patient in one set"
-            )
-
-
-# --------------------------------------------------------------------------------------- patients of the images
+            both = f"{counted(len(shared), 'patient')} in both {name} and {other_name}"
+            such = ", ".join(shared[:10])
+            raise InputError(f"{both}, such as {such}: Expected all images of a patient in one set")
 
 
 def parse_inbreast_name(stem: str) -> tuple[str, str, str | None] | None:
-    """Return (patient, side, view) by the name of an INbreast file without ending, None for names of another form.
-
-    The view is None where it is neither CC nor MLO.
-    """
+    """Return (patient, side, view) by an INbreast file's stem, the view None if not CC or MLO; None for other names."""
     match = _INBREAST_NAME.fullmatch(stem)
     return match and (match[1].lower(), INBREAST_SIDES[match[2].upper()], INBREAST_VIEWS.get(match[3].upper()))
 
 
 def patient_of(file: str) -> str:
-    """Return the patient whom the name of an image tells: one of INbreast, or one that data preparation wrote.
-
-    Raises InputError for names of another form.
-    """
+    """Return the patient whom an image's name tells, of INbreast or as data preparation writes it; else InputError."""
     stem = Path(file).stem
     if found := parse_inbreast_name(stem) or parse_image_name(stem):
         return found[0]
-    raise InputError(
-        f"{file}: the name tells no patient. Expected <image>_<patient>_MG_<side>_<view>_ANON as in INbreast, or "
-        f"<patient>_<LEFT|RIGHT>_<CC|MLO>"
-    )
+    expected = "Expected <image>_<patient>_MG_<side>_<view>_ANON as in INbreast, or <patient>_<LEFT|RIGHT>_<CC|MLO>"
+    raise InputError(f"{file}: the name tells no patient. {expected}")
 
 
 def cancer_patients(pictures: Iterable[Picture]) -> dict[str, bool]:
@@ -163,21 +146,14 @@ def count_sets(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture]) -
     for name, patients in sets.items():
         wanted = set(patients)
         mine = [picture for picture in pictures if picture.patient in wanted]
-        counts[name] = {
-            "patients": len(patients),
-            "cancer_patients": sum(cancer_patients(mine).values()),
-            "images": len(mine),
-            "positive_images": sum(picture.positive for picture in mine),
-        }
+        counts[name] = {"patients": len(patients), "cancer_patients": sum(cancer_patients(mine).values())}
+        counts[name] |= {"images": len(mine), "positive_images": sum(picture.positive for picture in mine)}
     return counts
 
 
 def count_left_patients(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture]) -> int:
     """Count the patients in no set."""
     return len({picture.patient for picture in pictures} - sets_of_patients(sets).keys())
-
-
-# ------------------------------------------------------------------------------------------- splits by options
 
 
 def split_by_options(pictures: Iterable[Picture], args: Namespace, parser: ArgumentParser) -> dict[str, list[str]]:
@@ -226,10 +202,8 @@ def _check_drawn(names: Iterable[str], args: Namespace, parser: ArgumentParser) 
     """Raise InputError where a share of patients was given for a set that `args.split` does not draw."""
     for name in names:
         if getattr(args, f"{name}_size") != parser.get_default(f"{name}_size"):
-            raise InputError(
-                f"--{name}-size: Expected a --split that draws the {name} set. Received --split {args.split}, by which "
-                f"its patients are given"
-            )
+            received = f"Received --split {args.split}, by which its patients are given"
+            raise InputError(f"--{name}-size: Expected a --split that draws the {name} set. {received}")
 
 
 def print_split(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture], args: Namespace) -> None:
@@ -238,17 +212,12 @@ def print_split(sets: Mapping[str, Sequence[str]], pictures: Iterable[Picture], 
     seed = f", random state {args.random_state}" if args.split != "lists" else ""
     print(f"split {args.split}{seed}:")
     for name, counts in count_sets(sets, pictures).items():
-        print(
-            f"  {name:5} {counts['patients']:5} patients ({counts['cancer_patients']} with cancer), "
-            f"{counts['images']:5} images ({counts['positive_images']} positive)"
-        )
+        patients = "{patients:5} patients ({cancer_patients} with cancer)".format(**counts)
+        print(f"  {name:5} {patients}, {counts['images']:5} images ({counts['positive_images']} positive)")
     placed = [patient for patients in sets.values() for patient in patients]
     print(f"no patient is in two sets: {len(placed)} places, {len(set(placed))} patients")
     if left := count_left_patients(sets, pictures):
         print(f"in no set: {counted(left, 'patient')}")
-
-
-# ------------------------------------------------------------------------------------------------ fewer patients
 
 
 def choose_patients(source: Path, out: Path, patients: int, seed: int = SEED) -> list[str]:
@@ -276,10 +245,9 @@ def choose_patients(source: Path, out: Path, patients: int, seed: int = SEED) ->
         raise InputError(f"{source / 'train'}: Expected at least {patients} patients. Received {len(images)}")
     with_cancer = round(patients * len(cancer) / len(images))
     if not 0 < with_cancer < patients:
-        raise InputError(
-            f"{source / 'train'}: {len(cancer)} of {len(images)} patients have cancer. Expected a number of patients "
-            f"for which this share means some with and some without. Received {patients}"
-        )
+        have = f"{len(cancer)} of {len(images)} patients have cancer"
+        expected = "Expected a number of patients for which this share means some with and some without"
+        raise InputError(f"{source / 'train'}: {have}. {expected}. Received {patients}")
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(sorted(cancer)).tolist()[:with_cancer]
     chosen += rng.permutation(sorted(images.keys() - cancer)).tolist()[: patients - with_cancer]

@@ -343,7 +343,8 @@ class _SampleIterator(DMIterator):
         for place in set(range(len(index))).difference(there):  # a batch keeps its size
             batch[place] = batch[there[place % len(there)]]
         if self.options.preprocess is not None:
-            batch = self.options.preprocess(batch)
+            # Those of keras.applications return views of reversed channels, which PyTorch does not take.
+            batch = np.ascontiguousarray(self.options.preprocess(batch), np.float32)
         counted = [] if attempt else there
         return self._with_labels(batch, None if self.classes is None else self.classes[index], counted)
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,25 +54,16 @@ DESCRIPTORS = {  # column names and some values of the two descriptive columns
     "calc": ("type", ["AMORPHOUS", "PLEOMORPHIC", "PUNCTATE"], "distribution", ["CLUSTERED", "LINEAR", "NA"]),
     "mass": ("shape", ["IRREGULAR", "LOBULATED", "OVAL"], "margins", ["CIRCUMSCRIBED", "ILL_DEFINED", "SPICULATED"]),
 }
-
 DESCRIPTIONS = {"image": "full mammogram images", "mask": "ROI mask images", "crop": "cropped images"}
-
 UID_PREFIX = "1.3.6.1.4.1.9590.100.1.2."
-
 JPEG_INFO = [
     *("file_path", "image_path", "BitsAllocated", "BitsStored", "Columns", "Laterality", "Modality", "PatientID"),
     *("PatientOrientation", "PhotometricInterpretation", "Rows", "SeriesDescription", "SeriesInstanceUID"),
     "StudyInstanceUID",
 ]
 
-README = """SYNTHETIC IMAGES, laid out like a download of CBIS-DDSM. Made by mammo phantom, without patients.
-They serve to try and to test software, mammo prepare cbis-ddsm in particular. They are no substitute for
-patients: figures measured on them say nothing about how a classifier does on real mammograms.
-
-{options}
-
-The four description files, the images in the tree "{tree}", and oddities.json: what is out of the ordinary, where.
-"""
+CONTENT = """\
+The four description files, the images in the tree "{tree}", and oddities.json: what is out of the ordinary, where."""
 
 
 class Row(NamedTuple):
@@ -85,23 +77,23 @@ class Row(NamedTuple):
     oddities: frozenset  # the names in ODDITIES that its image or mask has, and "swapped"
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         return self.patient.findings[self.index][0]
 
     @property
-    def pathology(self):
+    def pathology(self) -> str:
         return self.patient.findings[self.index][1]
 
     @property
-    def key(self):
+    def key(self) -> str:
         return f"{self.patient.name}_{self.patient.side}_{self.view}"
 
     @property
-    def image_folder(self):
+    def image_folder(self) -> str:
         return f"{self.kind.capitalize()}-{self.division}_{self.key}"
 
     @property
-    def roi_folder(self):
+    def roi_folder(self) -> str:
         return f"{self.image_folder}_{self.number}"
 
 
@@ -115,11 +107,11 @@ class Place(NamedTuple):
     position: int  # 0 for the first file of its folder
     described_as: str  # how the descriptive trees call the folder
 
-    def listed(self):
+    def listed(self) -> str:
         """The path that the description files give, whatever the tree."""
         return f"{self.folder}/{self.study}/{self.series}/{self.position:06d}.dcm"
 
-    def path(self, tree):
+    def path(self, tree: str) -> str:
         """Path below the download folder."""
         if tree == "uid":
             return f"CBIS-DDSM/{self.listed()}"
@@ -132,8 +124,8 @@ class Place(NamedTuple):
         return f"jpeg/{self.series}/{self.position + 1}-{int(self.study[-3:]):03d}.jpg"
 
 
-def make_uid(*words):
-    """A DICOM UID that is a function of the words."""
+def make_uid(*words) -> str:
+    """Return a DICOM UID that is a function of the words."""
     from pydicom.uid import generate_uid
 
     # The first digit after the prefix is fixed: leading zeros are not allowed, and all UIDs get one length.
@@ -141,7 +133,7 @@ def make_uid(*words):
     return UID_PREFIX + ("1" + digits)[:39].ljust(39, "1")
 
 
-def add_oddities(people, seed):
+def add_oddities(people: Iterable[Patient], seed: int) -> tuple[list[Patient], dict[str, str]]:
     """Give one patient each the oddities, with the findings they need. Returns (people, {patient name: oddity})."""
     people, odd = list(people), {}
     # Fewer patients than oddities get the first ones.
@@ -156,8 +148,10 @@ def add_oddities(people, seed):
     return people, odd
 
 
-def make_rows(people, views, divisions, odd, seed):
-    """The rows of all four description files, patient by patient."""
+def make_rows(
+    people: Iterable[Patient], views: Sequence[str], divisions: Mapping[str, str], odd: Mapping[str, str], seed: int
+) -> list[Row]:
+    """Return the rows of all four description files, patient by patient."""
     rows = []
     for patient in people:
         rng = np.random.default_rng([seed, patient.index, 3])
@@ -178,8 +172,8 @@ def make_rows(people, views, divisions, odd, seed):
     return rows
 
 
-def place_files(row, seed):
-    """The places of a row's image, mask and crop, and of its mask and crop according to the description file."""
+def place_files(row: Row, seed: int) -> tuple[Place, Place, Place, str, str]:
+    """Return the places of a row's image, mask and crop, and of its mask and crop according to the description file."""
     study, series = (make_uid(seed, row.image_folder, word) for word in ("study", "series"))
     image = Place("image", row.image_folder, study, series, 0, DESCRIPTIONS["image"])
     separate = "separate_folders" in row.oddities
@@ -200,7 +194,9 @@ def place_files(row, seed):
     return image, *places, *(place(content, listed[content]).listed() for content in ("mask", "crop"))
 
 
-def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, bits=None, **tags):
+def write_dicom(
+    path: Path, pixels: np.ndarray, photometric: str = "MONOCHROME2", keep: float = 1.0, bits: int | None = None, **tags
+) -> None:
     """Write unsigned pixels (rows, columns) as an explicit VR little endian DICOM file with these tags.
 
     MONOCHROME1 stores them inverted, so that the file shows the same picture. keep: share of the bytes to write.
@@ -231,13 +227,13 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", keep=1.0, bits=None, **
     write_bytes(path, buffer.getvalue(), keep)
 
 
-def write_bytes(path, data, keep=1.0):
+def write_bytes(path: Path, data: bytes, keep: float = 1.0) -> None:
     """Write the first bytes of `data`, this share of them."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data[: round(keep * len(data))])
 
 
-def write_view(rows, drawing, out, tree):
+def write_view(rows: Sequence[Row], drawing: Drawing, out: Path, tree: str) -> list[dict]:
     """Draw one view of a patient and write the files of all its rows. Returns their rows of dicom_info.csv."""
     patient, view = rows[0].patient, rows[0].view
     img, masks = drawing.draw(patient, view)
@@ -274,8 +270,8 @@ def write_view(rows, drawing, out, tree):
     return info
 
 
-def describe_download(row, old_header, seed):
-    """A row of a description file as a list of its cells."""
+def describe_download(row: Row, old_header: bool, seed: int) -> list:
+    """Return a row of a description file as a list of its cells."""
     rng = np.random.default_rng([seed, row.patient.index, 4, row.index])
     _, first, _, second = DESCRIPTORS[row.kind]
     words = [row.patient.side, row.view, row.number, "calcification" if row.kind == "calc" else "mass"]
@@ -292,15 +288,15 @@ def describe_download(row, old_header, seed):
     return [row.patient.name, density, *words, *descriptors, assessment, row.pathology, subtlety, *paths]
 
 
-def write_rows(path, header, rows, delimiter=","):
+def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence], delimiter: str = ",") -> None:
     """Write a table with CRLF at the ends of lines."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter).writerows([header, *rows])
     write_bytes(path, text.getvalue().encode())
 
 
-def count_oddities(rows):
-    """What oddities.json holds: for each oddity the keys, rows or patients that have it, and counts of all."""
+def count_oddities(rows: Sequence[Row]) -> dict:
+    """Return what oddities.json holds: for each oddity the keys, rows or patients that have it, and counts of all."""
     found = {name: sorted({row.key for row in rows if name in row.oddities}) for name in ODDITIES}
     found["swapped"] = sorted(row.roi_folder for row in rows if "swapped" in row.oddities)
     by_key, divisions = defaultdict(list), defaultdict(set)
@@ -327,7 +323,15 @@ def count_oddities(rows):
     return {"counts": counts, "oddities": found}
 
 
-def make_download(out, *, test_size=0.2, tree="uid", oddities="all", old_header=False, **drawing):
+def make_download(
+    out: str | Path,
+    *,
+    test_size: float = 0.2,
+    tree: str = "uid",
+    oddities: str = "all",
+    old_header: bool = False,
+    **drawing,
+) -> list[Row]:
     """Write a folder like a download of CBIS-DDSM into the new or empty folder `out`.
 
     Below it are the four description files (`csv/` holds them in the tree "jpeg", with dicom_info.csv), the images
@@ -370,12 +374,10 @@ def make_download(out, *, test_size=0.2, tree="uid", oddities="all", old_header=
         header = HEADERS[old_header].format(density=density, kind=kind, first=first, second=second).split(",")
         for division, name in (("Training", "train"), ("Test", "test")):
             cells = []
-            for row in rows:
-                if (row.kind, row.division) == (kind, division):
-                    repeats = 2 if "repeated_row" in row.oddities else 1
-                    cells += [describe_download(row, old_header, seed)] * repeats
+            for row in (row for row in rows if (row.kind, row.division) == (kind, division)):
+                cells += [describe_download(row, old_header, seed)] * (1 + ("repeated_row" in row.oddities))
             write_rows(tables / f"{kind}_case_description_{name}_set.csv", header, cells)
     write_bytes(out / "oddities.json", json.dumps({"tree": tree} | count_oddities(rows), indent=2).encode())
-    text = README.format(options=f"{drawing}, style {drawing.style}, oddities: {oddities}.", tree=tree)
-    write_bytes(out / "README.txt", text.encode())
+    like = ", laid out like a download of CBIS-DDSM, for mammo prepare cbis-ddsm"
+    drawing.write_readme(out, like, f"oddities: {oddities}", CONTENT.format(tree=tree))
     return rows

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, write_text
 from mammo.base.work import run_parallel
 
 
@@ -33,7 +33,7 @@ class Patient(NamedTuple):
     findings: list  # of (type, pathology), type calc or mass
 
     @property
-    def malignant(self):
+    def malignant(self) -> bool:
         return any(pathology == "MALIGNANT" for _, pathology in self.findings)
 
 
@@ -45,8 +45,8 @@ class Breast(NamedTuple):
     clearance: np.ndarray  # float32, pixels to the nearest of skin, muscle and image border; below 0 outside
 
 
-def power_law_noise(shape, rng, exponent=3.0):
-    """Periodic isotropic Gaussian noise with power spectrum 1 / frequency^exponent: mean 0, variance 1."""
+def power_law_noise(shape: tuple[int, int], rng: np.random.Generator, exponent: float = 3.0) -> np.ndarray:
+    """Return periodic isotropic Gaussian noise with power spectrum 1 / frequency^exponent: mean 0, variance 1."""
     from scipy import fft
 
     height, width = shape
@@ -57,7 +57,7 @@ def power_law_noise(shape, rng, exponent=3.0):
     return noise / noise.std()
 
 
-def draw_breast(height, width, view, rng):
+def draw_breast(height: int, width: int, view: str, rng: np.random.Generator) -> Breast:
     """Draw a left breast of the view CC or MLO, at the left edge: see `Breast`."""
     x = np.arange(width, dtype="float32") / width
     y = np.arange(height, dtype="float32")[:, None] / height
@@ -119,8 +119,8 @@ def _distance(inside):
     return cv2.distanceTransform(padded, cv2.DIST_L2, 5)[pad:-pad, pad:-pad]
 
 
-def draw_mass(malignant, radius, rng):
-    """A mass of about `radius` pixels: float32 (n, n) with n odd, peak 1, 0 outside the lesion."""
+def draw_mass(malignant: bool, radius: float, rng: np.random.Generator) -> np.ndarray:
+    """Draw a mass of about `radius` pixels: float32 (n, n) with n odd, peak 1, 0 outside the lesion."""
     half = int(np.ceil(1.5 * radius)) + 2
     y, x = np.mgrid[-half : half + 1, -half : half + 1].astype("float32") / radius
     angle, distance = np.arctan2(y, x), np.hypot(x, y)
@@ -146,11 +146,8 @@ def draw_mass(malignant, radius, rng):
     return _finish(np.maximum(mass, spicules * fading), 0.025 * radius)
 
 
-def draw_calcs(malignant, radius, height, rng):
-    """A cluster of microcalcifications within about `radius` pixels: as `draw_mass`.
-
-    height: of the whole image in pixels; single calcifications scale with it.
-    """
+def draw_calcs(malignant: bool, radius: float, height: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw microcalcifications within about `radius` pixels, as `draw_mass`; each in scale with the image's height."""
     half = int(np.ceil(1.5 * radius)) + 2
     canvas = np.zeros((2 * half + 1, 2 * half + 1), np.uint8)
     grain = max(1.0, 0.0026 * height)  # radius of a round calcification
@@ -191,7 +188,9 @@ def _finish(lesion, blur):
     return np.where(lesion > 0.03, lesion, 0)
 
 
-def draw_view(patient, view, seed, height, width, contrast=1.0, style="film"):
+def draw_view(
+    patient: Patient, view: str, seed: int, height: int, width: int, contrast: float = 1.0, style: str = "film"
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Draw one image of a patient.
 
     contrast: brightness of the lesions against the texture; 0 gives the same picture without them.
@@ -304,7 +303,7 @@ def _draw_label(picture, side, view, rng):
         picture[top : top + max(2, round(0.02 * height)), columns] = rng.uniform(0.3, 0.7)
 
 
-def draw_patients(patients, prevalence, benign_rate, seed):
+def draw_patients(patients: int, prevalence: float, benign_rate: float, seed: int) -> list[Patient]:
     """Choose who has what. Exactly the nearest number to the shares is malignant and benign, the rest normal."""
     malignant = round(prevalence * patients)
     benign = min(round(benign_rate * patients), patients - malignant)
@@ -323,6 +322,16 @@ def _draw_patient(index, kind, seed):
             malignant = kind == "malignant" and (number == 0 or rng.random() < 0.5)
             findings.append((str(rng.choice(["calc", "mass"])), "MALIGNANT" if malignant else benign))
     return Patient(f"P_{index:05d}", index, side, findings)
+
+
+README = """SYNTHETIC IMAGES{like}. Made by mammo phantom; no patient was imaged.
+They serve to try and to test software. They are no substitute for patients: figures measured on them say nothing about
+how a classifier does on real mammograms.
+
+{options}
+
+{content}
+"""
 
 
 @dataclass(frozen=True)
@@ -352,6 +361,11 @@ class Drawing:
             raise InputError(f"Expected each of --views once. Received {' '.join(self.views)}.")
         if min(self.height, self.width) < 128:
             raise InputError(f"Expected --height and --width of at least 128. Received {self.height} and {self.width}.")
+
+    def write_readme(self, out: Path, like: str, options: str, content: str) -> None:
+        """Write README.txt: what the images are like, the options, those of one layout last, and what is where."""
+        options = f"{self}, style {self.style}, contrast {self.contrast}, {options}."
+        write_text(out / "README.txt", README.format(like=like, options=options, content=content))
 
     def draw(self, patient: Patient, view: str) -> tuple[np.ndarray, list[np.ndarray]]:
         """Draw one image of a patient; see `draw_view`."""

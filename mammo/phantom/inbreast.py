@@ -6,6 +6,7 @@
 import hashlib
 import json
 import plistlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +33,12 @@ ODDITIES = {
     "other_laterality": "a row that says the other breast than the name of its DICOM file",
 }
 
-# Categories of breasts with cancer, as often as in INbreast.
-POSITIVE_BIRADS = {"4a": 13, "4b": 8, "4c": 22, "5": 49, "6": 8}
-
+POSITIVE_BIRADS = {"4a": 13, "4b": 8, "4c": 22, "5": 49, "6": 8}  # of breasts with cancer, as often as in INbreast
 BITS = 14
 
-README = """SYNTHETIC IMAGES, laid out like a download of INbreast. Made by mammo phantom, without patients.
-They serve to try and to test software, mammo prepare inbreast in particular. They are no substitute for
-patients: figures measured on them say nothing about how a classifier does on real mammograms.
-
-{options}
-
+CONTENT = """\
 INbreast.csv, the images in AllDICOMs, annotations of those with findings in AllXML, and oddities.json: what is out of
-the ordinary, where.
-"""
+the ordinary, where."""
 
 
 class View(NamedTuple):
@@ -59,27 +52,27 @@ class View(NamedTuple):
     oddities: frozenset
 
     @property
-    def listed(self):
+    def listed(self) -> str:
         """What the table calls the view."""
         return "FB" if "fb_view" in self.oddities else self.view
 
     @property
-    def dicom(self):
+    def dicom(self) -> str:
         view = "ML" if self.listed == "MLO" else self.listed
         return f"AllDICOMs/{self.number}_{self.patient}_MG_{self.breast.side[0]}_{view}_ANON.dcm"
 
     @property
-    def annotation(self):
+    def annotation(self) -> str:
         return f"AllXML/{self.number}.xml"
 
-    def row(self):
+    def row(self) -> list:
         side = {"LEFT": "R", "RIGHT": "L"}[self.breast.side] if "other_laterality" in self.oddities else None
         acr = " " * 190 if "blank_acr" in self.oddities else 1 + self.breast.index % 4
         words = "removed", "removed", side or self.breast.side[0], self.listed, 200801 + self.breast.index % 12
         return [*words, self.number, acr, self.birads]
 
 
-def make_views(people, views, odd, seed):
+def make_views(people: Sequence[Patient], views: Sequence[str], odd: Mapping[str, str], seed: int) -> list[View]:
     """Both breasts of all patients, the second without findings. odd: oddities by the names of patients."""
     made = []
     for patient in people:
@@ -105,11 +98,8 @@ def make_views(people, views, odd, seed):
     return made
 
 
-def annotate(findings, masks, rng):
-    """The ROIs of a property list: outlines of all masks; of calcifications also single ones, as points within it.
-
-    Names vary, and are misspelt, as in INbreast.
-    """
+def annotate(findings: Sequence[tuple], masks: Sequence[np.ndarray], rng: np.random.Generator) -> list[dict]:
+    """Return ROIs: outlines of all masks, and points within calcifications; names vary, as misspelt as in INbreast."""
     rois = []
 
     def add(name, points):
@@ -131,7 +121,7 @@ def annotate(findings, masks, rng):
     return rois
 
 
-def write_view(view, drawing, out):
+def write_view(view: View, drawing: Drawing, out: Path) -> None:
     """Draw one image and write its DICOM file and, where there are findings, its annotations."""
     findings = view.breast.findings
     img, masks = drawing.draw(view.breast, view.view)
@@ -146,7 +136,7 @@ def write_view(view, drawing, out):
         write_bytes(out / view.annotation, plistlib.dumps(images), 0.6 if "damaged_xml" in view.oddities else 1)
 
 
-def make_inbreast(out, *, benign_rate=0.4, oddities="all", **drawing):
+def make_inbreast(out: str | Path, *, benign_rate: float = 0.4, oddities: str = "all", **drawing) -> list[View]:
     """Write a folder like a download of INbreast into the new or empty folder `out`.
 
     Below it are INbreast.csv, AllDICOMs/, AllXML/, README.txt and oddities.json. Both breasts of each patient are
@@ -173,7 +163,6 @@ def make_inbreast(out, *, benign_rate=0.4, oddities="all", **drawing):
     write_rows(out / "INbreast.csv", HEADER, rows, delimiter=";")
     found = {name: [view.number for view in made if name in view.oddities] for name in ODDITIES}
     write_bytes(out / "oddities.json", json.dumps(found, indent=2).encode())
-    options = f"{drawing}, style {drawing.style}, contrast {drawing.contrast}, oddities: {oddities}."
-    text = README.format(options=options)
-    write_bytes(out / "README.txt", text.encode())
+    like = ", laid out like a download of INbreast, for mammo prepare inbreast"
+    drawing.write_readme(out, like, f"oddities: {oddities}", CONTENT)
     return made

@@ -16,37 +16,33 @@ bits, annotations, and oddities.
 """
 
 import argparse
+import itertools
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
 
 from mammo.base import cli
 from mammo.base.files import InputError, atomic_write, write_img, write_text
+from mammo.base.tables import write_csv
+from mammo.data.patches import LESION_COLUMNS
 from mammo.data.splits import stratified_split
 from mammo.phantom.cbis_ddsm import TREES, make_download
-from mammo.phantom.draw import STYLES, Drawing, draw_patients
+from mammo.phantom.draw import STYLES, Drawing, Patient, draw_patients
 from mammo.phantom.inbreast import make_inbreast
 
-CSV_HEADER = "patient_id,side,view,abn_num,pathology,type\n"
-
-README = """SYNTHETIC IMAGES. Made by mammo phantom; no patient was imaged.
-They serve to try and to test software. They are no substitute for patients: figures measured on them say
-nothing about how a classifier does on real mammograms.
-
-{options}
-
+CONTENT = """\
 full_img/            16-bit images, <patient>_<SIDE>_<VIEW>.png
 roi_mask/            8-bit masks, one a finding, 255 inside
 roi_mask_path.csv    one row a finding
 pat_train.txt        patients for training and validation; pat_test.txt: for the test
 pat_side_cancer.csv  1 where the breast has a malignant finding
-train/ val/ test/    whole images, in pos where any finding is malignant, else in neg
-"""
+train/ val/ test/    whole images, in pos where any finding is malignant, else in neg"""
 
 
-def assign_folders(people, test_size, val_size, seed):
+def assign_folders(people: Sequence[Patient], test_size: float, val_size: float, seed: int) -> dict[str, str]:
     """Map patient names to train, val or test, with the same share of cancer patients in each.
 
     Of the patients with findings, those go to val whom the patch sampler puts there, given pat_train.txt: so
@@ -68,7 +64,9 @@ def assign_folders(people, test_size, val_size, seed):
     return folders
 
 
-def make_patient(patient, drawing, out, folders, img_size):
+def make_patient(
+    patient: Patient, drawing: Drawing, out: Path, folders: Mapping[str, str], img_size: tuple[int, int] | None
+) -> None:
     """Draw and write all images and masks of one patient."""
     for view in drawing.views:
         img, masks = drawing.draw(patient, view)
@@ -93,7 +91,15 @@ def _link(source, target):
             shutil.copyfile(source, temporary)
 
 
-def make_phantom(out, *, img_size=None, benign_rate=0.4, test_size=0.2, val_size=0.1, **drawing):
+def make_phantom(
+    out: str | Path,
+    *,
+    img_size: tuple[int, int] | None = None,
+    benign_rate: float = 0.4,
+    test_size: float = 0.2,
+    val_size: float = 0.1,
+    **drawing,
+) -> list[Patient]:
     """Write a phantom data set into the new or empty folder `out`: the README.txt there lists what.
 
     Options as on the command line; drawing: those of `Drawing`. The same options give the same bytes for any number of
@@ -108,20 +114,18 @@ def make_phantom(out, *, img_size=None, benign_rate=0.4, test_size=0.2, val_size
     folders = assign_folders(people, test_size, val_size, drawing.seed)
     drawing.run(make_patient, people, "patient", out=out, folders=folders, img_size=img_size)
     findings = [
-        f"{p.name},{p.side},{view},{number},{pathology},{kind}\n"
-        for p in people
-        for view in drawing.views
+        (p.name, p.side, view, number, pathology, kind)
+        for p, view in itertools.product(people, drawing.views)
         for number, (kind, pathology) in enumerate(p.findings, start=1)
     ]
-    write_text(out / "roi_mask_path.csv", CSV_HEADER + "".join(findings))
+    write_csv(out / "roi_mask_path.csv", LESION_COLUMNS, findings)
     for name, is_test in (("pat_train.txt", False), ("pat_test.txt", True)):
         names = [p.name for p in people if (folders[p.name] == "test") == is_test]
         write_text(out / name, "".join(f"{name}\n" for name in names))
-    cancers = [f"{p.name},{p.side},{int(p.malignant)}\n" for p in people]
-    write_text(out / "pat_side_cancer.csv", "patient_id,side,cancer\n" + "".join(cancers))
+    cancers = [(p.name, p.side, int(p.malignant)) for p in people]
+    write_csv(out / "pat_side_cancer.csv", ["patient_id", "side", "cancer"], cancers)
     shares = f"malignant {prevalence}, benign {benign_rate}, test {test_size}, validation {val_size}"
-    options = f"{drawing}, contrast {drawing.contrast}, style {drawing.style};\nshares: {shares}."
-    write_text(out / "README.txt", README.format(options=options))
+    drawing.write_readme(out, "", f"\nshares: {shares}", CONTENT)
     return people
 
 

@@ -4,7 +4,8 @@ All are Keras callbacks. One instance serves all stages of a training, and the o
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,7 +59,8 @@ class BestModel(keras.callbacks.Callback):
         if self.filepath == "NOSAVE":
             self.weights = model.get_weights()
         else:
-            checkpoint.save_model(model, self.filepath)
+            with _thawed(model):
+                checkpoint.save_model(model, self.filepath)
 
     def restore(self, model: keras.Model) -> None:
         """Give `model` the best weights; without a finished epoch it stays as it is. InputError for another's file.
@@ -69,6 +71,24 @@ class BestModel(keras.callbacks.Callback):
             model.set_weights(self.weights)
         elif self.best_epoch is not None:
             checkpoint.load_weights(model, self.filepath)
+
+
+@contextmanager
+def _thawed(model: keras.Model) -> Iterator[None]:
+    """Within the block all layers are trainable, so that files of all stages hold the weights in one order.
+
+    `model.load_weights` of Keras goes by position, which in a nested model depends on what was frozen.
+    """
+    layers, variables = list(model._flatten_layers()), model.variables  # nested models come before their layers
+    flags = [(part, part.trainable) for part in (*layers, *variables)]
+    for layer in layers:
+        layer.trainable = False  # TensorFlow's object tracking ignores an assignment that changes nothing
+        layer.trainable = True
+    try:
+        yield
+    finally:
+        for part, flag in flags:
+            part.trainable = flag
 
 
 class DMAucModelCheckpoint(BestModel):

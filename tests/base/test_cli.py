@@ -24,10 +24,7 @@ def test_options_come_as_keyword_arguments():
     seen = []
     assert run_main(parser(), lambda **options: seen.append(options), ["a", "-s", "2", "--no-centre"]) == 0
     assert run_main(parser(), lambda **options: seen.append(options), ["a", "-s", "2", "-ns"]) == 0
-    assert seen == [
-        {"source": "a", "scale": 2.0, "centre": False},
-        {"source": "a", "scale": None, "centre": True},
-    ]
+    assert seen == [{"source": "a", "scale": 2.0, "centre": False}, {"source": "a", "scale": None, "centre": True}]
 
 
 class ResourceExhaustedError(Exception):

@@ -69,20 +69,8 @@ def inputs(tmp_path_factory):
 def sample(inputs, out):
     phantom = inputs / "phantom"
     paths = (phantom / "roi_mask_path.csv", phantom / "roi_mask", phantom / "pat_train.txt", phantom / "full_img")
-    options = (
-        "--target-height",
-        128,
-        "--patch-size",
-        32,
-        "--nb-abn",
-        2,
-        "--nb-bkg",
-        2,
-        "--val-size",
-        0,
-        "--no-verbose",
-    )
-    return sample_patches_combined.main([*map(str, (*paths, out / "train", out / "val", *options))])
+    options = "--target-height 128 --patch-size 32 --nb-abn 2 --nb-bkg 2 --val-size 0 --no-verbose"
+    return sample_patches_combined.main([*map(str, (*paths, out / "train", out / "val")), *options.split()])
 
 
 def prepare(inputs, out):

@@ -13,12 +13,12 @@ import pytest
 
 from mammo.base import files
 from mammo.base.files import InputError, check_writable, counted, locked
-from tests.helpers import varied, write_dicom
+from tests.helpers import ROOT, varied, write_dicom
 
-HERE = Path(files.__file__).parents[2]
 HOLD = """
-import sys, time
+import signal, sys, time
 from mammo.base.files import locked
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and its children ignore it
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -40,16 +40,14 @@ sys.exit(mammo.base.cli.run_main(ArgumentParser("tool"), run, []))
 
 def take(*arguments):
     command = [sys.executable, "-c", TAKE, *map(str, arguments)]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the lock of `tmp_path`/out."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "out")], cwd=HERE, stdout=subprocess.PIPE, text=True
-    )
-    with process:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
@@ -96,7 +94,6 @@ def test_outputs_that_share_a_folder_have_locks_of_their_own(tmp_path):
 
 def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_ours(tmp_path, monkeypatch):
     """Its holder may remove the file between our opening and our locking it: a third run would make a new one."""
-    fcntl = pytest.importorskip("fcntl")
     flock, removed = fcntl.flock, []
 
     def remove_first(handle, how):
@@ -161,7 +158,6 @@ def test_a_read_only_folder_is_named():
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_without_locks_of_the_file_system_it_is_said(tmp_path, monkeypatch, capsys, code):
-    fcntl = pytest.importorskip("fcntl")
 
     def refuse(handle, how):
         raise OSError(code, os.strerror(code))
@@ -176,7 +172,6 @@ def test_without_locks_of_the_file_system_it_is_said(tmp_path, monkeypatch, caps
 
 
 def test_other_faults_of_the_lock_end_the_run(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
 
     def fail(handle, how):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -243,9 +238,5 @@ def test_what_took_hours_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
 
 
 def test_one_is_counted_without_an_s():
-    assert [counted(number, "image") for number in (0, 1, 2, 1566)] == [
-        "0 images",
-        "1 image",
-        "2 images",
-        "1,566 images",
-    ]
+    said = [counted(number, "image") for number in (0, 1, 2, 1566)]
+    assert said == ["0 images", "1 image", "2 images", "1,566 images"]

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import pytest
 
 from mammo.base import files
 from mammo.commands import check_data
-from tests.helpers import varied, write_dicom
+from tests.helpers import varied, write_dicom, write_picture
 
 resource = pytest.importorskip("resource")
 HERE = Path(files.__file__).parents[2]
@@ -50,12 +49,6 @@ def error_line(process):
     return lines[0].removeprefix("-c: error: ")
 
 
-def write_png(path, img):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), img)
-    return path
-
-
 # ------------------------------------------------------------------------------------------------------ memory
 
 READERS = ("cv2", "numpy", "mammo.images.reading", "mammo.images.check", "joblib", "tqdm", "concurrent.futures.thread")
@@ -68,7 +61,7 @@ def test_an_image_that_does_not_fit_the_memory_is_not_at_fault(tmp_path, kind):
     """Where it was left out as damaged, sets would shrink without a word with --on-error skip."""
     path, imports = tmp_path / "images" / f"big.{kind}", READERS
     if kind == "png":
-        write_png(path, varied((5000, 5000)))
+        write_picture(path, varied((5000, 5000)))
     else:
         write_dicom(path, varied((5000, 5000)))
         imports = (*READERS, "pydicom.pixels", "pydicom.pixels.decoders")
@@ -98,7 +91,7 @@ def test_preparation_says_that_memory_is_short(tmp_path):
 @pytest.mark.slow
 def test_training_says_that_memory_is_short(tmp_path):
     """2,000 images of 1152 x 896 in memory take 4 GB."""
-    image = write_png(tmp_path / "image.png", varied((64, 64)))
+    image = write_picture(tmp_path / "image.png", varied((64, 64)))
     for part in ("train", "val", "test"):
         for label in ("neg", "pos"):
             folder = tmp_path / part / label
@@ -119,7 +112,7 @@ def test_training_says_that_memory_is_short(tmp_path):
 
 
 def test_too_many_open_files_are_no_fault_of_an_image(tmp_path):
-    write_png(tmp_path / "images" / "a.png", varied((8, 8)))
+    write_picture(tmp_path / "images" / "a.png", varied((8, 8)))
     imports = (*READERS, "mammo.base.guards")
     process = run(
         "mammo.commands.check_data", tmp_path / "images", "--table", tmp_path / "t.csv", imports=imports, files=3
@@ -151,7 +144,7 @@ def forbidding():
 
 def test_images_that_may_not_be_read_are_listed(tmp_path, forbidding):
     for name in ("a.png", "b.png"):
-        write_png(tmp_path / "images" / name, varied((8, 8)))
+        write_picture(tmp_path / "images" / name, varied((8, 8)))
     (tmp_path / "images/b.png").chmod(0)
     table = tmp_path / "t.csv"
     process = run("mammo.commands.check_data", tmp_path / "images", "--table", table, **forbidding)
@@ -170,7 +163,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, forbidding):
 
 
 def test_outputs_into_a_folder_that_may_not_be_written_to_are_refused(tmp_path, forbidding):
-    write_png(tmp_path / "images/a.png", varied((8, 8)))
+    write_picture(tmp_path / "images/a.png", varied((8, 8)))
     write_dicom(tmp_path / "download/a.dcm", varied((8, 8)))
     (tmp_path / "out").mkdir()
     (tmp_path / "out").chmod(0o555)

@@ -65,6 +65,11 @@ def test_few_patients_are_divided_with_both_classes_where_there_are_two_of_each(
             assert group & set(first) and group & set(second)
 
 
+def test_patients_too_few_for_equal_shares_are_said(capsys):
+    split_by_patient({"a": True, "b": False, "c": False}, 0.3, 0)
+    assert capsys.readouterr().out.startswith("3 patients (1 with cancer) are too few for a split with equal shares")
+
+
 def test_disjoint_check_names_patient_and_sets():
     check_disjoint({"train": ["a"], "val": ["b"], "test": ["c"]})
     with pytest.raises(InputError, match="2 patients in both val and test, such as b, d:"):

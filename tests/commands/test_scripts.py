@@ -10,16 +10,10 @@ import pytest
 from mammo.base.files import InputError
 from mammo.commands import dicom_to_png, draw_lesions, pixel_mean
 from mammo.images.reading import read_dicom_16_bit, read_img
-from tests.helpers import read_csv, write_dicom
+from tests.helpers import png, read_csv, write_dicom, write_picture
 
 pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
-
-
-def write_png(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), pixels)
-    return path
 
 
 # ----------------------------------------------------------------------------------------------- dicom_to_png
@@ -126,52 +120,27 @@ def test_a_run_goes_on_where_it_was(downloads, tmp_path, capsys):
     assert read_img(whole).max() == 65535
 
 
-def bad_dicom(kind, path):
-    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    if kind == "truncated":
-        write_dicom(path, pixels)
-        path.write_bytes(path.read_bytes()[:-60])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "text":
-        path.write_text("not a DICOM file at all")
-    elif kind == "no_pixels":
-        write_dicom(path, pixels, PixelData=None)
-    elif kind == "multi_frame":
-        write_dicom(path, np.zeros((4, 8), np.uint16), Rows=2, NumberOfFrames=2)
-    elif kind == "colour":
-        write_dicom(path, np.zeros((8, 8, 3), np.uint8), SamplesPerPixel=3, PlanarConfiguration=0,
-                    PhotometricInterpretation="RGB")  # fmt: skip
-    elif kind == "palette":
-        write_dicom(path, pixels, PhotometricInterpretation="PALETTE COLOR")
-    elif kind == "constant":
-        write_dicom(path, 7 + 0 * pixels)
-    elif kind == "bits":
-        write_dicom(path, pixels + 4080, bits=12)
-    elif kind == "no_rows":
-        write_dicom(path, pixels, Rows=None)
-    return path
-
-
+RAMP = np.arange(64, dtype=np.uint16).reshape(8, 8)
+FRAMES = {"pixels": np.zeros((4, 8), np.uint16), "Rows": 2, "NumberOfFrames": 2}
+COLOUR = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
 BAD_DICOM = {
-    "truncated": "less than expected",
-    "empty": "empty",
-    "text": "no pixels",
-    "no_pixels": "no pixels",
-    "multi_frame": "2 frames",
-    "colour": "colour",
-    "palette": "PALETTE COLOR",
-    "constant": "constant",
-    "bits": "12 bits",
-    "no_rows": "Rows",
+    "truncated": (lambda path: path.write_bytes(write_dicom(path, RAMP).read_bytes()[:-60]), "less than expected"),
+    "empty": (lambda path: path.write_bytes(b""), "empty"),
+    "text": (lambda path: path.write_text("not a DICOM file at all"), "no pixels"),
+    "no_pixels": (lambda path: write_dicom(path, RAMP, PixelData=None), "no pixels"),
+    "multi_frame": (lambda path: write_dicom(path, **FRAMES), "2 frames"),
+    "colour": (lambda path: write_dicom(path, np.zeros((8, 8, 3), np.uint8), **COLOUR), "colour"),
+    "palette": (lambda path: write_dicom(path, RAMP, PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
+    "constant": (lambda path: write_dicom(path, 7 + 0 * RAMP), "constant"),
+    "bits": (lambda path: write_dicom(path, RAMP + 4080, bits=12), "12 bits"),
+    "no_rows": (lambda path: write_dicom(path, RAMP, Rows=None), "Rows"),
 }
 
 
-@pytest.mark.parametrize(("kind", "cause"), BAD_DICOM.items())
-def test_unusable_dicom_files_are_named(tmp_path, capsys, kind, cause):
-    path = bad_dicom(kind, tmp_path / "bad.dcm")
-    good = write_dicom(tmp_path / "good.dcm", np.arange(64, dtype=np.uint16).reshape(8, 8))
-    out = tmp_path / "out"
+@pytest.mark.parametrize(("make", "cause"), BAD_DICOM.values(), ids=BAD_DICOM)
+def test_unusable_dicom_files_are_named(tmp_path, capsys, make, cause):
+    path, good, out = tmp_path / "bad.dcm", write_dicom(tmp_path / "good.dcm", RAMP), tmp_path / "out"
+    make(path)
     assert dicom_to_png.main([str(path), str(good), str(out)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -186,8 +155,7 @@ def test_unusable_dicom_files_are_named(tmp_path, capsys, kind, cause):
 
 
 def test_sources_without_images_and_with_one_name_are_refused(tmp_path, capsys):
-    pixels = np.arange(64, dtype=np.uint16).reshape(8, 8)
-    files = [str(write_dicom(tmp_path / name / "1-1.dcm", pixels)) for name in "ab"]
+    files = [str(write_dicom(tmp_path / name / "1-1.dcm", RAMP)) for name in "ab"]
     (tmp_path / "empty").mkdir()
     for sources, words in (
         (files, "both would be written as 1-1.png"),
@@ -218,35 +186,28 @@ def test_sources_without_images_and_with_one_name_are_refused(tmp_path, capsys):
 )
 def test_mean_and_factor_of_known_pixels(tmp_path, capsys, dtype, highest, factor):
     """Images of different sizes: every pixel counts once."""
-    write_png(tmp_path / "neg" / "a.png", np.full((10, 20), highest, dtype))
-    write_png(tmp_path / "pos" / "deep" / "b.png", np.full((10, 30), 100, dtype))
+    write_picture(tmp_path / "neg" / "a.png", np.full((10, 20), highest, dtype))
+    write_picture(tmp_path / "pos" / "deep" / "b.png", np.full((10, 30), 100, dtype))
     (tmp_path / "pos" / "notes.txt").write_text("no image")
     mean = (200 * highest + 300 * 100) / 500
     assert pixel_mean.main([str(tmp_path), "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures.pop("mean") == mean
     assert figures.pop("featurewise_mean") == pytest.approx(mean * factor, rel=1e-12)
-    assert figures == {
-        "images": 2,
-        "pixels": 500,
-        "sum": 200 * highest + 30000,
-        "types": {dtype: 2},
-        "min": 100,
-        "max": highest,
-        "rescale_factor": factor,
-    }
+    counts = {"images": 2, "pixels": 500, "sum": 200 * highest + 30000, "types": {dtype: 2}}
+    assert figures == counts | {"min": 100, "max": highest, "rescale_factor": factor}
     assert pixel_mean.main([str(tmp_path)]) == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1]
-        == f"--rescale-factor {factor:g} --featurewise-mean {mean * factor:.2f}"
-    )
+    options = f"--rescale-factor {factor:g} --featurewise-mean {mean * factor:.2f}"
+    assert capsys.readouterr().out.splitlines()[-1] == options
 
 
 def test_mean_of_resized_images_is_that_of_the_trainers(tmp_path):
     from mammo.images.pixels import read_resize_img
 
     rng = np.random.default_rng(1)
-    files = [write_png(tmp_path / f"{k}.png", rng.integers(0, 65536, (60 + k, 41), dtype=np.uint16)) for k in range(5)]
+    files = [
+        write_picture(tmp_path / f"{k}.png", rng.integers(0, 65536, (60 + k, 41), dtype=np.uint16)) for k in range(5)
+    ]
     expected = np.mean([read_resize_img(path, (32, 24), rescale_factor=0.003891).mean(dtype=float) for path in files])
     one = pixel_mean.measure_files(files, (32, 24))
     assert one["featurewise_mean"] == pytest.approx(expected, rel=1e-6)
@@ -265,10 +226,10 @@ def test_sums_do_not_overflow(monkeypatch):
 
 
 def test_warnings(tmp_path, capsys):
-    write_png(tmp_path / "a.png", np.full((4, 4), 60000, np.uint16))
+    write_picture(tmp_path / "a.png", np.full((4, 4), 60000, np.uint16))
     assert pixel_mean.main([str(tmp_path), "--rescale-factor", "1"]) == 0
     assert "far from the range 0..255" in capsys.readouterr().err
-    write_png(tmp_path / "b.png", np.full((4, 4), 200, np.uint8))
+    write_picture(tmp_path / "b.png", np.full((4, 4), 200, np.uint8))
     assert pixel_mean.main([str(tmp_path)]) == 0
     assert "several types. Received 1 of uint16, 1 of uint8" in capsys.readouterr().err
 
@@ -277,34 +238,27 @@ def test_warnings(tmp_path, capsys):
 def test_the_mean_of_dicom_files_is_that_of_their_16_bit_images(tmp_path, dtype, bits):
     lowest = -(2 ** (bits - 1)) if dtype == "int16" else 0
     pixels = np.linspace(lowest, lowest + 2**bits - 1, 64).astype(dtype).reshape(8, 8)
-    write_png(tmp_path / "png" / "a.png", read_dicom_16_bit(write_dicom(tmp_path / "a.dcm", pixels, bits))[0])
+    write_picture(tmp_path / "png" / "a.png", read_dicom_16_bit(write_dicom(tmp_path / "a.dcm", pixels, bits))[0])
     assert pixel_mean.measure_files([tmp_path / "a.dcm"]) == pixel_mean.measure_files([tmp_path / "png" / "a.png"])
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("name", "content", "words"),
     [
-        ("colour", "colour"),
-        ("truncated", "truncated"),
-        ("empty", "empty"),
-        ("float", "--rescale-factor"),
-        ("nothing", "no images here"),
+        ("a.png", png(np.zeros((4, 4, 3), np.uint8)), "colour"),
+        ("a.png", png(np.zeros((40, 40), np.uint8))[:-20], "truncated"),
+        ("a.png", b"", "empty"),
+        ("a.tif", cv2.imencode(".tif", np.ones((4, 4), np.float32))[1].tobytes(), "--rescale-factor"),
+        ("notes.txt", b"", "no images here"),
     ],
+    ids=["colour", "truncated", "empty", "float", "nothing"],
 )
-def test_images_without_a_mean_are_named(tmp_path, capsys, kind, words):
-    if kind == "colour":
-        write_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    elif kind == "truncated":
-        path = write_png(tmp_path / "a.png", np.zeros((40, 40), np.uint8))
-        path.write_bytes(path.read_bytes()[:-20])
-    elif kind == "empty":
-        (tmp_path / "a.png").touch()
-    elif kind == "float":
-        write_png(tmp_path / "a.tif", np.ones((4, 4), np.float32))
+def test_images_without_a_mean_are_named(tmp_path, capsys, name, content, words):
+    (tmp_path / name).write_bytes(content)
     assert pixel_mean.main([str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert words in error
-    assert str(tmp_path) in error or kind == "float"
+    assert str(tmp_path) in error or name == "a.tif"
     assert error.count("\n") == 1
     with pytest.raises(InputError):
         pixel_mean.run(sources=str(tmp_path))
@@ -326,7 +280,7 @@ def mammogram(tmp_path):
     img, mask = np.zeros((80, 60), np.uint16), np.zeros((40, 30), np.uint8)
     img[8:72, :40] = 30_000
     mask[10:20, 5:15] = 255
-    return write_png(tmp_path / "img.png", img), write_png(tmp_path / "mask.png", mask)
+    return write_picture(tmp_path / "img.png", img), write_picture(tmp_path / "mask.png", mask)
 
 
 def test_lesions_are_outlined_on_the_grey_picture(mammogram, tmp_path):
@@ -350,7 +304,7 @@ def test_lesions_are_outlined_on_the_grey_picture(mammogram, tmp_path):
 )  # fmt: skip
 def test_lesions_that_cannot_be_drawn_are_one_line(mammogram, tmp_path, capfd, fault, named):
     img, mask = mammogram
-    bad = write_png(tmp_path / "bad.png", np.full((80, 60, 3) if "colour" in fault else (80, 60), 0, np.uint8))
+    bad = write_picture(tmp_path / "bad.png", np.full((80, 60, 3) if "colour" in fault else (80, 60), 0, np.uint8))
     (tmp_path / "folder.png").mkdir()
     out = {"no ending": "out", "folder is a file": "mask.png/out.png", "out is a folder": "folder.png"}
     image = bad if fault.endswith(" image") else img

@@ -23,10 +23,10 @@ def prepared_data(tmp_path_factory, drawn):
             folder = tmp_path_factory.mktemp(layout)
             if layout in OWN:
                 made = OWN[layout](folder / "data", drawn)
+            elif layout == "inbreast":
+                made = make_odd_inbreast(folder / "data")
             else:
-                made = (
-                    make_odd_inbreast(folder / "data") if layout == "inbreast" else make_cbis(folder / "data", layout)
-                )
+                made = make_cbis(folder / "data", layout)
             done[layout] = made, folder / "out", prepare(made.name, made.folder, folder / "out", **made.options)
         return done[layout]
 
@@ -62,3 +62,9 @@ def plain(request, plain_data):
 def copy(plain, tmp_path):
     """A copy of the plain data, to be changed."""
     return shutil.copytree(plain.folder, tmp_path / "copy")
+
+
+@pytest.fixture
+def download(plain, copy):
+    """A copy of the plain data, to be changed, and their rows or views."""
+    return copy, plain.content

@@ -72,12 +72,8 @@ def test_dry_run_on_the_real_tables(real_tables, capsys, split, test_patients):
     assert list(figures) == ["train", "val", "test"]
     assert figures["test"][0] == test_patients
     # patients, cancer patients, images, positive images
-    assert np.sum(list(figures.values()), axis=0).tolist() == [
-        1566,
-        sum(cancer_patients(tables.pictures).values()),
-        3032,
-        1347,
-    ]
+    cancer = sum(cancer_patients(tables.pictures).values())
+    assert np.sum(list(figures.values()), axis=0).tolist() == [1566, cancer, 3032, 1347]
     assert "no patient is in two sets: 1566 places, 1566 patients" in lines
     assert any("in both official sets: 31 patients, 29 images" in line for line in lines)
 
@@ -141,9 +137,8 @@ def test_full_images_and_masks_are_those_drawn(prepared):
             mask = read_png(out / f"roi_mask/{kind.capitalize()}-Training_{key}_{number}.png")
             assert mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
             if key in odd["oddities"]["mask_size"]:  # what remains of it, made smaller by the phantom and resized back
-                small = cv2.resize(
-                    expected.astype("uint8"), (round(0.83 * SIZE[1]), round(0.87 * SIZE[0])), None, 0, 0, 0
-                )
+                small = round(0.83 * SIZE[1]), round(0.87 * SIZE[0])
+                small = cv2.resize(expected.astype("uint8"), small, None, 0, 0, 0)
                 expected = cv2.resize(small, SIZE[::-1], None, 0, 0, 0) > 0
             overlap = ((mask > 0) & expected).sum() / ((mask > 0) | expected).sum()
             assert overlap > 0.98 if lossy else overlap == 1
@@ -162,10 +157,8 @@ def test_lists_and_tables_agree_with_the_rows(prepared):
     columns = ["patient_id", "side", "view", "abn_num", "type"]
     assert {tuple(line[name] for name in columns): line["pathology"] for line in written} == lesions
     assert len(list((out / "roi_mask").iterdir())) == len(lesions) == report["counts"]["masks_prepared"]
-    sides = {
-        (line["patient_id"], line["side"]): line["cancer"] == "1" for line in read_csv(out / "pat_side_cancer.csv")
-    }
-    assert sides == breasts
+    sides = read_csv(out / "pat_side_cancer.csv")
+    assert {(line["patient_id"], line["side"]): line["cancer"] == "1" for line in sides} == breasts
 
 
 def test_every_oddity_is_counted(prepared):
@@ -174,9 +167,8 @@ def test_every_oddity_is_counted(prepared):
     assert all(repair["count"] == len(repair["items"]) for repair in report["repairs"].values())
     found = {name: len(where) for name, where in odd["oddities"].items()}
     assert all(found[name] for name in found if (name, odd["tree"]) != ("monochrome1", "jpeg"))
-    assert {name: report["counts"][name] for name in ("rows", "patients", "images", "image_folders")} == {
-        name: odd["counts"][name] for name in ("rows", "patients", "images", "image_folders")
-    }
+    for name in ("rows", "patients", "images", "image_folders"):
+        assert report["counts"][name] == odd["counts"][name], name
     assert report["counts"]["positive_images"] == odd["counts"]["malignant_images"]
     assert repairs["duplicate_rows_merged"] == found["repeated_row"]
     assert repairs["mixed_pathologies"] == found["mixed_pathologies"]
@@ -197,9 +189,8 @@ def test_every_oddity_is_counted(prepared):
     assert {cell.split("/")[0] for cell in cells} == swapped
     tables = report["tables"].values()
     assert sum(table["newline_in_path_cell"] for table in tables) == odd["counts"]["rows"]
-    assert sum(table["backslash_path"] for table in tables) == (
-        odd["counts"]["rows"] if odd["tree"] == "descriptive" else 0
-    )
+    backslashes = odd["counts"]["rows"] if odd["tree"] == "descriptive" else 0
+    assert sum(table["backslash_path"] for table in tables) == backslashes
     assert sum(table["roi_and_crop_in_different_folders"] for table in tables) == found["separate_folders"]
     assert [skipped["image"] for skipped in report["skipped"]] == odd["oddities"]["truncated"]
     assert report["counts"]["images_skipped"] == found["truncated"]
@@ -210,16 +201,8 @@ def test_every_oddity_is_counted(prepared):
 
 @pytest.fixture
 def plain(plain_data):
-    """A small download by UID without oddities, its rows, and what is prepared of it."""
-    plain = plain_data("cbis-ddsm")
-    return plain.folder, plain.content, plain.ready
-
-
-@pytest.fixture
-def download(plain, tmp_path):
-    """A copy of the plain download, to be changed."""
-    shutil.copytree(plain[0], tmp_path / "download")
-    return tmp_path / "download", plain[1]
+    """A small download by UID without oddities."""
+    return plain_data("cbis-ddsm")
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +225,7 @@ def test_folders_without_names_are_told_by_their_patient_id(download, plain, tmp
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
     prepare(folder, tmp_path / "moved")
-    assert files_of(tmp_path / "moved") == files_of(plain[2])
+    assert files_of(tmp_path / "moved") == files_of(plain.ready)
 
 
 def test_jpeg_without_dicom_info(jpeg, tmp_path):
@@ -261,7 +244,7 @@ def test_mask_in_a_folder_of_its_own_under_any_description(download, plain, tmp_
             (inner.parent / name).mkdir()
             (inner / file).rename(inner.parent / name / "1-1.dcm")
     prepare(folder, tmp_path / "split")
-    assert files_of(tmp_path / "split") == files_of(plain[2])
+    assert files_of(tmp_path / "split") == files_of(plain.ready)
 
 
 def test_other_copy_is_used_when_one_is_unreadable(download, plain, tmp_path):
@@ -282,37 +265,29 @@ def test_other_copy_is_used_when_one_is_unreadable(download, plain, tmp_path):
     np.testing.assert_array_equal(read_png(tmp_path / f"out/full_img/{row.key}.png"), img)
 
 
-def spoil_mask(folder, row, how):
-    paths = sorted((folder / "CBIS-DDSM" / row.roi_folder).rglob("*.dcm"))
-    mask = paths[0 if row.kind == "calc" else 1]
-    if how == "missing folder":
-        shutil.rmtree(folder / "CBIS-DDSM" / row.roi_folder)
-    elif how == "missing":
-        mask.unlink()
-    elif how == "truncated":
-        mask.write_bytes(mask.read_bytes()[:-100])
-    elif how == "all zero":
-        write_dicom(mask, np.zeros(SIZE, np.uint8), PatientID=row.roi_folder)
-    elif how == "not binary":
-        write_dicom(mask, np.random.RandomState(0).randint(0, 255, SIZE).astype(np.uint8), PatientID=row.roi_folder)
-    return row.roi_folder
+MASK_FAULTS = {
+    "missing folder": lambda mask: shutil.rmtree(mask.parents[2]),
+    "missing": lambda mask: mask.unlink(),
+    "truncated": lambda mask: mask.write_bytes(mask.read_bytes()[:-100]),
+    "all zero": lambda mask: write_dicom(mask, np.zeros(SIZE, np.uint8), PatientID=mask.parents[2].name),
+    "not binary": lambda mask: write_dicom(
+        mask, np.random.RandomState(0).randint(0, 255, SIZE).astype(np.uint8), PatientID=mask.parents[2].name
+    ),
+}
 
 
-@pytest.mark.parametrize("how", ["missing folder", "missing", "truncated", "all zero", "not binary"])
+@pytest.mark.parametrize("how", MASK_FAULTS)
 def test_bad_mask_is_named_and_its_image_kept(download, tmp_path, how):
     folder, rows = download
     row = next(row for row in rows if row.kind == "mass")
-    name = spoil_mask(folder, row, how)
+    MASK_FAULTS[how](sorted((folder / "CBIS-DDSM" / row.roi_folder).rglob("*.dcm"))[1])  # of a mass after its crop
     report = prepare(folder, tmp_path / "out", on_error="skip")
     (skipped,) = report["skipped"]
     assert skipped["image"] == row.key and f"{row.key} {row.kind} {row.number}: no mask" in skipped["reason"]
-    assert name in skipped["reason"]
+    assert row.roi_folder in skipped["reason"]
     assert report["counts"]["masks_skipped"] == 1
     assert (tmp_path / f"out/full_img/{row.key}.png").exists()
-    lesions = [
-        (line["patient_id"], line["type"], line["abn_num"]) for line in read_csv(tmp_path / "out/roi_mask_path.csv")
-    ]
-    assert (row.patient.name, row.kind, str(row.number)) not in lesions
+    assert pathologies_of(tmp_path / "out", row) == []
 
 
 def mask_of(row, *corner):
@@ -322,13 +297,18 @@ def mask_of(row, *corner):
     return mask
 
 
+def table_of(folder, row):
+    """The table with a row of the training set, its lines, and that of the row."""
+    path = folder / f"{row.kind}_case_description_train_set.csv"
+    lines = list(csv.reader(path.read_bytes().decode().splitlines(keepends=True)))
+    return path, lines, next(line for line in lines if line[0] == row.patient.name and int(line[4]) == row.number)
+
+
 def add_row(folder, row, mask, series="9.3", number=None, **tags):
     """Add a row of the same image, and a mask (None: there is none) with a crop. number: None for the row's own."""
     number = number or row.number
     roi_folder = f"{row.image_folder}_{number}"
-    path = folder / f"{row.kind}_case_description_train_set.csv"
-    lines = list(csv.reader(path.read_bytes().decode().splitlines(keepends=True)))
-    line = next(line for line in lines if line[0] == row.patient.name and int(line[4]) == row.number)
+    path, lines, line = table_of(folder, row)
     cells = [re.sub(r".*/", f"{roi_folder}/{series}/{series}/", cell) for cell in line[-2:]]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([*lines, [*line[:4], number, *line[5:-2], *cells]])
@@ -346,8 +326,20 @@ def second_row(download):
     return download[0], next(row for row in download[1] if row.division == "Training" and row.kind == "mass")
 
 
+def pathologies_of(out, row):
+    """What the table of masks says of the lesion of this row."""
+    lesion = {"patient_id": row.patient.name, "type": row.kind, "abn_num": str(row.number)}
+    return [line["pathology"] for line in read_csv(out / "roi_mask_path.csv") if lesion.items() <= line.items()]
+
+
 def read_mask_of(out, row):
     return read_png(out / f"roi_mask/{row.kind.capitalize()}-Training_{row.key}_{row.number}.png")
+
+
+def rename_series(folder, row):
+    """Give the series of a lesion names that the table does not have."""
+    for index, series in enumerate(sorted((folder / "CBIS-DDSM" / row.roi_folder).glob("*/*"))):
+        series.rename(series.with_name(f"1-ROI mask images-{index}"))
 
 
 @pytest.mark.parametrize("description", [{}, {"SeriesDescription": "ROI mask images"}])
@@ -359,8 +351,7 @@ def test_every_row_gives_its_own_mask(second_row, tmp_path, size, description, n
     part = cv2.resize(mask_of(row, 20, 12) * np.uint8(1), size[::-1], interpolation=cv2.INTER_NEAREST)
     inner = add_row(folder, row, part, **description)
     if not named:
-        for index, series in enumerate(sorted((folder / "CBIS-DDSM" / row.roi_folder).glob("*/*"))):
-            series.rename(series.with_name(f"1-ROI mask images-{index}"))
+        rename_series(folder, row)
     report = prepare(folder, tmp_path / "out")
     assert report["skipped"] == []
     mask = read_mask_of(tmp_path / "out", row)
@@ -382,8 +373,7 @@ def test_row_without_its_own_mask_is_named(second_row, tmp_path, how, named):
     elif how == "folder missing":
         shutil.rmtree(inner.parent)
     if not named:
-        for index, series in enumerate(sorted((folder / "CBIS-DDSM" / row.roi_folder).glob("*/*"))):
-            series.rename(series.with_name(f"1-ROI mask images-{index}"))
+        rename_series(folder, row)
     report = prepare(folder, tmp_path / "out", on_error="skip")
     (skipped,) = report["skipped"]
     assert f"{row.key} mass {row.number}: no mask" in skipped["reason"] and "9.3/000001.dcm" in skipped["reason"]
@@ -403,7 +393,7 @@ def test_mask_in_the_place_of_a_crop_elsewhere(second_row, plain, tmp_path):
     crop = re.escape(f"{row.roi_folder}/{series.parent.name}/{series.name}/000000.dcm")
     rewrite(folder, "mass*train*.csv", lambda text: re.sub(crop, place, text))
     report = prepare(folder, tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(plain[2])
+    assert files_of(tmp_path / "out") == files_of(plain.ready)
     (item,) = report["repairs"]["mask_found_by_content"]["items"]
     assert place in item
 
@@ -420,7 +410,7 @@ def test_series_of_one_name_are_told_by_their_folder(download, plain, tmp_path, 
         for path in folder.glob("*train*.csv"):
             rewrite(folder, path.name, lambda text: re.sub(r"/1\.3\.[\d.]+/1\.3\.[\d.]+/", "/1/2/", text))
     report = prepare(folder, tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(plain[2])
+    assert files_of(tmp_path / "out") == files_of(plain.ready)
     assert report["repairs"]["several_files_for_one_image"]["count"] == 0
 
 
@@ -462,7 +452,7 @@ def test_mask_beside_its_image_is_not_taken_for_it(download, plain, tmp_path, un
     gather_views(folder, unnamed)
     report = prepare(folder, tmp_path / "out")
     assert report["repairs"]["several_files_for_one_image"]["count"] == len({row.image_folder for row in rows})
-    assert files_of(tmp_path / "out") == files_of(plain[2])
+    assert files_of(tmp_path / "out") == files_of(plain.ready)
 
 
 @pytest.mark.parametrize("unnamed", [True, False])
@@ -518,10 +508,8 @@ def test_no_images_in_a_set_is_said(download, tmp_path, capsys):
     for path in (folder / "CBIS-DDSM").glob("*_CC/*/*/*.dcm"):
         path.write_bytes(b"")
     prepare(folder, tmp_path / "out", on_error="skip")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("Warning")] == [
-        f"Warning: {name} has no images" for name in ("train", "val", "test")
-    ]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    assert warnings == [f"Warning: {name} has no images" for name in ("train", "val", "test")]
 
 
 def test_files_of_no_row_are_counted(download, tmp_path):
@@ -547,34 +535,25 @@ def test_truncated_crop_is_not_needed(download, tmp_path):
 def test_rows_of_one_lesion_are_merged(download, tmp_path, tables):
     folder, rows = download
     row = next(row for row in rows if row.pathology == "BENIGN" and row.division == "Training")
-    path = folder / f"{row.kind}_case_description_train_set.csv"
-    lines = list(csv.reader(path.read_bytes().decode().splitlines(keepends=True)))
-    line = next(line for line in lines if line[0] == row.patient.name and int(line[4]) == row.number)
+    path, lines, line = table_of(folder, row)
     if tables == "pathologies differ":
         line = ["MALIGNANT" if cell == "BENIGN" else cell for cell in line]
     else:  # the mask of a second row, in a folder of its own
-        line = [
-            *line[:-2],
-            *(cell.replace(row.roi_folder, f"{row.roi_folder}9").replace("/1.3", "/9.3") for cell in line[-2:]),
-        ]
+        cells = [cell.replace(row.roi_folder, f"{row.roi_folder}9").replace("/1.3", "/9.3") for cell in line[-2:]]
+        line = [*line[:-2], *cells]
         mask = np.zeros(SIZE, np.uint8)
         mask[:5, :4] = 1
         write_dicom(folder / "CBIS-DDSM" / f"{row.roi_folder}9/9.3/9.3/000000.dcm", mask)
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([*lines, line])
     report = prepare(folder, tmp_path / "out")
-    (written,) = [
-        line["pathology"]
-        for line in read_csv(tmp_path / "out/roi_mask_path.csv")
-        if (line["patient_id"], line["type"], line["abn_num"]) == (row.patient.name, row.kind, str(row.number))
-    ]
+    (written,) = pathologies_of(tmp_path / "out", row)
     if tables == "pathologies differ":
         assert written == "MALIGNANT" and report["repairs"]["pathologies_of_one_lesion_differ"]["count"] == 1
         assert list(tmp_path.glob(f"out/*/pos/{row.key}.png"))
     else:
         assert written == "BENIGN" and report["repairs"]["masks_united"]["count"] == 1
-        name = f"{row.kind.capitalize()}-Training_{row.key}_{row.number}.png"
-        mask = read_png(tmp_path / "out/roi_mask" / name)
+        mask = read_mask_of(tmp_path / "out", row)
         assert (mask[:5, :4] == 255).all()
         expected = draw_row(row)[1][row.index]
         assert (mask[expected > 0] == 255).all()
@@ -598,7 +577,7 @@ def test_paths_of_another_machine_are_read(download, plain, tmp_path, start):
     for path in folder.glob("*train*.csv"):
         rewrite(folder, path.name, lambda text: re.sub(r"(?=(Calc|Mass)-T)", lambda _: start, text))
     prepare(folder, tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(plain[2])
+    assert files_of(tmp_path / "out") == files_of(plain.ready)
 
 
 def test_lines_are_counted_with_newlines_in_cells(download):
@@ -613,7 +592,7 @@ def test_download_without_images_or_tables(plain, tmp_path, capsys):
     assert "no description files" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path / "out"), "--csv-dir", "nowhere"]) == 1
     assert "nowhere: no such folder" in capsys.readouterr().err
-    assert main([str(tmp_path), str(tmp_path / "out"), "--csv-dir", str(plain[0])]) == 1
+    assert main([str(tmp_path), str(tmp_path / "out"), "--csv-dir", str(plain.folder)]) == 1
     assert f"{tmp_path}: no images below it" in capsys.readouterr().err
 
 
@@ -624,8 +603,8 @@ def test_download_without_images_or_tables(plain, tmp_path, capsys):
         (lambda data: data.replace(b"Mass", b"M\xe4ss", 1), "not a text file"),
         (lambda data: data + b'"' + b"x" * 200_000, "field larger than field limit"),
         (lambda data: data[:-130], "cells. Received|unexpected end of data"),
-        (lambda data: b"", "line 1: missing columns image_path"),
-        (lambda data: data.replace(b"PatientID", b"patient"), "line 1: missing columns PatientID"),
+        (lambda data: b"", "missing or repeated columns image_path"),
+        (lambda data: data.replace(b"PatientID", b"patient"), "missing or repeated columns PatientID"),
     ],
 )
 def test_damaged_jpeg_table_is_named(jpeg, tmp_path, change, message):
@@ -637,39 +616,29 @@ def test_damaged_jpeg_table_is_named(jpeg, tmp_path, change, message):
     assert str(path) in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ splits and options
-
-
 def test_official_split_replaces_the_other(plain, tmp_path):
-    shutil.copytree(plain[2], tmp_path / "out")
+    shutil.copytree(plain.ready, tmp_path / "out")
     with pytest.raises(InputError, match=r"out: has the work .* \(split author there, official now\).*--fresh"):
-        prepare(plain[0], tmp_path / "out", split="official")
-    prepare(plain[0], tmp_path / "out", split="official", fresh=True)
-    prepare(plain[0], tmp_path / "new", split="official")
+        prepare(plain.folder, tmp_path / "out", split="official")
+    prepare(plain.folder, tmp_path / "out", split="official", fresh=True)
+    prepare(plain.folder, tmp_path / "new", split="official")
     assert read_folder(tmp_path / "out") == read_folder(tmp_path / "new")
-
-
-# ----------------------------------------------------------------------------------------------- whole command
 
 
 def test_sampler_takes_what_is_prepared(plain, tmp_path):
     from ddsm_train import sample_patches_combined
 
     out = tmp_path / "out"
-    prepare(plain[0], out)
+    prepare(plain.folder, out)
     patients = "".join((out / f"pat_{name}.txt").read_text() for name in ("train", "val", "test"))
     (tmp_path / "all.txt").write_text(patients)
-    sample_patches_combined.run(
-        *map(str, (out / "roi_mask_path.csv", out / "roi_mask", tmp_path / "all.txt", out / "full_img")),
-        str(tmp_path / "patches"), str(tmp_path / "val"),
-        target_height=SIZE[0], patch_size=16, nb_abn=1, nb_bkg=1, nb_hns=0, val_size=0, on_error="stop", verbose=False,
-    )  # fmt: skip
-    lesions = {(row.patient.name, row.kind, row.number) for row in plain[1]}
+    places = out / "roi_mask_path.csv", out / "roi_mask", tmp_path / "all.txt", out / "full_img"
+    options = {"target_height": SIZE[0], "patch_size": 16, "nb_abn": 1, "nb_bkg": 1, "nb_hns": 0, "val_size": 0}
+    options |= {"on_error": "stop", "verbose": False}
+    sample_patches_combined.run(*map(str, (*places, tmp_path / "patches", tmp_path / "val")), **options)
+    lesions = {(row.patient.name, row.kind, row.number) for row in plain.content}
     rows = read_csv(tmp_path / "patches/patches.csv")
     assert sum(row["kind"] == "abn" for row in rows) == len(lesions)
-
-
-# ------------------------------------------------------------------------------------------------ mask or crop
 
 
 def test_mask_is_told_by_its_values():

@@ -298,10 +298,7 @@ def rename(path, pattern, new):
 
 
 DAMAGE = {
-    "missing": (
-        lambda path: path.unlink(),
-        {"cbis-ddsm": "no image of ", "inbreast": "line 2: no DICOM file: "},
-    ),
+    "missing": (lambda path: path.unlink(), {"cbis-ddsm": "no image of ", "inbreast": "line 2: no DICOM file: "}),
     "empty": (
         lambda path: path.write_bytes(b""),
         {"cbis-ddsm": "cannot read the header", "inbreast": "the image file is empty"},

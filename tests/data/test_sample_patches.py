@@ -19,7 +19,7 @@ from ddsm_train import sample_patches_combined, sample_patches_main
 from mammo.base.files import InputError
 from mammo.base.work import MANIFEST, OPTIONS
 from mammo.data.patches import TABLES, read_lesions
-from tests.helpers import read_csv, read_folder
+from tests.helpers import check_options, read_csv, read_folder
 
 KINDS = {"blob patch": "blob", "abn patch": "abn", "bkg patch": "bkg"}
 
@@ -545,15 +545,7 @@ def test_what_is_whole_is_not_sampled_again(study, change):
 @pytest.mark.parametrize("script", [sample_patches_combined, sample_patches_main])
 def test_options_are_those_of_the_original(spec, script):
     name = Path(script.__file__).stem
-    wanted = json.loads((spec / "cli_flags.json").read_text())[name]
-    actions = script.make_parser()._actions
-    ours = {flag: action for action in actions for flag in action.option_strings}
-    positional = [action.dest for action in actions if not action.option_strings]
-    assert positional == [option["dest"] for option in wanted if not option["flags"]]
-    for option in wanted:
-        for flag in option["flags"]:
-            assert ours[flag].dest == option["dest"]
-            assert script.make_parser().get_default(option["dest"]) == option["default"]
+    check_options(script.make_parser(), json.loads((spec / "cli_flags.json").read_text())[name])
 
 
 @pytest.mark.parametrize("script", [sample_patches_combined, sample_patches_main])

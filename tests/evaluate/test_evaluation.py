@@ -274,13 +274,7 @@ def test_models_are_compared_in_pairs():
     table = study(80)
     table["c"], table["better"] = table["a"], table["a"] + table["label"] / 2
     (same, better, _) = image_level(table, ["a", "c", "better"], 200)["comparisons"]
-    assert same == {
-        "models": ["a", "c"],
-        "difference": 0,
-        "interval": [0, 0],
-        "p": 1,
-        "bootstrap": [0, 0],
-    }
+    assert same == {"models": ["a", "c"], "difference": 0, "interval": [0, 0], "p": 1, "bootstrap": [0, 0]}
     assert better["models"] == ["a", "better"] and better["difference"] < 0
     assert better["p"] < 0.001 and better["interval"][1] < 0 and better["bootstrap"][1] < 0
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, read_members
 
 # One process a core: several threads in each would only slow them down, and draw the kill moments apart.
 ENVIRONMENT = os.environ | {
@@ -146,8 +146,7 @@ def content(path: Path) -> object:
     """What must be equal in two runs: the bytes of a file, less the times of saving that Keras puts into `.keras`."""
     if path.suffix != ".keras":
         return path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
+    members = read_members(path)
     del members["metadata.json"]
     return members
 

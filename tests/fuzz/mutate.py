@@ -11,6 +11,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+from tests.helpers import read_members, write_members
+
 # What numbers in headers become.
 NUMBERS = (0, 1, 2, 3, 7, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**27, 2**31 - 1, 2**31, 2**32 - 1)
 # What texts become: names that lead elsewhere, characters that end texts or lines, texts that are too long.
@@ -351,12 +353,9 @@ def json_line(path, rng):
 
 def _repack(path, change, compression=zipfile.ZIP_STORED) -> None:
     """Write an archive again, its members, by name, as `change` leaves them."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
+    members = read_members(path)
     change(members)
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    write_members(path, members, compression)
 
 
 def archive_members(path, rng):

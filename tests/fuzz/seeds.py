@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import functools
 import hashlib
 import importlib
 import io
@@ -13,13 +12,18 @@ import signal
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
+from tests import helpers
+from tests.helpers import exam, write_list, write_picture
+
 SIZE = (64, 48)
 PARTS = ("train", "val", "test")
+LESIONS = "patient_id,side,view,abn_num,pathology,type"
 RELEASED = "ddsm-vgg16-512-512-1024x2-extended.h5"
 
 
@@ -27,18 +31,25 @@ RELEASED = "ddsm-vgg16-512-512-1024x2-extended.h5"
 class Target:
     """One command line and the files of its folder that are mutated, one a case.
 
-    module: the script. args: its arguments, in the folder; outputs go to `out`. make: fills the folder with inputs.
-    files: patterns of the files that are mutated. weight: how often it is drawn. error: what is on standard error where
-    files are at fault, if there is no last line for it.
+    command: module and arguments, in the folder; outputs go to `out`. make: fills the folder with inputs. files:
+    patterns of the files that are mutated. weight: how often it is drawn. error: what is on standard error where files
+    are at fault, if there is no last line for it.
     """
 
     name: str
-    module: str
-    args: tuple[str, ...]
+    command: str
     make: Callable[[Path], None]
     files: tuple[str, ...]
     weight: int = 10
     error: str = ""
+
+    @property
+    def module(self) -> str:
+        return self.command.split()[0]
+
+    @property
+    def args(self) -> list[str]:
+        return self.command.split()[1:]
 
 
 def mammogram(seed: int = 0, size: tuple[int, int] = SIZE, dtype=np.uint16) -> np.ndarray:
@@ -56,39 +67,18 @@ def mask() -> np.ndarray:
     return pixels
 
 
-def write_image(path: Path, img: np.ndarray) -> None:
-    import cv2
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, img)[1])
-
-
 def write_dicom(path: Path, img: np.ndarray, syntax: str, **tags) -> None:
     """A DICOM file of one image. syntax: of `pydicom.uid`, or RLELossless, to which it is then compressed."""
     import pydicom
-    from pydicom.uid import ExplicitVRLittleEndian
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    uid = getattr(pydicom.uid, syntax)
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if uid.is_encapsulated else uid
-    dataset.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3.4"
-    dataset.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    dataset.PatientID, dataset.ImageLaterality, dataset.ViewPosition = "P_1", "L", "CC"
-    dataset.Rows, dataset.Columns = img.shape
-    dataset.SamplesPerPixel, dataset.PixelRepresentation = 1, 0
-    dataset.PhotometricInterpretation = "MONOCHROME1"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
-    dataset.WindowCenter, dataset.WindowWidth = 2048, 4096
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    dataset.PixelData = (img >> 4).astype("<u2").tobytes()
-    dataset["PixelData"].VR = "OW"
-    if uid.is_encapsulated:
-        dataset.compress(uid, generate_instance_uid=False)
-    dataset.save_as(path, enforce_file_format=True)
+    header = {
+        "PatientID": "P_1",
+        "ImageLaterality": "L",
+        "ViewPosition": "CC",
+        "PhotometricInterpretation": "MONOCHROME1",
+    }
+    header |= {"WindowCenter": 2048, "WindowWidth": 4096}
+    helpers.write_dicom(path, img >> 4, 12, getattr(pydicom.uid, syntax), **header | tags)
 
 
 SYNTAXES = {
@@ -105,8 +95,8 @@ SYNTAXES = {
 def make_images(folder: Path, ending: str = ".png") -> None:
     dtype = np.uint16 if ending in (".png", ".tif") else np.uint8
     for i in range(6):
-        write_image(folder / "in" / ("pos" if i % 2 else "neg") / f"P_{i}_LEFT_CC{ending}", mammogram(i, dtype=dtype))
-    write_image(folder / "mask.png", mask())
+        write_picture(folder / "in" / ("pos" if i % 2 else "neg") / f"P_{i}_LEFT_CC{ending}", mammogram(i, dtype=dtype))
+    write_picture(folder / "mask.png", mask())
 
 
 def make_dicoms(folder: Path, syntax: str) -> None:
@@ -116,13 +106,13 @@ def make_dicoms(folder: Path, syntax: str) -> None:
 
 
 def make_sampling(folder: Path) -> None:
-    rows = ["patient_id,side,view,abn_num,pathology,type"]
+    rows = []
     for i in range(4):
         malignant = "MALIGNANT" if i % 2 else "BENIGN"
         rows.append(f"P_{i},LEFT,CC,1,{malignant},{'mass' if i < 2 else 'calc'}")
-        write_image(folder / "full" / f"P_{i}_LEFT_CC.png", mammogram(i))
-        write_image(folder / "roi" / f"{'Mass' if i < 2 else 'Calc'}-Training_P_{i}_LEFT_CC_1.png", mask())
-    (folder / "lesions.csv").write_text("\n".join(rows) + "\n")
+        write_picture(folder / "full" / f"P_{i}_LEFT_CC.png", mammogram(i))
+        write_picture(folder / "roi" / f"{'Mass' if i < 2 else 'Calc'}-Training_P_{i}_LEFT_CC_1.png", mask())
+    write_list(folder / "lesions.csv", rows, LESIONS)
     (folder / "patients.txt").write_text("".join(f"P_{i}\n" for i in range(4)))
 
 
@@ -180,33 +170,30 @@ def make_cmmd(folder: Path) -> None:
 
 
 def make_vindr(folder: Path) -> None:
-    rows = ["study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"]
+    header = "study_id,series_id,image_id,laterality,view_position,height,width,breast_birads,breast_density,split"
+    rows = []
     for i in range(8):
         part = "test" if i > 5 else "training"
         rows.append(f"study{i},series{i},image{i},L,CC,64,48,BI-RADS {4 if i % 2 else 1},DENSITY C,{part}")
         write_dicom(folder / "in" / "images" / f"study{i}" / f"image{i}.dicom", mammogram(i), SYNTAXES["explicit"])
-    (folder / "in" / "breast-level_annotations.csv").write_text("\n".join(rows) + "\n")
+    write_list(folder / "in" / "breast-level_annotations.csv", rows, header)
 
 
 def make_own_table(folder: Path) -> None:
     make_images(folder)
-    rows = ["file,label,patient,side,view,set"]
+    rows = []
     for i in range(6):
-        part = ("train", "val", "test")[i // 2]
-        rows.append(f"{'pos' if i % 2 else 'neg'}/P_{i}_LEFT_CC.png,{i % 2},P_{i},LEFT,CC,{part}")
-    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
-    for i, part in enumerate(("train", "val", "test")):
+        rows.append(f"{'pos' if i % 2 else 'neg'}/P_{i}_LEFT_CC.png,{i % 2},P_{i},LEFT,CC,{PARTS[i // 2]}")
+    write_list(folder / "labels.csv", rows, "file,label,patient,side,view,set")
+    for i, part in enumerate(PARTS):
         (folder / f"{part}.txt").write_text(f"P_{2 * i}\nP_{2 * i + 1}\n")
 
 
 def make_exams(folder: Path) -> None:
-    exams = []
+    exams = [exam(i, left=i % 2) for i in range(4)]
     for i in range(4):
-        names = {view: [f"{i}_{view.replace('-', '_')}"] for view in ("L-CC", "R-CC", "L-MLO", "R-MLO")}
-        labels = {"left_malignant": i % 2, "right_malignant": 0}
-        exams.append(names | {"cancer_label": labels, "horizontal_flip": "NO"})
-        for [name] in names.values():
-            write_image(folder / "in" / f"{name}.png", mammogram(i))
+        for view in ("L_CC", "R_CC", "L_MLO", "R_MLO"):
+            write_picture(folder / "in" / f"{i}_{view}.png", mammogram(i))
     (folder / "exams.pkl").write_bytes(pickle.dumps(exams, 2))
 
 
@@ -214,7 +201,7 @@ def make_mias(folder: Path) -> None:
     lines = []
     for i in range(1, 9):
         lines.append(f"mdb{i:03} D CIRC {'M' if i % 2 else 'B'} 30 30 5" if i < 7 else f"mdb{i:03} D NORM")
-        write_image(folder / "in" / f"mdb{i:03}.pgm", mammogram(i, dtype=np.uint8))
+        write_picture(folder / "in" / f"mdb{i:03}.pgm", mammogram(i, dtype=np.uint8))
     (folder / "in" / "Info.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -224,13 +211,11 @@ def make_mias(folder: Path) -> None:
 def make_predictions(folder: Path) -> None:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "predictions.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "label", "patient", "side", "view", "model"])
-        for i in range(24):
-            label = i % 2
-            score = f"{rng.random() * 0.6 + 0.3 * label:.3f}"
-            writer.writerow([f"P_{i // 2}_LEFT_{i}.png", label, f"P_{i // 2}", "LEFT", "CC", score])
+    rows = [
+        f"P_{i // 2}_LEFT_{i}.png,{i % 2},P_{i // 2},LEFT,CC,{rng.random() * 0.6 + 0.3 * (i % 2):.3f}"
+        for i in range(24)
+    ]
+    write_list(folder / "predictions.csv", rows, "file,label,patient,side,view,model")
 
 
 def make_maps(folder: Path, ending: str) -> None:
@@ -239,8 +224,8 @@ def make_maps(folder: Path, ending: str) -> None:
     rng, records = np.random.default_rng(0), []
     for i in range(12):
         path = folder / "full" / f"P_{i}_LEFT_CC.png"
-        write_image(path, mammogram(i))
-        write_image(folder / "roi" / f"Mass-Training_P_{i}_LEFT_CC_1.png", mask())
+        write_picture(path, mammogram(i))
+        write_picture(folder / "roi" / f"Mass-Training_P_{i}_LEFT_CC_1.png", mask())
         grid = Grid(SIZE, (4.0, 4.0), (8.0, 8.0))
         heatmap = rng.dirichlet([1, 1], (8, 6)).astype(np.float32)
         views = {"cc": heatmap, "cc_file": str(Path("full", path.name)), "cc_grid": grid}
@@ -278,7 +263,7 @@ def make_model(folder: Path, ending: str) -> None:
     model = keras.Model(whole, layers.Dense(2, activation="softmax")(layers.Dropout(0.1)(x)))
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / f"model{ending}")
-    write_image(folder / "in" / "P_1_LEFT_CC.png", mammogram())
+    write_picture(folder / "in" / "P_1_LEFT_CC.png", mammogram())
     options = PUBLISHED_PIXELS | {"img_size": list(SIZE), "featurewise_mean": 50.0}
     (folder / "model").mkdir()
     (folder / "model" / "args.json").write_text(json.dumps(options))
@@ -293,14 +278,14 @@ def make_images_to_predict(folder: Path) -> None:
     (folder / "model" / "pixel_stats.json").write_text(json.dumps(statistics))
 
 
-def make_mapped(module: str, args: Sequence[str], folder: Path) -> None:
+def make_mapped(command: str, folder: Path) -> None:
     """A model, what to map with it, the maps of an earlier run, and those of one that was stopped."""
 
     def make(folder):
         make_model(folder, ".h5")
-        write_image(folder / "roi" / "Mass-Training_P_1_LEFT_CC_1.png", mask())
+        write_picture(folder / "roi" / "Mass-Training_P_1_LEFT_CC_1.png", mask())
 
-    make_again(make, module, args, folder)
+    make_again(make, command, folder)
     parts = folder / "out" / "cam.npz.parts"
     parts.mkdir()
     shutil.copy(folder / "out" / "cam.npz", parts / "P_1_LEFT.npz")
@@ -308,8 +293,7 @@ def make_mapped(module: str, args: Sequence[str], folder: Path) -> None:
 
 def make_lesions(folder: Path) -> None:
     make_maps(folder, ".npz")
-    rows = ["patient_id,side,view,abn_num,pathology,type", *(f"P_{i},LEFT,CC,1,MALIGNANT,mass" for i in range(12))]
-    (folder / "lesions.csv").write_text("\n".join(rows) + "\n")
+    write_list(folder / "lesions.csv", [f"P_{i},LEFT,CC,1,MALIGNANT,mass" for i in range(12)], LESIONS)
 
 
 def make_two_maps(folder: Path) -> None:
@@ -326,8 +310,8 @@ def make_two_maps(folder: Path) -> None:
 
 def make_scored(folder: Path) -> None:
     """A model, a table of images, and a prepared folder."""
-    args = ("csv", "in", "prepared", "--table", "labels.csv", "--img-size", "64", "48", "--jobs", "1")
-    make_again(make_own_table, "mammo.commands.prepare", args, folder)
+    prepare_all = "mammo.commands.prepare csv in prepared --table labels.csv --img-size 64 48 --jobs 1"
+    make_again(make_own_table, prepare_all, folder)
     text = (folder / "labels.csv").read_text()
     (folder / "labels.csv").write_text(text.replace(",train", ",test"))
     make_model(folder, ".h5")
@@ -355,7 +339,7 @@ def make_training(folder: Path, ending: str = ".png") -> None:
             if ending == ".dcm":
                 write_dicom(path, mammogram(i), SYNTAXES["explicit"])
             else:
-                write_image(path, mammogram(i, dtype=np.uint16 if ending == ".png" else np.uint8))
+                write_picture(path, mammogram(i, dtype=np.uint16 if ending == ".png" else np.uint8))
     make_model(folder, ".h5")
     keras.utils.set_random_seed(0)
     patch = Yaroslav(classes=2, nb_init_filter=2)
@@ -364,24 +348,25 @@ def make_training(folder: Path, ending: str = ".png") -> None:
         save_model(patch, folder / f"patch{kind}")
 
 
-def train_images(*options: str, sets: str = ".") -> tuple[str, tuple[str, ...]]:
+def train_images(options: str, sets: str = ".") -> str:
     """Command line of the trainer, in a folder of `make_training`. sets: the folder of the sets."""
-    words = "--img-size 64 48 --rescale-factor 0.003891 --batch-size 4 --nb-epoch 0 --all-layer-epochs 0"
-    words += " --no-test-augment --best-model out/best.h5"
-    return "ddsm_train.image_clf_train", (*words.split(), *options, *(f"{sets}/{part}" for part in PARTS))
+    epochs = "--nb-epoch 0 --all-layer-epochs 0 --no-test-augment --best-model out/best.h5"
+    pixels = "--img-size 64 48 --rescale-factor 0.003891 --batch-size 4"
+    parts = " ".join(f"{sets}/{part}" for part in PARTS)
+    return f"ddsm_train.image_clf_train {pixels} {epochs} {options} {parts}"
 
 
-def train_patches(*options: str) -> tuple[str, tuple[str, ...]]:
-    words = "--img-size 128 96 --rescale-factor 0.003891 --batch-size 4 --nb-epoch 0 --all-layer-epochs 0"
-    words += " --top-layer-epochs 0 --top-layer-nb 2 --net yaroslav --class-list neg pos --best-model out/best.keras"
-    return "ddsm_train.patch_clf_train", (*words.split(), *options, *PARTS)
+def train_patches(options: str) -> str:
+    epochs = "--nb-epoch 0 --all-layer-epochs 0 --top-layer-epochs 0 --top-layer-nb 2"
+    pixels = "--img-size 128 96 --rescale-factor 0.003891 --batch-size 4"
+    network = "--net yaroslav --class-list neg pos --best-model out/best.keras"
+    return f"ddsm_train.patch_clf_train {pixels} {epochs} {network} {options} {' '.join(PARTS)}"
 
 
 # The checks of images name them by their whole path: this one is right in any folder that a command runs in.
 STOPPED = train_images(
-    *("--resume-from", "model.h5", "--top-layer-nb", "2", "--nb-epoch", "1", "--all-layer-epochs", "2"),
-    *("--on-error", "skip"), sets="/proc/self/cwd",
-)  # fmt: skip
+    "--resume-from model.h5 --top-layer-nb 2 --nb-epoch 1 --all-layer-epochs 2 --on-error skip", sets="/proc/self/cwd"
+)
 
 
 def make_stopped(folder: Path) -> None:
@@ -394,7 +379,7 @@ def make_stopped(folder: Path) -> None:
 
     make_training(folder)
     with contextlib.chdir(folder), mock.patch("mammo.train.callbacks.FiniteLoss.on_train_batch_end", stop), quiet():
-        status = image_clf_train.main(STOPPED[1])
+        status = image_clf_train.main(STOPPED.split()[1:])
     assert status == 143
 
 
@@ -404,28 +389,28 @@ def quiet():
         yield
 
 
-def make_again(make: Callable[[Path], None], module: str, args: Sequence[str], folder: Path) -> None:
+def make_again(make: Callable[[Path], None], command: str, folder: Path) -> None:
     """Inputs of a command, and what it makes of them."""
     make(folder)
+    module, *args = command.split()
     with contextlib.chdir(folder), quiet():
-        status = importlib.import_module(module).main(list(args))
+        status = importlib.import_module(module).main(args)
     assert status == 0
 
 
-def _prepare(data_set: str, *args: str) -> tuple[str, tuple[str, ...]]:
-    return "mammo.commands.prepare", (
-        data_set,
-        "in",
-        "out",
-        *args,
-        "--img-size",
-        "32",
-        "24",
-        "--jobs",
-        "1",
-        "--on-error",
-        "skip",
-    )
+# ------------------------------------------------------------------------------------------------------ targets
+
+
+def prepare(data_set: str, options: str = "") -> str:
+    return f"mammo.commands.prepare {data_set} in out {options} --img-size 32 24 --jobs 1 --on-error skip"
+
+
+MEAN = "mammo.commands.pixel_mean in --img-size 32 24"
+CHECK = "mammo.commands.check_data in --table out/t.csv --jobs 1"
+SAMPLE = (
+    "ddsm_train.sample_patches_combined lesions.csv roi patients.txt full out/train out/val --target-height 64 "
+    "--patch-size 16 --nb-bkg 1 --nb-abn 1 --nb-hns 1 --val-size 0.5 --no-segment-breast --jobs 1"
+)
 
 
 def targets() -> list[Target]:
@@ -433,157 +418,101 @@ def targets() -> list[Target]:
     result = []
 
     def add(name, command, make, files, weight=10, error=""):
-        module, args = command
-        result.append(Target(name, module, args, make, files, weight, error))
+        result.append(Target(name, command, make, tuple(files.split()), weight, error))
 
     for ending in (".png", ".jpg", ".tif", ".bmp"):
-
-        def make(folder, ending=ending):
-            make_images(folder, ending)
-
-        file = f"in/neg/P_0_LEFT_CC{ending}"
-        add(f"mean of {ending}", ("mammo.commands.pixel_mean", ("in", "--img-size", "32", "24")), make, (file,), 40)
-        add(
-            f"check of {ending}",
-            ("mammo.commands.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")),
-            make,
-            (file,),
-            40,
-        )
-        add(
-            f"lesion on {ending}",
-            ("mammo.commands.draw_lesions", (file, "out/x.png", "mask.png")),
-            make,
-            (file, "mask.png"),
-            30,
-        )
-        add(f"folders of {ending}", _prepare("folders"), make, (file,), 15)
+        make, file = partial(make_images, ending=ending), f"in/neg/P_0_LEFT_CC{ending}"
+        add(f"mean of {ending}", MEAN, make, file, 40)
+        add(f"check of {ending}", CHECK, make, file, 40)
+        lesion = f"mammo.commands.draw_lesions {file} out/x.png mask.png"
+        add(f"lesion on {ending}", lesion, make, f"{file} mask.png", 30)
+        add(f"folders of {ending}", prepare("folders"), make, file, 15)
     for syntax in SYNTAXES:
-
-        def make(folder, syntax=syntax):
-            make_dicoms(folder, syntax)
-
-        files = ("in/neg/P_0_LEFT_CC.dcm",)
-        add(
-            f"DICOM {syntax}",
-            ("mammo.commands.dicom_to_png", ("in", "out", "--voi-lut", "--on-error", "skip")),
-            make,
-            files,
-            60,
-        )
-        add(f"mean of {syntax}", ("mammo.commands.pixel_mean", ("in", "--img-size", "32", "24")), make, files, 20)
-        add(
-            f"check of {syntax}",
-            ("mammo.commands.check_data", ("in", "--table", "out/t.csv", "--jobs", "1")),
-            make,
-            files,
-            20,
-        )
-    sample = ("lesions.csv", "roi", "patients.txt", "full", "out/train", "out/val", "--target-height", "64")
-    sample += ("--patch-size", "16", "--nb-bkg", "1", "--nb-abn", "1", "--nb-hns", "1", "--val-size", "0.5")
-    sample += ("--no-segment-breast", "--jobs", "1")
-    command = ("ddsm_train.sample_patches_combined", sample)
-    add("sampling", command, make_sampling, ("lesions.csv", "patients.txt", "full/P_0*.png", "roi/*P_0*.png"), 60)
-    cbis = _prepare("cbis-ddsm")
-    add("CBIS-DDSM tables", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.csv",), 50)
-    add("CBIS-DDSM images", cbis, lambda folder: make_phantom(folder, "cbis-ddsm"), ("in/**/*.dcm",), 15)
-    inbreast = _prepare("inbreast", "--roi-masks")
-    add("INbreast tables", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.csv",), 40)
-    add("INbreast XML", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.xml",), 40)
-    add("INbreast images", inbreast, lambda folder: make_phantom(folder, "inbreast"), ("in/**/*.dcm",), 15)
-    table = _prepare("csv", "--table", "labels.csv")
-    add("own table", table, make_own_table, ("labels.csv",), 40)
-    listed = ("--split", "lists", "--pat-train", "train.txt", "--pat-val", "val.txt", "--pat-test", "test.txt")
-    add("own lists", (table[0], (*table[1], *listed)), make_own_table, ("train.txt",), 10)
-    add("exams", _prepare("nyu", "--table", "exams.pkl"), make_exams, ("exams.pkl",), 25)
-    add("MIAS", _prepare("mias"), make_mias, ("in/Info.txt", "in/mdb001.pgm"), 25)
-    evaluate = (
-        "mammo.commands.evaluate",
-        ("--predictions", "predictions.csv", "--out-dir", "out", "--bootstrap", "20"),
-    )
-    add("predictions", evaluate, make_predictions, ("predictions.csv",), 15)
+        make, file = partial(make_dicoms, syntax=syntax), "in/neg/P_0_LEFT_CC.dcm"
+        add(f"DICOM {syntax}", "mammo.commands.dicom_to_png in out --voi-lut --on-error skip", make, file, 60)
+        add(f"mean of {syntax}", MEAN, make, file, 20)
+        add(f"check of {syntax}", CHECK, make, file, 20)
+    add("sampling", SAMPLE, make_sampling, "lesions.csv patients.txt full/P_0*.png roi/*P_0*.png", 60)
+    cbis, make = prepare("cbis-ddsm"), partial(make_phantom, layout="cbis-ddsm")
+    add("CBIS-DDSM tables", cbis, make, "in/**/*.csv", 50)
+    add("CBIS-DDSM images", cbis, make, "in/**/*.dcm", 15)
+    inbreast, make = prepare("inbreast", "--roi-masks"), partial(make_phantom, layout="inbreast")
+    add("INbreast tables", inbreast, make, "in/**/*.csv", 40)
+    add("INbreast XML", inbreast, make, "in/**/*.xml", 40)
+    add("INbreast images", inbreast, make, "in/**/*.dcm", 15)
+    table = prepare("csv", "--table labels.csv")
+    add("own table", table, make_own_table, "labels.csv", 40)
+    lists = f"{table} --split lists --pat-train train.txt --pat-val val.txt --pat-test test.txt"
+    add("own lists", lists, make_own_table, "train.txt")
+    exams = prepare("nyu", "--table exams.pkl")
+    add("exams", exams, make_exams, "exams.pkl", 25)
+    add("MIAS", prepare("mias"), make_mias, "in/Info.txt in/mdb001.pgm", 25)
+    evaluate = "mammo.commands.evaluate --predictions predictions.csv --out-dir out --bootstrap 20"
+    add("predictions", evaluate, make_predictions, "predictions.csv", 15)
     for ending in (".npz", ".h5", ".pkl"):
-
-        def make(folder, ending=ending):
-            make_maps(folder, ending)
-
-        localise = ("ddsm_train.localise", (f"maps{ending}", "--roi-mask-dir", "roi", "--out-dir", "out"))
-        add(f"maps {ending}", localise, make, (f"maps{ending}",), 40)
+        localise = f"ddsm_train.localise maps{ending} --roi-mask-dir roi --out-dir out"
+        add(f"maps {ending}", localise, partial(make_maps, ending=ending), f"maps{ending}", 40)
     for kind in ("rf", "gbt"):
-
-        def make(folder, kind=kind):
-            make_trees(folder, kind)
-
-        score = ("ddsm_train.heatmap_clf_train", ("maps.npz", "--model", "trees.skops", "--out-dir", "out"))
-        add(f"trees {kind}", (score[0], (*score[1], "--bootstrap", "20")), make, ("trees.skops",), 20)
+        score = "ddsm_train.heatmap_clf_train maps.npz --model trees.skops --out-dir out --bootstrap 20"
+        add(f"trees {kind}", score, partial(make_trees, kind=kind), "trees.skops", 20)
     for ending in (".h5", ".keras"):
-
-        def make(folder, ending=ending):
-            make_model(folder, ending)
-
-        predict = ("mammo.commands.predict", (f"model{ending}", "in", "--out", "out/p.csv", "--jobs", "1"))
-        add(f"model {ending}", predict, make, (f"model{ending}",), 50)
-    add("options", ("mammo.commands.predict", ("model.h5", "in", "--out", "out/p.csv", "--jobs", "1")),
-        lambda folder: make_model(folder, ".h5"), ("model/args.json",), 10)  # fmt: skip
-    cam = ("in", "model.h5", "--img-size", "64", "48", "--pat-csv", "breasts.csv", "--out", "out/cam.npz")
-    add("breasts", ("ddsm_train.heatmap_score", cam), lambda folder: make_model(folder, ".h5"), ("breasts.csv",), 10)
+        predict = f"mammo.commands.predict model{ending} in --out out/p.csv --jobs 1"
+        add(f"model {ending}", predict, partial(make_model, ending=ending), f"model{ending}", 50)
+    make = partial(make_model, ending=".h5")
+    add("options", "mammo.commands.predict model.h5 in --out out/p.csv --jobs 1", make, "model/args.json")
+    cam = "ddsm_train.heatmap_score in model.h5 --img-size 64 48 --pat-csv breasts.csv --out out/cam.npz"
+    add("breasts", cam, make, "breasts.csv")
 
     for ending in (".xls", ".xlsx"):
-        add(f"INbreast {ending}", inbreast, functools.partial(make_excel, ending=ending), (f"in/**/*{ending}",), 20)
-    add("CMMD", _prepare("cmmd"), make_cmmd, ("in/*.xlsx", "in/**/D1-000[01]/*.dcm"), 20)
-    add("VinDr-Mammo", _prepare("vindr"), make_vindr, ("in/*.csv", "in/images/study[01]/*"), 20)
-    add("images of exams", _prepare("nyu", "--table", "exams.pkl"), make_exams, ("in/0*.png",), 10)
-    add("own table again", table, functools.partial(make_again, make_own_table, *table),
-        ("out/manifest.jsonl", "out/images.csv"), 40)  # fmt: skip
-    add("sampling again", command, functools.partial(make_again, make_sampling, *command),
-        ("out/train/manifest.jsonl", "out/train/options.json"), 20)  # fmt: skip
-    check = ("mammo.commands.check_data", ("/proc/self/cwd/in", "--table", "out/t.csv", "--jobs", "1"))
-    add("check again", check, functools.partial(make_again, make_images, *check), ("out/t.csv",), 20)
-    add("sums", ("mammo.commands.download_models", (Path(RELEASED).stem, "--out-dir", "out")), make_downloaded,
-        ("out/SHA256SUMS",), 5, error="Fetch with a browser:")  # fmt: skip
+        add(f"INbreast {ending}", inbreast, partial(make_excel, ending=ending), f"in/**/*{ending}", 20)
+    add("CMMD", prepare("cmmd"), make_cmmd, "in/*.xlsx in/**/D1-000[01]/*.dcm", 20)
+    add("VinDr-Mammo", prepare("vindr"), make_vindr, "in/*.csv in/images/study[01]/*", 20)
+    add("images of exams", exams, make_exams, "in/0*.png")
+    make = partial(make_again, make_own_table, table)
+    add("own table again", table, make, "out/manifest.jsonl out/images.csv", 40)
+    make = partial(make_again, make_sampling, SAMPLE)
+    add("sampling again", SAMPLE, make, "out/train/manifest.jsonl out/train/options.json", 20)
+    check = "mammo.commands.check_data /proc/self/cwd/in --table out/t.csv --jobs 1"
+    add("check again", check, partial(make_again, make_images, check), "out/t.csv", 20)
+    sums = f"mammo.commands.download_models {Path(RELEASED).stem} --out-dir out"
+    add("sums", sums, make_downloaded, "out/SHA256SUMS", 5, error="Fetch with a browser:")
 
-    predict = ("model.h5", "in", "--out", "out/p.json", "--flips", "--overlay", "out/pictures", "--jobs", "1")
-    add("images to predict", ("mammo.commands.predict", predict), make_images_to_predict,
-        ("in/*.png", "model/*.json"), 20, error=" at fault:")  # fmt: skip
-    overlay = ("ddsm_train.heatmap_score", (*cam, "--overlay", "out/pictures", "--roi-mask-dir", "roi", "--jobs", "1"))
-    add("maps again", overlay, functools.partial(make_mapped, *overlay),
-        ("in/*.png", "roi/*.png", "out/*.npz", "out/cam.npz.parts/*.npz"), 20)  # fmt: skip
-    lesions = ("maps.npz", "--roi-mask-dir", "roi", "--malignant", "lesions.csv", "--out-dir", "out")
-    add("lesions", ("ddsm_train.localise", lesions), make_lesions, ("lesions.csv", "roi/*P_1_*.png"), 20)
-    grow = ("maps.npz", "--test", "test.npz", "--trees", "3", "--folds", "2", "--bootstrap", "20", "--cutoffs", "0.5")
-    add("growing trees", ("ddsm_train.heatmap_clf_train", (*grow, "--out-dir", "out")), make_two_maps, ("*.npz",), 20)
-    score = ("--bootstrap", "20", "--out-dir", "out", "--metarepository", "out/m.csv")
-    images = ("model.h5", "labels.csv", "--image-dir", "in", "--val", "labels.csv", "--on-error", "skip", *score)
-    add("scored table", ("mammo.commands.evaluate", images), make_scored, ("labels.csv", "in/*/P_[45]*.png"), 10)
-    add(
-        "scored folder",
-        ("mammo.commands.evaluate", ("model.h5", "prepared", *score, "--report", "out/r.html")),
-        make_scored,
-        ("prepared/images.csv",),
-        15,
-    )
+    predict = "mammo.commands.predict model.h5 in --out out/p.json --flips --overlay out/pictures --jobs 1"
+    files = "in/*.png model/*.json"
+    add("images to predict", predict, make_images_to_predict, files, 20, error=" at fault:")
+    overlay = f"{cam} --overlay out/pictures --roi-mask-dir roi --jobs 1"
+    files = "in/*.png roi/*.png out/*.npz out/cam.npz.parts/*.npz"
+    add("maps again", overlay, partial(make_mapped, overlay), files, 20)
+    lesions = "ddsm_train.localise maps.npz --roi-mask-dir roi --malignant lesions.csv --out-dir out"
+    add("lesions", lesions, make_lesions, "lesions.csv roi/*P_1_*.png", 20)
+    grow = "ddsm_train.heatmap_clf_train maps.npz --test test.npz --trees 3 --folds 2 --bootstrap 20 --cutoffs 0.5"
+    add("growing trees", f"{grow} --out-dir out", make_two_maps, "*.npz", 20)
+    score = "--bootstrap 20 --out-dir out --metarepository out/m.csv"
+    images = "model.h5 labels.csv --image-dir in --val labels.csv --on-error skip"
+    files = "labels.csv in/*/P_[45]*.png"
+    add("scored table", f"mammo.commands.evaluate {images} {score}", make_scored, files)
+    folder = f"mammo.commands.evaluate model.h5 prepared {score} --report out/r.html"
+    add("scored folder", folder, make_scored, "prepared/images.csv", 15)
 
-    resume = ("--resume-from", "model.h5")
-    for ending, (trainer, options) in {
-        ".png": (train_images, (*resume, "--load-train-ram", "--load-val-ram")),
-        ".jpg": (train_images, (*resume, "--on-error", "skip")),
-        ".dcm": (train_images, (*resume, "--on-error", "skip", "--no-check-data", "--all-layer-epochs", "1")),
-        ".tif": (train_patches, ("--on-error", "skip", "--equalize-hist")),
-        ".bmp": (train_patches, ("--no-check-data", "--img-scale", "255")),
-    }.items():
-        make = functools.partial(make_training, ending=ending)
-        add(f"training on {ending}", trainer(*options), make, (f"*/*/*_0{ending}",), 10)
-    build = ("--patch-net", "yaroslav", "--block-type", "vgg", "--top-depths", "2", "--top-repetitions", "1")
-    build += ("--img-size", "192", "160")
+    for ending, trainer, options in (
+        (".png", train_images, "--resume-from model.h5 --load-train-ram --load-val-ram"),
+        (".jpg", train_images, "--resume-from model.h5 --on-error skip"),
+        (".dcm", train_images, "--resume-from model.h5 --on-error skip --no-check-data --all-layer-epochs 1"),
+        (".tif", train_patches, "--on-error skip --equalize-hist"),
+        (".bmp", train_patches, "--no-check-data --img-scale 255"),
+    ):
+        make = partial(make_training, ending=ending)
+        add(f"training on {ending}", trainer(options), make, f"*/*/*_0{ending}")
+    build = "--patch-net yaroslav --block-type vgg --top-depths 2 --top-repetitions 1 --img-size 192 160"
     for ending in (".h5", ".keras"):
-        for name, (module, args), file in (
-            ("finetuning", train_images("--resume-from", f"model{ending}", "--all-layer-epochs", "1"), "model"),
-            ("building on", train_images(*build, "--patch-model-state", f"patch{ending}"), "patch"),
-            ("more training of", train_patches("--resume-from", f"patch{ending}"), "patch"),
-        ):
-            add(f"{name} {ending}", (module, args), make_training, (f"{file}{ending}",), 15)
-    kept = ("out/best/state/*.npz", "out/best/data_check.csv")
-    add("stopped training", STOPPED, make_stopped, (*kept, "train/neg/train_0.png"), 30)
-    finished = functools.partial(make_again, make_training, *STOPPED)
-    add("finished training", STOPPED, finished, (*kept, "out/best.h5", "test/neg/test_0.png"), 20)
+        finetune = train_images(f"--resume-from model{ending} --all-layer-epochs 1")
+        add(f"finetuning {ending}", finetune, make_training, f"model{ending}", 15)
+        build_on = train_images(f"{build} --patch-model-state patch{ending}")
+        add(f"building on {ending}", build_on, make_training, f"patch{ending}", 15)
+        train_more = train_patches(f"--resume-from patch{ending}")
+        add(f"more training of {ending}", train_more, make_training, f"patch{ending}", 15)
+    kept = "out/best/state/*.npz out/best/data_check.csv"
+    add("stopped training", STOPPED, make_stopped, f"{kept} train/neg/train_0.png", 30)
+    finished = partial(make_again, make_training, STOPPED)
+    add("finished training", STOPPED, finished, f"{kept} out/best.h5 test/neg/test_0.png", 20)
     return result

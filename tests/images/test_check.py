@@ -14,15 +14,11 @@ from mammo.base.files import InputError
 from mammo.commands import check_data
 from mammo.images import check as image_check
 from mammo.images.check import check_image, check_images, report_faults, warn_of_types
-from tests.helpers import read_csv
+from tests.helpers import png, read_csv
 
 
 def picture(seed=0, dtype="uint16", shape=(40, 30)):
     return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype)
-
-
-def png(img):
-    return cv2.imencode(".png", img)[1].tobytes()
 
 
 def with_nan():

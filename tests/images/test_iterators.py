@@ -663,7 +663,7 @@ def test_exams_train_and_score_a_model_of_two_views(exams):
         exams, target_size=(32, 24), target_scale=2, batch_size=2, class_mode="categorical", seed=0
     )
     keras.utils.set_random_seed(0)
-    model = MultiViewResNetBuilder.build_dm_resnet_14((32, 24, 1), 2, nb_init_filter=2)
+    model = MultiViewResNetBuilder.build_dm_resnet_14((1, 32, 24), 2, nb_init_filter=2)
     model.compile(optimizer=keras.optimizers.SGD(1e-4), loss="categorical_crossentropy")
     fit = model.fit(iterator, epochs=2, shuffle=False, verbose=0)
     assert np.isfinite(fit.history["loss"]).all()
@@ -797,6 +797,12 @@ def test_preprocess_is_given_each_batch_after_augmentation(folders):
         np.testing.assert_array_equal(x, expected[..., :1] / np.float32(100))
         np.testing.assert_array_equal(y, labels)
     assert {shape[1:] for shape in shapes} == {(20, 16, 3)}
+
+    of_network = keras.applications.vgg16.preprocess_input
+    x = generator.flow_from_directory(folders, preprocess=of_network, **args)[0][0]
+    expected = plain[0][0][..., ::-1] - np.float32([103.939, 116.779, 123.68])
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-4)
+    assert x.flags.c_contiguous
     x = np.arange(8, dtype="float32").reshape(2, 2, 2, 1)
     assert DMImageDataGenerator().flow(x, [0, 1], 2, True, 0.0, 0.0, np.negative, False)[0][0].min() == -7
 

@@ -26,10 +26,10 @@ from mammo.images.pixels import OF_MODEL, Pixels
 from mammo.maps import compute, draw, files
 from mammo.maps.compute import ForwardPropagation, GradCam, Scan, Sweep
 from mammo.maps.draw import share_of_largest
-from mammo.maps.files import Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+from mammo.maps.files import Grid, load_heatmaps
 from mammo.train.checkpoint import save_model
 from mammo.train.devices import gradient_of_output
-from tests.helpers import ROOT
+from tests.helpers import ROOT, check_options, make_python
 
 rng = np.random.default_rng(3)
 
@@ -173,16 +173,10 @@ def test_golden_forward_propagation(golden, golden_models, tmp_path, net):
 
 def test_options_are_those_of_the_original(spec):
     parser = heatmap_score.make_parser()
-    by_flag = {flag: action for action in parser._actions for flag in action.option_strings}
-    positional = [action.dest for action in parser._actions if not action.option_strings]
-    for option in json.loads((spec / "cli_flags.json").read_text())["heatmap_score"]:
-        for flag in option["flags"]:
-            assert by_flag[flag].dest == option["dest"], flag
-        assert option["flags"] or option["dest"] in positional
-        # What the model's training may tell defaults to the published value where it does not.
-        default = parser.get_default(option["dest"])
-        default = heatmap_score.PUBLISHED[option["dest"]] if default is OF_MODEL else default
-        assert default == option["default"], option["dest"]
+    # What the model's training may tell defaults to the published value where it does not.
+    of_model = {name for name in heatmap_score.PUBLISHED if parser.get_default(name) is OF_MODEL}
+    parser.set_defaults(**{name: heatmap_score.PUBLISHED[name] for name in of_model})
+    check_options(parser, json.loads((spec / "cli_flags.json").read_text())["heatmap_score"])
 
 
 # ---------------------------------------------------------------------------------------------- where cells are
@@ -451,163 +445,6 @@ def test_grad_cam_layer_errors():
     image = keras.Input((4, 4, 1))
     with pytest.raises(InputError, match="pooled globally or flattened"):
         GradCam(keras.Model(image, layers.Reshape((16,))(image)), Pixels((4, 4)))
-
-
-# ----------------------------------------------------------------------------------------------------- map files
-
-
-def some_records():
-    grid = Grid((100, 80), (16.0, 8.5), (8.0, 4.0))
-    cc, mlo = (rng.random(shape).astype(np.float32) for shape in ((4, 3, 2), (5, 3, 2)))
-    return [
-        HeatmapRecord("P_1", "LEFT", 1, cc, mlo, "a/P_1_LEFT_CC.png", "ä b.png", grid, grid),
-        HeatmapRecord("P_2", "RIGHT", None, None, mlo, None, "c.png", None, grid),
-    ]
-
-
-@pytest.mark.parametrize("ending", ["npz", "h5", "pkl"])
-def test_map_files_hold_everything(tmp_path, ending):
-    path, records = tmp_path / f"maps.{ending}", some_records()
-    options = {"img_size": [100, 80], "img_scale": None, "net": "vgg16"}
-    save_heatmaps(path, records, class_names=["neg", "pos"], strides=(8, 4), mode="gradcam", options=options)
-    maps = load_heatmaps(path)
-    assert (maps.class_names, maps.strides, maps.mode, maps.options) == (["neg", "pos"], (8, 4), "gradcam", options)
-    for ours, theirs in zip(maps.records, records, strict=True):
-        for name, value in vars(theirs).items():
-            if isinstance(value, np.ndarray):
-                assert getattr(ours, name).dtype == np.float32
-                np.testing.assert_array_equal(getattr(ours, name), value)
-            else:
-                assert getattr(ours, name) == value
-    assert [view for view, *_ in maps.records[1].views()] == ["mlo"]
-
-
-@pytest.mark.parametrize("ending", ["npz", "h5", "pkl"])
-def test_cut_or_damaged_map_files_are_refused_in_one_line(tmp_path, ending):
-    path = tmp_path / f"maps.{ending}"
-    save_heatmaps(path, some_records(), class_names=["neg", "pos"], strides=(8, 4))
-    whole = path.read_bytes()
-    for content in (b"", whole[:1], whole[:200], whole[: len(whole) // 2], whole[:-5], b"text\n", b"\x80\x04N."):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"not a whole (map file|pickle)") as caught:
-            load_heatmaps(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="Received no file"):
-        load_heatmaps(tmp_path / f"none.{ending}")
-
-
-def change(path, **changes):
-    """Change a .npz map file: array by name, entry of the header, or of the first record."""
-    with np.load(path) as archive:
-        arrays = dict(archive)
-    header = json.loads(str(arrays["header"]))
-    for name, value in changes.items():
-        if f"0_{name}" in arrays:
-            arrays[f"0_{name}"] = value
-        else:
-            (header["records"][0] if name in header["records"][0] else header)[name] = value
-    np.savez(path, **arrays | {"header": np.array(json.dumps(header))})
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("class_names", [["neg"], ["neg", "pos", "more"], 5, "np", [1, 2]]),
-        ("options", [[1], None, {"window": "ab"}, {"window": [0, 0]}, {"window": [8]}]),
-        ("strides", [[0, 0], "ab", [8], [8, -1], [8, float("inf")]]),
-        ("mode", ["guess", 1]),
-        ("version", ["1", 99]),
-        ("records", [[3], {"a": 1}]),
-        ("cc_image_size", ["ab", [480.5, 384.2], [-3, 4], [10**7, 10**7], [4]]),
-        ("cc_first", [None, "ab", [float("nan")] * 2, [1]]),
-        ("cc_file", [5]),
-        ("side", [None, 3]),
-        ("cancer", [7, -1, "yes", 0.5]),
-        ("cc", [np.full((4, 3, 2), np.nan), np.zeros((0, 3, 2)), np.zeros((4, 3, 0)), np.zeros((4, 3)), np.array("a")]),
-    ],
-)
-def test_what_is_no_map_is_refused_in_one_line(tmp_path, name, values):
-    path = tmp_path / "maps.npz"
-    for value in values:
-        save_heatmaps(path, some_records(), class_names=["neg", "pos"], strides=(8, 4))
-        change(path, **{name: value})
-        with pytest.raises(InputError) as caught:
-            load_heatmaps(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value), value
-
-
-class Code:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/dm_heatmap_was_here",)
-
-
-def test_pickles_cannot_run_code(tmp_path):
-    import pandas as pd
-
-    path = tmp_path / "maps.pkl"
-    for content in ([{"patient_id": Code()}], [{"cc": np.array([Code()], object)}], pd.DataFrame({"a": [1]})):
-        path.write_bytes(pickle.dumps(content))
-        with pytest.raises(
-            InputError, match=r"holds (posix\.system|nt\.system|an array of O8|pandas.*)\. Expected lists"
-        ):
-            load_heatmaps(path)
-    assert not Path("/tmp/dm_heatmap_was_here").exists()
-    path.write_bytes(b"cbuiltins\neval\n(S'1'\ntR.")
-    with pytest.raises(InputError, match=r"holds builtins\.eval"):
-        load_heatmaps(path)
-
-
-class ObjectDtype:
-    """dtype('O8') whose flags are taken back, after which NumPy takes given bytes for pointers to objects."""
-
-    def __reduce__(self):
-        return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
-
-
-class ForgedArray:
-    def __init__(self, dtype, data):
-        self.state = 1, (1,), dtype, False, data
-
-    def __reduce__(self):
-        return np.array([1]).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
-
-
-@pytest.mark.parametrize(
-    ("dtype", "data"), [(ObjectDtype(), b"A" * 8), (np.dtype("f8"), b"A" * 7), (None, b"A" * 8), (np.dtype("f8"), None)]
-)
-def test_pickles_cannot_reach_memory(tmp_path, dtype, data):
-    # In a process of its own, which a forged pointer would crash.
-    path = tmp_path / "maps.pkl"
-    breast = {"patient_id": "a", "side": "LEFT", "cancer": 1, "cc": ForgedArray(dtype, data), "mlo": None}
-    path.write_bytes(pickle.dumps([breast], 2))
-    code = f"from mammo.maps.files import load_heatmaps as load\nprint(load({str(path)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and f"InputError: {path}: " in done.stderr
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-def test_pickles_of_the_published_program_open(tmp_path, protocol):
-    array = rng.random((3, 2, 5))
-    if protocol % 2:  # rows and bytes in another order
-        array = np.asfortranarray(array).astype(">f8")
-    breast = {"patient_id": np.str_("P_1"), "side": "LEFT", "cancer": np.int64(1), "cc": array, "mlo": None}
-    content = pickle.dumps([breast], protocol)
-    if protocol == 2:  # the modules' names of the time
-        content = content.replace(b"numpy._core", b"numpy.core")
-    (tmp_path / "maps.pkl").write_bytes(content)
-    maps = load_heatmaps(tmp_path / "maps.pkl")
-    [record] = maps.records
-    assert (record.patient_id, record.side, record.cancer, record.mlo, record.cc_grid) == ("P_1", "LEFT", 1, None, None)
-    np.testing.assert_allclose(record.cc, array, rtol=1e-6)
-    assert maps.strides is None and maps.class_names == []
-
-
-def test_a_map_file_must_have_its_classes(tmp_path):
-    with pytest.raises(InputError, match=r"Expected a map of 3 classes. Received an array of shape \(4, 3, 2\)"):
-        save_heatmaps(tmp_path / "a.npz", some_records(), class_names=list("abc"), strides=(8, 8))
-    with pytest.raises(InputError, match=r"Expected a name ending in \.npz"):
-        save_heatmaps(tmp_path / "a.json", some_records(), class_names=list("ab"), strides=(8, 8))
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------- tables, resuming
@@ -1005,15 +842,9 @@ def test_recipes_map_all_sets_of_patients(tmp_path, models):
     shutil.copy(folder / "pat.csv", tmp_path / "pat_side_cancer.csv")
     (tmp_path / "pat_train.txt").write_text("P_1\n")
     (tmp_path / "pat_test.txt").write_text("P_2\nP_3\n")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "bin" / "python").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "DATA": str(tmp_path),
-        "SETS": "train test",
-    }
+    make_python(tmp_path / "bin")
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "DATA": str(tmp_path), "SETS": "train test"}
     recipe = [ROOT / "ddsm_train" / "fprop_heatmap_all.sh", models / "patch.h5", "vgg16"]
     subprocess.run([*recipe, "--img-size", "128", "96"], env=environment, check=True, capture_output=True)
     train, test = (load_heatmaps(tmp_path / "heatmaps" / "fprop" / f"{name}.npz") for name in ("train", "test"))

@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import zipfile
 
 import numpy as np
 import pandas as pd
@@ -15,6 +14,7 @@ from mammo.base.files import InputError
 from mammo.maps import trees as clf
 from mammo.maps.files import HeatmapRecord, Heatmaps, save_heatmaps
 from mammo.maps.trees import prob_heatmap_features
+from tests.helpers import read_members, write_members
 
 CLASSES = ["background", "mass_mal", "mass_ben"]
 OPTIONS = {"cutoffs": [0.3, 0.6], "top_k": 1, "trees": 20, "folds": 3, "bootstrap": 100}
@@ -206,14 +206,10 @@ def test_files_that_could_run_code_or_are_damaged_are_refused(fitted, tmp_path):
     assert not Evil.ran
 
     # A file in which another type stands for the trees.
-    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(bad, "w") as target:
-        for name in source.namelist():
-            content = source.read(name)
-            if name == "schema.json":
-                schema = json.loads(content)
-                schema["content"]["model"] |= {"__module__": "os", "__class__": "system"}
-                content = json.dumps(schema).encode()
-            target.writestr(name, content)
+    members = read_members(whole)
+    schema = json.loads(members["schema.json"])
+    schema["content"]["model"] |= {"__module__": "os", "__class__": "system"}
+    write_members(bad, members | {"schema.json": json.dumps(schema).encode()})
     with pytest.raises(InputError, match=r"bad\.skops: refused: asks for os\.system"):
         clf.load_classifier(bad)
 

@@ -16,6 +16,7 @@ from dm_keras_ext import (
     create_optimizer,
     do_2stage_training,
     do_3stage_training,
+    freeze_below,
     get_dl_model,
     load_dat_ram,
     robust_load_model,
@@ -23,6 +24,7 @@ from dm_keras_ext import (
 from dm_multi_gpu import make_parallel
 from dm_region import prob_heatmap_features
 from dm_resnet import add_top_layers
+from mammo.train.callbacks import BestModel
 from tests.helpers import write_images
 from tests.train.networks import quick_training
 
@@ -138,8 +140,10 @@ def test_the_image_trainer(tmp_path, capsys):
     model, org_model = make_parallel(model, 1)
     train_imgen, val_imgen = generators(44.0)
     options = flow_options(["neg", "pos"], 128, batch_size=4, preprocess=None, seed=12345)
-    train_generator = train_imgen.flow_from_directory(
-        str(tmp_path / "train"), auto_batch_balance=True, shuffle=True, **options
+    raw_generator = DMImageDataGenerator().flow_from_directory(str(tmp_path / "train"), shuffle=False, **options)
+    raw_set = load_dat_ram(raw_generator, raw_generator.nb_sample)
+    train_generator = train_imgen.flow(
+        raw_set[0], raw_set[1], 4, auto_batch_balance=True, preprocess=None, shuffle=True, seed=12345
     )
     validation_set = val_imgen.flow_from_directory(str(tmp_path / "val"), shuffle=False, **options)
     auc_checkpointer = DMAucModelCheckpoint(best_model, validation_set, test_samples=validation_set.nb_sample)
@@ -213,3 +217,26 @@ def test_the_heatmap_sweep_and_the_score_of_a_breast(tmp_path):
     forests = [RandomForestClassifier(5, random_state=seed).fit(rows, np.arange(10) % 2) for seed in range(2)]
     highest = make_pred_case(cc, mlo, names, cutoffs, forests, k=2)
     assert 0 <= make_pred_case(cc, mlo, names, cutoffs, forests, k=2, use_mean=True) <= highest <= 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_model_saved_while_layers_were_frozen_is_loaded_by_keras_itself(tmp_path, whole):
+    """`load_weights` goes by position; in a nested model that used to depend on the stage of the best epoch."""
+
+    def image_model():
+        return add_top_layers(Yaroslav(classes=3, nb_init_filter=1), [128, 128], "yaroslav", "vgg", [4], [1])
+
+    (trained, top_layer_nb), (fresh, _) = image_model(), image_model()
+    rng = np.random.default_rng(0)
+    trained.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in trained.weights])
+    freeze_below(trained, top_layer_nb)
+    if whole:
+        trained.layers[1].trainable = False  # the nested model, as notebooks freeze it
+    flags = [variable.trainable for variable in trained.variables]
+    keeper = BestModel(tmp_path / "best.h5")
+    keeper.set_model(trained)
+    keeper.on_epoch_end(0, {"val_accuracy": 1.0})
+    assert [variable.trainable for variable in trained.variables] == flags and not all(flags)
+    fresh.load_weights(str(tmp_path / "best.h5"))
+    for weight, expected in zip(fresh.weights, trained.weights, strict=True):
+        np.testing.assert_array_equal(weight, expected)

@@ -12,6 +12,7 @@ from keras import layers
 import dm_resnet
 from dm_resnet import MultiViewResNetBuilder, ResNetBuilder, add_top_layers
 from mammo.base.files import InputError
+from tests.conftest import SHARED
 from tests.train.networks import load_patch_net, make_patch_net, outputs
 
 MEAN = 52.18
@@ -298,8 +299,8 @@ def test_dropout_rate_can_be_raised_from_zero(tmp_path):
 )
 def test_block_functions(block, first, last, filters):
     image = keras.Input((9, 7, filters))
-    strided = keras.Model(image, block(4, init_strides=(2, 2), bottleneck_enlarge_factor=3)(image))
-    same = keras.Model(image, block(4, bottleneck_enlarge_factor=3, dropout=0.2, weight_decay=0.01)(image))
+    strided = keras.Model(image, block(4, init_strides=(2, 2), enlarge_factor=3, shortcut_with_bn=True)(image))
+    same = keras.Model(image, block(4, enlarge_factor=3, dropout=0.2, weight_decay=0.01)(image))
     assert strided.output_shape == (None, 5, 4, filters)
     assert same.output_shape == (None, 9, 7, filters)
     assert isinstance(same.layers[1], first)
@@ -311,7 +312,7 @@ def test_block_functions(block, first, last, filters):
     assert {layer.rate for layer in same.layers if isinstance(layer, layers.Dropout)} == {0.2}
 
 
-BUILDERS = [(f"resnet_{depth}", depth, 4) for depth in (18, 34, 38, 50)] + [
+BUILDERS = [(f"resnet_{depth}", depth, 3 if depth == 38 else 4) for depth in (18, 34, 38, 50)] + [
     ("resnet_50_org", 50, 4),
     ("dm_resnet_14", 14, 4),
 ]
@@ -322,11 +323,13 @@ BUILDERS += [pytest.param(f"resnet_{depth}", depth, 4, marks=pytest.mark.slow) f
 @pytest.mark.parametrize(("name", "depth", "groups"), BUILDERS)
 def test_named_networks_have_their_depth(name, depth, groups):
     size = 2 ** (groups + 1)  # halved by the first convolution, the pooling, and every group but the first
-    model = getattr(ResNetBuilder, f"build_{name}")((size, size, 1), 5, nb_init_filter=2)
+    model = getattr(ResNetBuilder, f"build_{name}")((1, size, size), 5, nb_init_filter=2)
     convs = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)]
     shortcuts = [conv for conv in convs if conv.padding == "valid"]
     assert len(convs) - len(shortcuts) + 1 == depth
-    assert sum(conv.strides == (2, 2) for conv in shortcuts) == groups - 1
+    assert [conv.strides for conv in shortcuts] == [(1, 1)] + [(2, 2)] * (groups - 1)
+    widths = {conv.filters for conv in convs if conv.padding == "same" and conv.kernel_size == (3, 3)}
+    assert widths == {2 * 2**group for group in range(groups)}
     assert convs[-1].output.shape[1:3] == (1, 1)
     assert model.output_shape == (None, 5)
 
@@ -334,7 +337,7 @@ def test_named_networks_have_their_depth(name, depth, groups):
 def test_builder_options_reach_their_layers():
     first = {"nb_init_filter": 6, "init_filter_size": 7, "init_conv_stride": 1, "pool_size": 3, "pool_stride": 4}
     rates = {"weight_decay": 0.02, "alpha": 0.1, "l1_ratio": 0.2, "inp_dropout": 0.1, "hidden_dropout": 0.4}
-    model = ResNetBuilder.build((64, 48, 3), 1, dm_resnet.bottleneck_org, [1], **first, **rates)
+    model = ResNetBuilder.build((3, 64, 48), 1, dm_resnet.bottleneck_org, [1], **first, **rates)
     conv = next(layer for layer in model.layers if isinstance(layer, layers.Conv2D))
     assert (conv.filters, conv.kernel_size, conv.output.shape[1:3]) == (6, (7, 7), (64, 48))
     assert float(conv.kernel_regularizer.l2) == pytest.approx(0.02)
@@ -343,6 +346,73 @@ def test_builder_options_reach_their_layers():
     rates = [layer.rate for layer in model.layers if isinstance(layer, layers.Dropout)]
     assert rates[0] == 0.1 and set(rates[1:]) == {0.4}
     assert model.layers[-1].activation is keras.activations.sigmoid
+    assert model.layers[-1].kernel_regularizer.get_config() == pytest.approx({"l1": 0.02, "l2": 0.04})
+
+
+def published_builders():
+    path = SHARED / "golden" / "builders" / "builders.json"
+    return json.loads(path.read_text()) if path.exists() else {"absent": None}
+
+
+def described(model):
+    """Return each layer as the published tables have it: settings, what feeds it, and the shape it gives."""
+    position = {layer.name: i for i, layer in enumerate(model.layers)}
+    names = ("filters", "kernel_size", "strides", "padding", "pool_size", "use_bias", "units", "rate", "epsilon")
+    for layer in model.layers:
+        row = {name: getattr(layer, name) for name in (*names, "momentum") if hasattr(layer, name)}
+        row["class"], row["output_shape"] = type(layer).__name__, list(layer.output.shape)
+        row["from"] = [
+            position[tensor._keras_history[0].name] for node in layer._inbound_nodes for tensor in node.input_tensors
+        ]
+        if hasattr(layer, "activation"):
+            row["activation"] = keras.activations.serialize(layer.activation)
+        if getattr(layer, "kernel_regularizer", None):
+            penalty = layer.kernel_regularizer.get_config()
+            row["kernel_regularizer"] = {name: pytest.approx(value) for name, value in penalty.items() if value}
+            row["kernel_initializer"] = type(layer.kernel_initializer).__name__
+        if hasattr(layer, "axis"):
+            row["axis"] = layer.axis % len(layer.output.shape)
+        yield {name: list(value) if isinstance(value, tuple) else value for name, value in row.items()}
+
+
+def draw_weights(model):
+    """Draw all variables in order, as the tables' predictions had them."""
+    rng = np.random.RandomState(7)
+    for weight in model.weights:
+        kind = weight.path.rsplit("/", 1)[1]
+        if kind == "moving_variance":
+            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+        elif kind == "gamma":
+            weight.assign(rng.uniform(0.1, 0.3, weight.shape))
+        elif kind == "kernel":
+            drawn = rng.normal(0, np.sqrt(2 / np.prod(weight.shape[:-1])), weight.shape)
+            weight.assign(drawn * (0.1 if len(weight.shape) == 2 else 1))
+        else:
+            weight.assign(rng.normal(0, 0.1, weight.shape))
+
+
+@pytest.mark.parametrize("case", published_builders())
+def test_builders_make_the_published_networks(case, golden):
+    published = published_builders()[case]
+    model = getattr(ResNetBuilder, published["builder"])(*published["args"], **published["kwargs"])
+    assert model.count_params() == published["parameters"]
+    for ours, theirs in zip(described(model), published["layers"], strict=True):
+        assert {name: ours.get(name) for name in theirs} == theirs
+    draw_weights(model)
+    image = np.random.RandomState(3).uniform(-1, 1, (2, 96, 64, 1)).astype(np.float32)
+    np.testing.assert_allclose(outputs(model, image), published["prediction"], atol=1e-5)
+
+
+def test_named_networks_are_built_by_position_and_refuse_what_they_do_not_take():
+    named = ResNetBuilder.build_resnet_50((1, 32, 32), 2, 2, 5, 1, 2, 2, 0.01, 1.0, 0.5, 0.1, 0.2, True)
+    same = ResNetBuilder.build((1, 32, 32), 2, dm_resnet.bottleneck, (3, 4, 6, 3), 2, 5, 1, 2, 2, 0.01, 1.0, 0.5, 0.1,
+                               0.2, True)  # fmt: skip
+    assert list(described(named)) == list(described(same))
+    with pytest.raises(TypeError, match="shortcut_with_bn"):
+        ResNetBuilder.build_resnet_18((1, 32, 32), 2, shortcut_with_bn=True)
+    for shape in ((96, 64, 1), (None, None, 1), (224, 224, 3)):
+        with pytest.raises(InputError, match=r"Expected an input shape \(channels, rows, columns\)"):
+            ResNetBuilder.build_resnet_18(shape, 2)
 
 
 def test_elastic_net_penalty():
@@ -353,7 +423,7 @@ def test_elastic_net_penalty():
 
 
 def test_two_view_network_concatenates_one_towers_features():
-    model = MultiViewResNetBuilder.build_dm_resnet_14((32, 32, 1), 2, nb_init_filter=2)
+    model = MultiViewResNetBuilder.build_dm_resnet_14((1, 32, 32), 2, nb_init_filter=2)
     assert model.input_shape == [(None, 32, 32, 1), (None, 32, 32, 1)]
     rng = np.random.default_rng(0)
     cc, mlo = rng.normal(0, 50, (2, 3, 32, 32, 1)).astype(np.float32)
