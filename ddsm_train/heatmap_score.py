@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mammo.base import cli
 from mammo.base.files import InputError, counted, locked, naming, remove_partial
@@ -24,8 +25,11 @@ from mammo.base.work import run_parallel
 from mammo.data.splits import read_patient_list
 from mammo.images import pixels
 from mammo.maps import compute
-from mammo.maps.files import check_map_name
+from mammo.maps.files import HeatmapRecord, check_map_name
 from mammo.train import backend
+
+if TYPE_CHECKING:
+    import keras
 
 # Usual class names, by their number.
 CLASSES = {
@@ -208,7 +212,7 @@ def find_breasts(args: argparse.Namespace) -> tuple[list[compute.Breast], list[s
     return breasts, faults
 
 
-def name_classes(model, args: argparse.Namespace) -> list[str]:
+def name_classes(model: "keras.Model", args: argparse.Namespace) -> list[str]:
     """Return the names of the model's classes: those given, else the usual ones. Raises InputError for wrong ones."""
     count = model.output_shape[-1]
     names = args.class_list or CLASSES.get(count) or [f"class_{i}" for i in range(count)]
@@ -220,7 +224,9 @@ def name_classes(model, args: argparse.Namespace) -> list[str]:
     return names
 
 
-def draw_pictures(records: list, class_names: list[str], mode: str, args: argparse.Namespace) -> list[str]:
+def draw_pictures(
+    records: list[HeatmapRecord], class_names: list[str], mode: str, args: argparse.Namespace
+) -> list[str]:
     """Draw the maps of all records into the folder --overlay, and return the faults met."""
     options = {"on_error": args.on_error, "out_dir": args.overlay, "roi_mask_dir": args.roi_mask_dir}
     draw = functools.partial(draw_or_fault, class_names=class_names, mode=mode, **options)
@@ -231,7 +237,7 @@ def draw_pictures(records: list, class_names: list[str], mode: str, args: argpar
     return [fault for fault in drawn if fault is not None]
 
 
-def draw_or_fault(record, on_error: str, **options) -> str | None:
+def draw_or_fault(record: HeatmapRecord, on_error: str, **options) -> str | None:
     """Draw the pictures of a breast; with "skip" return what was at fault, if anything."""
     from mammo.maps.draw import draw_overlays
 
@@ -244,7 +250,7 @@ def draw_or_fault(record, on_error: str, **options) -> str | None:
     return None
 
 
-def make_scorer(model, args: argparse.Namespace) -> compute.Scorer:
+def make_scorer(model: "keras.Model", args: argparse.Namespace) -> compute.Scorer:
     """Return what computes the maps. Raises InputError for a model that the options do not fit."""
     import keras
 
@@ -269,7 +275,7 @@ def make_scorer(model, args: argparse.Namespace) -> compute.Scorer:
     return compute.Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, pixels.Pixels.of(args))
 
 
-def make_grad_cam(model, args: argparse.Namespace) -> compute.GradCam:
+def make_grad_cam(model: "keras.Model", args: argparse.Namespace) -> compute.GradCam:
     built = model.input_shape[1:3]
     if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
         expected = f"Expected --img-size {built[0]} {built[1]}, for which it is built"
@@ -278,7 +284,7 @@ def make_grad_cam(model, args: argparse.Namespace) -> compute.GradCam:
     return compute.GradCam(model, pixels.Pixels.of(args), args.grad_cam_layer, args.segment_breast)
 
 
-def make_forward_propagation(model, args: argparse.Namespace) -> compute.ForwardPropagation:
+def make_forward_propagation(model: "keras.Model", args: argparse.Namespace) -> compute.ForwardPropagation:
     from dm_resnet import add_top_layers
 
     cells = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}

@@ -69,7 +69,7 @@ def run(**options) -> None:
     print(f"localisation.csv, froc.csv and froc.png are in {args.out_dir}")
 
 
-def warn_of_missing_masks(path, records: list, marked: list, wanted: set | None) -> None:
+def warn_of_missing_masks(path: str | Path, records: list, marked: list, wanted: set | None) -> None:
     """Say how many lesions count as absent because they have no mask. marked: lists of `MapHits`, one a record."""
     lesions = [sum(image.hits.shape[1] for image in images) for images in marked]
     cancers = [count for record, count in zip(records, lesions, strict=True) if record.cancer == 1]

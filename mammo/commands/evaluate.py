@@ -13,6 +13,7 @@ and val_predictions.csv of --val. Predictions are there before they are scored: 
 import argparse
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from mammo.base import cli
@@ -113,7 +114,7 @@ def check_metarepository(args: argparse.Namespace, models: list) -> None:
         raise InputError(f"--metarepository: Expected one model, or --average. Received {', '.join(map(str, models))}")
 
 
-def evaluate(args: argparse.Namespace, models: list, source) -> None:
+def evaluate(args: argparse.Namespace, models: list, source: str | Path) -> None:
     """Predict or read what is to be scored, and write the results."""
     from mammo.evaluate import evaluation
 
@@ -141,12 +142,14 @@ def evaluate(args: argparse.Namespace, models: list, source) -> None:
     print(f"Results are in {args.out_dir}" + (f", the report in {args.report}" if args.report else ""))
 
 
-def sets_of(args: argparse.Namespace, source) -> list[tuple]:
+def sets_of(args: argparse.Namespace, source: str | Path) -> list[tuple]:
     """Return what to score and, if given, --val, with the name of the set in it."""
     return [(source, args.set)] + ([] if args.val is None else [(args.val, "val")])
 
 
-def predict_source(args: argparse.Namespace, models: list, source) -> tuple[list, list[str], dict[str, Any], dict]:
+def predict_source(
+    args: argparse.Namespace, models: list, source: str | Path
+) -> tuple[list, list[str], dict[str, Any], dict]:
     """Predict DATA and, if given, --val.
 
     Returns their tables, the names of the models, what to say of them in the results, and the `Predictor`s by name.
@@ -186,7 +189,7 @@ def predict_source(args: argparse.Namespace, models: list, source) -> tuple[list
     return predicted, data.model_columns(files, args.flips), about, predictors
 
 
-def read(args: argparse.Namespace) -> tuple[list, list[str], dict[str, Any], dict]:
+def read(args: argparse.Namespace) -> tuple[list, list[str], dict, dict]:
     """Return what `predict_source` gives, from --predictions and, if given, --val."""
     from mammo.evaluate.inputs import read_predictions
 

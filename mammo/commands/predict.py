@@ -14,7 +14,9 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -23,6 +25,9 @@ from mammo.base.files import InputError, atomic_write, check_writable, write_tex
 from mammo.images.pixels import add_pixel_options_of_model
 from mammo.images.reading import find_images
 from mammo.train import backend
+
+if TYPE_CHECKING:
+    from mammo.evaluate.predict import Prediction, Predictor
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,7 +93,7 @@ def say(*lines: str) -> None:
     tqdm.write("\n  ".join(lines), file=sys.stderr)
 
 
-def as_csv(predictor, predictions) -> str:
+def as_csv(predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
     """Return one row an image: file, the probability of each class, warnings."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -97,7 +102,7 @@ def as_csv(predictor, predictions) -> str:
     return text.getvalue()
 
 
-def as_json(args, predictor, predictions) -> str:
+def as_json(args: argparse.Namespace, predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
     """Return how the predictions were made, and they, those at fault with the reason."""
     entries = []
     for file, probabilities, warnings, fault in predictions:
@@ -110,7 +115,7 @@ def as_json(args, predictor, predictions) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def name_heatmaps(files, folder) -> dict[str, Path]:
+def name_heatmaps(files: Sequence[Path], folder: str) -> dict[str, Path]:
     """Return `<folder>/<image>.png` by file, numbered from the second of a name on; InputError where it is an image."""
     pictures, taken, images = {}, set(), {path.resolve() for path in files}
     for file in files:
@@ -124,7 +129,7 @@ def name_heatmaps(files, folder) -> dict[str, Path]:
     return pictures
 
 
-def draw(predictor, prediction, path) -> None:
+def draw(predictor: "Predictor", prediction: "Prediction", path: Path) -> None:
     """Write the mammogram with the Grad-CAM map of each class. Raises InputError."""
     from mammo.maps.draw import overlay_figure
 

@@ -24,11 +24,11 @@ from mammo.images.reading import check_constant, find_images, parse_image_name
 
 
 def read_images(
-    source,
+    source: str | Path,
     classes: Sequence[str] = ("neg", "pos"),
     positive: Sequence[str] = ("pos",),
     part: str = "test",
-    image_dir=None,
+    image_dir: str | Path | None = None,
 ) -> pd.DataFrame:
     """Return the labelled images of a folder or a list; raise InputError for anything missing or malformed.
 
@@ -150,7 +150,7 @@ def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
 
 
 def read_predictions(
-    path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",), part: str = "test"
+    path: str | Path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",), part: str = "test"
 ) -> tuple[pd.DataFrame, list[str]]:
     """A table with predictions from a CSV file, and the names of its models.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Predictor:
     classifier of one image, or options that do not fit it.
     """
 
-    def __init__(self, model_path, given: Mapping[str, Any] | None = None, trust_checkpoint: bool = False):
+    def __init__(self, model_path: str | Path, given: Mapping[str, Any] | None = None, trust_checkpoint: bool = False):
         self.model = load_model(model_path, trust_checkpoint)
         check_one_image(self.model, model_path)
         built = self.model.input_shape[1:3]
@@ -71,7 +72,7 @@ class Predictor:
                 found = (next(probabilities), read[1]) if read else (None, [])
                 yield Prediction(file, *found, fault)
 
-    def read(self, file) -> tuple[np.ndarray, list[str]]:
+    def read(self, file: str | Path) -> tuple[np.ndarray, list[str]]:
         """Return the pixels of an image before mean subtraction, float32 (H, W), and what is unlike the training's.
 
         See `mammo.evaluate.preflight.warnings_for`. Raises InputError.
@@ -90,7 +91,7 @@ class Predictor:
         _, single, _, averaged = predict(self.model, (x, np.zeros(len(x))), batch_size=len(x), flips=flips)
         return (single, averaged) if flips else (single,)
 
-    def explain(self, file) -> tuple[np.ndarray, np.ndarray, Grid]:
+    def explain(self, file: str | Path) -> tuple[np.ndarray, np.ndarray, Grid]:
         """Return the pixels (H, W) of an image as `read` does, its Grad-CAM maps (rows, columns, classes), their grid.
 
         Raises InputError, for networks without a feature map too.

@@ -20,7 +20,7 @@ _QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 _DARK, _BRIGHT = 0.2, 0.8
 
 
-def read_pixel_stats(model_path) -> dict[str, Any] | None:
+def read_pixel_stats(model_path: str | Path) -> dict[str, Any] | None:
     """What `pixel_statistics` gave for a model's training images, or None where it is not known.
 
     It is in `<model without ending>/pixel_stats.json`, which the trainers write. Raises InputError for a damaged file.
@@ -41,7 +41,7 @@ def read_pixel_stats(model_path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------- measuring images
 
 
-def measure_image(image) -> dict[str, float]:
+def measure_image(image: np.ndarray) -> dict[str, float]:
     """Figures of one image, float (H, W[, C]), of which the first channel counts.
 
     mean, sd, and p99, the 99th percentile; dark_border and bright_border, shares of its outermost pixels in the
@@ -107,7 +107,7 @@ def pixel_statistics(images: Iterable) -> dict[str, Any]:
 
 
 def warnings_for(
-    image,
+    image: np.ndarray,
     trained: Mapping[str, Any] | None = None,
     *,
     mean: float | None = None,

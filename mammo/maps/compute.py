@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,9 @@ from mammo.data.patches import is_file_name, read_lesion_masks
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import Pixels
 from mammo.maps.files import MAP_VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+
+if TYPE_CHECKING:
+    import keras
 
 # ------------------------------------------------------------------------------------------------- one image
 
@@ -43,7 +46,7 @@ class Sweep:
     At most `batch_size` windows are in memory, whatever the image and the stride.
     """
 
-    model: Any
+    model: "keras.Model"
     target_height: int
     patch_size: int
     stride: int
@@ -59,7 +62,7 @@ class Sweep:
             expected = f"Expected {built}, for which the patch classifier is built"
             raise InputError(f"--patch-size {size}: {expected}. Received {size}")
 
-    def read(self, fname) -> Scan:
+    def read(self, fname: str | Path) -> Scan:
         """Read an image and cut out the breast. Raises InputError."""
         img = Pixels(height=self.target_height).read(fname)
         half = self.patch_size // 2
@@ -98,12 +101,12 @@ class _WholeImage:
     segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
     """
 
-    def __init__(self, model, pixels: Pixels, segment_breast: bool = False):
+    def __init__(self, model: "keras.Model", pixels: Pixels, segment_breast: bool = False):
         self.model = model
         self.pixels = pixels
         self.segment_breast = segment_breast
 
-    def read(self, fname) -> Scan:
+    def read(self, fname: str | Path) -> Scan:
         """Read an image. Raises InputError, for one without a breast too."""
         img = self.pixels.read(fname)
         if img.min() == img.max():
@@ -137,7 +140,7 @@ class ForwardPropagation(_WholeImage):
 
     def __init__(
         self,
-        heatmap_model,
+        heatmap_model: "keras.Model",
         pixels: Pixels,
         avg_pool_size: Sequence[int] = (7, 7),
         hm_strides: Sequence[int] = (1, 1),
@@ -181,7 +184,7 @@ class GradCam(_WholeImage):
 
     mode = "gradcam"
 
-    def __init__(self, model, pixels: Pixels, layer: str | None = None, segment_breast: bool = False):
+    def __init__(self, model: "keras.Model", pixels: Pixels, layer: str | None = None, segment_breast: bool = False):
         import keras
 
         super().__init__(model, pixels, segment_breast)
@@ -312,7 +315,9 @@ class Breast(NamedTuple):
         return f"{self.patient_id}_{self.side}"
 
 
-def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tuple[list[Breast], list[str]]:
+def read_breasts(
+    table: str | Path, img_folder: str | Path, patients: Iterable[str] | None = None
+) -> tuple[list[Breast], list[str]]:
     """Read the breasts of a CSV table `patient_id,side,cancer`, in its order, and return the faults met, too.
 
     Images are `<img_folder>/<patient_id>_<side>_<CC|MLO>.png`. patients: use these alone. Faults are patients
@@ -345,7 +350,7 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     return breasts, faults
 
 
-def check_masks(breast: Breast, roi_mask_dir) -> None:
+def check_masks(breast: Breast, roi_mask_dir: str | Path) -> None:
     """Raise InputError for a lesion mask of a breast's images that cannot be used."""
     for view, path in breast.files.items():
         read_lesion_masks(roi_mask_dir, f"{breast.name}_{view.upper()}", path)
@@ -511,12 +516,12 @@ def sweep_img_patches(
 
 
 def get_prob_heatmap(
-    img_list,
+    img_list: str | Path | Sequence[str | Path] | None,
     target_height: int,
     target_scale: float | None,
     patch_size: int,
     stride: int,
-    model,
+    model: "keras.Model",
     batch_size: int,
     featurewise_center: bool = False,
     featurewise_mean: float = 91.6,
