@@ -142,7 +142,7 @@ def test_commands_are_there_and_take_their_options(page):
         for word in words:
             if re.match(r"(ddsm_train|inbreast|scripts)/\S+\.(py|sh)$", word):
                 assert (ROOT / word).exists(), word
-        if "mammo" in words:
+        if "mammo" in words[:-1]:
             words = words[words.index("mammo") + 1 :]
             text = help_of(*words[: 1 + (words[0] == "prepare")])
             assert text is not None, words
