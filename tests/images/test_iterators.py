@@ -737,8 +737,9 @@ def test_pixel_range_and_mean_are_checked(folders):
     [message] = messages()
     assert "1.3e+04" in message
     assert "rescale" in message
-    [message] = messages(own_mean + 60, rescale_factor=0.01)
-    assert f"{own_mean + 60:.4g}" in message
+    assert messages(2 * own_mean - 1, rescale_factor=0.01) == []
+    [message] = messages(2 * own_mean + 20, rescale_factor=0.01)
+    assert f"{2 * own_mean + 20:.4g}" in message
     assert f"{own_mean:.4g}" in message
 
 
