@@ -277,7 +277,7 @@ class DMImageDataGenerator:
 
 
 def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None:
-    """Return the 3x3 matrix from output to input (row, column, 1) of a drawn transform, None where nothing moves (golden).
+    """Return the 3x3 matrix from output to input (row, column, 1) of a transform; None where nothing moves (golden).
 
     Rotation . shift . shear . zoom about (rows/2 + 0.5, columns/2 + 0.5), the half being the 2017 program's.
     """

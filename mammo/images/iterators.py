@@ -358,9 +358,9 @@ class _SampleIterator(DMIterator):
 
 
 class DMNumpyArrayIterator(_SampleIterator):
-    """Iterate over images in an array x (N, H, W, C) with labels y: class numbers (N,), one-hot rows (N, classes), or None.
+    """Iterate over images in an array x (N, H, W, C) and labels y.
 
-    Labels are returned as they were given. Other arguments: see `Batches`, and `data_format_of`.
+    y: class numbers (N,), one-hot rows (N, classes), or None. Labels are returned as they were given. Other arguments: see `Batches`, and `data_format_of`.
     """
 
     def __init__(
