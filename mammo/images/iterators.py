@@ -360,7 +360,8 @@ class _SampleIterator(DMIterator):
 class DMNumpyArrayIterator(_SampleIterator):
     """Iterate over images in an array x (N, H, W, C) and labels y.
 
-    y: class numbers (N,), one-hot rows (N, classes), or None. Labels are returned as they were given. Other arguments: see `Batches`, and `data_format_of`.
+    y: class numbers (N,), one-hot rows (N, classes), or None; returned as they were given. Other arguments: see
+    `Batches`, and `data_format_of`.
     """
 
     def __init__(
