@@ -15,8 +15,6 @@ from mammo.base.files import InputError
 from mammo.train.checkpoint import leaf_layers
 from mammo.train.devices import training_scope
 
-# --- Half precision -------------------------------------------------------------------------------------------------
-
 
 def half_type() -> str:
     """Return the 16-bit type to compute in: `float16` on a GPU, which every GPU has, and `bfloat16` on anything else.
@@ -66,9 +64,6 @@ def _set_model_policy(model: keras.Model, policy: str) -> None:
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             _set_model_policy(layer, policy)
-
-
-# --- Recomputing activations ----------------------------------------------------------------------------------------
 
 
 class Recomputed(keras.Layer):
@@ -149,9 +144,6 @@ def _cuts(graph: "_Graph") -> list[int]:
             cuts.append(index)
         busy_until = max(busy_until, last_use.get(id(step.output), index))
     return cuts
-
-
-# --- What a training step takes -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
