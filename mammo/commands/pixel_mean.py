@@ -9,6 +9,7 @@ import argparse
 import functools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure_file(path, img_size: Sequence[int] | None = None) -> tuple[float, int, str, float, float]:
+def measure_file(path: Path, img_size: Sequence[int] | None = None) -> tuple[float, int, str, float, float]:
     """Return sum and number of pixels after resizing, and type, lowest and highest pixel as stored, of a grey image."""
     img = check_grey(path, read_img(path, dicom_16_bit=True))
-    pixel_type, low, high = img.dtype.name, img.min().item(), img.max().item()
+    as_stored = img.dtype.name, img.min().item(), img.max().item()
     if img_size:
         img = resize(img, *img_size)
-    total = img.sum(dtype=np.int64 if img.dtype.kind in "iu" else np.float64).item()
-    return total, img.size, pixel_type, low, high
+    return img.sum(dtype=np.int64 if img.dtype.kind in "iu" else np.float64).item(), img.size, *as_stored
 
 
 def suggest_factor(pixel_types: Iterable[str], low: float, high: float) -> float:
@@ -51,16 +51,14 @@ def suggest_factor(pixel_types: Iterable[str], low: float, high: float) -> float
     Four digits, as published for 16 bits (0.003891). Raises InputError for pixels that no bits are known for.
     """
     if low < 0 or any(name.startswith("float") for name in pixel_types):
-        raise InputError(
-            f"cannot tell a rescale factor: Expected whole numbers from 0. Received {', '.join(pixel_types)} pixels "
-            f"of {low:g}..{high:g}; give --rescale-factor"
-        )
+        received = f"Received {', '.join(pixel_types)} pixels of {low:g}..{high:g}; give --rescale-factor"
+        raise InputError(f"cannot tell a rescale factor: Expected whole numbers from 0. {received}")
     bits = next(bits for bits in DEPTHS if high < 2**bits)
     return float(f"{255 / (2**bits - 1):.4g}")
 
 
 def measure_files(
-    files: Sequence,
+    files: Sequence[Path],
     img_size: Sequence[int] | None = None,
     rescale_factor: float | None = None,
     jobs: int = 1,
@@ -68,29 +66,18 @@ def measure_files(
 ) -> dict[str, Any]:
     """Measure grey images. Sums of integer pixels are exact, so the result is the same for any number of jobs.
 
-    Args:
-        img_size: (height, width) to resize to (bicubic) before the mean is taken.
-        rescale_factor: None for the one suggested by the largest pixel of all.
-        jobs, backend: see `mammo.base.work.run_parallel`.
+    img_size: (height, width) to resize to (bicubic) before the mean is taken. rescale_factor: None for the one
+    suggested by the largest pixel of all. jobs, backend: see `mammo.base.work.run_parallel`.
 
-    Returns:
-        images, pixels, sum, types {name: number of images}, min, max (as stored), mean, rescale_factor, and
-        featurewise_mean, which is the mean times the factor.
-
-    Raises:
-        InputError: for an unreadable image.
+    Returns images, pixels, sum, types {name: number of images}, min, max (as stored), mean, rescale_factor, and
+    featurewise_mean, which is the mean times the factor. Raises InputError for an unreadable image.
     """
-    figures = {"images": len(files), "pixels": 0, "sum": 0, "types": {}, "min": float("inf"), "max": float("-inf")}
-    measured = run_parallel(functools.partial(measure_file, img_size=img_size), files, jobs, backend, "measuring")
-    for total, pixels, pixel_type, low, high in measured:
-        figures["sum"] += total
-        figures["pixels"] += pixels
-        figures["types"][pixel_type] = figures["types"].get(pixel_type, 0) + 1
-        figures["min"], figures["max"] = min(figures["min"], low), max(figures["max"], high)
-    figures["types"] = dict(sorted(figures["types"].items()))
-    figures["mean"] = figures["sum"] / figures["pixels"]
-    factor = rescale_factor or suggest_factor(figures["types"], figures["min"], figures["max"])
-    return figures | {"rescale_factor": factor, "featurewise_mean": figures["mean"] * factor}
+    measure = functools.partial(measure_file, img_size=img_size)
+    sums, sizes, names, lows, highs = zip(*run_parallel(measure, files, jobs, backend, "measuring"), strict=True)
+    types, low, high, mean = dict(sorted(Counter(names).items())), min(lows), max(highs), sum(sums) / sum(sizes)
+    factor = rescale_factor or suggest_factor(types, low, high)
+    figures = {"images": len(files), "pixels": sum(sizes), "sum": sum(sums), "types": types, "min": low, "max": high}
+    return figures | {"mean": mean, "rescale_factor": factor, "featurewise_mean": mean * factor}
 
 
 def run(**options) -> None:
@@ -103,11 +90,9 @@ def run(**options) -> None:
         counts = ", ".join(f"{count} of {name}" for name, count in types.items())
         print(f"warning: no one factor fits images of several types. Received {counts}", file=sys.stderr)
     if not 32 <= high * factor <= 320:
-        print(
-            f"warning: rescaled pixels are far from the range 0..255 that networks expect. "
-            f"Received a maximum of {high:g} x {factor:g} = {high * factor:.4g}",
-            file=sys.stderr,
-        )
+        received = f"Received a maximum of {high:g} x {factor:g} = {high * factor:.4g}"
+        far = "rescaled pixels are far from the range 0..255 that networks expect"
+        print(f"warning: {far}. {received}", file=sys.stderr)
     if args.json:
         print(json.dumps(figures, indent=2))
         return

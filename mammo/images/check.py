@@ -10,16 +10,16 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from mammo.base.files import InputError, atomic_write, counted, env_int
+from mammo.base.files import InputError, counted, env_int
+from mammo.base.tables import write_csv
 from mammo.base.work import run_parallel
 from mammo.images.reading import CAUSES, ImageError, check_constant, check_grey, read_img
 
 TABLE = "data_check.csv"
-
-NB_EXAMPLES = 3
 
 
 class ImageCheck(NamedTuple):
@@ -35,7 +35,7 @@ class ImageCheck(NamedTuple):
     message: str  # the same in words
 
 
-def check_image(path, gs_255: bool = False) -> ImageCheck:
+def check_image(path: str | os.PathLike, gs_255: bool = False) -> ImageCheck:
     """Read one file. Constant images have that cause, though not all uses exclude them."""
     path = Path(path).absolute()
     stamp = _stamp(path)
@@ -53,7 +53,11 @@ def check_image(path, gs_255: bool = False) -> ImageCheck:
 
 
 def check_images(
-    paths: Iterable, table=None, allow_constant: bool = True, jobs: int | None = None, gs_255: bool = False
+    paths: Iterable[str | os.PathLike],
+    table: str | Path | None = None,
+    allow_constant: bool = True,
+    jobs: int | None = None,
+    gs_255: bool = False,
 ) -> list[ImageCheck]:
     """Read the files that `table` does not know, by `jobs` threads (default NUM_CPU_CORES, 4).
 
@@ -75,20 +79,17 @@ def check_images(
             known[result.file] = result
     finally:
         if table is not None:
-            with atomic_write(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(ImageCheck._fields)
-                writer.writerows(known[name] for name in sorted(known))
+            write_csv(table, ImageCheck._fields, [known[name] for name in sorted(known)])
     return [accept_constant(known[name]) if allow_constant else known[name] for name in names]
 
 
 def accept_constant(check: ImageCheck) -> ImageCheck:
-    """The same for a use where constant images are no fault."""
+    """Return the same for a use where constant images are no fault."""
     return check._replace(cause="", message="") if check.cause == "constant" else check
 
 
-def read_checks(path) -> dict[str, ImageCheck]:
-    """The rows of a table by file; none where the table is not there or not ours, since it only saves work."""
+def read_checks(path: str | os.PathLike) -> dict[str, ImageCheck]:
+    """Return the rows of a table by file; none where the table is not there or not ours, since it only saves work."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -98,17 +99,13 @@ def read_checks(path) -> dict[str, ImageCheck]:
         return {}
     checks = {}
     for row in rows[1:]:
-        try:
-            file, size, changed, pixel_type, height, width, cause, message = row
-            checks[file] = ImageCheck(
-                file, int(size), int(changed), pixel_type, int(height), int(width), cause, message
-            )
-        except ValueError:
-            continue
+        with suppress(ValueError):  # a row that is damaged
+            file, size, changed, pixel_type, height, width, *why = row
+            checks[file] = ImageCheck(file, int(size), int(changed), pixel_type, int(height), int(width), *why)
     return checks
 
 
-def report_faults(checks: Sequence[ImageCheck], table=None, on_error: str = "stop") -> None:
+def report_faults(checks: Sequence[ImageCheck], table: str | Path | None = None, on_error: str = "stop") -> None:
     """Print how many images cannot be used, by cause, if any; raise InputError for them, unless to "skip" them."""
     faults = [check for check in checks if check.cause]
     if not faults:
@@ -116,7 +113,7 @@ def report_faults(checks: Sequence[ImageCheck], table=None, on_error: str = "sto
     print(f"{len(faults)} of {len(checks)} images cannot be used:")
     for cause in sorted({fault.cause for fault in faults}, key=CAUSES.index):
         files = [fault.file for fault in faults if fault.cause == cause]
-        print(f"  {cause}: {len(files)}, such as", *files[:NB_EXAMPLES], sep="\n    ")
+        print(f"  {cause}: {len(files)}, such as", *files[:3], sep="\n    ")
     if on_error == "stop":
         listed = "" if table is None else f"; {table} lists all"
         raise InputError(f"{counted(len(faults), 'image')} cannot be used{listed}. The first: {faults[0].message}")
@@ -127,16 +124,14 @@ def warn_of_types(checks: Sequence[ImageCheck]) -> None:
     good = [check for check in checks if not check.cause]
     types = Counter(check.type for check in good).most_common()
     if len(types) > 1:
-        counts = ", ".join(f"{count} of {name}" for name, count in types)
         example = next(check.file for check in good if check.type == types[-1][0])
-        print(
-            f"warning: no one rescale factor fits images of several pixel types. Received {counts}, such as {example}",
-            file=sys.stderr,
-        )
+        received = f"{', '.join(f'{count} of {name}' for name, count in types)}, such as {example}"
+        text = f"no one rescale factor fits images of several pixel types. Received {received}"
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _stamp(path) -> tuple[int, int]:
-    """(bytes, time of change) of a file; -1 for one that cannot be asked."""
+    """Return (bytes, time of change) of a file; -1 for one that cannot be asked."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,11 +1,12 @@
 """Batches of exams, two breasts of two views each, and of patches around bright spots; see `iterators`."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, naming
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
 from mammo.images.iterators import Batches, DMIterator, check_labels, check_one_size, data_format_of, found
 from mammo.images.pixels import Pixels, pixels_of
@@ -61,7 +62,7 @@ class DMExamListIterator(DMIterator):
         workers: int | None = None,
     ):
         batches = Batches.of(locals(), no_pos_skip=all_neg_skip)
-        self.exams = [_exam_as_dict(exam) for exam in exam_list]
+        self.exams = [e if isinstance(e, dict) else {"subj": e[0], "exam": e[1], **e[2]} for e in exam_list]
         self.pixels = pixels_of(locals(), data_format_of(image_data_generator, data_format))
         if self.pixels.size is None:
             self._check_no_view_is_missing()
@@ -69,28 +70,23 @@ class DMExamListIterator(DMIterator):
         cancer = np.array([[exam[side].get("cancer") for side in "LR"] for exam in self.exams], np.float64)
         self.cancer = np.nan_to_num(cancer).astype(int)
         classes = (cancer != 0).any(axis=1).astype(int) if self.exams else None
-        in_order = validation_mode or prediction_mode
-        super().__init__(
-            image_data_generator, len(self.exams), classes, 2, batches.for_validation() if in_order else batches
-        )
+        if validation_mode or prediction_mode:
+            batches = batches.for_validation()
+        super().__init__(image_data_generator, len(self.exams), classes, 2, batches)
         if verbose:
             print(found("exam", self.classes, self.nb_sample))
 
     def _make_batch(self, index, rng):
         views = {"CC": [], "MLO": []}
-        for i in index:
-            for side in "LR":
-                for view, images in views.items():
-                    files = _view_files(self.exams[i][side].get(view))
-                    if not self.prediction_mode:
-                        drawn = 0 if self.validation_mode or not files else rng.permutation(len(files))[0]
-                        files = files[drawn : drawn + 1]
-                    place = "LR".index(side) * 2 + (view == "MLO")
-                    tensors = [
-                        self._augment(x, i, place + 4 * number)
-                        for number, x in enumerate(map(self.load, files or [None]))
-                    ]
-                    images.append(tensors if self.prediction_mode else tensors[0])
+        for i, side, view in product(index, "LR", views):
+            files = _view_files(self.exams[i][side].get(view))
+            if not self.prediction_mode:
+                drawn = 0 if self.validation_mode or not files else rng.permutation(len(files))[0]
+                files = files[drawn : drawn + 1]
+            place = "LR".index(side) * 2 + (view == "MLO")
+            images = enumerate(map(self.load, files or [None]))
+            tensors = [self._augment(x, i, place + 4 * number) for number, x in images]
+            views[view].append(tensors if self.prediction_mode else tensors[0])
         classes = self.cancer[index].ravel()
         if not self.prediction_mode:
             for view, images in views.items():
@@ -112,18 +108,10 @@ class DMExamListIterator(DMIterator):
         return f"exam {self.exams[index]['exam']} of {self.exams[index]['subj']}"
 
     def _check_no_view_is_missing(self):
-        for i, exam in enumerate(self.exams):
-            for side in "LR":
-                for view in ("CC", "MLO"):
-                    if not _view_files(exam[side].get(view)):
-                        raise InputError(
-                            f"{self._exam_name(i)}: no image of {side} {view}. Expected a target_size, which the black "
-                            "image in its place would have. Received None."
-                        )
-
-
-def _exam_as_dict(exam):
-    return exam if isinstance(exam, dict) else {"subj": exam[0], "exam": exam[1], **exam[2]}
+        for i, side, view in product(range(len(self.exams)), "LR", ("CC", "MLO")):
+            if not _view_files(self.exams[i][side].get(view)):
+                expected = "Expected a target_size, which the black image in its place would have. Received None."
+                raise InputError(f"{self._exam_name(i)}: no image of {side} {view}. {expected}")
 
 
 def _view_files(files):
@@ -204,33 +192,23 @@ class DMCandidROIIterator(DMIterator):
         check_labels(img_list, lab_list)
         if one_patch_mode and roi_clf is None:
             raise InputError("one_patch_mode: Expected a classifier (roi_clf) that tells which patch is best.")
-        batches = Batches.of(
-            locals(),
-            batch_size=img_per_batch,
-            no_pos_skip=all_neg_skip,
-            auto_batch_balance=return_sample_weight and auto_batch_balance,
-        )
+        weighted = return_sample_weight and auto_batch_balance
+        options = {"batch_size": img_per_batch, "no_pos_skip": all_neg_skip, "auto_batch_balance": weighted}
+        batches = Batches.of(locals(), **options)
         self.filenames = [str(path) for path in img_list]
         self.pixels = pixels_of(locals(), data_format_of(image_data_generator, data_format))
         self.roi_per_img, self.roi_size = roi_per_img, tuple(roi_size)
         self.low_int_threshold = low_int_threshold
-        self._blob_args = {
-            "min_area": blob_min_area,
-            "min_int": blob_min_int,
-            "max_int": blob_max_int,
-            "th_step": blob_th_step,
-        }
+        self._blob_args = {"min_area": blob_min_area, "min_int": blob_min_int}
+        self._blob_args |= {"max_int": blob_max_int, "th_step": blob_th_step}
         self.roi_clf, self.clf_bs, self.cutpoint = roi_clf, clf_bs, cutpoint
         self.nb_candidates = int(roi_per_img * amp_factor)
         self.one_patch_mode, self.return_raw_img = one_patch_mode, return_raw_img
         self._equal_weights = return_sample_weight and not auto_batch_balance
-        super().__init__(
-            image_data_generator,
-            len(self.filenames),
-            lab_list,
-            2 if class_mode == "binary" else 3,
-            batches.for_validation() if validation_mode else batches,
-        )
+        if validation_mode:
+            batches = batches.for_validation()
+        nb_class = 2 if class_mode == "binary" else 3
+        super().__init__(image_data_generator, len(self.filenames), lab_list, nb_class, batches)
         if verbose:
             print(found("image", self.classes, self.nb_sample))
 
@@ -255,10 +233,8 @@ class DMCandidROIIterator(DMIterator):
     def _read_breast(self, index):
         fname = self.filenames[index]
         img = self.pixels.rescale(self.pixels.resize(fname, self.pixels.read_stored(fname)), fname)
-        try:
+        with naming(fname):
             return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
-        except InputError as error:
-            raise InputError(f"{fname}: {error}") from error
 
     def _key_points(self, img, rng):
         """Choose points (nb_candidates, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""

@@ -19,41 +19,23 @@ from mammo.base.guards import read_json
 from mammo.images.reading import check_grey, read_img, resize_as_asked
 
 # The original's names of fields of `Pixels`, beside dup_3_channels and data_format.
-_KEYWORDS = {
-    "target_size": "size",
-    "target_height": "height",
-    "target_scale": "scale",
-    "rescale_factor": "factor",
-    "equalize_hist": "equalize",
-    "gs_255": "gs_255",
-}
+_KEYWORDS = {"target_size": "size", "target_height": "height", "target_scale": "scale"}
+_KEYWORDS |= {"rescale_factor": "factor", "equalize_hist": "equalize", "gs_255": "gs_255"}
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """How the pixels of a file become the input of a network, in the order of the fields.
+    """How the pixels of a file become the input of a network, in the order of the fields."""
 
-    Args:
-        size: (rows, columns) to resize to, bicubic, in the stored integer type.
-        scale: value that the image's own maximum becomes; None for no such scaling.
-        factor: number that pixels are multiplied by; None for none.
-        equalize: whether to equalise the histogram, which needs pixels within 0..255.
-        mean: number to subtract, which `centered` does and `read` does not; None for none.
-        channels: equal channels of the result; 0 for (rows, columns) alone.
-        height: rows to resize to, the aspect ratio kept, whatever `size` is.
-        gs_255: whether to read 8-bit grey; see `reading.read_img`.
-        data_format: "channels_last", or "channels_first".
-    """
-
-    size: tuple[int, int] | None = None
-    scale: float | None = None
-    factor: float | None = None
-    equalize: bool = False
-    mean: float | None = None
-    channels: int = 0
-    height: int | None = None
-    gs_255: bool = False
-    data_format: str = "channels_last"
+    size: tuple[int, int] | None = None  # (rows, columns) to resize to, bicubic, in the stored integer type
+    scale: float | None = None  # value that the image's own maximum becomes; None for no such scaling
+    factor: float | None = None  # number that pixels are multiplied by; None for none
+    equalize: bool = False  # whether to equalise the histogram, which needs pixels within 0..255
+    mean: float | None = None  # number to subtract, which `centered` does and `read` does not; None for none
+    channels: int = 0  # equal channels of the result; 0 for (rows, columns) alone
+    height: int | None = None  # rows to resize to, the aspect ratio kept, whatever `size` is
+    gs_255: bool = False  # whether to read 8-bit grey; see `reading.read_img`
+    data_format: str = "channels_last"  # or "channels_first"
 
     @classmethod
     def of(cls, options: argparse.Namespace | Mapping[str, Any], channels: int = 0) -> "Pixels":
@@ -63,7 +45,7 @@ class Pixels:
         return cls(tuple(of["img_size"]), of["img_scale"], of["rescale_factor"], of["equalize_hist"], mean, channels)
 
     @classmethod
-    def of_model(cls, model_path, channels: int = 0) -> "Pixels":
+    def of_model(cls, model_path: str | Path, channels: int = 0) -> "Pixels":
         """Return what a trained model was given, by `args.json` in its folder; what the published ones were without it.
 
         Raises InputError as `read_settings` does.
@@ -78,22 +60,22 @@ class Pixels:
         fields = {_KEYWORDS[name]: value for name, value in keywords.items()}
         return cls(channels=3 if dup_3_channels else 1, data_format=data_format, **fields)
 
-    def read(self, file) -> np.ndarray:
+    def read(self, file: str | Path) -> np.ndarray:
         """Return an image file as float32 network input, before mean subtraction; DICOM as `read_stored` reads it.
 
         The shape is (rows, columns[, channels]), or with the channels first. Raises InputError.
         """
         return self.to_input(file, self.resize(file, self.read_stored(file)))
 
-    def read_stored(self, file) -> np.ndarray:
+    def read_stored(self, file: str | Path) -> np.ndarray:
         """Return the grey pixels of a file as stored, DICOM as the 16-bit PNG that data preparation makes of it."""
         return check_grey(file, read_img(file, self.gs_255, dicom_16_bit=True))
 
-    def resize(self, file, stored: np.ndarray) -> np.ndarray:
+    def resize(self, file: str | Path, stored: np.ndarray) -> np.ndarray:
         """Return the pixels that were read from `file` in the size asked for, overshoots saturating."""
         return resize_as_asked(file, stored, self.size, self.height)
 
-    def rescale(self, img: np.ndarray, name="image") -> np.ndarray:
+    def rescale(self, img: np.ndarray, name: str | Path = "image") -> np.ndarray:
         """Return a float32 copy of stored pixels, scaled, and equalised if asked; `name` is for the InputError."""
         img = img.astype(np.float32)
         maximum = float(img.max())
@@ -103,7 +85,7 @@ class Pixels:
             img *= float(self.factor)
         return _equalize_histogram(img, name) if self.equalize else img
 
-    def to_input(self, file, resized: np.ndarray) -> np.ndarray:
+    def to_input(self, file: str | Path, resized: np.ndarray) -> np.ndarray:
         """Return resized pixels as `read` does. The channels are views of one: the augmentation warps it only once."""
         img = self.rescale(resized, file)
         if not self.channels:
@@ -130,10 +112,8 @@ def _equalize_histogram(img: np.ndarray, name) -> np.ndarray:
     """
     low, high = float(img.min()), float(img.max())
     if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
-        raise InputError(
-            f"{name}: histogram equalisation needs an image within 0..255 after rescaling. "
-            f"Received {low:g}..{high:g}; set a rescale factor or target scale."
-        )
+        needs = "histogram equalisation needs an image within 0..255 after rescaling"
+        raise InputError(f"{name}: {needs}. Received {low:g}..{high:g}; set a rescale factor or target scale.")
     return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
 
 
@@ -189,31 +169,25 @@ def read_img_for_pred(
 
 
 def pixel_warnings(images: Sequence[np.ndarray], mean: float | None = None) -> list[str]:
-    """Return warnings about float images before mean subtraction, of any shapes, and the `mean` to subtract, or None.
+    """Return what is wrong with float images before mean subtraction, of any shapes, or the `mean` to subtract, if any.
 
-    Told are pixels far outside 0..255 or within a small part of it, and a mean far from the images' own.
+    Told are pixels far outside 0..255 or within a small part of it, else a mean that is less than half, or more than
+    twice, the images' own, and by more than 16 another.
     """
-    low = min(float(x.min()) for x in images)
-    high = max(float(x.max()) for x in images)
-    own = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {counted(len(images), 'image')}"
-    messages = []
+    low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
+    own = float(np.mean([x.mean(dtype=np.float64) for x in images]))
+    number = counted(len(images), "image")
     if low < -64 or high > 320 or high < 32:
-        messages.append(
-            f"pixels are far from the range 0..255 that networks expect. {measured}; check the rescale factor "
-            "(0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
-        )
-    if mean is not None:
-        asked = float(np.mean(mean))
-        if abs(asked - own) > max(16.0, 0.5 * abs(own)):
-            messages.append(
-                f"the mean that is subtracted, {asked:.4g} (featurewise mean), is far from the images' own, "
-                f"{own:.4g} in {len(images)} of them."
-            )
-    return messages
+        wrong = f"pixels are far from the range 0..255 that networks expect. Received {low:.4g}..{high:.4g}"
+        check = "check the rescale factor (0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
+        return [f"{wrong}, mean {own:.4g}, in {number}; {check}"]
+    if mean is None or abs(mean - own) <= 16 or own / 2 <= mean <= own * 2:
+        return []
+    wrong = f"the mean that is subtracted, {mean:.4g} (featurewise mean), is far from the mean of {number}, {own:.4g}"
+    return [f"{wrong}; check it, the rescale factor or scale, and that images were prepared as those of the training."]
 
 
-def pixel_warnings_of_files(files: Sequence, pixels: Pixels, nb_images: int = 32) -> list[str]:
+def pixel_warnings_of_files(files: Sequence[str | Path], pixels: Pixels, nb_images: int = 32) -> list[str]:
     """Return the `pixel_warnings` of up to `nb_images` of the files, evenly spread, without those at fault."""
     images = []
     for index in np.linspace(0, len(files) - 1, min(nb_images, len(files))).astype(int):
@@ -225,15 +199,9 @@ def pixel_warnings_of_files(files: Sequence, pixels: Pixels, nb_images: int = 32
 # ------------------------------------------------------------------------------- what a model was trained with
 
 # What the released models were trained with; their mean is that of the DDSM ones.
-PUBLISHED_PIXELS = {
-    "img_size": [1152, 896],
-    "img_scale": None,
-    "rescale_factor": 0.003891,
-    "featurewise_center": True,
-    "featurewise_mean": 52.18,
-    "equalize_hist": False,
-    "class_list": ["neg", "pos"],
-}
+PUBLISHED_PIXELS = {"img_size": [1152, 896], "img_scale": None, "rescale_factor": 0.003891}
+PUBLISHED_PIXELS |= {"featurewise_center": True, "featurewise_mean": 52.18, "equalize_hist": False}
+PUBLISHED_PIXELS |= {"class_list": ["neg", "pos"]}
 
 
 class _OfModel:
@@ -256,32 +224,51 @@ def add_pixel_options_of_model(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_pixel_options(
-    given: Mapping[str, Any], model_path, built: Sequence[int | None] = ()
+    given: Mapping[str, Any],
+    model_path: str | Path,
+    built: Sequence[int | None] = (),
+    published: Mapping[str, Any] = PUBLISHED_PIXELS,
 ) -> tuple[dict[str, Any], str]:
     """Return the pixel options, and `class_list`, to use with a model, and a sentence on where they come from.
 
-    Args:
-        given: values by name, those that are absent or OF_MODEL not being given. They win over what the model was
-            trained with, which wins over what the published models were.
-        model_path: file of the model.
-        built: (rows, columns) that the model is built for, if known, which win over the published size.
-
-    Raises:
-        InputError: as `read_settings` does.
+    given: values by name, which win over what the model was trained with; those that are absent or OF_MODEL, or None
+    for `class_list`, are not given. built: (rows, columns) that the model is built for, if known. published: what is
+    used of models that tell nothing. Raises InputError as `read_settings` does, and where there is no mean to subtract.
     """
-    chosen = {name: value for name, value in given.items() if name in PUBLISHED_PIXELS and value is not OF_MODEL}
+    chosen = {name: given[name] for name in published if given.get(name, OF_MODEL) is not OF_MODEL}
+    if given.get("class_list") is None:
+        chosen.pop("class_list", None)
     settings, file = read_settings(model_path), _settings_file(model_path)
     source = f"pixel options of the model's training, from {file}"
     if settings is None:
-        settings = PUBLISHED_PIXELS | ({"img_size": list(built)} if built and None not in built else {})
-        source = f"pixel options of the published models, since there is no {file}"
-    rest = {name: value for name, value in settings.items() if name not in chosen}
-    if set(rest) <= {"class_list"}:
+        settings = published | ({"img_size": list(built)} if built and None not in built else {})
+        source = f"the published pixel options, since there is no {file}"
+    if set(settings) - set(chosen) <= {"class_list"}:
         source = "pixel options as given"
-    return chosen | rest, source
+    chosen = settings | chosen
+    if chosen["featurewise_center"] and chosen["featurewise_mean"] is None:
+        raise InputError(f"--featurewise-mean: Expected the mean that {model_path} was trained with. Received none")
+    return chosen, source
 
 
-def read_settings(model_path) -> dict[str, Any] | None:
+def size_of_model(model_path: str | Path, built: Sequence[int | None] = ()) -> list[int] | None:
+    """Return the size, [rows, columns], of a model's training images, else the one that it is built for; None if any.
+
+    Raises InputError as `read_settings` does.
+    """
+    settings = read_settings(model_path)
+    return settings["img_size"] if settings else list(built) if built and None not in built else None
+
+
+def is_patch_size(size: Sequence[int | None]) -> bool:
+    """Tell whether images of this size, (rows, columns), can be patches: square, and too small for a mammogram.
+
+    The paper's patches have 224 rows; whole mammograms as small as 512 show no lesion.
+    """
+    return None not in size and size[0] == size[1] <= 512
+
+
+def read_settings(model_path: str | Path) -> dict[str, Any] | None:
     """Return pixel options, and `class_list`, that a model was trained with, or None where they are not known.
 
     They are in `<model without ending>/args.json`, which the trainers write. Raises InputError for a damaged file.
@@ -306,16 +293,11 @@ def _are_settings(settings: dict[str, Any]) -> bool:
         return False
     scale, factor, mean = (settings[name] for name in ("img_scale", "rescale_factor", "featurewise_mean"))
     size, classes = settings["img_size"], settings["class_list"]
-    return (
-        all(number is None or is_number(number) for number in (scale, factor, mean))
-        and isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(length, int) and length > 0 for length in size)
-        and all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and not (settings["featurewise_center"] and mean is None)
-    )
+    numbers = all(number is None or is_number(number) for number in (scale, factor, mean))
+    sizes = isinstance(size, list) and len(size) == 2 and all(isinstance(length, int) and length > 0 for length in size)
+    flags = all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return numbers and sizes and flags and names and not (settings["featurewise_center"] and mean is None)
 
 
 def is_number(value: object) -> bool:

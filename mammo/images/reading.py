@@ -5,31 +5,57 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
+from mammo.base import guards
 from mammo.base.files import InputError, walk_files
-from mammo.base.guards import (
-    check_frame,
-    check_pixels,
-    check_unpacked_size,
-    max_pixels,
-    max_unpacked_size,
-    read_bytes,
-    too_many_pixels,
-)
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 _IMAGE_NAME = re.compile(r"(.+)_(LEFT|RIGHT)_(CC|MLO)(?:_([2-9]|[1-9]\d+))?", re.DOTALL)
+
+# What a decoder has to say about a broken file goes into our one-line error.
+(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
+
+DICOM_SUFFIXES = (".dcm", ".dicom")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
+PIXEL_TYPES = ("uint8", "uint16", "int16", "float32", "float64")
+
+# How the kinds of images begin that are given to OpenCV, which reads others too: each decoder is one more to trust.
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# Complete files of these kinds hold an end mark; libpng and libjpeg report its absence in ways we cannot catch.
+_END_MARKS = {_SIGNATURES[0]: b"IEND", _SIGNATURES[1]: b"\xff\xd9"}
+
+# Codes of SNOMED (old and new style) in the View Code Sequence.
+_VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
+
+# What may be wrong with an image file.
+CAUSES = ("unreadable", "empty", "truncated", "damaged", "refused", "wrong type")
+CAUSES += ("not finite", "colour", "constant", "changed")
+
+
+class ImageError(InputError):
+    """An image file that cannot be used; `cause` is one of CAUSES."""
+
+    def __init__(self, message: str, cause: str = "damaged"):
+        super().__init__(message)
+        self.cause = cause
 
 
 # ------------------------------------------------------------------------------------------------ whole images
 
 
 def to_uint16(img: np.ndarray) -> np.ndarray:
-    """8-bit pixels times 257, which maps 0..255 onto 0..65535; 16-bit ones as they are. InputError for others."""
+    """Return 8-bit pixels times 257, so that 0..255 become 0..65535; 16-bit ones as they are. InputError for others."""
     if img.dtype == np.uint8:
         return img.astype(np.uint16) * np.uint16(257)
     if img.dtype == np.uint16:
@@ -38,7 +64,7 @@ def to_uint16(img: np.ndarray) -> np.ndarray:
 
 
 def faces_left(img: np.ndarray) -> bool:
-    """Whether the breast points to the left: the chest wall, where most of the brightness is, is on the right."""
+    """Return whether the breast points to the left: most of the brightness, at the chest wall, is on the right."""
     half = img.shape[1] // 2
     return bool(img[:, :half].sum(dtype=np.float64) < img[:, -half:].sum(dtype=np.float64))
 
@@ -52,7 +78,7 @@ def auto_levels(img: np.ndarray) -> np.ndarray:
 
 
 def parse_image_name(stem: str) -> tuple[str, str, str] | None:
-    """(patient, side, view) of a prepared image's name without ending, None for names of another form.
+    """Return (patient, side, view) of a prepared image's name without ending, None for names of another form.
 
     The form is <patient>_<LEFT|RIGHT>_<CC|MLO>[_<n>], n from 2 for further images of one view.
     """
@@ -60,47 +86,17 @@ def parse_image_name(stem: str) -> tuple[str, str, str] | None:
     return match and match.group(1, 2, 3)
 
 
-# What a decoder has to say about a broken file goes into our one-line error.
-(cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)  # OpenCV 4, 5
-
-DICOM_SUFFIXES = (".dcm", ".dicom")
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", *DICOM_SUFFIXES)
-
-PIXEL_TYPES = ("uint8", "uint16", "int16", "float32", "float64")
-
-# How the kinds of images begin that are given to OpenCV, which reads others too: each decoder is one more to trust.
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-# Complete files of these kinds hold an end mark; libpng and libjpeg report its absence in ways we cannot catch.
-_END_MARKS = {_SIGNATURES[0]: b"IEND", _SIGNATURES[1]: b"\xff\xd9"}
-
-# What may be wrong with an image file.
-CAUSES = (
-    *("unreadable", "empty", "truncated", "damaged", "refused", "wrong type"),
-    *("not finite", "colour", "constant", "changed"),
-)
-
-
-class ImageError(InputError):
-    """An image file that cannot be used; `cause` is one of CAUSES."""
-
-    def __init__(self, message: str, cause: str = "damaged"):
-        super().__init__(message)
-        self.cause = cause
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 
 def is_image(fname: str | os.PathLike) -> bool:
-    """Is a file in a folder of images one of them, by its name? Hidden files are not."""
+    """Return whether a file in a folder of images is one of them, by its name. Hidden files are not."""
     name = os.path.basename(fname)
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files named, and the images in the folders named, sorted; InputError for a folder without any."""
+    """List the files named, and the images in the folders named, sorted; InputError for a folder without any."""
     images = []
     for source in map(Path, sources):
         found = [path for path in walk_files(source) if is_image(path)] if source.is_dir() else [source]
@@ -111,12 +107,12 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def read_img(fname: str | os.PathLike, gs_255: bool = False, dicom_16_bit: bool = False) -> np.ndarray:
-    """Pixels of a PNG, JPEG, BMP, TIFF or DICOM file in the type they are stored in.
+    """Return the pixels of a PNG, JPEG, BMP, TIFF or DICOM file in the type they are stored in.
 
-    Returns (H, W), or (H, W, C) in OpenCV's channel order for a colour image. `gs_255` asks for 8-bit grey
-    instead (no effect on DICOM, as in the 2017 program). DICOM: as stored, see `read_dicom`; with `dicom_16_bit` as
-    the 16-bit PNG file that data preparation makes of it, see `read_dicom_16_bit`, so that networks get the same
-    pixels of either file: that is how trainings, predictions and maps read images.
+    They are (H, W), or (H, W, C) in OpenCV's channel order for a colour image. `gs_255` asks for 8-bit grey instead
+    (no effect on DICOM, as in the 2017 program). DICOM: as stored, see `read_dicom`; with `dicom_16_bit` as the 16-bit
+    PNG file that data preparation makes of it, see `read_dicom_16_bit`, so that networks get the same pixels of either
+    file: that is how trainings, predictions and maps read images.
     Raises InputError for whatever is not one readable image of finite numbers.
     """
     data = _read_image_bytes(fname)
@@ -127,16 +123,15 @@ def read_img(fname: str | os.PathLike, gs_255: bool = False, dicom_16_bit: bool 
     else:
         img = _decode_image(fname, data, gs_255)
     if img.dtype.name not in PIXEL_TYPES:
-        raise ImageError(
-            f"{fname}: pixel type not supported. Expected one of {PIXEL_TYPES}. Received {img.dtype}.", "wrong type"
-        )
+        expected = f"Expected one of {PIXEL_TYPES}. Received {img.dtype}."
+        raise ImageError(f"{fname}: pixel type not supported. {expected}", "wrong type")
     if img.dtype.kind == "f" and not np.isfinite(img).all():
         raise ImageError(f"{fname}: the image holds NaN or infinite pixels.", "not finite")
     return img
 
 
-def read_dicom(fname: str | os.PathLike, voi_lut: bool = False):
-    """Pixels (H, W) of a DICOM file as integers, (lowest, highest) value that they can have, and pydicom's dataset.
+def read_dicom(fname: str | os.PathLike, voi_lut: bool = False) -> "tuple[np.ndarray, tuple[int, int], Dataset]":
+    """Return a DICOM file's pixels (H, W) as integers, (lowest, highest) value that they can have, and the dataset.
 
     The pixels are the stored values, without rescale slope; `voi_lut` applies the file's first display window or
     lookup table, if it has one, whose output is brought to the range of the stored bits. MONOCHROME1 is inverted
@@ -146,39 +141,32 @@ def read_dicom(fname: str | os.PathLike, voi_lut: bool = False):
 
 
 def read_size(fname: str | os.PathLike) -> tuple[int, int]:
-    """(rows, columns) of an image file, from its header. Raises InputError where it has none, or claims too many."""
+    """Return (rows, columns) of an image file by its header. InputError where it has none, or claims too many."""
     if str(fname).lower().endswith(DICOM_SUFFIXES):
         header = read_dicom_header(fname)
         return int(header.Rows), int(header.Columns)
-    from PIL import Image
-
-    try:
-        with Image.open(fname, formats=["PNG", "JPEG", "BMP", "TIFF"]) as image:
-            rows, columns = image.height, image.width
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises many kinds, of its own limit of pixels too
-        raise InputError(f"{fname}: not a readable image ({error})") from None
-    check_pixels(fname, rows, columns)
-    return rows, columns
+    with _opened(fname, "PNG", "JPEG", "BMP", "TIFF") as image:
+        return image.height, image.width
 
 
-def read_dicom_header(fname: str | os.PathLike):
-    """pydicom's dataset of a DICOM file, without its pixels. Raises InputError where it is none of an image."""
-    try:
-        with open(fname, "rb") as file:
-            dataset = _parse_dicom(fname, file, stop_before_pixels=True)
-            rows, columns = int(dataset.Rows), int(dataset.Columns)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # pydicom raises many kinds on damaged files
-        raise InputError(f"{fname}: cannot read the header of this DICOM file: {_first_line(error)}") from error
-    check_pixels(fname, rows, columns)
-    return dataset
+@contextmanager
+def _opened(fname, *formats: str) -> Iterator[Image.Image]:
+    """Open an image of the formats with Pillow, whose readers raise many kinds of errors, of its own limit too."""
+    with guards.readable(fname, "not a readable image ({})"), Image.open(fname, formats=formats) as image:
+        guards.check_pixels(fname, image.height, image.width)
+        yield image
+
+
+def read_dicom_header(fname: str | os.PathLike) -> "Dataset":
+    """Return pydicom's dataset of a DICOM file, without its pixels. InputError where it is none of an image."""
+    with guards.readable(fname, "cannot read the header of this DICOM file: {}"), open(fname, "rb") as file:
+        dataset = _parse_dicom(fname, file, stop_before_pixels=True)
+        guards.check_pixels(fname, int(dataset.Rows), int(dataset.Columns))
+        return dataset
 
 
 def _read_image_bytes(fname) -> bytes:
-    data = read_bytes(fname)
+    data = guards.read_bytes(fname)
     if not data:
         raise ImageError(f"{fname}: the image file is empty (0 bytes).", "empty")
     return data
@@ -187,29 +175,27 @@ def _read_image_bytes(fname) -> bytes:
 def _decode_image(fname, data: bytes, gs_255: bool) -> np.ndarray:
     for signature, end_mark in _END_MARKS.items():
         if data.startswith(signature) and end_mark not in data:
-            raise ImageError(
-                f"{fname}: the image file is truncated (its end mark is missing); copy it again.", "truncated"
-            )
+            missing = "truncated (its end mark is missing); copy it again."
+            raise ImageError(f"{fname}: the image file is {missing}", "truncated")
     try:
         flags = cv2.IMREAD_GRAYSCALE if gs_255 else cv2.IMREAD_UNCHANGED
         img = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data.startswith(_SIGNATURES) else None
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in error.err:
-            raise too_many_pixels(fname, "more") from error
+            raise guards.too_many_pixels(fname, "more") from error
         if error.code == cv2.Error.StsNoMem:  # no fault of the image: it must not be left out for that
             raise MemoryError(f"{fname}: {error.err}") from error
         raise ImageError(f"{fname}: cannot decode this image: {error.err}.") from error
     if img is None:
-        raise ImageError(
-            f"{fname}: not a readable image (damaged, truncated or of another kind). "
-            f"Expected PNG, JPEG, BMP, TIFF or DICOM. Received {len(data)} bytes starting with {data[:8]!r}.",
-            "damaged" if data.startswith(_SIGNATURES) else "wrong type",
-        )
+        cause = "damaged" if data.startswith(_SIGNATURES) else "wrong type"
+        expected = f"PNG, JPEG, BMP, TIFF or DICOM. Received {len(data)} bytes starting with {data[:8]!r}."
+        kinds = "damaged, truncated or of another kind"
+        raise ImageError(f"{fname}: not a readable image ({kinds}). Expected {expected}", cause)
     return img
 
 
 def _parse_dicom(fname, file, **options):
-    """pydicom.dcmread of a binary file; InputError for one whose compressed content is larger than any image."""
+    """Read a binary file with pydicom; InputError for one whose compressed content is larger than any image."""
     import pydicom
     from pydicom.filereader import _read_file_meta_info, read_preamble
 
@@ -217,15 +203,10 @@ def _parse_dicom(fname, file, **options):
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     read_preamble(file, force=True)
     if _read_file_meta_info(file).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
-        check_unpacked_size(
-            fname, len(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), max_unpacked_size() + 1))
-        )
+        unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), guards.max_unpacked_size() + 1)
+        guards.check_unpacked_size(fname, len(unpacked))
     file.seek(0)
     return pydicom.dcmread(file, force=True, **options)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _decode_dicom(fname, data: bytes, voi_lut: bool):
@@ -235,10 +216,9 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
             raise ImageError(f"{fname}: this DICOM file holds no pixels.", "wrong type")
         frames = int(dataset.get("NumberOfFrames") or 1)
         if frames > 1:
-            raise ImageError(
-                f"{fname}: multi-frame DICOM. Expected a single frame. Received {frames} frames.", "wrong type"
-            )
-        check_frame(fname, dataset)
+            expected = f"Expected a single frame. Received {frames} frames."
+            raise ImageError(f"{fname}: multi-frame DICOM. {expected}", "wrong type")
+        guards.check_frame(fname, dataset)
         bits = dataset.BitsStored
         # Bits above those stored are dropped where they may be overlays or lack the sign; in other files they show
         # that the header is wrong, and dropping them would wrap bright pixels around to dark ones.
@@ -253,7 +233,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # pydicom and its decoder plug-ins raise many kinds
-        reason = _first_line(error)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "missing dependencies" in reason:
             syntax = dataset.file_meta.TransferSyntaxUID.name
             packages = "pylibjpeg " + ("pylibjpeg-openjpeg" if "2000" in syntax else "pylibjpeg-libjpeg")
@@ -265,7 +245,7 @@ def _decode_dicom(fname, data: bytes, voi_lut: bool):
 
 
 def _apply_voi_lut(img: np.ndarray, lowest: int, highest: int, dataset) -> np.ndarray:
-    """What the file's first display window or lookup table makes of stored pixels, within lowest..highest."""
+    """Return stored pixels as the file's first display window or lookup table shows them, within lowest..highest."""
     from pydicom.pixels import apply_modality_lut, apply_windowing
 
     values = apply_modality_lut(img, dataset)
@@ -289,18 +269,18 @@ def _apply_voi_lut(img: np.ndarray, lowest: int, highest: int, dataset) -> np.nd
 
 
 def check_grey(fname, img: np.ndarray) -> np.ndarray:
-    """`img` if it has one channel (H, W), else InputError."""
+    """Return `img` if it has one channel (H, W), else raise InputError."""
     if img.ndim != 2:
-        raise ImageError(
-            f"{fname}: colour image. Expected one grey channel. Received shape {img.shape}. "
-            "Convert it to greyscale (or read it with gs_255).",
-            "colour",
-        )
+        expected = f"Expected one grey channel. Received shape {img.shape}"
+        remedy = "Convert it to greyscale (or read it with gs_255)."
+        raise ImageError(f"{fname}: colour image. {expected}. {remedy}", "colour")
     return img
 
 
-def read_dicom_16_bit(fname: str | os.PathLike, voi_lut: bool = False, auto_levels: bool = False):
-    """Pixels (H, W) of a DICOM mammogram as uint16 over 0..65535, and pydicom's dataset.
+def read_dicom_16_bit(
+    fname: str | os.PathLike, voi_lut: bool = False, auto_levels: bool = False
+) -> "tuple[np.ndarray, Dataset]":
+    """Return the pixels (H, W) of a DICOM mammogram as uint16 over 0..65535, and pydicom's dataset.
 
     The lowest and highest values that its stored bits allow become 0 and 65535, with `auto_levels` the lowest and
     highest that it has. `voi_lut`: see `read_dicom`. Raises InputError for whatever is no such image.
@@ -313,20 +293,17 @@ def read_dicom_16_bit(fname: str | os.PathLike, voi_lut: bool = False, auto_leve
 
 
 def _to_16_bit(fname, img: np.ndarray, limits: tuple[int, int], dataset) -> np.ndarray:
-    """Grey pixels of a DICOM file as uint16, the (lowest, highest) values of `limits` as 0 and 65535."""
+    """Return grey pixels of a DICOM file as uint16, the (lowest, highest) values of `limits` as 0 and 65535."""
     check_grey(fname, img)
     photometric = dataset.get("PhotometricInterpretation")
     if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ImageError(
-            f"{fname}: not a grey image. Expected MONOCHROME1 or MONOCHROME2. Received {photometric}", "wrong type"
-        )
+        expected = f"Expected MONOCHROME1 or MONOCHROME2. Received {photometric}"
+        raise ImageError(f"{fname}: not a grey image. {expected}", "wrong type")
     (lowest, highest), darkest, brightest = limits, int(img.min()), int(img.max())
     if darkest < lowest or brightest > highest:
-        raise ImageError(
-            f"{fname}: pixels do not fit the {dataset.BitsStored} bits that the file's header tells. Expected "
-            f"{lowest}..{highest}. Received {darkest}..{brightest}; prepare it with --auto-levels, or leave it out",
-            "damaged",
-        )
+        expected = f"Expected {lowest}..{highest}. Received {darkest}..{brightest}"
+        misfit = f"pixels do not fit the {dataset.BitsStored} bits that the file's header tells"
+        raise ImageError(f"{fname}: {misfit}. {expected}; prepare it with --auto-levels, or leave it out")
     scaled = np.empty(img.shape, np.uint16)
     for row, target in zip(img, scaled, strict=True):  # by rows, since float64 takes eight bytes a pixel
         target[...] = np.rint((row - float(lowest)) * (65535 / (highest - lowest)))
@@ -334,18 +311,22 @@ def _to_16_bit(fname, img: np.ndarray, limits: tuple[int, int], dataset) -> np.n
 
 
 def check_constant(fname, img: np.ndarray) -> np.ndarray:
-    """`img` (H, W) if not all of its pixels are equal, else InputError."""
+    """Return `img` (H, W) if not all of its pixels are equal, else raise InputError."""
     if img.min() == img.max():
         raise ImageError(f"{fname}: constant image: all pixels are {img[0, 0]}.", "constant")
     return img
 
 
-def read_resized(fname, target_size=None, target_height=None) -> np.ndarray:
+def read_resized(
+    fname: str | os.PathLike, target_size: Sequence[int] | None = None, target_height: int | None = None
+) -> np.ndarray:
     """Read, DICOM as 16 bits, and resize (bicubic) in the stored type, where overshoots saturate."""
     return resize_as_asked(fname, read_img(fname, dicom_16_bit=True), target_size, target_height)
 
 
-def resize_as_asked(fname, img: np.ndarray, target_size=None, target_height=None) -> np.ndarray:
+def resize_as_asked(
+    fname: str | os.PathLike, img: np.ndarray, target_size: Sequence[int] | None, target_height: int | None
+) -> np.ndarray:
     """Resize (bicubic) an image that was read from the file `fname`; see `pixels.read_resize_img`."""
     if target_size is None and target_height is None:
         raise InputError("One of [target_size, target_height] must not be None")
@@ -358,15 +339,14 @@ def resize_as_asked(fname, img: np.ndarray, target_size=None, target_height=None
 
 
 def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic resizing in the stored integer type, to the same pixels as the published program.
+    """Resize (bicubic) in the stored integer type, to the same pixels as the published program.
 
     Intel's library, which OpenCV uses where it is built in, rounds some pixels otherwise; it is no faster here.
     Raises InputError for no pixels, or more than `guards.max_pixels`, as of a line that shall be an image high.
     """
-    if height < 1 or width < 1 or height * width > max_pixels():
-        raise InputError(
-            f"cannot resize {img.shape[:2]} to {height} rows x {width} columns: Expected 1 to {max_pixels()} pixels."
-        )
+    if height < 1 or width < 1 or height * width > guards.max_pixels():
+        asked = f"{img.shape[:2]} to {height} rows x {width} columns"
+        raise InputError(f"cannot resize {asked}: Expected 1 to {guards.max_pixels()} pixels.")
     use_ipp = cv2.ipp.useIPP()  # a setting of this thread
     cv2.ipp.setUseIPP(False)
     try:
@@ -375,36 +355,32 @@ def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
         cv2.ipp.setUseIPP(use_ipp)
 
 
-# Codes of SNOMED (old and new style) in the View Code Sequence.
-VIEW_CODES = {"R-10242": "CC", "399162004": "CC", "R-10226": "MLO", "399368009": "MLO"}
-
-
 # ------------------------------------------------------------------------------------------------ public data sets
 
 
-def dicom_view(dataset) -> str:
-    """The view that a DICOM header tells, CC, MLO or as it stands in ViewPosition; "" for none."""
-    codes = [item.get("CodeValue") for item in dataset.get("ViewCodeSequence") or []]
-    views = [VIEW_CODES.get(code) for code in codes] + [dataset.get("ViewPosition")]
+def dicom_view(dataset: "Dataset") -> str:
+    """Return the view that a DICOM header tells, CC, MLO or as it stands in ViewPosition; "" for none."""
+    codes = dataset.get("ViewCodeSequence") or []
+    views = [_VIEW_CODES.get(code.get("CodeValue")) for code in codes] + [dataset.get("ViewPosition")]
     if dataset.get("PatientOrientation") in ("CC", "MLO"):  # as in CBIS-DDSM
         views.append(dataset.PatientOrientation)
     return str(next(filter(None, views), ""))
 
 
-def dicom_side(dataset) -> str:
-    """L or R as the header tells; "" for neither."""
+def dicom_side(dataset: "Dataset") -> str:
+    """Return L or R as the header tells; "" for neither."""
     return str(dataset.get("ImageLaterality") or dataset.get("Laterality") or "")
 
 
-def read_mammogram(fname, voi_lut: bool = False, auto_levels: bool = False):
-    """Pixels (H, W) of an image file as uint8 or uint16, and facts about them.
+def read_mammogram(
+    fname: str | os.PathLike, voi_lut: bool = False, auto_levels: bool = False
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the pixels (H, W) of an image file as uint8 or uint16, and facts about them.
 
     Facts: `bits` stored, `brightest` pixel, `photometric` interpretation of a DICOM file, else "". DICOM: see
     `reading.read_dicom_16_bit`. Grey pictures in three equal channels are taken as grey. Raises InputError for
     whatever is no picture of one channel of unsigned integers.
     """
-    import numpy as np
-
     photometric = ""
     if is_dicom(fname):
         img, dataset = read_dicom_16_bit(fname, voi_lut, auto_levels)
@@ -420,26 +396,16 @@ def read_mammogram(fname, voi_lut: bool = False, auto_levels: bool = False):
     return img, {"bits": bits, "brightest": int(img.max()), "photometric": photometric}
 
 
-def _read_pgm(fname):
-    """Pixels (H, W) of a PGM file of 8 bits, as MIAS has them."""
-    import numpy as np
-    from PIL import Image as Pillow
-
-    try:
-        with Pillow.open(fname, formats=["PPM"]) as image:
-            check_pixels(fname, image.height, image.width)
-            if image.mode != "L":
-                raise InputError(f"{fname}: Expected a PGM file of 8 bits. Received one of the kind {image.mode}")
-            return np.array(image)
-    except InputError:
-        raise
-    except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"{fname}: not a readable image ({error})") from None
+def _read_pgm(fname) -> np.ndarray:
+    """Return the pixels (H, W) of a PGM file of 8 bits, as MIAS has them."""
+    with _opened(fname, "PPM") as image:
+        if image.mode != "L":
+            raise InputError(f"{fname}: Expected a PGM file of 8 bits. Received one of the kind {image.mode}")
+        return np.array(image)
 
 
-def is_dicom(path) -> bool:
-    """Whether a file is DICOM, by its name or its first bytes."""
-
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Return whether a file is DICOM, by its name or its first bytes."""
     if str(path).lower().endswith(DICOM_SUFFIXES):
         return True
     try:

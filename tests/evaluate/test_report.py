@@ -264,7 +264,7 @@ def test_flips_and_averages_are_no_models(tmp_path):
     table, names, _ = evaluation.add_averages(table, ["a", "b", "a_flips", "b_flips"])
     for models, count in ((names, "2 models, 6 columns of predictions"), (["a", "b"], "2 models"), (["a"], "Model a")):
         results = evaluation.evaluate_models(table, models, replicates=10)
-        assert f'"lead">{count} on 6 images, 3 with cancer.' in report(tmp_path / "a.html", table, results)
+        assert f'"lead">{count} on 6 images (3 with cancer).' in report(tmp_path / "a.html", table, results)
 
 
 def test_map_lies_over_the_mammogram(data):

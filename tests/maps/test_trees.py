@@ -356,7 +356,9 @@ def test_an_auc_may_have_no_interval(tmp_path, monkeypatch, capsys):
     # As where most draws of the patients lack one of the classes.
     monkeypatch.setattr(clf, "percentile_interval", lambda *_: (np.nan, np.nan))
     cancer, benign = (next(record for record in breasts(20) if record.cancer == label) for label in (1, 0))
-    clf.write_classification(tmp_path, {"two": (Heatmaps([cancer, benign], CLASSES), np.array([0.9, 0.1]))}, 10, seed=0)
+    clf.write_classification(
+        tmp_path, {"two": (Heatmaps([cancer, benign], CLASSES), np.array([0.9, 0.1]), None)}, 10, seed=0
+    )
     assert "two: AUC 1.0000, on 2 breasts" in capsys.readouterr().out
     score = json.loads((tmp_path / "metrics.json").read_text())["two"]
     assert score["auc"] == 1 and score["auc_low"] is score["auc_high"] is None
