@@ -36,7 +36,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
-def _number(name: str, kind: type, fits: Callable, expected: str) -> Callable:
+def number_type(name: str, kind: type, fits: Callable, expected: str) -> Callable:
     """Return a type of options: what argparse calls `name`, where it is no number at all."""
 
     def read(text: str) -> float:
@@ -48,11 +48,11 @@ def _number(name: str, kind: type, fits: Callable, expected: str) -> Callable:
     return read
 
 
-positive_int = _number("positive_int", int, lambda value: value >= 1, "whole number of at least 1")
-natural_int = _number("natural_int", int, lambda value: value >= 0, "whole number of at least 0")
-positive_float = _number("positive_float", float, lambda value: 0 < value < math.inf, "number above 0")
-natural_float = _number("natural_float", float, lambda value: 0 <= value < math.inf, "number of at least 0")
-fraction = _number("fraction", float, lambda value: 0 <= value < 1, "number from 0 up to, not including, 1")
+positive_int = number_type("positive_int", int, lambda value: value >= 1, "whole number of at least 1")
+natural_int = number_type("natural_int", int, lambda value: value >= 0, "whole number of at least 0")
+positive_float = number_type("positive_float", float, lambda value: 0 < value < math.inf, "number above 0")
+natural_float = number_type("natural_float", float, lambda value: 0 <= value < math.inf, "number of at least 0")
+fraction = number_type("fraction", float, lambda value: 0 <= value < 1, "number from 0 up to, not including, 1")
 
 
 def add_flag(parser: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:

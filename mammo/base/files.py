@@ -33,6 +33,15 @@ class InputError(ValueError):
     """
 
 
+@contextmanager
+def naming(what) -> Iterator[None]:
+    """Put what an InputError of the block is about, such as a file, before its message."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
 def one_line(text: str, length: int = 2000) -> str:
     """Return a text, perhaps with parts of a file, as one line of printable characters: terminals obey the others."""
     line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))

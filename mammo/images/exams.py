@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, naming
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
 from mammo.images.iterators import Batches, DMIterator, check_labels, check_one_size, data_format_of, found
 from mammo.images.pixels import Pixels, pixels_of
@@ -233,10 +233,8 @@ class DMCandidROIIterator(DMIterator):
     def _read_breast(self, index):
         fname = self.filenames[index]
         img = self.pixels.rescale(self.pixels.resize(fname, self.pixels.read_stored(fname)), fname)
-        try:
+        with naming(fname):
             return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
-        except InputError as error:
-            raise InputError(f"{fname}: {error}") from error
 
     def _key_points(self, img, rng):
         """Choose points (nb_candidates, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""

@@ -161,22 +161,22 @@ def read_img_for_pred(
 
 
 def pixel_warnings(images: Sequence[np.ndarray], mean: float | None = None) -> list[str]:
-    """Return warnings about float images before mean subtraction, of any shapes, and the `mean` to subtract, or None.
+    """Return what is wrong with float images before mean subtraction, of any shapes, or the `mean` to subtract, if any.
 
-    Told are pixels far outside 0..255 or within a small part of it, and a mean far from the images' own.
+    Told are pixels far outside 0..255 or within a small part of it, else a mean that is less than half, or more than
+    twice, the images' own, and by more than 16 another.
     """
     low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
-    own = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {counted(len(images), 'image')}"
-    messages = []
+    own = float(np.mean([x.mean(dtype=np.float64) for x in images]))
+    number = counted(len(images), "image")
     if low < -64 or high > 320 or high < 32:
+        wrong = f"pixels are far from the range 0..255 that networks expect. Received {low:.4g}..{high:.4g}"
         check = "check the rescale factor (0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
-        messages.append(f"pixels are far from the range 0..255 that networks expect. {measured}; {check}")
-    asked = own if mean is None else float(np.mean(mean))
-    if abs(asked - own) > max(16.0, 0.5 * abs(own)):
-        far = f"is far from the images' own, {own:.4g} in {len(images)} of them."
-        messages.append(f"the mean that is subtracted, {asked:.4g} (featurewise mean), {far}")
-    return messages
+        return [f"{wrong}, mean {own:.4g}, in {number}; {check}"]
+    if mean is None or abs(mean - own) <= 16 or own / 2 <= mean <= own * 2:
+        return []
+    wrong = f"the mean that is subtracted, {mean:.4g} (featurewise mean), is far from the mean of {number}, {own:.4g}"
+    return [f"{wrong}; check it, the rescale factor or scale, and that images were prepared as those of the training."]
 
 
 def pixel_warnings_of_files(files: Sequence[str | Path], pixels: Pixels, nb_images: int = 32) -> list[str]:
@@ -214,24 +214,48 @@ def add_pixel_options_of_model(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_pixel_options(
-    given: Mapping[str, Any], model_path: str | Path, built: Sequence[int | None] = ()
+    given: Mapping[str, Any],
+    model_path: str | Path,
+    built: Sequence[int | None] = (),
+    published: Mapping[str, Any] = PUBLISHED_PIXELS,
 ) -> tuple[dict[str, Any], str]:
     """Return the pixel options, and `class_list`, to use with a model, and a sentence on where they come from.
 
-    given: values by name, those that are absent or OF_MODEL not being given. They win over what the model was trained
-    with, which wins over what the published models were. built: (rows, columns) that the model is built for, if known,
-    which win over the published size. Raises InputError as `read_settings` does.
+    given: values by name, which win over what the model was trained with; those that are absent or OF_MODEL, or None
+    for `class_list`, are not given. built: (rows, columns) that the model is built for, if known. published: what is
+    used of models that tell nothing. Raises InputError as `read_settings` does, and where there is no mean to subtract.
     """
-    chosen = {name: value for name, value in given.items() if name in PUBLISHED_PIXELS and value is not OF_MODEL}
+    chosen = {name: given[name] for name in published if given.get(name, OF_MODEL) is not OF_MODEL}
+    if given.get("class_list") is None:
+        chosen.pop("class_list", None)
     settings, file = read_settings(model_path), _settings_file(model_path)
     source = f"pixel options of the model's training, from {file}"
     if settings is None:
-        settings = PUBLISHED_PIXELS | ({"img_size": list(built)} if built and None not in built else {})
-        source = f"pixel options of the published models, since there is no {file}"
-    rest = {name: value for name, value in settings.items() if name not in chosen}
-    if set(rest) <= {"class_list"}:
+        settings = published | ({"img_size": list(built)} if built and None not in built else {})
+        source = f"the published pixel options, since there is no {file}"
+    if set(settings) - set(chosen) <= {"class_list"}:
         source = "pixel options as given"
-    return chosen | rest, source
+    chosen = settings | chosen
+    if chosen["featurewise_center"] and chosen["featurewise_mean"] is None:
+        raise InputError(f"--featurewise-mean: Expected the mean that {model_path} was trained with. Received none")
+    return chosen, source
+
+
+def size_of_model(model_path: str | Path, built: Sequence[int | None] = ()) -> list[int] | None:
+    """Return the size, [rows, columns], of a model's training images, else the one that it is built for; None if any.
+
+    Raises InputError as `read_settings` does.
+    """
+    settings = read_settings(model_path)
+    return settings["img_size"] if settings else list(built) if built and None not in built else None
+
+
+def is_patch_size(size: Sequence[int | None]) -> bool:
+    """Tell whether images of this size, (rows, columns), can be patches: square, and too small for a mammogram.
+
+    The paper's patches have 224 rows; whole mammograms as small as 512 show no lesion.
+    """
+    return None not in size and size[0] == size[1] <= 512
 
 
 def read_settings(model_path: str | Path) -> dict[str, Any] | None:
@@ -259,16 +283,11 @@ def _are_settings(settings: dict[str, Any]) -> bool:
         return False
     scale, factor, mean = (settings[name] for name in ("img_scale", "rescale_factor", "featurewise_mean"))
     size, classes = settings["img_size"], settings["class_list"]
-    return (
-        all(number is None or is_number(number) for number in (scale, factor, mean))
-        and isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(length, int) and length > 0 for length in size)
-        and all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and not (settings["featurewise_center"] and mean is None)
-    )
+    numbers = all(number is None or is_number(number) for number in (scale, factor, mean))
+    sizes = isinstance(size, list) and len(size) == 2 and all(isinstance(length, int) and length > 0 for length in size)
+    flags = all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return numbers and sizes and flags and names and not (settings["featurewise_center"] and mean is None)
 
 
 def is_number(value: object) -> bool:

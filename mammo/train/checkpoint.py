@@ -23,9 +23,14 @@ import numpy as np
 
 from mammo.base import guards
 from mammo.base.files import InputError, atomic_write, one_line
+from mammo.train import legacy
 
 # Weight names of Keras 1, which the ImageNet files of keras.applications still carry. `running_std` holds variances.
 _KERAS1_WEIGHTS = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
+
+
+# What Keras 2 stored with weights, and is none: the state of random numbers.
+_NO_WEIGHTS = {"StateVar:0"}
 
 
 def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras.Model:
@@ -45,9 +50,7 @@ def load_model(path: str | os.PathLike, trust_checkpoint: bool = False) -> keras
         if "model_config" not in h5.attrs:
             remedy = "Received weights only: build the model first, then load_weights(model, path)"
             raise InputError(f"{path}: holds no model architecture. Expected a full model (.h5 or .keras). {remedy}")
-        description = guards.parse_json(h5.attrs["model_config"])
-        old = _text(h5.attrs.get("keras_version", "2")).startswith("2")
-        model = _build(_describe_legacy(description, old, path), _count(h5), path, trust_checkpoint)
+        model = _build(_read_legacy(h5, path), _count(h5), path, trust_checkpoint)
         _assign_by_name(model, _stored_weights(h5["model_weights"]), path, strict=True)
     return model
 
@@ -173,13 +176,15 @@ def _count(group: h5py.Group) -> int:
     return sum(sizes)
 
 
-def _describe_legacy(description: dict, old: bool, path: Path) -> dict:
-    """The description in a legacy file as Keras 3 reads it. old: written by Keras 2."""
+def _read_legacy(h5: h5py.File, path: Path) -> dict:
+    """The description of the model in a legacy file: as `legacy.build` takes it where Keras 2 wrote it."""
+    description = guards.parse_json(h5.attrs["model_config"])
+    if _text(h5.attrs.get("keras_version", "2")).startswith("2"):
+        try:
+            return legacy.plain(description)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
     kind, config = description["class_name"], description["config"]
-    if isinstance(config, list):
-        raise InputError(f"{path}: Expected a functional model. Received a {kind} model of Keras 2")
-    if old:
-        _patch_keras2(config)
     return {"module": "keras", "class_name": "Model" if kind == "Functional" else kind, "config": config}
 
 
@@ -192,8 +197,7 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
         try:
             if not trust_checkpoint:
                 guards.refuse_code(description, path)
-            # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
-            model = keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
+            model = _make(description, trust_checkpoint)
             _check_size(model, stored, path)
             _check_name(model, path)
             # TensorFlow never gives gradients to a variable that is frozen as it gets its memory.
@@ -203,12 +207,19 @@ def _build(description: dict, stored: int, path: Path, trust_checkpoint: bool) -
         except Exception as error:  # whatever a wrong description makes Keras stumble over
             scope.initialize_variables = False
             keras.utils.clear_session()  # forgets the variables, which the next such scope would fill
-            if isinstance(error, InputError):
+            if isinstance(error, InputError) and str(error).startswith(str(path)):
                 raise
-            raise InputError(f"{path}: cannot rebuild the model that it describes: {_one_line(error)}") from error
+            raise InputError(f"{path}: cannot rebuild the model that it describes: {legacy.reason(error)}") from error
     for layer in frozen:
         layer.trainable = False
     return model
+
+
+def _make(description: dict, trust_checkpoint: bool) -> keras.Model:
+    if "module" not in description:
+        return legacy.build(description, trust_checkpoint)
+    # deserialize_keras_object, unlike Model.from_config, lets us say whether stored code may run.
+    return keras.saving.deserialize_keras_object(description, safe_mode=not trust_checkpoint)
 
 
 def _check_name(model, path: Path) -> None:
@@ -235,39 +246,6 @@ def _one_line(error: Exception) -> str:
     return one_line(str(error), 400) or type(error).__name__
 
 
-# What Keras 2 wrote and Keras 3 does not read: all changes are made to the description in memory.
-
-
-def _patch_keras2(config: dict) -> None:
-    """Bring the configuration of a Keras 2 functional model to what Keras 3 reads, nested models included."""
-    nested = {layer["name"] for layer in config["layers"] if "layers" in layer["config"]}
-    for layer in config["layers"]:
-        if "layers" in layer["config"]:
-            _patch_keras2(layer["config"])
-        _patch_regularizers(layer["config"])
-        # Later Keras 2 versions also wrote the unused settings that the layer inherits from Conv2D.
-        if layer["class_name"] == "SeparableConv2D":
-            for key in ("groups", "kernel_initializer", "kernel_regularizer", "kernel_constraint"):
-                layer["config"].pop(key, None)
-        # Keras 2 numbers the calls of a nested model from 1, its own graph being number 0; Keras 3 from 0.
-        for reference in (each for node in layer["inbound_nodes"] for each in node):
-            if reference[0] in nested:
-                reference[1] -= 1
-    # Keras 2 lists inputs and outputs even when there is one; Keras 3 would then warn at each call with a tensor.
-    for key in ("input_layers", "output_layers"):
-        if len(config[key]) == 1:
-            config[key] = config[key][0]
-
-
-def _patch_regularizers(config: dict) -> None:
-    """Some Keras 2 versions wrote the factors as arrays of one value; Keras 3 takes plain numbers."""
-    for setting in config.values():
-        if isinstance(setting, dict) and setting.get("class_name") == "L1L2":
-            for key, factor in setting["config"].items():
-                value = factor["value"] if isinstance(factor, dict) else factor
-                setting["config"][key] = float(np.asarray(value).item())
-
-
 # Weights by name
 
 
@@ -284,10 +262,10 @@ def _names(group: h5py.Group, attribute: str) -> list[str]:
 
 
 def _stored_weights(group: h5py.Group) -> dict[str, dict[str, h5py.Dataset]]:
-    """Layer name -> weight name -> data, for the layers of a legacy file that hold weights."""
+    """Layer name, as Keras 3 allows it -> weight name -> data, for the layers of a legacy file that hold weights."""
     layers = _names(group, "layer_names")
     stored = {layer: {name: group[layer][name] for name in _names(group[layer], "weight_names")} for layer in layers}
-    return {layer: weights for layer, weights in stored.items() if weights}
+    return {legacy.legal_name(layer): weights for layer, weights in stored.items() if weights}
 
 
 def _assign_by_name(model: keras.Model, stored: dict[str, dict[str, h5py.Dataset]], path: Path, strict: bool) -> None:
@@ -344,14 +322,33 @@ def _pair_weights(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: s
     """
     if not isinstance(layer, keras.Model):
         return _pair_variables(layer, weights, where)
-    scopes = {}
+    layers = _inner_layers(layer, where)
+    scopes: dict[str, dict] = {}
     for name, data in weights.items():
-        scope, _, weight = name.rpartition("/")
-        scopes.setdefault(scope.rpartition("/")[2], {})[weight] = data
+        scope, weight = _cut_scope(name, layers)
+        scopes.setdefault(scope, {})[weight] = data
     pairs = []
-    for inner, scope in _match_scopes(_inner_layers(layer, where), scopes.keys(), where):
+    for inner, scope in _match_scopes(layers, scopes.keys(), where):
         pairs += _pair_variables(inner, scopes[scope], f"{where}, inner layer {inner.name}")
     return pairs
+
+
+def _cut_scope(name: str, layers: dict[str, keras.Layer]) -> tuple[str, str]:
+    """(scope, weight) of a stored name, which has the scopes of models before them, and those of parts after them.
+
+    A scope reads `conv1_conv` where the file has the layer `conv1/conv`.
+    """
+    parts = name.split("/")
+    runs = [(i, j) for i in range(len(parts) - 1) for j in range(len(parts) - 1, i, -1)]
+    for begin, end in runs:
+        scope = "_".join(parts[begin:end])
+        if scope in layers or _without_number(scope) in layers:
+            return scope, "/".join(parts[end:])
+    return "/".join(parts[:-1]), parts[-1]
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r"_\d+$", "", name)
 
 
 def _inner_layers(model: keras.Model, where: str) -> dict[str, keras.Layer]:
@@ -372,7 +369,7 @@ def _match_scopes(layers: dict[str, keras.Layer], scopes: set[str], where: str) 
     free = dict(layers)
     matched = []
     for scope in sorted(scopes, key=len, reverse=True):
-        name = scope if scope in free else re.sub(r"_\d+$", "", scope)
+        name = scope if scope in free else _without_number(scope)
         if name not in free:
             raise InputError(f"{where}: weights stored as {scope} belong to no inner layer of the model")
         matched.append((free.pop(name), scope))
@@ -382,25 +379,47 @@ def _match_scopes(layers: dict[str, keras.Layer], scopes: set[str], where: str) 
 
 
 def _pair_variables(layer: keras.Layer, weights: dict[str, h5py.Dataset], where: str) -> list[tuple]:
-    variables = {variable.name: variable for variable in layer.weights}
-    endings = "|".join(map(re.escape, [*variables, *_KERAS1_WEIGHTS]))
+    free = list(layer.weights)
     pairs = []
     for stored_name, data in weights.items():
-        # kernel:0 (Keras 2), kernel (Keras 3), conv1_W_1:0 (Keras 1)
-        ending = re.search(rf"(?:^|[/_])({endings})(?:_\d+)?(?::\d+)?$", stored_name)
-        name = ending and _KERAS1_WEIGHTS.get(ending[1], ending[1])
-        variable = variables.pop(name, None)
+        variable = _variable_of(stored_name, free)
         if variable is None:
+            if stored_name.rpartition("/")[2] in _NO_WEIGHTS:
+                continue
             raise InputError(f"{where}: weight {stored_name} of the file has no place in the model")
         if tuple(variable.shape) != data.shape:
             raise InputError(
-                f"{where}, weight {name}: Expected shape {tuple(variable.shape)}. Received {data.shape}: "
+                f"{where}, weight {variable.name}: Expected shape {tuple(variable.shape)}. Received {data.shape}: "
                 "a checkpoint for another class count, image size or channel count?"
             )
+        free = [each for each in free if each is not variable]
         pairs.append((variable, data))
-    if variables:
-        raise InputError(f"{where}: no weights in the file for {_listing(variables.keys())}")
+    if free:
+        raise InputError(f"{where}: no weights in the file for {_listing({variable.name for variable in free})}")
     return pairs
+
+
+def _variable_of(stored_name: str, variables: list) -> keras.Variable | None:
+    """The variable of a layer that a stored weight is for, by its name, and where the layer has parts, by their names.
+
+    Names read kernel:0 (Keras 2), kernel (Keras 3), conv1_W_1:0 (Keras 1), query/kernel:0 (a part of attention).
+    """
+    endings = "|".join(map(re.escape, [*(variable.name for variable in variables), *_KERAS1_WEIGHTS]))
+    ending = re.search(rf"(?:^|[/_])({endings})(?:_\d+)?(?::\d+)?$", stored_name)
+    if ending is None:
+        return None
+    name = _KERAS1_WEIGHTS.get(ending[1], ending[1])
+    parts = stored_name.split("/")[:-1]
+
+    def likeness(variable: keras.Variable) -> tuple[int, int]:
+        path = variable.path.split("/")[:-1]
+        same = [one == other for one, other in zip(path[::-1], parts[::-1], strict=False)]
+        kin = [
+            _without_number(one) == _without_number(other) for one, other in zip(path[::-1], parts[::-1], strict=False)
+        ]
+        return sum(kin), sum(same)
+
+    return max((variable for variable in variables if variable.name == name), key=likeness, default=None)
 
 
 def _load_by_structure(model: keras.Model, path: Path) -> None:
@@ -504,10 +523,14 @@ def _save_weights(model: keras.Model, path: Path) -> None:
         archive.unlink(missing_ok=True)
 
 
+def check_one_image(model: keras.Model, source) -> None:
+    """Raise InputError unless `model` gives probabilities of classes for one image; `source` names its file."""
+    if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
+        raise InputError(f"{source}: Expected a classifier of one image. Received inputs {model.input_shape}")
+
+
 def check_outputs(model: keras.Model, nb_class: int, source) -> None:
     """Raise InputError unless `model` has `nb_class` outputs; `source` names its file."""
     if model.output_shape[-1] != nb_class:
-        raise InputError(
-            f"{source}: Expected a model of {nb_class} classes, the length of --class-list. "
-            f"Received one of {model.output_shape[-1]}"
-        )
+        expected = f"Expected a model of {nb_class} classes, the length of --class-list"
+        raise InputError(f"{source}: {expected}. Received one of {model.output_shape[-1]}")

@@ -604,7 +604,7 @@ def bad_files(tmp_path_factory):
         ("good.zip", "rename it"),
         ("no_weights.h5", r"describes \d+ weights"),
         ("no_json.h5", "damaged"),
-        ("sequential.h5", "Received a Sequential model"),
+        ("sequential.h5", "empty Sequential model"),
         ("odd_layer.h5", "cannot rebuild.*Strange"),
     ],
 )
