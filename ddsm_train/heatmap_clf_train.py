@@ -107,7 +107,7 @@ def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     from mammo.maps import trees as clf
 
     classifier = clf.load_classifier(args.model)
-    heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
+    heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.kind["class_names"])
     clf.check_comparable(clf.kind_of(heatmaps), classifier.kind, args.maps[0], args.model)
     results = {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs), None)}
     clf.write_classification(out_dir, results, args.bootstrap, seed)

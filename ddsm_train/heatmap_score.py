@@ -247,11 +247,10 @@ def draw_or_fault(record: HeatmapRecord, on_error: str, **options) -> str | None
         if on_error == "stop":
             raise
         return f"picture: {error}"
-    return None
 
 
-def make_scorer(model: "keras.Model", args: argparse.Namespace) -> compute.Scorer:
-    """Return what computes the maps. Raises InputError for a model that the options do not fit."""
+def is_for_grad_cam(model: "keras.Model", args: argparse.Namespace) -> bool:
+    """Return whether the maps are those of Grad-CAM. Raises InputError for options that do not fit the model's kind."""
     import keras
 
     nested = any(isinstance(layer, keras.Model) for layer in model.layers)
@@ -263,33 +262,31 @@ def make_scorer(model: "keras.Model", args: argparse.Namespace) -> compute.Score
         received = f"Received a whole-image classifier, of images of {own[0]} x {own[1]}"
         remedy = "give --grad-cam to explain it, or --no-grad-cam if its patches are as large"
         raise InputError(f"{args.dl_state}: Expected a patch classifier. {received}; {remedy}")
-    if grad_cam:
+    return grad_cam
+
+
+def make_scorer(model: "keras.Model", args: argparse.Namespace) -> compute.Scorer:
+    """Return what computes the maps. Raises InputError for a model that the options do not fit."""
+    read_as = pixels.Pixels.of(args)
+    if is_for_grad_cam(model, args):
+        built, size = model.input_shape[1:3], args.img_size
+        if built[0] not in (None, size[0]) or built[1] not in (None, size[1]):
+            expected = f"Expected --img-size {built[0]} {built[1]}, for which it is built"
+            otherwise = "or --no-grad-cam for a patch classifier"
+            raise InputError(f"{args.dl_state}: {expected}, {otherwise}. Received {size[0]} {size[1]}")
         with naming(args.dl_state):
-            return make_grad_cam(model, args)
+            return compute.GradCam(model, read_as, args.grad_cam_layer, segment_breast=args.segment_breast)
     if args.fprop_mode:
+        from dm_resnet import add_top_layers
+
+        cells = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
         try:
-            return make_forward_propagation(model, args)
+            net = add_top_layers(model, args.img_size, patch_net=args.net, return_heatmap=True, **cells)
+            return compute.ForwardPropagation(net, read_as, segment_breast=args.segment_breast, **cells)
         except InputError as error:
             raise InputError(f"{args.dl_state}: {error} (--img-size, --avg-pool-size)") from error
     args.img_height = args.img_height or args.img_size[0]
-    return compute.Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, pixels.Pixels.of(args))
-
-
-def make_grad_cam(model: "keras.Model", args: argparse.Namespace) -> compute.GradCam:
-    built = model.input_shape[1:3]
-    if any(have not in (None, asked) for have, asked in zip(built, args.img_size, strict=True)):
-        expected = f"Expected --img-size {built[0]} {built[1]}, for which it is built"
-        received = f"Received {args.img_size[0]} {args.img_size[1]}"
-        raise InputError(f"{expected}, or --no-grad-cam for a patch classifier. {received}")
-    return compute.GradCam(model, pixels.Pixels.of(args), args.grad_cam_layer, args.segment_breast)
-
-
-def make_forward_propagation(model: "keras.Model", args: argparse.Namespace) -> compute.ForwardPropagation:
-    from dm_resnet import add_top_layers
-
-    cells = {"avg_pool_size": args.avg_pool_size, "hm_strides": args.hm_strides}
-    net = add_top_layers(model, args.img_size, patch_net=args.net, return_heatmap=True, **cells)
-    return compute.ForwardPropagation(net, pixels.Pixels.of(args), segment_breast=args.segment_breast, **cells)
+    return compute.Sweep(model, args.img_height, args.patch_size, args.stride, args.batch_size, read_as)
 
 
 main = cli.command(make_parser, run)

@@ -58,10 +58,8 @@ class OperatingPoints:
         sensitivity = np.append(0, true / true[-1])
         specificity = 1 - np.append(0, false / false[-1])
         chosen = {"Youden": np.argmax(sensitivity + specificity)} if self.youden else {}
-        for value in self.sensitivities:
-            chosen[f"sensitivity {value:g}"] = np.flatnonzero(sensitivity >= value - 1e-12)[0]
-        for value in self.specificities:
-            chosen[f"specificity {value:g}"] = np.flatnonzero(specificity >= value - 1e-12)[-1]
+        chosen |= {f"sensitivity {v:g}": np.flatnonzero(sensitivity >= v - 1e-12)[0] for v in self.sensitivities}
+        chosen |= {f"specificity {v:g}": np.flatnonzero(specificity >= v - 1e-12)[-1] for v in self.specificities}
         by_name = {name: float(thresholds[i]) for name, i in chosen.items()}
         return by_name | {f"threshold {value:g}": float(value) for value in self.thresholds}
 
@@ -72,16 +70,14 @@ def at_levels(table: pd.DataFrame, models: Sequence[str], patient_score: str = "
     Without patients there is only the image level. Where a side is missing there are no breasts, and the score of a
     patient is made from the images. patient_score: "max" or "mean" of a patient's breasts.
     """
-    columns = ["label", *models]
-    levels = {"image": table[["patient", *columns]]}
+    levels = {"image": table[["patient", "label", *models]]}
     if not has_patients(table):
         return levels
-    parts = table
+    parts, label = table, {"label": "max"}
     if (table["side"] != "").all():
-        how = {"label": "max"} | dict.fromkeys(models, "mean")
-        levels["breast"] = parts = table.groupby(["patient", "side"])[columns].agg(how).reset_index()
-    how = {"label": "max"} | dict.fromkeys(models, patient_score)
-    levels["patient"] = parts.groupby("patient")[columns].agg(how).reset_index()
+        parts = table.groupby(["patient", "side"]).agg(label | dict.fromkeys(models, "mean")).reset_index()
+        levels["breast"] = parts
+    levels["patient"] = parts.groupby("patient").agg(label | dict.fromkeys(models, patient_score)).reset_index()
     return levels
 
 
@@ -103,12 +99,10 @@ def evaluate_models(
 
     Args:
         table: see the top of this module. Where patients are not known, all are "", and images count as independent.
-        models: names of the prediction columns.
-        points: where sensitivity and specificity are given.
+        models: names of the prediction columns. points: where sensitivity and specificity are given.
         chosen_on: a table of other images, such as the validation set, on which the thresholds are chosen. By default
             they are chosen on `table` itself, which flatters the figures.
-        patient_score: see `at_levels`.
-        replicates, seed: draws of the bootstrap, which all models and levels share.
+        patient_score: see `at_levels`. replicates, seed: draws of the bootstrap, shared by all models and levels.
 
     Returns:
         A dict; an interval is [low, high], and it or any figure is None where it is undefined::
@@ -208,8 +202,8 @@ def _compare(models, auc, covariance, drawn_auc) -> list[dict[str, Any]]:
         difference = float(auc[a] - auc[b])
         variance = covariance[a, a] + covariance[b, b] - 2 * covariance[a, b]
         *interval, p = stats.difference_test(difference, variance)
-        compared = {"models": [models[a], models[b]], "difference": difference, "interval": _interval(interval)}
-        comparisons.append(compared | {"p": _number(p), "bootstrap": _percentiles(drawn_auc[a] - drawn_auc[b])})
+        compared = {"models": [models[a], models[b]], "difference": difference, "interval": _plain(interval)}
+        comparisons.append(compared | {"p": _plain(p), "bootstrap": _percentiles(drawn_auc[a] - drawn_auc[b])})
     return comparisons
 
 
@@ -218,7 +212,7 @@ def _evaluate_model(truth, score, variance, groups, counts, thresholds) -> tuple
     roc, pr, drawn_auc, drawn_precision = _curves(truth, score, counts)
     _, true, false = stats.cumulative_counts(truth, score)
     auc, precision = float(stats.roc_area(true, false)), float(stats.average_precision(true, false))
-    normal = {"error": _number(np.sqrt(variance)), "delong": _interval(stats.auc_interval(auc, variance))}
+    normal = {"error": _plain(np.sqrt(variance)), "delong": _plain(stats.auc_interval(auc, variance))}
     result = {
         "auc": {"value": auc, **normal, "bootstrap": _percentiles(drawn_auc)},
         "average_precision": {"value": precision, "bootstrap": _percentiles(drawn_precision)},
@@ -235,7 +229,7 @@ def _at_threshold(name, threshold, truth, score, groups, counts) -> dict[str, An
         drawn = counts[:, side]
         with np.errstate(invalid="ignore"):  # replicates without samples of this side
             values = (drawn @ right[side]) / drawn.sum(axis=1)
-        interval = _interval(stats.proportion_interval(right[side], groups[side]))
+        interval = _plain(stats.proportion_interval(right[side], groups[side]))
         result[rate] = {"value": float(right[side].mean()), "interval": interval, "bootstrap": _percentiles(values)}
     return result
 
@@ -272,7 +266,7 @@ def _calibration_bins(truth, probability, groups) -> list[dict[str, Any]]:
     bins = []
     for inside in (bin_of == number for number in np.unique(bin_of)):
         means = {"predicted": float(probability[inside].mean()), "observed": float(truth[inside].mean())}
-        interval = _interval(stats.proportion_interval(truth[inside], groups[inside]))
+        interval = _plain(stats.proportion_interval(truth[inside], groups[inside]))
         bins.append(means | {"interval": interval, "count": int(inside.sum())})
     return bins
 
@@ -324,24 +318,20 @@ def _band(rows: list[np.ndarray]) -> dict[str, list[float]]:
     return dict(zip(("low", "high"), np.quantile(np.stack(rows), [tail, 1 - tail], axis=0).tolist(), strict=True))
 
 
-def _number(value) -> float | None:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _interval(pair) -> list[float] | None:
-    return [float(end) for end in pair] if np.isfinite(pair).all() else None
+def _plain(value: float | Sequence[float]) -> float | list[float] | None:
+    """Return a number, or both ends of an interval, for JSON, which has no NaN and no infinity: None instead."""
+    return np.asarray(value, float).tolist() if np.isfinite(value).all() else None
 
 
 def _percentiles(drawn) -> list[float] | None:
     """Return the interval of a figure from its values of each replicate."""
-    return _interval(stats.percentile_interval(drawn))
+    return _plain(stats.percentile_interval(drawn))
 
 
 def _estimate(value, error) -> dict[str, Any]:
     """Return a coefficient and its normal interval."""
     half = stats.z_value() * error
-    return {"value": _number(value), "interval": _interval((value - half, value + half))}
+    return {"value": _plain(value), "interval": _plain((value - half, value + half))}
 
 
 # ---------------------------------------------------------------------------------------------------- averages
@@ -512,8 +502,7 @@ def _aligned(rows: dict[str, dict[str, str]]) -> str:
 def write_predictions(out_dir: str | Path, name: str, table: pd.DataFrame) -> None:
     """Write a table as one of `PREDICTIONS`, before it is scored.
 
-    With the first, what an earlier run left of other predictions is removed: the second, and evaluation.json, which
-    stands for whole results.
+    With the first, what an earlier run left of others is removed: the second, and evaluation.json of whole results.
     """
     write_text(Path(out_dir, name), table.to_csv(index=False))
     if name == PREDICTIONS[0]:

@@ -89,7 +89,7 @@ def _from_name(file) -> tuple[str, str, str]:
 
 
 def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
-    """The rows of a table, as of `IMAGE_COLUMNS`, and all other cells of each by column.
+    """Return the rows of a table, as of `IMAGE_COLUMNS`, and all other cells of each by column.
 
     Columns, sets, sides and views have the spellings of `others`, and labels those of `others.read_labels` or
     the names of classes. Patient, side and view are read from the file's name where they have no column. Of sets,
@@ -136,7 +136,7 @@ def _read_exams(path: Path, image_dir) -> list[tuple]:
 
 
 def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
-    """The table without repeated files, each image without a patient being one of its own where others have one."""
+    """Return the table; images without a patient are one each where others have one. InputError for a repeated file."""
     if (repeated := table["file"].duplicated()).any():
         raise InputError(f"{source}: {table['file'][repeated].iloc[0]} stands there twice; remove one of them")
     without = table["patient"] == ""
@@ -152,7 +152,7 @@ def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
 def read_predictions(
     path: str | Path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",), part: str = "test"
 ) -> tuple[pd.DataFrame, list[str]]:
-    """A table with predictions from a CSV file, and the names of its models.
+    """Return a table with predictions from a CSV file, and the names of its models.
 
     The file is one of ours or anybody's, with the columns of a table of images (see `read_images`). Each other column
     of numbers is a model, but for those of the other classes that a trainer's `predictions.csv` has. The images need
@@ -180,7 +180,7 @@ def read_predictions(
 
 
 def name_models(paths: Sequence) -> list[str]:
-    """Short names of model files: without folder and ending, or with as many folders as tell them apart.
+    """Return short names of model files: without folder and ending, or with as many folders as tell them apart.
 
     InputError for a file given twice, or one called as what is none of a model in tables of predictions.
     """
@@ -208,13 +208,10 @@ def predict_images(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Add the probabilities of each model to a table of images.
 
+    predictors: `predict.Predictor`s by name. Those that take the same pixels share the reading of the images. positive:
+    classes whose probabilities are added up. flips: add a second column a model, <name>_flips: that of the mean over
+    the four flips of each image. on_error: "stop" raises InputError for an unreadable image, "skip" leaves it out.
     Returns the table, of the images that could be read, and a message for each of the others.
-
-    Args:
-        predictors: `predict.Predictor`s by name. Those that take the same pixels share the reading of the images.
-        positive: classes whose probabilities are added up.
-        flips: add a second column a model, <name>_flips: that of the mean over the four flips of each image.
-        on_error: "stop" raises InputError for an unreadable image, "skip" leaves it out.
     """
     from mammo.evaluate.predict import read_batches
 
@@ -257,5 +254,5 @@ def _predict_positive(name: str, predictor, images: dict[str, np.ndarray], posit
 
 
 def model_columns(names: Iterable[str], flips: bool) -> list[str]:
-    """Names of the columns that `predict_images` adds for these models."""
+    """Return the names of the columns that `predict_images` adds for these models."""
     return [name + way for way in (("", FLIPS) if flips else ("",)) for name in names]

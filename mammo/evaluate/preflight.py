@@ -21,7 +21,7 @@ _DARK, _BRIGHT = 0.2, 0.8
 
 
 def read_pixel_stats(model_path: str | Path) -> dict[str, Any] | None:
-    """What `pixel_statistics` gave for a model's training images, or None where it is not known.
+    """Return what `pixel_statistics` gave for a model's training images, or None where it is not known.
 
     It is in `<model without ending>/pixel_stats.json`, which the trainers write. Raises InputError for a damaged file.
     """
@@ -42,7 +42,7 @@ def read_pixel_stats(model_path: str | Path) -> dict[str, Any] | None:
 
 
 def measure_image(image: np.ndarray) -> dict[str, float]:
-    """Figures of one image, float (H, W[, C]), of which the first channel counts.
+    """Return figures of one image, float (H, W[, C]), of which the first channel counts.
 
     mean, sd, and p99, the 99th percentile; dark_border and bright_border, shares of its outermost pixels in the
     darkest and the brightest fifth of its range; bright_excess, -1..1, share of all pixels in the brightest fifth less
@@ -75,7 +75,7 @@ def measure_image(image: np.ndarray) -> dict[str, float]:
 
 
 def _balance(one, other) -> float:
-    """-1..1: 1 where all is in `one`, 0 where both are equal."""
+    """Return -1..1: 1 where all is in `one`, 0 where both are equal."""
     return float((one - other) / (one + other)) if one + other > 0 else 0.0
 
 
@@ -114,7 +114,7 @@ def warnings_for(
     stored_size: tuple[int, int] | None = None,
     view: str | None = None,
 ) -> list[str]:
-    """In what an image differs from what a model was trained on, one sentence each; [] when all seems well.
+    """Return in what an image differs from what a model was trained on, one sentence each; [] when all seems well.
 
     image: as the network gets it, float (H, W[, C]), before mean subtraction. trained: `pixel_statistics` of the
     training images; without them general rules apply, with `mean`, which is subtracted. stored_size: (rows, columns)

@@ -52,14 +52,12 @@ def write_report(
 
     Args:
         results: of `evaluate_models`; with `command` (a string or its words) and `versions` (by name) if known.
-        table: what was evaluated; see `mammo.evaluate.evaluation`.
-        root: folder that the files of the table are relative to.
+        table: what was evaluated; see `mammo.evaluate.evaluation`. root: folder that its files are relative to.
         predictors: by the name of its model, whose Grad-CAM maps are shown beside the mammograms. Models without one,
             such as means of several, have mammograms alone.
-        positive: classes that count as cancer, whose maps are added.
+        positive: classes that count as cancer, whose maps are added. title: heading of the page.
         nb_error: how many false positives, and how many false negatives, are shown of each model, the most confident
             first, by the first threshold of its points.
-        title: heading of the page.
     """
     data, levels = results["data"], results["levels"]
     samples = evaluation.at_levels(table, results["models"], data["patient_score"])

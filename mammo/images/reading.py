@@ -51,9 +51,6 @@ class ImageError(InputError):
         self.cause = cause
 
 
-# ------------------------------------------------------------------------------------------------ whole images
-
-
 def to_uint16(img: np.ndarray) -> np.ndarray:
     """Return 8-bit pixels times 257, so that 0..255 become 0..65535; 16-bit ones as they are. InputError for others."""
     if img.dtype == np.uint8:
@@ -84,9 +81,6 @@ def parse_image_name(stem: str) -> tuple[str, str, str] | None:
     """
     match = _IMAGE_NAME.fullmatch(stem)
     return match and match.group(1, 2, 3)
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 def is_image(fname: str | os.PathLike) -> bool:
@@ -353,9 +347,6 @@ def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
         return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
     finally:
         cv2.ipp.setUseIPP(use_ipp)
-
-
-# ------------------------------------------------------------------------------------------------ public data sets
 
 
 def dicom_view(dataset: "Dataset") -> str:

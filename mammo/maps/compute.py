@@ -95,16 +95,16 @@ class Sweep:
         return np.concatenate(probabilities, dtype=np.float32).reshape(len(tops), len(lefts), -1)
 
 
+@dataclass
 class _WholeImage:
     """Base of the ways that give the network the image at once, read as the trainers read it; `first` is as in `Grid`.
 
     segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
     """
 
-    def __init__(self, model: "keras.Model", pixels: Pixels, segment_breast: bool = False):
-        self.model = model
-        self.pixels = pixels
-        self.segment_breast = segment_breast
+    model: "keras.Model"
+    pixels: Pixels
+    segment_breast: bool = field(default=False, kw_only=True)
 
     def read(self, fname: str | Path) -> Scan:
         """Read an image. Raises InputError, for one without a breast too."""
@@ -122,10 +122,11 @@ class _WholeImage:
         return np.repeat(img[np.newaxis, ..., np.newaxis], self.model.input_shape[-1], axis=-1)
 
 
+@dataclass
 class ForwardPropagation(_WholeImage):
     """The patch classifier applied to the whole image at once, in one pass of its convolutions (golden).
 
-    `heatmap_model` is what `dm_resnet.add_top_layers(..., return_heatmap=True)` makes of the classifier: the feature
+    `model` is what `dm_resnet.add_top_layers(..., return_heatmap=True)` makes of the classifier: the feature
     map is average-pooled (`avg_pool_size` cells, with strides `hm_strides`), and its last layer applied everywhere.
     A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for 7 of the usual stride 32, and lies
     at its centre.
@@ -136,20 +137,14 @@ class ForwardPropagation(_WholeImage):
     border, though not from the image's, than the network's receptive field does; and in a window that is the image.
     """
 
+    avg_pool_size: Sequence[int] = (7, 7)
+    hm_strides: Sequence[int] = (1, 1)
     mode = "fprop"
 
-    def __init__(
-        self,
-        heatmap_model: "keras.Model",
-        pixels: Pixels,
-        avg_pool_size: Sequence[int] = (7, 7),
-        hm_strides: Sequence[int] = (1, 1),
-        segment_breast: bool = False,
-    ):
-        super().__init__(heatmap_model, pixels, segment_breast)
-        stride, reach = _stride_and_reach(heatmap_model.layers[1])
-        self.strides = tuple(float(stride * n) for n in hm_strides)
-        self.window = tuple(stride * (n - 1) + max(stride, reach) for n in avg_pool_size)
+    def __post_init__(self):
+        stride, reach = _stride_and_reach(self.model.layers[1])
+        self.strides = tuple(float(stride * n) for n in self.hm_strides)
+        self.window = tuple(stride * (n - 1) + max(stride, reach) for n in self.avg_pool_size)
         self.first = tuple(size / 2 for size in self.window)
 
     def score(self, scan: Scan) -> np.ndarray:
@@ -158,7 +153,7 @@ class ForwardPropagation(_WholeImage):
 
 
 def _stride_and_reach(net) -> tuple[int, int]:
-    """Pixels between the features of a convolutional network, and the size of the smallest image that gives one."""
+    """Return the pixels between the features of a convolutional network, and the size of the smallest image for one."""
 
     def features(size):
         return net.compute_output_shape((1, size, size, net.input_shape[-1]))[1]
@@ -170,6 +165,7 @@ def _stride_and_reach(net) -> tuple[int, int]:
     return stride, smallest - stride * (count - 1)
 
 
+@dataclass
 class GradCam(_WholeImage):
     """Grad-CAM of a whole-image classifier (Selvaraju et al. 2017): which features speak for a class.
 
@@ -182,24 +178,21 @@ class GradCam(_WholeImage):
     which is finer; default: the finer one where there is one.
     """
 
+    layer: str | None = None
     mode = "gradcam"
 
-    def __init__(self, model: "keras.Model", pixels: Pixels, layer: str | None = None, segment_breast: bool = False):
+    def __post_init__(self):
         import keras
 
-        super().__init__(model, pixels, segment_breast)
-        features = _feature_tensor(model, layer)
-        self.trunk = keras.Model(model.inputs[0], features)
-        self.head = keras.Model(features, _scores_before_softmax(model))
-        image = _Cells(np.full(2, 0.5), np.ones(2), np.array(pixels.size))
-        cells = _cells(features, {id(model.inputs[0]): image})
-        expected = self.trunk.compute_output_shape((1, *pixels.size, self.model.input_shape[-1]))[1:3]
-        if tuple(cells.count) != tuple(expected):
-            raise InputError(
-                f"Grad-CAM: cannot tell where the features are: Expected convolutions and poolings that give "
-                f"{cells.count[0]} x {cells.count[1]} of them. Received {expected[0]} x {expected[1]}"
-            )
-        self.first, self.strides = tuple(map(float, cells.first)), tuple(map(float, cells.strides))
+        image, features = self.model.inputs[0], _feature_tensor(self.model, self.layer)
+        self.trunk = keras.Model(image, features)
+        self.head = keras.Model(features, _scores_before_softmax(self.model))
+        cells = _cells(features, {id(image): _Cells(np.full(2, 0.5), np.ones(2), np.array(self.pixels.size))})
+        rows, columns = self.trunk.compute_output_shape((1, *self.pixels.size, image.shape[-1]))[1:3]
+        if tuple(cells.count) != (rows, columns):
+            expected = f"Expected convolutions and poolings that give {cells.count[0]} x {cells.count[1]} of them"
+            raise InputError(f"Grad-CAM: cannot tell where the features are: {expected}. Received {rows} x {columns}")
+        self.first, self.strides = tuple(cells.first.tolist()), tuple(cells.strides.tolist())
         self.window = self.strides
 
     def score(self, scan: Scan) -> np.ndarray:
@@ -209,11 +202,9 @@ class GradCam(_WholeImage):
         from mammo.train.devices import gradient_of_output
 
         features = keras.ops.convert_to_tensor(self.trunk.predict_on_batch(self._input(scan)))
-        maps = []
-        for index in range(self.head.output_shape[-1]):
-            weights = gradient_of_output(self.head, features, index).mean(axis=(0, 1, 2))
-            maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
-        return np.stack(maps, axis=-1)
+        gradients = [gradient_of_output(self.head, features, i) for i in range(self.head.output_shape[-1])]
+        weights = np.stack([gradient.mean(axis=(0, 1, 2)) for gradient in gradients], axis=-1)
+        return np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0)
 
 
 # A way to compute maps. Each has a `mode`; `strides`, (rows, columns) of pixels from cell to cell; and `window`, those
@@ -233,7 +224,7 @@ class _Cells(NamedTuple):
 
 
 def _cells(tensor, known: dict[int, _Cells]) -> _Cells:
-    """The cells of a tensor inside a network, by the sizes, strides and paddings of the layers before it.
+    """Return the cells of a tensor inside a network, by the sizes, strides and paddings of the layers before it.
 
     known: cells by id of tensor, with those of the network's input; others are added. Of branches whose cells differ,
     the middle is taken.
@@ -267,7 +258,7 @@ def _cells(tensor, known: dict[int, _Cells]) -> _Cells:
 
 
 def _feature_tensor(model, layer: str | None):
-    """The tensor inside `model` that Grad-CAM looks at; see `GradCam`."""
+    """Return the tensor inside `model` that Grad-CAM looks at; see `GradCam`."""
     import keras
 
     nested = [i for i, inner in enumerate(model.layers) if isinstance(inner, keras.Model)]
@@ -285,7 +276,7 @@ def _feature_tensor(model, layer: str | None):
 
 
 def _scores_before_softmax(model):
-    """Output tensor of `model` without its last softmax."""
+    """Return the output tensor of `model` without its last softmax."""
     import keras
 
     last = model.layers[-1]
@@ -373,11 +364,9 @@ def score_breasts(
     that `out` has are done, too. Images that are newer than their maps are scored again. Raises InputError where maps
     are there of a run with other options, or `out` is no map file.
 
-    Args:
-        options: what the maps depend on, kept in the file.
-        jobs: threads that read images while the network works; the maps are the same for any number.
-        on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
-        fresh: begin anew, whatever is there.
+    options: what the maps depend on, kept in the file. jobs: threads that read images while the network works; the maps
+    are the same for any number. on_error: "stop" raises InputError at the first image at fault, "skip" leaves its
+    breast out. fresh: begin anew, whatever is there.
     """
     parts, faults = Path(f"{out}.parts"), []
     if fresh:
@@ -477,18 +466,18 @@ def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, 
 
 
 def crop_img(img: np.ndarray, bbox: tuple[int, int, int, int]) -> np.ndarray:
-    """View of the box (x, y, width, height) of an image (H, W)."""
+    """Return a view of the box (x, y, width, height) of an image (H, W)."""
     x, y, width, height = bbox
     return img[y : y + height, x : x + width]
 
 
 def add_img_margins(img: np.ndarray, margin_size: int) -> np.ndarray:
-    """Copy of an image (H, W) with a zero margin of `margin_size` pixels on each side."""
+    """Return a copy of an image (H, W) with a zero margin of `margin_size` pixels on each side."""
     return np.pad(img, margin_size)
 
 
 def window_grid(img_shape: tuple[int, int], patch_size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """First rows and first columns of the windows that sweep an image, the leftover split to both sides (golden)."""
+    """Return first rows and columns of the windows that sweep an image, the leftover split to both sides (golden)."""
 
     if min(img_shape) < patch_size or stride < 1:
         received = f"patch_size {patch_size}, stride {stride} for an image of {img_shape}"
@@ -505,7 +494,7 @@ def cut_window(img: np.ndarray, top: int, left: int, patch_size: int, pixels: Pi
 def sweep_img_patches(
     img: np.ndarray, patch_size: int, stride: int, target_scale: float | None = None, equalize_hist: bool = False
 ) -> tuple[np.ndarray, int, int]:
-    """All windows of an image (H, W): float32 (n, patch_size, patch_size) row by row, rows and columns of the grid.
+    """Return all windows of an image (H, W), float32 (n, patch_size, patch_size), and the rows and columns of the grid.
 
     Each window is scaled by its own maximum to `target_scale`, then equalised if asked (golden).
     """

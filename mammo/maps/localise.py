@@ -70,12 +70,9 @@ def mark_image(
 ) -> MapHits:
     """Find the marks of one map and the lesions that they hit, as the top of this module says.
 
-    Args:
-        values: (map rows, map columns), the larger the more suspicious.
-        masks: of the lesions, bool of `grid.image_size`.
-        breast: bool of the same size.
-        window: (rows, columns) in pixels of the part of the image that a cell stands for.
-        smooth: standard deviation of the Gaussian in pixels; default: a quarter of the window.
+    values: (map rows, map columns), the larger the more suspicious. masks: of the lesions, bool of `grid.image_size`.
+    breast: bool of the same size. window: (rows, columns) in pixels of the part of the image that a cell stands for.
+    smooth: standard deviation of the Gaussian in pixels; default: a quarter of the window.
     """
     sigma = (np.divide(window, 4) if smooth is None else smooth) / np.array(grid.strides)
     values = ndimage.gaussian_filter(values.astype(np.float64), sigma, mode="nearest")

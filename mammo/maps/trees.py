@@ -138,11 +138,6 @@ class HeatmapClassifier:
     k: int
     kind: dict[str, Any]  # `kind_of` the maps that it was trained on
 
-    @property
-    def class_names(self) -> list[str]:
-        """Return the names of the maps' classes, background first."""
-        return self.kind["class_names"]
-
     @classmethod
     def fit(
         cls, model: Any, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
@@ -157,7 +152,7 @@ class HeatmapClassifier:
         """
         if any(cc is None and mlo is None for cc, mlo in breasts):
             raise InputError("Expected a map of CC or MLO. Received none of either")
-        features = [breast_features(maps, self.cutoffs, self.k, len(self.class_names)) for maps in breasts]
+        features = [breast_features(maps, self.cutoffs, self.k, len(self.kind["class_names"])) for maps in breasts]
         return self.model.predict_proba(np.array(features))[:, 1]
 
     def predict(self, heatmaps: Heatmaps, jobs: int = 1) -> np.ndarray:
@@ -290,7 +285,7 @@ def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
         if isinstance(classifier.model, RandomForestClassifier | HistGradientBoostingClassifier):
             nb_feature = classifier.model.n_features_in_
             check_trees(classifier.model)
-        expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
+        expected = len(feature_names(classifier.kind["class_names"], classifier.cutoffs, classifier.k))
     if nb_feature != expected:
         raise InputError(f"{path}: Expected a forest or boosted trees on {expected} features. Received {nb_feature}")
     return classifier
@@ -497,8 +492,7 @@ def make_pred_case(
         feature_name: which features of `prob_heatmap_features` the classifiers take, one name or several.
         cutoff_list, k: as there; all cut-offs' features are taken together, by view, cut-off, class and name.
         clf_list: fitted classifiers of scikit-learn; their probabilities of the second class are averaged.
-        nb_phm: take at most so many maps of each view; default all.
-        use_mean: average over all pairs of a CC and an MLO map; otherwise the highest counts.
+        nb_phm: take at most so many maps of each view. use_mean: average over all pairs of maps; else their highest.
     """
     views = [[] if maps is None else list(maps)[:nb_phm] for maps in (cc_phms, mlo_phms)]
     there = [*views[0], *views[1]]

@@ -190,9 +190,8 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         write_png(tmp_path / f"{i}.png", 10_000 * i)
         rows.append(f"{i}.png,{label}")
     listed = write_list(tmp_path / "list.csv", rows)
-    evaluate.run(
-        inputs=[tmp_path / "patch.h5", listed], positive=["mal", "pos"], out_dir=tmp_path / "out", bootstrap=10
-    )
+    inputs = [tmp_path / "patch.h5", listed]
+    evaluate.run(inputs=inputs, positive=["mal", "pos"], out_dir=tmp_path / "out", bootstrap=10)
     table = pd.read_csv(tmp_path / "out/predictions.csv")
     assert table["label"].tolist() == [0, 1, 1, 0]
     odds = np.exp(0.05 * (np.arange(4) * 10_000 * FACTOR - MEAN - 20))
