@@ -94,7 +94,7 @@ def flip_bits(text, number, rng):
 @pytest.mark.parametrize("block", [7, 2048])
 def test_all_pairs_of_different_patients_are_found(monkeypatch, block):
     """Against a comparison of every pair, with as many bits flipped as just do, or do not."""
-    monkeypatch.setattr(prepare, "_BLOCK", block)
+    monkeypatch.setattr(duplicates, "_BLOCK", block)
     rng = np.random.default_rng(0)
     prints = [rng.bytes(128).hex() for _ in range(30)]
     limit = int(MAX_DIFFERENCE * 1024)
