@@ -16,15 +16,8 @@ import numpy as np
 
 from mammo.base.files import InputError
 from mammo.images.exams import DMCandidROIIterator, DMExamListIterator, clust_kpts, get_roi_patches
-from mammo.images.iterators import (
-    DMDirectoryIterator,
-    DMImgListIterator,
-    DMIterator,
-    DMNumpyArrayIterator,
-    empty_aligned,
-    index_balancer,
-    to_sparse,
-)
+from mammo.images.file_iterators import DMDirectoryIterator, DMImgListIterator
+from mammo.images.iterators import DMIterator, DMNumpyArrayIterator, empty_aligned, index_balancer, to_sparse
 from mammo.images.pixels import read_img_for_pred, read_resize_img
 from mammo.maps.compute import add_img_margins, crop_img, get_prob_heatmap, sweep_img_patches
 
@@ -247,7 +240,7 @@ class DMImageDataGenerator:
             x /= self.std + 1e-7
         return x
 
-    # -- iterators: `keras.utils.PyDataset`s, see mammo.images.iterators and exams
+    # -- iterators: `keras.utils.PyDataset`s, see mammo.images: iterators, file_iterators and exams
 
     def flow(
         self,
