@@ -48,7 +48,7 @@ AUGMENTATION |= {"horizontal_flip": True, "vertical_flip": True}
 
 @dataclass
 class Run:
-    """A model and its image sets, ready to train."""
+    """Hold a model and its image sets, ready to train."""
 
     args: argparse.Namespace
     out_dir: Path | None  # where results are written, or None

@@ -14,7 +14,7 @@ from mammo.images.pixels import Pixels, pixels_of
 
 
 class DMExamListIterator(DMIterator):
-    """Exams of both breasts in two views; a batch holds left and right breasts in turn.
+    """Iterate over exams of both breasts in two views; a batch holds left and right breasts in turn.
 
     Args:
         exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
@@ -123,7 +123,7 @@ def _view_files(files):
 
 
 class DMCandidROIIterator(DMIterator):
-    """Patches around bright spots of whole images, labelled by their image or as background by a classifier.
+    """Iterate over patches around bright spots of images, labelled by their image or as background by a classifier.
 
     Args:
         img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.

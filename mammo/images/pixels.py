@@ -26,7 +26,7 @@ _KEYWORDS |= {"rescale_factor": "factor", "equalize_hist": "equalize", "gs_255":
 
 @dataclass(frozen=True)
 class Pixels:
-    """How the pixels of a file become the input of a network, in the order of the fields."""
+    """Hold how the pixels of a file become the input of a network, in the order of the fields."""
 
     size: tuple[int, int] | None = None  # (rows, columns) to resize to, bicubic, in the stored integer type
     scale: float | None = None  # value that the image's own maximum becomes; None for no such scaling
@@ -195,7 +195,7 @@ PUBLISHED_PIXELS |= {"class_list": ["neg", "pos"]}
 
 
 class _OfModel:
-    """Default of an option that the model's own training decides; None would be a choice of the user's."""
+    """Stand as the default of options that the model's own training decides; None would be a choice of the user's."""
 
     def __repr__(self):
         return "the model's"
