@@ -262,7 +262,7 @@ def _apply_voi_lut(img: np.ndarray, lowest: int, highest: int, dataset) -> np.nd
     return np.rint((shown - low) * ((highest - lowest) / (high - low)) + lowest).astype(img.dtype)
 
 
-def check_grey(fname, img: np.ndarray) -> np.ndarray:
+def check_grey(fname: str | os.PathLike, img: np.ndarray) -> np.ndarray:
     """Return `img` if it has one channel (H, W), else raise InputError."""
     if img.ndim != 2:
         expected = f"Expected one grey channel. Received shape {img.shape}"
@@ -304,7 +304,7 @@ def _to_16_bit(fname, img: np.ndarray, limits: tuple[int, int], dataset) -> np.n
     return scaled
 
 
-def check_constant(fname, img: np.ndarray) -> np.ndarray:
+def check_constant(fname: str | os.PathLike, img: np.ndarray) -> np.ndarray:
     """Return `img` (H, W) if not all of its pixels are equal, else raise InputError."""
     if img.min() == img.max():
         raise ImageError(f"{fname}: constant image: all pixels are {img[0, 0]}.", "constant")
