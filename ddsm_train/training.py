@@ -24,7 +24,8 @@ from mammo.base.files import InputError, counted, env_int, locked, remove_partia
 from mammo.evaluate.preflight import pixel_statistics
 from mammo.images import check
 from mammo.images.check import ImageCheck
-from mammo.images.iterators import DMDirectoryIterator, find_classes, sample_images
+from mammo.images.file_iterators import DMDirectoryIterator, find_classes
+from mammo.images.iterators import sample_images
 from mammo.images.pixels import Pixels, pixel_warnings
 from mammo.train import checkpoint, memory, scoring
 from mammo.train.callbacks import BestModel, HistoryFile, tensorboard

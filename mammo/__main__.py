@@ -25,7 +25,7 @@ COMMANDS = (
     ("download-models", "mammo.commands.download_models", "download the published models"),
     ("reproduce", "ddsm_train.reproduce", "reproduce a row of the published table"),
     ("subset", "inbreast.subset_experiment", "finetune with few patients"),
-    ("phantom", "mammo.phantom.prepared", "draw phantom data sets to try all this on"),
+    ("phantom", "mammo.commands.phantom", "draw phantom data sets to try all this on"),
 )
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from mammo.base.files import InputError
+from mammo.commands.phantom import main
 from mammo.data.splits import stratified_split
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import read_img
 from mammo.phantom import cbis_ddsm
 from mammo.phantom.cbis_ddsm import ODDITIES, make_download
 from mammo.phantom.draw import STYLES, Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
-from mammo.phantom.prepared import main, make_phantom
+from mammo.phantom.prepared import make_phantom
 from tests.helpers import read_csv, read_folder
 
 HEIGHT, WIDTH = 192, 144
