@@ -1,4 +1,4 @@
-"""The probability of cancer in mammograms, by a trained whole-image classifier.
+"""Predict the probability of cancer in mammograms by a trained whole-image classifier.
 
   mammo predict image_model.h5 mammogram.dcm > predictions.csv
   mammo predict image_model.h5 folder more.png --flips --out predictions.json --overlay pictures
@@ -94,7 +94,7 @@ def say(*lines: str) -> None:
 
 
 def as_csv(predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
-    """Return one row an image: file, the probability of each class, warnings."""
+    """Return as CSV text one row an image: file, the probability of each class, warnings."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", *predictor.class_list, "warnings"])
@@ -103,7 +103,7 @@ def as_csv(predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
 
 
 def as_json(args: argparse.Namespace, predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
-    """Return how the predictions were made, and they, those at fault with the reason."""
+    """Return as JSON text how the predictions were made, and all of them, those at fault with the reason instead."""
     entries = []
     for file, probabilities, warnings, fault in predictions:
         if fault is None:

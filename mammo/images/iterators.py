@@ -79,7 +79,7 @@ class Batches:
 
 
 class DMIterator(keras.utils.PyDataset):
-    """Order, labels and weights of batches over n samples; subclasses say what a batch of samples is.
+    """Iterate over batches of n samples: order, labels and weights. Subclasses say what a batch of samples is.
 
     Batch i of an epoch is a pure function of (seed, epoch, i), so any number of workers gives the same batches, and
     every sample comes once an epoch, the last batch being shorter. Order rule (golden): an epoch that starts after
@@ -320,7 +320,7 @@ def batch_weights(classes: np.ndarray) -> np.ndarray:
 
 
 class _SampleIterator(DMIterator):
-    """Iterator over samples of one tensor each: subclasses give `load(index)`, float32 (H, W, C) unaugmented."""
+    """Iterate over samples of one tensor each: subclasses give `load(index)`, float32 (H, W, C) unaugmented."""
 
     def _make_batch(self, index, rng):
         drawn = index
@@ -345,8 +345,8 @@ class _SampleIterator(DMIterator):
         if self.options.preprocess is not None:
             # Those of keras.applications return views of reversed channels, which PyTorch does not take.
             batch = np.ascontiguousarray(self.options.preprocess(batch), np.float32)
-        counted = [] if attempt else there
-        return self._with_labels(batch, None if self.classes is None else self.classes[index], counted)
+        weighted = [] if attempt else there
+        return self._with_labels(batch, None if self.classes is None else self.classes[index], weighted)
 
     def load(self, index: int) -> np.ndarray:
         """Read sample `index`."""
@@ -358,9 +358,10 @@ class _SampleIterator(DMIterator):
 
 
 class DMNumpyArrayIterator(_SampleIterator):
-    """Images in an array x (N, H, W, C) with labels y: class numbers (N,), one-hot rows (N, classes), or None.
+    """Iterate over images in an array x (N, H, W, C) and labels y.
 
-    Labels are returned as they were given. Other arguments: see `Batches`, and `data_format_of`.
+    y: class numbers (N,), one-hot rows (N, classes), or None; returned as they were given. Other arguments: see
+    `Batches`, and `data_format_of`.
     """
 
     def __init__(
@@ -403,7 +404,7 @@ class DMNumpyArrayIterator(_SampleIterator):
 
 
 class _FileIterator(_SampleIterator):
-    """Image files, read for each batch or once into memory.
+    """Iterate over image files, read for each batch or once into memory.
 
     Args:
         paths, names: the files, and what to call them in `.filenames`.
@@ -556,7 +557,7 @@ def _absolute(path):
 
 
 class DMImgListIterator(_FileIterator):
-    """Image files in a list, with class numbers (0 or 1) in another, or None.
+    """Iterate over image files in a list, with class numbers (0 or 1) in another, or None.
 
     Args:
         img_list, lab_list: files, and a class number for each, or None.
@@ -647,7 +648,7 @@ def _count_classes(labels):
 
 
 class DMDirectoryIterator(_FileIterator):
-    """Image files in one folder a class, found at any depth, sorted.
+    """Iterate over image files in one folder a class, found at any depth, sorted.
 
     Args:
         directory: folder of the class folders.
@@ -706,13 +707,12 @@ class DMDirectoryIterator(_FileIterator):
         self.empty_classes = []
         names, labels = [], []
         for name, number in self.class_indices.items():
-            found = files[name]
-            if not found:
+            if not files[name]:
                 self.empty_classes.append(str(directory / name))
                 if not allow_empty:
                     raise InputError(f"{directory / name}: {_NO_IMAGES}")
-            names += found
-            labels += [number] * len(found)
+            names += files[name]
+            labels += [number] * len(files[name])
         if not names:
             raise InputError(f"{directory}: {_NO_IMAGES}")
         super().__init__(
@@ -774,7 +774,7 @@ def _find_images(directory, class_name, follow_links):
 def to_sparse(y: np.ndarray | Sequence) -> np.ndarray:
     """Return the class numbers of labels that are one-hot rows (n, classes) or class numbers (n,) already.
 
-    Raises ValueError when a row is not one-hot, TypeError for arrays of more than two dimensions.
+    Raises InputError where a row is not one-hot, TypeError for arrays of more than two dimensions.
     """
     y = np.asarray(y)
     if y.ndim == 1:

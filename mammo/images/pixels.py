@@ -1,6 +1,7 @@
 """Bring the pixels of mammograms to the form that networks get, and tell what form a trained model was given.
 
 Files hold 8- or 16-bit integers (rows, columns); networks get float32, about 0..255 before the mean is subtracted.
+The way is one object, `Pixels`; `read_resize_img` and `read_img_for_pred` are the original's functions for it.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _KEYWORDS |= {"rescale_factor": "factor", "equalize_hist": "equalize", "gs_255":
 
 @dataclass(frozen=True)
 class Pixels:
-    """How the pixels of a file become the input of a network, in the order of the fields."""
+    """Hold how the pixels of a file become the input of a network, in the order of the fields."""
 
     size: tuple[int, int] | None = None  # (rows, columns) to resize to, bicubic, in the stored integer type
     scale: float | None = None  # value that the image's own maximum becomes; None for no such scaling
@@ -76,14 +77,23 @@ class Pixels:
         return resize_as_asked(file, stored, self.size, self.height)
 
     def rescale(self, img: np.ndarray, name: str | Path = "image") -> np.ndarray:
-        """Return a float32 copy of stored pixels, scaled, and equalised if asked; `name` is for the InputError."""
+        """Return a float32 copy of stored pixels, scaled, and equalised if asked: 0..255, truncated to 8 bits.
+
+        Raises InputError, naming `name`, for pixels outside 0..255 that are to be equalised.
+        """
         img = img.astype(np.float32)
         maximum = float(img.max())
         if self.scale is not None and maximum != 0:
             img *= float(self.scale) / maximum
         if self.factor is not None:
             img *= float(self.factor)
-        return _equalize_histogram(img, name) if self.equalize else img
+        if not self.equalize:
+            return img
+        low, high = float(img.min()), float(img.max())
+        if low <= -1 or high >= 256:  # what truncation to 8 bits would wrap around, as the 2017 program did
+            needs = "histogram equalisation needs an image within 0..255 after rescaling"
+            raise InputError(f"{name}: {needs}. Received {low:g}..{high:g}; set a rescale factor or target scale.")
+        return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
 
     def to_input(self, file: str | Path, resized: np.ndarray) -> np.ndarray:
         """Return resized pixels as `read` does. The channels are views of one: the augmentation warps it only once."""
@@ -103,21 +113,6 @@ def pixels_of(arguments: Mapping[str, Any], data_format: str) -> Pixels:
     """Return how a function's arguments, its `locals()`, have images read: `pixels`, or the original's names."""
     named = {name: arguments[name] for name in (*_KEYWORDS, "dup_3_channels") if name in arguments}
     return replace(arguments["pixels"] or Pixels.of_keywords(**named), data_format=data_format)
-
-
-def _equalize_histogram(img: np.ndarray, name) -> np.ndarray:
-    """Return the histogram equalisation of a float (H, W) image within 0..255, truncated to 8 bits; float32 0..255.
-
-    The 2017 program wrapped values outside around; here they raise InputError naming `name`.
-    """
-    low, high = float(img.min()), float(img.max())
-    if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
-        needs = "histogram equalisation needs an image within 0..255 after rescaling"
-        raise InputError(f"{name}: {needs}. Received {low:g}..{high:g}; set a rescale factor or target scale.")
-    return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
-
-
-# ------------------------------------------------------------------------------------- the original's functions
 
 
 def read_resize_img(
@@ -165,9 +160,6 @@ def read_img_for_pred(
     return np.ascontiguousarray(x)
 
 
-# ------------------------------------------------------------------------------------------ what they look like
-
-
 def pixel_warnings(images: Sequence[np.ndarray], mean: float | None = None) -> list[str]:
     """Return what is wrong with float images before mean subtraction, of any shapes, or the `mean` to subtract, if any.
 
@@ -196,8 +188,6 @@ def pixel_warnings_of_files(files: Sequence[str | Path], pixels: Pixels, nb_imag
     return pixel_warnings(images, pixels.mean) if images else []
 
 
-# ------------------------------------------------------------------------------- what a model was trained with
-
 # What the released models were trained with; their mean is that of the DDSM ones.
 PUBLISHED_PIXELS = {"img_size": [1152, 896], "img_scale": None, "rescale_factor": 0.003891}
 PUBLISHED_PIXELS |= {"featurewise_center": True, "featurewise_mean": 52.18, "equalize_hist": False}
@@ -205,7 +195,7 @@ PUBLISHED_PIXELS |= {"class_list": ["neg", "pos"]}
 
 
 class _OfModel:
-    """Default of an option that the model's own training decides; None would be a choice of the user's."""
+    """Stand as the default of options that the model's own training decides; None would be a choice of the user's."""
 
     def __repr__(self):
         return "the model's"
