@@ -16,15 +16,8 @@ import numpy as np
 
 from mammo.base.files import InputError
 from mammo.images.exams import DMCandidROIIterator, DMExamListIterator, clust_kpts, get_roi_patches
-from mammo.images.iterators import (
-    DMDirectoryIterator,
-    DMImgListIterator,
-    DMIterator,
-    DMNumpyArrayIterator,
-    empty_aligned,
-    index_balancer,
-    to_sparse,
-)
+from mammo.images.file_iterators import DMDirectoryIterator, DMImgListIterator
+from mammo.images.iterators import DMIterator, DMNumpyArrayIterator, empty_aligned, index_balancer, to_sparse
 from mammo.images.pixels import read_img_for_pred, read_resize_img
 from mammo.maps.compute import add_img_margins, crop_img, get_prob_heatmap, sweep_img_patches
 
@@ -66,7 +59,7 @@ def _flow(name: str, iterator: type[DMIterator], without: tuple[str, ...] = ()) 
 
 
 class DMImageDataGenerator:
-    """Random augmentation, standardisation, and iterators over images (Keras 2 settings, golden numbers).
+    """Augment images at random, standardise them, and make iterators over them (Keras 2 settings, golden numbers).
 
     Args:
         featurewise_center, featurewise_std_normalization: subtract `.mean`, divide by `.std`; callers set these.
@@ -247,7 +240,7 @@ class DMImageDataGenerator:
             x /= self.std + 1e-7
         return x
 
-    # -- iterators: `keras.utils.PyDataset`s, see mammo.images.iterators and exams
+    # -- iterators: `keras.utils.PyDataset`s, see mammo.images: iterators, file_iterators and exams
 
     def flow(
         self,
@@ -277,7 +270,7 @@ class DMImageDataGenerator:
 
 
 def transform_matrix(params: dict, rows: int, columns: int) -> np.ndarray | None:
-    """3x3 matrix from output to input (row, column, 1) of a drawn transform; None when it moves nothing (golden).
+    """Return the 3x3 matrix from output to input (row, column, 1) of a transform; None where nothing moves (golden).
 
     Rotation . shift . shear . zoom about (rows/2 + 0.5, columns/2 + 0.5), the half being the 2017 program's.
     """
@@ -306,7 +299,7 @@ _buffers = threading.local()
 
 
 def _buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """This thread's float32 array of that name; what it held before is lost."""
+    """Return this thread's float32 array of that name; what it held before is lost."""
     buffer = getattr(_buffers, name, None)
     if buffer is None or buffer.shape != shape:
         buffer = empty_aligned(shape)
@@ -315,7 +308,7 @@ def _buffer(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _drop_equal_channels(x: np.ndarray) -> np.ndarray:
-    """(H, W, 1) when all channels of (H, W, C) are equal, so that one is warped; free for a broadcast view."""
+    """Return (H, W, 1) of (H, W, C) whose channels are all equal, so that one is warped; free for a broadcast view."""
     rows, columns, channels = x.shape
     if channels == 1 or x.strides[-1] == 0:
         return x[..., :1]
@@ -373,7 +366,7 @@ def _warp_nearest_edge(x: np.ndarray, matrix: np.ndarray, flips: tuple[bool, boo
 
 
 def _near_rounding_boundary(by_row, by_column, tolerance):
-    """Pixels (i, j) where a coordinate by_row[k, i] + by_column[k, j], k = 0 or 1, is within `tolerance` of n + 1/2.
+    """Return pixels (i, j) whose by_row[k, i] + by_column[k, j], k = 0 or 1, is within `tolerance` of an n + 1/2.
 
     Columns are put into bins by the fraction of their part; only those in the bins that belong to a row's boundary
     are taken, without evaluating all H x W. Pixels up to a bin farther from the boundary come along.

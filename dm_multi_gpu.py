@@ -1,4 +1,4 @@
-"""Training on several devices, and training that repeats exactly: what each Keras backend needs for them.
+"""Train on several devices: what each Keras backend needs for that.
 
 TensorFlow mirrors a model on every device, JAX splits every batch over them; the batch size is that of all devices
 together. A step is that of one device with the same batch, except where TensorFlow's batch normalization takes the
@@ -46,7 +46,7 @@ def _same_input(tensor):
 
 
 class _DataParallel(keras.distribution.DataParallel):
-    """Splits batches, except a batch of a size that does not divide, as in prediction: each device computes it all."""
+    """Split batches, except one of a size that does not divide, as in prediction: each device computes all of it."""
 
     def get_data_layout(self, data_shape):
         if data_shape[0] % self.device_mesh.devices.size:
@@ -71,7 +71,7 @@ def _placed_on(count):
 
 @cache
 def _mirrors(count):
-    """TensorFlow's strategy for `count` devices: the messages of two strategies for the same ones would mix."""
+    """Return TensorFlow's one strategy for `count` devices: messages of two for the same ones would mix."""
     import tensorflow as tf
 
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")

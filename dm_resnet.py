@@ -17,8 +17,8 @@ PATCH_NETS = ("resnet50", "vgg16", "vgg19", "xception", "inception", "yaroslav")
 BLOCK_TYPES = ("resnet", "vgg")
 
 
-def set_dropout_rate(layer, rate):
-    """Change the rate of a Dropout layer in place, in a model built or loaded. Compile the model again after.
+def set_dropout_rate(layer: layers.Dropout, rate: float) -> None:
+    """Change the rate of a Dropout layer in place, 0..1, in a model built or loaded. Compile the model again after.
 
     Keras gives a layer made with rate 0 no random generator; raising its rate alone would fail in training.
     """
@@ -207,46 +207,49 @@ def _cut_patch_net(model):
 
 
 def add_top_layers(
-    model,
-    image_size,
-    patch_net="resnet50",
-    block_type="resnet",
-    depths=(512, 512),
-    repetitions=(1, 1),
-    block_fn=bottleneck_org,
-    nb_class=2,
-    shortcut_with_bn=True,
-    bottleneck_enlarge_factor=4,
-    dropout=0.0,
-    weight_decay=0.0001,
-    add_heatmap=False,
-    avg_pool_size=(7, 7),
-    return_heatmap=False,
-    add_conv=True,
-    add_shortcut=False,
-    hm_strides=(1, 1),
-    hm_pool_size=(5, 5),
-    fc_init_units=64,
-    fc_layers=2,
-):
+    model: keras.Model,
+    image_size: Sequence[int],
+    patch_net: str = "resnet50",
+    block_type: str = "resnet",
+    depths: Sequence[int] = (512, 512),
+    repetitions: Sequence[int] = (1, 1),
+    block_fn: Callable = bottleneck_org,
+    nb_class: int = 2,
+    shortcut_with_bn: bool = True,
+    bottleneck_enlarge_factor: int = 4,
+    dropout: float = 0.0,
+    weight_decay: float = 0.0001,
+    add_heatmap: bool = False,
+    avg_pool_size: Sequence[int] = (7, 7),
+    return_heatmap: bool = False,
+    add_conv: bool = True,
+    add_shortcut: bool = False,
+    hm_strides: Sequence[int] = (1, 1),
+    hm_pool_size: Sequence[int] = (5, 5),
+    fc_init_units: int = 64,
+    fc_layers: int = 2,
+) -> tuple[keras.Model, int] | keras.Model:
     """Build a whole-image classifier on the feature map of a patch classifier (the method of Shen 2017).
 
-    model: a patch classifier, any of `PATCH_NETS`; its layers are shared with, and trained by, the result.
-    image_size: (rows, columns) of the whole images; they have the channels of the patches.
-    patch_net: the name of the patch net; the place to cut it is found from its layers.
-    block_type: for each i, "resnet" adds `repetitions[i]` units `block_fn` of `depths[i]` filters, the first
-        with stride 2, and "vgg" `repetitions[i]` convolutions of `depths[i]` filters and a 2x2 max pooling.
-        Pre-activation units end in their addition, as published: no batch norm follows the last.
-    dropout, weight_decay: rate and L2 of all layers added.
-    add_heatmap: between net and top comes average pooling `avg_pool_size` with strides `hm_strides`, the patch
-        classifier's own dense layer at every position, with ReLU, and max pooling `hm_pool_size`.
-    add_conv: False for dense layers in place of convolutions: `fc_layers` of them on the flattened map, from
-        `fc_init_units` units halving each time; `add_shortcut` adds one from the map to the output.
+    Args:
+        model: a patch classifier, any of `PATCH_NETS`; its layers are shared with, and trained by, the result.
+        image_size: (rows, columns) of the whole images; they have the channels of the patches.
+        patch_net: the name of the patch net; the place to cut it is found from its layers.
+        block_type: for each i, "resnet" adds `repetitions[i]` units `block_fn` of `depths[i]` filters, the first
+            with stride 2, and "vgg" `repetitions[i]` convolutions of `depths[i]` filters and a 2x2 max pooling.
+            Pre-activation units end in their addition, as published: no batch norm follows the last.
+        shortcut_with_bn, bottleneck_enlarge_factor: of the units, see `basic_block`.
+        dropout, weight_decay: rate and L2 of all layers added.
+        add_heatmap: between net and top comes average pooling `avg_pool_size` with strides `hm_strides`, the patch
+            classifier's own dense layer at every position, with ReLU, and max pooling `hm_pool_size`.
+        return_heatmap: build the heatmap model alone, with softmax over the patch classes at every position.
+        add_conv: False for dense layers in place of convolutions: `fc_layers` of them on the flattened map, from
+            `fc_init_units` units halving each time; `add_shortcut` adds one from the map to the output.
 
     Returns the model, (batch, rows, columns, channels) -> (batch, `nb_class`) probabilities, and the index of
     its first new layer: before it are the input, the patch net and the heatmap, frozen in the first stage.
-    With `return_heatmap`, returns the heatmap model alone, (batch, rows, columns, channels) ->
-    (batch, map rows, map columns, patch classes): the softmax over the patch classes at every position.
+    With `return_heatmap`, returns one model, (batch, rows, columns, channels) ->
+    (batch, map rows, map columns, patch classes).
     Raises InputError for unknown names, lists of unequal length, fewer than two classes, no patch classifier, images
     too small.
     """
@@ -275,39 +278,57 @@ def add_top_layers(
         raise InputError(
             f"Images of {image_size[0]}x{image_size[1]} are too small for the patch net {patch_net}. Use larger images."
         ) from error
-
+    common = {"dropout": dropout, "weight_decay": weight_decay}
     if add_heatmap or return_heatmap:
         x = _pool(layers.AveragePooling2D(tuple(avg_pool_size), strides=tuple(hm_strides)), x)
-        x = layers.Dropout(dropout)(x)
-        heatmap = _dense(classifier.units, "softmax" if return_heatmap else "relu", weight_decay)
-        x = heatmap(x)
-        heatmap.set_weights(classifier.get_weights())
+        x = _heatmap(x, classifier, "softmax" if return_heatmap else "relu", **common)
         if return_heatmap:
             return keras.Model(image, x)
         x = _pool(layers.MaxPooling2D(tuple(hm_pool_size)), x)
     top_layer_nb = len(keras.Model(image, x).layers)
-
-    if add_conv:
-        options = {"enlarge_factor": bottleneck_enlarge_factor, "shortcut_with_bn": shortcut_with_bn}
-        options |= {"dropout": dropout, "weight_decay": weight_decay}
-        for filters, nb_units in zip(depths, repetitions, strict=True):
-            if block_type == "vgg":
-                x = _vgg_block(filters, nb_units, dropout, weight_decay)(x)
-                continue
-            for i in range(nb_units):
-                x = block_fn(filters, init_strides=(2, 2) if i == 0 else (1, 1), **options)(x)
-        x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
-        output = _dense(nb_class, "softmax", weight_decay)(x)
+    if not add_conv:
+        output = _dense_top(x, nb_class, fc_init_units, fc_layers, add_shortcut, **common)
+    elif block_type == "vgg":
+        blocks = [_vgg_block(*block, **common) for block in zip(depths, repetitions, strict=True)]
+        output = _convolutional_top(x, nb_class, blocks, **common)
     else:
-        flat = layers.Flatten()(x)
-        x = layers.Dropout(dropout)(flat)
-        for i in range(fc_layers):
-            x = _bn_relu(_dense(fc_init_units // 2**i, weight_decay=weight_decay)(x), dropout)
-        x = _dense(nb_class, weight_decay=weight_decay)(x)
-        if add_shortcut:
-            x = layers.Add()([x, _dense(nb_class, weight_decay=weight_decay)(flat)])
-        output = layers.Activation("softmax")(x)
+        options = {"enlarge_factor": bottleneck_enlarge_factor, "shortcut_with_bn": shortcut_with_bn, **common}
+        blocks = [
+            block_fn(filters, init_strides=(2, 2) if i == 0 else (1, 1), **options)
+            for filters, nb_units in zip(depths, repetitions, strict=True)
+            for i in range(nb_units)
+        ]
+        output = _convolutional_top(x, nb_class, blocks, **common)
     return keras.Model(image, output), top_layer_nb
+
+
+def _heatmap(x, classifier, activation, dropout, weight_decay):
+    """Apply the dense layer of a patch classifier, with its weights, at every position of a feature map."""
+    x = layers.Dropout(dropout)(x)
+    dense = _dense(classifier.units, activation, weight_decay)
+    x = dense(x)
+    dense.set_weights(classifier.get_weights())
+    return x
+
+
+def _convolutional_top(x, nb_class, blocks, dropout, weight_decay):
+    """Apply blocks, global average pooling and a softmax."""
+    for block in blocks:
+        x = block(x)
+    x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
+    return _dense(nb_class, "softmax", weight_decay)(x)
+
+
+def _dense_top(x, nb_class, init_units, nb_layers, add_shortcut, dropout, weight_decay):
+    """Apply dense layers, each of half the units of the one before, and a softmax; see `add_top_layers`."""
+    flat = layers.Flatten()(x)
+    x = layers.Dropout(dropout)(flat)
+    for i in range(nb_layers):
+        x = _bn_relu(_dense(init_units // 2**i, weight_decay=weight_decay)(x), dropout)
+    x = _dense(nb_class, weight_decay=weight_decay)(x)
+    if add_shortcut:
+        x = layers.Add()([x, _dense(nb_class, weight_decay=weight_decay)(flat)])
+    return layers.Activation("softmax")(x)
 
 
 # What makes the networks of ResNetBuilder, by the name of its method without `build_`: block function, and number of
@@ -405,7 +426,7 @@ def _build(
 
 
 class ResNetBuilder:
-    """Residual networks for patches or whole images, trained from scratch (`RESNETS`)."""
+    """Build residual networks for patches or whole images, to be trained from scratch (`RESNETS`)."""
 
     @staticmethod
     def l1l2_penalty_reg(alpha: float = 1.0, l1_ratio: float = 0.5) -> keras.Regularizer:
@@ -432,7 +453,7 @@ class ResNetBuilder:
 
 
 class MultiViewResNetBuilder(ResNetBuilder):
-    """The same networks with two inputs, [CC, MLO]: one tower sees both, its features are concatenated."""
+    """Build the same networks with two inputs, [CC, MLO]: one tower sees both, its features are concatenated."""
 
     @staticmethod
     def _views(tower):

@@ -1,14 +1,15 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 requirements = (here / "requirements.txt").read_text().splitlines()
-tensorboard, excel = ["tensorboard>=2.18"], ["openpyxl>=3.1", "xlrd>=2.0"]
+tensorboard, excel, docs = ["tensorboard>=2.18"], ["openpyxl>=3.1", "xlrd>=2.0"], ["pdoc>=15"]
 
 setup(
     name="end2end-mammography",
-    version="0.2.0",
+    version=re.search(r'__version__ = "(.+)"', (here / "mammo" / "__init__.py").read_text())[1],
     description="End-to-end training of whole-image breast-cancer classifiers on mammograms",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -20,7 +21,8 @@ setup(
     package_data={"mammo.evaluate": ["*.csv", "*.j2"], "ddsm_train": ["*.sh"], "inbreast": ["*.sh"]},
     entry_points={"console_scripts": ["mammo = mammo.__main__:main"]},
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=70.1", *tensorboard, *excel],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=70.1", *docs, *tensorboard, *excel],
+        "docs": docs,
         "tensorboard": tensorboard,
         "download": ["gdown>=5.2"],
         "excel": excel,

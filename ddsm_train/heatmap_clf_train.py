@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from mammo.base import cli
-from mammo.base.files import InputError, env_int
+from mammo.base.files import InputError, env_int, write_json
 
 IMPORTANCE = {"rf": "mean decrease in impurity", "gbt": "fall of the held-out AUC when permuted"}
 
@@ -27,16 +27,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("maps", nargs="+", metavar="MAPS", help="map files of the breasts to train on, or with --model to score")
     add("--test", nargs="+", metavar="MAPS", help="map files of other patients, scored by trees fitted on all of MAPS")
     add("--model", metavar="FILE", help="train nothing: score MAPS by this classifier (.skops; .joblib runs its code)")
-    add(
-        "--class-list", nargs="+", metavar="CLASS",
-        help="names of the maps' classes, background first, for files that hold none (.pkl of the published program)",
-    )  # fmt: skip
+    text = "names of the maps' classes, background first, for files that hold none (.pkl of the published program)"
+    add("--class-list", nargs="+", metavar="CLASS", help=text)
 
     add = parser.add_argument_group("features").add_argument
-    add(
-        "--cutoffs", nargs="+", type=cli.fraction, default=[0.3, 0.5, 0.7, 0.9], metavar="P",
-        help="probabilities from which on cells of a map are a region; the paper had four and does not say which",
-    )  # fmt: skip
+    text = "probabilities from which on cells of a map are a region; the paper had four and does not say which"
+    add("--cutoffs", nargs="+", type=cli.fraction, default=[0.3, 0.5, 0.7, 0.9], metavar="P", help=text)
     add("--top-k", type=cli.positive_int, default=2, help="regions described, the largest first")
 
     add = parser.add_argument_group("classifier").add_argument
@@ -47,11 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--out-dir", default="./heatmap_clf", metavar="DIR", help="folder for tables, scores and pictures")
-    add(
-        "--save-model", metavar="FILE",
-        help="where the trees fitted on all of MAPS are saved: .skops, which holds no code, or .joblib; "
-        "default: <DIR>/heatmap_clf.skops",
-    )  # fmt: skip
+    text = "where the trees fitted on all of MAPS are saved: .skops, which holds no code, or .joblib"
+    add("--save-model", metavar="FILE", help=f"{text}; default: <DIR>/heatmap_clf.skops")
     add("--jobs", type=cli.positive_int, default=1, help="breasts described, and trees fitted, at the same time")
     return parser
 
@@ -67,8 +60,6 @@ def run(**options) -> None:
         raise InputError(f"--cutoffs: Expected different ones. Received {args.cutoffs}")
     import sklearn.ensemble  # noqa: F401 (only libraries that are loaded are limited)
     from threadpoolctl import threadpool_limits
-
-    from mammo.base.files import write_json
 
     # Boosting would take all cores, and wait long for those that are busy.
     out_dir, seed = Path(args.out_dir), env_int("RANDOM_SEED", 12345, 0)
@@ -97,19 +88,17 @@ def train(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
         check_disjoint({"MAPS": patients, "--test": [record.patient_id for record in test.records]})
     cancer = np.array([record.cancer for record in heatmaps.records])
     fold = clf.patient_folds(cancer, patients, args.folds, seed)
-
     features = clf.feature_table(heatmaps, args.cutoffs, args.top_k, args.jobs)
     model = clf.make_model(args.clf, args.trees, seed, args.jobs)
     probability, importances = clf.cross_validate(model, features, cancer, fold, seed)
-    results = {"cross_validation": (heatmaps, probability)}
+    results = {"cross_validation": (heatmaps, probability, fold)}
     classifier = clf.HeatmapClassifier.fit(model, heatmaps, features, cancer, args.cutoffs, args.top_k)
     if test is not None:
-        results["test"] = (test, classifier.predict(test, args.jobs))
-
+        results["test"] = (test, classifier.predict(test, args.jobs), None)
     clf.save_classifier(save_as, classifier)
     names = clf.feature_names(heatmaps.class_names, args.cutoffs, args.top_k)
     clf.write_importances(out_dir, names, importances, IMPORTANCE[args.clf])
-    clf.write_classification(out_dir, results, args.bootstrap, seed, {"cross_validation": fold})
+    clf.write_classification(out_dir, results, args.bootstrap, seed)
     print(f"The trees are saved in {save_as}")
 
 
@@ -118,11 +107,10 @@ def score(args: argparse.Namespace, out_dir: Path, seed: int) -> None:
     from mammo.maps import trees as clf
 
     classifier = clf.load_classifier(args.model)
-    heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.class_names)
+    heatmaps = clf.load_breasts(args.maps, args.class_list or classifier.kind["class_names"])
     clf.check_comparable(clf.kind_of(heatmaps), classifier.kind, args.maps[0], args.model)
-    clf.write_classification(
-        out_dir, {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs))}, args.bootstrap, seed
-    )
+    results = {"scored": (heatmaps, classifier.predict(heatmaps, args.jobs), None)}
+    clf.write_classification(out_dir, results, args.bootstrap, seed)
 
 
 main = cli.command(make_parser, run)

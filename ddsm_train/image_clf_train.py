@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ddsm_train import options
 from mammo.base import cli
-from mammo.base.files import InputError
+from mammo.base.files import InputError, naming
 from mammo.train import backend
 
 if TYPE_CHECKING:
@@ -81,13 +81,11 @@ def build_model(args: argparse.Namespace) -> "tuple[keras.Model, int | None]":
         patch_model = opened(args.patch_model_state)
         if len(patch_model.inputs) != 1 or len(patch_model.inputs[0].shape) != 4:
             raise InputError(f"{args.patch_model_state}: Expected a patch classifier, a model of one image")
-        try:
-            options = {name: getattr(args, name) for name in _TOP_OPTIONS}
-            options |= {"depths": args.top_depths, "repetitions": args.top_repetitions, "dropout": args.hidden_dropout}
+        options = {name: getattr(args, name) for name in _TOP_OPTIONS}
+        options |= {"depths": args.top_depths, "repetitions": args.top_repetitions, "dropout": args.hidden_dropout}
+        with naming(args.patch_model_state):
             model, top_layer_nb = add_top_layers(patch_model, args.img_size, nb_class=len(args.class_list), **options)
-            top_layer_nb = args.top_layer_nb or top_layer_nb
-        except InputError as error:
-            raise InputError(f"{args.patch_model_state}: {error}") from error
+        top_layer_nb = args.top_layer_nb or top_layer_nb
     else:
         expected = "Expected --patch-model-state FILE, to build on a patch classifier, or --resume-from FILE"
         raise InputError(f"{expected}, to finetune a whole-image classifier. Received neither")

@@ -9,10 +9,12 @@ Reads map files of heatmap_score.py; writes localisation.csv (a row a map file),
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from mammo.base import cli
 from mammo.base.files import InputError
+from mammo.base.work import run_parallel
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -22,14 +24,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--roi-mask-dir", required=True, help="folder of masks: <Calc|Mass>-<set>_<image>_<abn_num>.png")
     add("--out-dir", default="localisation", metavar="DIR", help="folder for the results")
     add("--classes", nargs="+", metavar="CLASS", help="judge the sum of these classes; default: all but the first")
-    add(
-        "--malignant", metavar="CSV",
-        help="look for malignant lesions alone, by this table of lesions (roi_mask_path.csv); default: all lesions",
-    )  # fmt: skip
-    add(
-        "--smooth", type=cli.natural_float,
-        help="smooth maps by a Gaussian of this many pixels; default: a quarter of the window that a cell stands for",
-    )  # fmt: skip
+    text = "look for malignant lesions alone, by this table of lesions (roi_mask_path.csv); default: all lesions"
+    add("--malignant", metavar="CSV", help=text)
+    text = "smooth maps by a Gaussian of this many pixels; default: a quarter of the window that a cell stands for"
+    add("--smooth", type=cli.natural_float, help=text)
     cli.add_parallel_options(parser)
     return parser
 
@@ -37,9 +35,6 @@ def make_parser() -> argparse.ArgumentParser:
 def run(**options) -> None:
     """Write the results; keyword arguments are the option names of `make_parser`."""
     args = cli.complete(make_parser(), options)
-    import functools
-
-    from mammo.base.work import run_parallel
     from mammo.data.patches import read_lesions
     from mammo.maps import localise
     from mammo.maps.files import load_heatmaps
@@ -59,28 +54,22 @@ def run(**options) -> None:
         if not names:
             raise InputError(f"{path}: holds no class names, as files of 2017; compute the maps again")
         columns = [maps.class_names.index(name) for name in names]
-        mark = functools.partial(
-            localise.mark_breast,
-            columns=columns,
-            window=maps.options.get("window"),
-            roi_mask_dir=args.roi_mask_dir,
-            wanted=wanted,
-            smooth=args.smooth,
-        )
+        settings = {"roi_mask_dir": args.roi_mask_dir, "wanted": wanted, "smooth": args.smooth}
+        mark = partial(localise.mark_breast, columns=columns, window=maps.options.get("window"), **settings)
         marked = list(run_parallel(mark, maps.records, args.jobs, args.backend, desc=Path(path).name, unit="breast"))
         results[str(path)] = [image for images in marked for image in images]
         warn_of_missing_masks(path, maps.records, marked, wanted)
-        summary = localise.summarise(results[str(path)])
-        print(
-            f"{path}: points at a lesion in {summary['pointing_hits']} of {summary['images_with_lesions']} images "
-            f"({summary['pointing_accuracy']:.3f}; chance {summary['chance']:.3f}); finds "
-            f"{summary['sensitivity_at_1']:.3f} of {summary['lesions']} lesions at 1 false positive an image"
+        figures = localise.summarise(results[str(path)])
+        line = (
+            "points at a lesion in {pointing_hits} of {images_with_lesions} images ({pointing_accuracy:.3f}; chance "
+            "{chance:.3f}); finds {sensitivity_at_1:.3f} of {lesions} lesions at 1 false positive an image"
         )
+        print(f"{path}: {line.format(**figures)}")
     localise.write_localisation(args.out_dir, results)
     print(f"localisation.csv, froc.csv and froc.png are in {args.out_dir}")
 
 
-def warn_of_missing_masks(path, records, marked, wanted) -> None:
+def warn_of_missing_masks(path: str | Path, records: list, marked: list, wanted: set | None) -> None:
     """Say how many lesions count as absent because they have no mask. marked: lists of `MapHits`, one a record."""
     lesions = [sum(image.hits.shape[1] for image in images) for images in marked]
     cancers = [count for record, count in zip(records, lesions, strict=True) if record.cancer == 1]

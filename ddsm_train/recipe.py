@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Recipe:
-    """The steps of one run in the folder `out`; with `fresh`, each of them begins anew."""
+    """Make the steps of one run in the folder `out`; with `fresh`, each of them begins anew."""
 
     def __init__(self, out: Path, fresh: bool) -> None:
         self.out, self.fresh = out, fresh

@@ -106,7 +106,7 @@ def check_row(name: str, rows: dict, given: dict[str, list[str]]) -> None:
 
 
 class Reproduction:
-    """The steps of rows of the table, each after the rows that it stands on."""
+    """Make rows of the table, each after the rows that it stands on."""
 
     def __init__(self, recipe: Recipe, data: Path, rows: "dict[str, Row]", given: dict[str, list[str]]) -> None:
         self.recipe, self.data, self.rows, self.given = recipe, data, rows, given

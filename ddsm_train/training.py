@@ -24,18 +24,17 @@ from mammo.base.files import InputError, counted, env_int, locked, remove_partia
 from mammo.evaluate.preflight import pixel_statistics
 from mammo.images import check
 from mammo.images.check import ImageCheck
-from mammo.images.iterators import find_classes, sample_images
+from mammo.images.file_iterators import DMDirectoryIterator, find_classes
+from mammo.images.iterators import sample_images
 from mammo.images.pixels import Pixels, pixel_warnings
 from mammo.train import checkpoint, memory, scoring
 from mammo.train.callbacks import BestModel, HistoryFile, tensorboard
 from mammo.train.resume import TrainingState
 
 # Options that do not decide the course of a training, so that a resumed one may have others.
-_FREE_TO_CHANGE = (
-    *("train_dir", "val_dir", "test_dir", "best_model", "final_model", "out_dir", "tensorboard"),
-    *("resume", "fresh", "save_every", "check_data", "load_train_ram", "load_val_ram", "test_augment"),
-    *("trust_checkpoint", "on_error"),
-)
+_FREE_TO_CHANGE = ("train_dir", "val_dir", "test_dir", "best_model", "final_model", "out_dir", "tensorboard")
+_FREE_TO_CHANGE += ("resume", "fresh", "save_every", "check_data", "load_train_ram", "load_val_ram", "test_augment")
+_FREE_TO_CHANGE += ("trust_checkpoint", "on_error")
 
 # Options that `train_stages` has by the same names.
 _STAGE_OPTIONS = ("optim", "es_patience", "lr_patience", "frozen_bn", "accumulate", "jit")
@@ -50,7 +49,7 @@ AUGMENTATION |= {"horizontal_flip": True, "vertical_flip": True}
 
 @dataclass
 class Run:
-    """A model and its image sets, ready to train."""
+    """Hold a model and its image sets, ready to train."""
 
     args: argparse.Namespace
     out_dir: Path | None  # where results are written, or None
@@ -58,9 +57,9 @@ class Run:
     model: keras.Model
     org_model: keras.Model  # the same on a single device: the one that is saved
     fitted: keras.Model  # shares the layers of `model`, and may keep fewer activations: the one that is fitted
-    train_set: keras.utils.PyDataset
-    val_set: keras.utils.PyDataset
-    test_set: keras.utils.PyDataset
+    train_set: DMDirectoryIterator
+    val_set: DMDirectoryIterator
+    test_set: DMDirectoryIterator
 
 
 def run_training(
@@ -74,13 +73,10 @@ def run_training(
 ) -> None:
     """Train a classifier in stages, keep its best weights and score them on the test set.
 
-    Args:
-        args: the options of a trainer.
-        model: a classifier of one image.
-        make_stages: returns the stages of the model that is trained, a copy of `model` on several devices.
-        make_keeper: returns the callback that keeps the best weights.
-        allow_constant: constant images are legal among patches; otherwise they count as unreadable.
-        flips: score the mean of four flips too.
+    args: the options of a trainer. model: a classifier of one image. make_stages: returns the stages of the model that
+    is trained, a copy of `model` on several devices. make_keeper: returns the callback that keeps the best weights.
+    allow_constant: constant images are legal among patches; otherwise they count as unreadable. flips: score the mean
+    of four flips too.
 
     Raises InputError for data or a model that do not fit the options, and where the output folder holds the state of a
     training with other options. While it runs, no other training can write to the output folder, or the same models.
@@ -145,7 +141,7 @@ def check_training_options(args: argparse.Namespace, model: keras.Model) -> None
             raise InputError(f"{option} {name}: the folder cannot be written to")
 
 
-def _shapes(tensors) -> str:
+def _shapes(tensors: Sequence[keras.KerasTensor]) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
 
 
@@ -220,7 +216,7 @@ def _place_model(args: argparse.Namespace, model: keras.Model) -> tuple[keras.Mo
 
 def _open_sets(
     args: argparse.Namespace, out_dir: Path | None, state: TrainingState, channels: int, allow_constant: bool
-) -> list[keras.utils.PyDataset]:
+) -> list[DMDirectoryIterator]:
     """Check the images, return the training, validation and test set, and say what is in them and looks wrong."""
     checked = _check_data(args, out_dir, allow_constant, state.is_resumed)
     train_set, val_set, test_set = sets = make_sets(args, channels, allow_constant, checked)
@@ -239,7 +235,7 @@ def _open_sets(
 
 def make_sets(
     args: argparse.Namespace, channels: int, allow_constant: bool, checked: dict[str, ImageCheck] | None = None
-) -> list[keras.utils.PyDataset]:
+) -> list[DMDirectoryIterator]:
     """Return the training, validation and test set; the first is augmented as in the paper, by `AUGMENTATION`."""
     plain = DMImageDataGenerator(featurewise_center=args.featurewise_center)
     ranges = AUGMENTATION if args.augmentation else {}
@@ -279,15 +275,13 @@ def _check_data(args, out_dir: Path | None, allow_constant: bool, resumed: bool)
     return {each.file: each for each in checks}
 
 
-def _fingerprint(image_set) -> str:
+def _fingerprint(image_set: DMDirectoryIterator) -> str:
     """Return the number of files of a set, and a digest of their names and sizes, in order."""
-    digest = hashlib.sha256()
-    for name, size in zip(image_set.filenames, image_set.file_sizes, strict=True):
-        digest.update(f"{name}\0{size}\0".encode())
-    return f"{image_set.nb_sample} files {digest.hexdigest()[:12]}"
+    listed = "".join(f"{name}\0{size}\0" for name, size in zip(image_set.filenames, image_set.file_sizes, strict=True))
+    return f"{image_set.nb_sample} files {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
 
 
-def _describe_sets(**sets) -> None:
+def _describe_sets(**sets: DMDirectoryIterator) -> None:
     """Print what is in each set, and warn of images that seem to be in two: such a leak makes any score too good."""
     for name, image_set in sets.items():
         counts = np.bincount(image_set.classes, minlength=image_set.nb_class)
@@ -300,7 +294,7 @@ def _describe_sets(**sets) -> None:
             print(f"{text}, such as {min(shared)}: no image or patient should be", file=sys.stderr)
 
 
-def _report_skipped(**sets) -> None:
+def _report_skipped(**sets: DMDirectoryIterator) -> None:
     for name, image_set in sets.items():
         for message in image_set.skipped:
             print(f"skipped: {message}", file=sys.stderr)
@@ -315,11 +309,9 @@ def train_run(run: Run, stages: Sequence[Stage], keeper: BestModel) -> list[dict
     """Run the stages and return the logs of every epoch; write `args.json`, `history.csv` and its picture."""
     args = run.args
     callbacks: list[keras.callbacks.Callback] = [keeper]
-    history_file = None
     if run.out_dir is not None:
         write_json(run.out_dir / "args.json", vars(args))
-        history_file = HistoryFile(run.out_dir / "history.csv")
-        callbacks.append(history_file)
+        callbacks.append(history_file := HistoryFile(run.out_dir / "history.csv"))
     if args.tensorboard is not None:
         callbacks.append(tensorboard(args.tensorboard))
     options = {name: getattr(args, name) for name in _STAGE_OPTIONS}
@@ -327,8 +319,8 @@ def train_run(run: Run, stages: Sequence[Stage], keeper: BestModel) -> list[dict
         options["class_weight"] = class_weights(len(args.class_list), args.pos_cls_weight, args.neg_cls_weight)
     options |= {"callbacks": callbacks, "fitted": run.fitted, "state": run.state}
     history = train_stages(run.model, stages, run.train_set, run.val_set, **options)
-    if history_file is not None and run.state.is_resumed:
-        history_file.draw()  # which a stop at the end of the last stage left undone
+    if run.out_dir is not None and run.state.is_resumed:
+        history_file.on_train_end()  # draws the picture, which a stop at the end of the last stage left undone
     return history
 
 
@@ -374,8 +366,8 @@ def score_run(run: Run, keeper: BestModel, history: Sequence[dict], flips: bool 
     if np.isnan(auc).any():
         print("test set: the AUC is undefined for classes that hold all samples or none", file=sys.stderr)
     if flips:
-        line = scoring.auc_line(scoring.auc_by_class(y_true, y_flips), args.class_list)
-        print(f"AUROC on test set, mean of 4 flips: {line}")
+        auc = scoring.auc_by_class(y_true, y_flips)
+        print(f"AUROC on test set, mean of 4 flips: {scoring.auc_line(auc, args.class_list)}")
     if run.out_dir is not None:
         scoring.write_test_results(run.out_dir, files, y_true, predictions, args.class_list)
         print(f"Results are in {run.out_dir}", flush=True)

@@ -4,3 +4,5 @@ base < images < data, train < maps < evaluate; phantom uses base, images and dat
 """
 
 from mammo.base import guards  # noqa: F401  sets OpenCV's limit of pixels before anything imports OpenCV
+
+__version__ = "0.2.0"

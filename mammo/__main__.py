@@ -4,6 +4,8 @@ import importlib
 import os
 import sys
 
+from mammo import __version__
+
 # In the order of the work: name, module, what it does.
 COMMANDS = (
     ("prepare", "mammo.commands.prepare", "prepare a data set as downloaded, or images of your own"),
@@ -24,7 +26,7 @@ COMMANDS = (
     ("convert-model", "mammo.commands.convert_model", "convert a model to a file that Keras 3 opens by itself"),
     ("reproduce", "ddsm_train.reproduce", "reproduce a row of the published table"),
     ("subset", "inbreast.subset_experiment", "finetune with few patients"),
-    ("phantom", "mammo.phantom.prepared", "draw phantom data sets to try all this on"),
+    ("phantom", "mammo.commands.phantom", "draw phantom data sets to try all this on"),
 )
 
 
@@ -32,7 +34,7 @@ def usage() -> str:
     """Return the list of commands as text."""
     rows = "\n".join(f"  {name:<18} {text}" for name, _, text in COMMANDS)
     begin = "usage: mammo COMMAND ...\n\ncommands, in the order of the work:"
-    return f"{begin}\n{rows}\n\nmammo COMMAND --help lists its options"
+    return f"{begin}\n{rows}\n\nmammo COMMAND --help lists its options, mammo --version the version"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         if argv[:1] == [name]:
             sys.argv[0] = f"mammo {name}"  # what argparse calls the program
             return importlib.import_module(module).main(argv[1:]) or 0
-    asked = not argv or argv[0] in ("-h", "--help")
+    asked = not argv or argv[0] in ("-h", "--help", "--version")
     try:
-        print(usage(), file=sys.stdout if asked else sys.stderr, flush=True)
+        print(
+            f"mammo {__version__}" if argv[:1] == ["--version"] else usage(),
+            file=sys.stdout if asked else sys.stderr,
+            flush=True,
+        )
     except BrokenPipeError:  # the reader had enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if not asked:

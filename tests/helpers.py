@@ -81,6 +81,7 @@ def write_exams(path, exams):
 
 
 def varied(shape):
+    """Make an image of two values."""
     img = np.zeros(shape, np.uint16)
     img[1:] = 7
     return img
@@ -149,6 +150,12 @@ def check_options(parser, options):
     for option in options:
         assert {by_flag[flag].dest for flag in option["flags"]} <= {option["dest"]}, option["dest"]
         assert parser.get_default(option["dest"]) == option["default"], option["dest"]
+
+
+def auc_of_pairs(positive, negative):
+    """Return the share of pairs of a positive and a negative score that are ranked right; ties count as a half."""
+    differences = np.subtract.outer(np.asarray(positive), np.asarray(negative))
+    return np.mean((differences > 0) + 0.5 * (differences == 0))
 
 
 def read_members(path):

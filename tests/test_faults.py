@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mammo.base.files import write_img, write_text
-from mammo.phantom import prepared as make_phantom
+from mammo.commands import phantom
 from tests.faults.commands import COMMANDS, ROOT, Command, damaged, differences
 from tests.faults.endure import Memory, growth, read_while_written
 from tests.faults.kill import FaultError, kill_and_compare
@@ -17,7 +17,7 @@ from tests.faults.kill import FaultError, kill_and_compare
 
 @pytest.mark.slow
 def test_a_killed_command_ends_with_the_same_files(tmp_path):
-    make_phantom.run(out=str(tmp_path / "phantom"), patients=16, height=192, width=160, val_size=0.2, jobs=1)
+    phantom.run(out=str(tmp_path / "phantom"), patients=16, height=192, width=160, val_size=0.2, jobs=1)
     [sampling] = (command for command in COMMANDS if command.name == "sampling")
     tally = kill_and_compare(sampling, tmp_path, tmp_path / "work", kills=2)
     assert (tally.kills, tally.different) == (2, [])

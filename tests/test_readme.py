@@ -142,7 +142,7 @@ def test_commands_are_there_and_take_their_options(page):
         for word in words:
             if re.match(r"(ddsm_train|inbreast|scripts)/\S+\.(py|sh)$", word):
                 assert (ROOT / word).exists(), word
-        if "mammo" in words:
+        if "mammo" in words[:-1]:
             words = words[words.index("mammo") + 1 :]
             text = help_of(*words[: 1 + (words[0] == "prepare")])
             assert text is not None, words
@@ -219,3 +219,14 @@ def test_finetuning_and_scoring_as_written(golden, real_mammograms, tmp_path):
     assert names["test_generator"].filenames == table.file.tolist()
     np.testing.assert_allclose(names["y_pred"], table[["neg_flips", "pos_flips"]], atol=1e-5)
     assert names["auc"].shape == (2,)
+
+
+@pytest.mark.slow
+def test_pages_of_all_functions_are_made_by_the_command_of_the_guide(tmp_path):
+    command = next(words for words in command_lines(ROOT / "docs/api.md") if words[0] == "pdoc")
+    command[command.index("--output-directory") + 1] = tmp_path
+    quick = ["--no-search", "--no-show-source"]
+    subprocess.run([sys.executable, "-m", *command, *quick], check=True, capture_output=True)
+    pages = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.html")}
+    assert {path.stem for path in ROOT.glob("dm_*.py")} | {"mammo/images/pixels", "mammo/evaluate/predict"} <= pages
+    assert "robust_load_model" in (tmp_path / "dm_keras_ext.html").read_text()

@@ -24,11 +24,11 @@ _ADDED = ("--mixed-precision", "--remat")
 
 
 class Terminated(BaseException):
-    """SIGTERM was received: the machine is wanted by others, or shuts down."""
+    """Stop the command, since SIGTERM was received: the machine is wanted by others, or shuts down."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description, and adds the default to each option that has one."""
+    """Keep the line breaks of the description, and add the default to each option that has one."""
 
     def _get_help_string(self, action):
         if action.default is None or "default" in (action.help or ""):
@@ -36,8 +36,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
         return super()._get_help_string(action)
 
 
-def _number(name: str, kind: type, fits: Callable, expected: str) -> Callable:
-    """Return a type of options: what argparse calls `name`, where it is no number at all."""
+def number_type(name: str, kind: type, fits: Callable, expected: str) -> Callable:
+    """Return a function that reads an option's text as a number of this `kind`, refusing those that do not fit.
+
+    name: what argparse calls the type in its error for texts that are no number. expected: what the error for others
+    says, such as "number above 0".
+    """
 
     def read(text: str) -> float:
         if not fits(value := kind(text)):
@@ -48,11 +52,11 @@ def _number(name: str, kind: type, fits: Callable, expected: str) -> Callable:
     return read
 
 
-positive_int = _number("positive_int", int, lambda value: value >= 1, "whole number of at least 1")
-natural_int = _number("natural_int", int, lambda value: value >= 0, "whole number of at least 0")
-positive_float = _number("positive_float", float, lambda value: 0 < value < math.inf, "number above 0")
-natural_float = _number("natural_float", float, lambda value: 0 <= value < math.inf, "number of at least 0")
-fraction = _number("fraction", float, lambda value: 0 <= value < 1, "number from 0 up to, not including, 1")
+positive_int = number_type("positive_int", int, lambda value: value >= 1, "whole number of at least 1")
+natural_int = number_type("natural_int", int, lambda value: value >= 0, "whole number of at least 0")
+positive_float = number_type("positive_float", float, lambda value: 0 < value < math.inf, "number above 0")
+natural_float = number_type("natural_float", float, lambda value: 0 <= value < math.inf, "number of at least 0")
+fraction = number_type("fraction", float, lambda value: 0 <= value < 1, "number from 0 up to, not including, 1")
 
 
 def add_flag(parser: argparse._ActionsContainer, name: str, default: bool, help: str) -> None:
@@ -70,7 +74,7 @@ def add_optional(
 
 
 def add_pixel_options(parser: argparse.ArgumentParser) -> None:
-    """Add how pixels become network input: 0..255 floats with the mean of the training set subtracted."""
+    """Add the options on how pixels become network input: 0..255 floats less the mean of the training set."""
     group = parser.add_argument_group("images")
     size = {"nargs": 2, "type": positive_int, "metavar": ("HEIGHT", "WIDTH")}
     group.add_argument("--img-size", "-is", **size, help="images are resized to this")
@@ -84,7 +88,7 @@ def add_pixel_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_parallel_options(parser: argparse._ActionsContainer, jobs: int = 1) -> None:
-    """Add how `mammo.base.work.run_parallel` works. jobs: the default of `--jobs`."""
+    """Add the options of `mammo.base.work.run_parallel`. jobs: the default of `--jobs`."""
     text = f"images worked on at the same time; default: {jobs}"
     parser.add_argument("--jobs", type=positive_int, default=jobs, help=text)
     text = (

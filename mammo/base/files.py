@@ -27,10 +27,19 @@ _LOCKS: set[Path] = set()  # the files that this process has locked
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: says what, in which file or option, and what to do about it.
+    """Tell the user what is wrong in what was given, in which file or option, and what to do about it.
 
     Command lines print its message as one line on standard error and exit with status 1.
     """
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Put before the message of an InputError of the block what it is about, such as a file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def one_line(text: str, length: int = 2000) -> str:
@@ -98,7 +107,7 @@ def atomic_write(path: str | os.PathLike, durable: bool = False) -> Iterator[Pat
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _naming(path):
+    with _with_filename(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_partial_prefix(path), suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
@@ -127,12 +136,12 @@ def _sync(path: Path, mode: int) -> None:
 
 def append_text(path: str | os.PathLike, text: str) -> None:
     """Write to the end of a UTF-8 text file. A killed process, or a full disk, may leave a part of the text there."""
-    with _naming(Path(path)), open(path, "a", encoding="utf-8", newline="") as file:
+    with _with_filename(Path(path)), open(path, "a", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _with_filename(path: Path) -> Iterator[None]:
     """Give an OSError that names no file (a full disk), or a temporary one, `path` as its `filename`."""
     try:
         yield
@@ -265,5 +274,6 @@ def _is_open_file(path: Path, handle: int) -> bool:
         return False
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a whole JSON file, its keys sorted, paths as text."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True, default=os.fspath) + "\n")

@@ -19,6 +19,7 @@ _MAX_CELLS, _MAX_TAGS = 2**24, 2**22
 
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Write a whole UTF-8 CSV file, its lines ending in a newline alone."""
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

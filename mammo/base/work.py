@@ -1,4 +1,8 @@
-"""One function on many items at the same time, over joblib."""
+"""Work on many items at the same time, over joblib, and go on with it after a stop.
+
+`run_parallel` and `prefetch` call one function on all items. `run_resumable` does so for images that become files, and
+keeps in the output folder a manifest of what is done and the options that it was done by.
+"""
 
 import functools
 import hashlib
@@ -99,7 +103,7 @@ def _run(function: Callable, items: Sequence, jobs: int, backend: str, desc: str
     except Exception as error:
         if error is failure:
             raise
-        # Not of `function`: a worker died, or does not find its modules, or cannot be reached.
+        # Not from `function`: a worker died, or does not find its modules, or cannot be reached.
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         advice = BACKENDS[backend][-1]
         raise InputError(f"--backend {backend} failed ({type(error).__name__}: {reason}). {advice}") from error
@@ -163,6 +167,8 @@ def check_same_options(folder: str | os.PathLike, theirs: Mapping, ours: Mapping
         raise InputError(f"{folder}: has the work of a run with other options ({changes}): {remedy}")
 
 
+# ----------------------------------------------------------------------------------------------- resumable work
+
 MANIFEST, OPTIONS, REPORT = "manifest.jsonl", "options.json", "report.json"
 
 # To be raised when the same files and options shall give other outputs, so that older ones are made again.
@@ -171,11 +177,11 @@ RULES = 4
 
 @dataclass(frozen=True)
 class Job:
-    """One image to prepare.
+    """Hold one image to prepare.
 
     sources: paths of all files it may be made from, below the download folder. outputs: paths of all files it may
-    become, below the output folder. plan: what `prepare`'s function needs to know, in types that JSON can hold;
-    these and the sources decide how the outputs look.
+    become, below the output folder. plan: what the function of `run_resumable` needs to know, in types that
+    JSON can hold; these and the sources decide how the outputs look.
     """
 
     name: str
@@ -186,7 +192,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of one item, in plain types that JSON can hold.
+    """Hold what became of one item, in plain types that JSON can hold.
 
     outputs: paths below the output folder. repairs: (kind, what was mended). faults: what could not be used, and
     why, one line each. facts: whatever the caller wants to know later. log: lines for who watches, which are printed

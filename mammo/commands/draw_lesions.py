@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from mammo.base import cli
-from mammo.base.files import InputError, write_img
+from mammo.base.files import naming, write_img
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import read_resize_img
 from mammo.images.reading import check_grey, read_img
@@ -31,10 +31,8 @@ def run(**options) -> None:
     args = cli.complete(make_parser(), options)
     img = read_resize_img(args.image, target_height=args.height) if args.height else read_img(args.image)
     check_grey(args.image, img)
-    try:
+    with naming(args.image):
         breast, _ = DMImagePreprocessor.segment_breast(img)
-    except InputError as error:
-        raise InputError(f"{args.image}: {error}") from error
     grey = np.clip(img * (255 / max(breast.max(), 1)), 0, 255).astype(np.uint8)
     picture = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
     for mask in args.masks:

@@ -1,4 +1,4 @@
-"""Mean pixel of a training set after rescaling, and the rescale factor that its pixels suggest.
+"""Measure the mean pixel of a training set after rescaling, and the rescale factor that its pixels suggest.
 
   mammo pixel-mean data/train --img-size 1152 896
 

@@ -1,4 +1,4 @@
-"""The probability of cancer in mammograms, by a trained whole-image classifier.
+"""Predict the probability of cancer in mammograms by a trained whole-image classifier.
 
   mammo predict image_model.h5 mammogram.dcm > predictions.csv
   mammo predict image_model.h5 folder more.png --flips --out predictions.json --overlay pictures
@@ -14,12 +14,20 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from mammo.base import cli
 from mammo.base.files import InputError, atomic_write, check_writable, write_text
 from mammo.images.pixels import add_pixel_options_of_model
+from mammo.images.reading import find_images
 from mammo.train import backend
+
+if TYPE_CHECKING:
+    from mammo.evaluate.predict import Prediction, Predictor
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,26 +51,18 @@ def run(**options) -> int:
     args = cli.complete(make_parser(), options)
     if args.out is not None and Path(args.out).suffix not in (".csv", ".json"):
         raise InputError(f"--out {args.out}: Expected a name ending in .csv or .json")
-    from tqdm import tqdm
-
-    from mammo.images.reading import find_images
-
-    sources = [args.images] if isinstance(args.images, (str, Path)) else args.images
-    files = find_images(sources)
+    files = find_images([args.images] if isinstance(args.images, str | Path) else args.images)
     pictures = {} if args.overlay is None else name_heatmaps(files, args.overlay)
-    for path in ([] if args.out is None else [args.out]) + list(pictures.values())[:1]:
+    for path in filter(None, [args.out, *list(pictures.values())[:1]]):
         check_writable(path)
     backend.start_backend()
     from mammo.evaluate.predict import Predictor
 
-    given = {name: value for name, value in vars(args).items() if name != "class_list" or value is not None}
-    predictor = Predictor(args.model, given, args.trust_checkpoint)
+    predictor = Predictor(args.model, vars(args), args.trust_checkpoint)
     say(f"{args.model}: {predictor.source}")
     if predictor.is_of_patches:
-        say(
-            f"warning: {args.model}: this seems to be a patch classifier, which is not meant for whole mammograms: "
-            "ddsm_train/heatmap_score.py maps them with it"
-        )
+        seems = "this seems to be a patch classifier, which is not meant for whole mammograms"
+        say(f"warning: {args.model}: {seems}: ddsm_train/heatmap_score.py maps them with it")
     if predictor.trained is None:
         say("what its training images looked like is not known: checking images by general rules")
     predictions = []
@@ -90,35 +90,33 @@ def run(**options) -> int:
 
 def say(*lines: str) -> None:
     """Print on standard error: standard output is for predictions."""
-    from tqdm import tqdm
-
     tqdm.write("\n  ".join(lines), file=sys.stderr)
 
 
-def as_csv(predictor, predictions) -> str:
-    """One row an image: file, the probability of each class, warnings."""
+def as_csv(predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
+    """Return as CSV text one row an image: file, the probability of each class, warnings."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", *predictor.class_list, "warnings"])
-    for prediction in predictions:
-        writer.writerow([prediction.file, *prediction.probabilities, "; ".join(prediction.warnings)])
+    writer.writerows([file, *values, "; ".join(warnings)] for file, values, warnings, _ in predictions)
     return text.getvalue()
 
 
-def as_json(args, predictor, predictions) -> str:
-    """How the predictions were made, and they, those at fault with the reason."""
-    content = {"model": str(args.model), "flips": args.flips, "options": predictor.options, "predictions": []}
+def as_json(args: argparse.Namespace, predictor: "Predictor", predictions: "Sequence[Prediction]") -> str:
+    """Return as JSON text how the predictions were made, and all of them, those at fault with the reason instead."""
+    entries = []
     for file, probabilities, warnings, fault in predictions:
-        entry = {"file": file, "fault": fault}
         if fault is None:
-            named = zip(predictor.class_list, map(float, probabilities), strict=True)
-            entry = {"file": file, "probabilities": dict(named), "warnings": warnings}
-        content["predictions"].append(entry)
+            named = dict(zip(predictor.class_list, probabilities.tolist(), strict=True))
+            entries.append({"file": file, "probabilities": named, "warnings": warnings})
+        else:
+            entries.append({"file": file, "fault": fault})
+    content = {"model": str(args.model), "flips": args.flips, "options": predictor.options, "predictions": entries}
     return json.dumps(content, indent=1) + "\n"
 
 
-def name_heatmaps(files, folder) -> dict[str, Path]:
-    """`<folder>/<image>.png` for each file, numbered from the second of a name on. InputError where it is an image."""
+def name_heatmaps(files: Sequence[Path], folder: str) -> dict[str, Path]:
+    """Return `<folder>/<image>.png` by file, numbered from the second of a name on; InputError where it is an image."""
     pictures, taken, images = {}, set(), {path.resolve() for path in files}
     for file in files:
         path, number = Path(folder, f"{file.stem}.png"), 2
@@ -131,7 +129,7 @@ def name_heatmaps(files, folder) -> dict[str, Path]:
     return pictures
 
 
-def draw(predictor, prediction, path) -> None:
+def draw(predictor: "Predictor", prediction: "Prediction", path: Path) -> None:
     """Write the mammogram with the Grad-CAM map of each class. Raises InputError."""
     from mammo.maps.draw import overlay_figure
 

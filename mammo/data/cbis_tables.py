@@ -138,7 +138,7 @@ def _read_finding(cells: Mapping[str, str], where: str, division: str | None, od
 
 
 def _read_path(cell: str, where: str) -> tuple[str, ...]:
-    """Parts of a path cell below whatever drive or folder "/" it gives. Newlines are dropped, ".." is refused."""
+    """Return the parts of a path cell below whatever drive or "/" it begins with, newlines dropped; ".." is refused."""
     path = re.sub(r"\s*[\r\n]\s*", "", cell).strip().replace("\\", "/")
     parts = tuple(part for part in re.sub("^[A-Za-z]:", "", path).split("/") if part not in ("", "."))
     if ".." in parts:

@@ -491,13 +491,15 @@ class OwnData(DataSet):
 def _add_labels(parser: ArgumentParser) -> None:
     """Add the options that say which labels mean what, and how patients stand in the names of files."""
     add = parser.add_argument_group("labels and patients").add_argument
-    meaning = "values or folders that mean"
-    add("--neg-labels", nargs="+", metavar="LABEL", help=f"{meaning} negative (0 neg benign normal ...)")
-    add("--pos-labels", nargs="+", metavar="LABEL", help=f"{meaning} positive (1 pos malignant cancer ...); "
-        "where either is given, images of other labels are left out")  # fmt: skip
-    add("--patient-regex", type=_pattern, metavar="REGEX", help="finds the patient in a file's name, below the class "
-        "folder if there is one: the first group, or all; default: by names such as <patient>_LEFT_CC, then by the "
-        "sub-folder of the class folder")  # fmt: skip
+    text = "values or folders that mean negative (0 neg benign normal ...)"
+    add("--neg-labels", nargs="+", metavar="LABEL", help=text)
+    text = "the same for positive (1 pos malignant cancer ...); where either is given, images of others are left out"
+    add("--pos-labels", nargs="+", metavar="LABEL", help=text)
+    text = (
+        "finds the patient in a file's name, below the class folder if there is one: the first group, or all; default: "
+        "by names such as <patient>_LEFT_CC, then by the sub-folder of the class folder"
+    )
+    add("--patient-regex", type=_pattern, metavar="REGEX", help=text)
 
 
 def _pattern(text: str) -> str:

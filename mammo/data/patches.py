@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mammo.base.files import InputError, atomic_write, counted, is_file_name, locked, write_img, write_text
+from mammo.base.files import InputError, atomic_write, counted, is_file_name, locked, naming, write_img, write_text
 from mammo.base.tables import read_rows
 from mammo.base.work import Job, Outcome, check_kept_options, keep_options, run_resumable
 from mammo.data.patch_rules import Patch, Roi, cut_patch, sample_patches
@@ -276,10 +276,8 @@ def read_lesion_masks(
         if (match := name.fullmatch(path.name)) is None:  # of an image whose name ends in this one's
             continue
         source_size = read_size(image)
-        try:
+        with naming(path):
             check_mask_fits(read_size(path), source_size)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
         pixels = check_grey(path, read_resize_img(path, target_size=image_size or source_size)) > 0  # as when sampling
         if not pixels.any():
             raise InputError(f"{path}: the mask marks no lesion: Expected pixels above 0. Received none")

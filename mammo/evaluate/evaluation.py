@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from mammo.base import statistics as stats
-from mammo.base.files import InputError, atomic_write, counted, write_json
+from mammo.base.files import InputError, atomic_write, counted, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,10 +30,15 @@ IMAGE_COLUMNS = ("file", "patient", "side", "view", "label")
 LEVELS = ("image", "breast", "patient")
 FLIPS = "_flips"  # ends the name of a column that holds means over four flips of the image
 AVERAGE = "average"
+_RATES = ("sensitivity", "specificity")
 
 NB_BIN, MIN_IN_BIN = 10, 10  # of the calibration curve: bins at most, and samples in each at least
 _PRINTED = 6  # comparisons of AUCs: as many as four models have
 _CHUNK = 4_000_000  # replicates times samples worked on at a time: bounds the memory
+_PERFECT = (
+    "an AUC of 1, or 0, has no DeLong interval and a bootstrap interval without width: where there are no errors, "
+    "neither can tell; the intervals of sensitivity and specificity can"
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,8 @@ class OperatingPoints:
         sensitivity = np.append(0, true / true[-1])
         specificity = 1 - np.append(0, false / false[-1])
         chosen = {"Youden": np.argmax(sensitivity + specificity)} if self.youden else {}
-        for value in self.sensitivities:
-            chosen[f"sensitivity {value:g}"] = np.flatnonzero(sensitivity >= value - 1e-12)[0]
-        for value in self.specificities:
-            chosen[f"specificity {value:g}"] = np.flatnonzero(specificity >= value - 1e-12)[-1]
+        chosen |= {f"sensitivity {v:g}": np.flatnonzero(sensitivity >= v - 1e-12)[0] for v in self.sensitivities}
+        chosen |= {f"specificity {v:g}": np.flatnonzero(specificity >= v - 1e-12)[-1] for v in self.specificities}
         by_name = {name: float(thresholds[i]) for name, i in chosen.items()}
         return by_name | {f"threshold {value:g}": float(value) for value in self.thresholds}
 
@@ -67,16 +70,14 @@ def at_levels(table: pd.DataFrame, models: Sequence[str], patient_score: str = "
     Without patients there is only the image level. Where a side is missing there are no breasts, and the score of a
     patient is made from the images. patient_score: "max" or "mean" of a patient's breasts.
     """
-    columns = ["label", *models]
-    levels = {"image": table[["patient", *columns]]}
+    levels = {"image": table[["patient", "label", *models]]}
     if not has_patients(table):
         return levels
-    parts = table
+    parts, label = table, {"label": "max"}
     if (table["side"] != "").all():
-        how = {"label": "max"} | dict.fromkeys(models, "mean")
-        levels["breast"] = parts = table.groupby(["patient", "side"])[columns].agg(how).reset_index()
-    how = {"label": "max"} | dict.fromkeys(models, patient_score)
-    levels["patient"] = parts.groupby("patient")[columns].agg(how).reset_index()
+        parts = table.groupby(["patient", "side"]).agg(label | dict.fromkeys(models, "mean")).reset_index()
+        levels["breast"] = parts
+    levels["patient"] = parts.groupby("patient").agg(label | dict.fromkeys(models, patient_score)).reset_index()
     return levels
 
 
@@ -97,15 +98,11 @@ def evaluate_models(
     """Compute the results of all models at all levels.
 
     Args:
-        table: see the top of this module. Where the patients are not known, all are "", and images count as
-            independent.
-        models: names of the prediction columns.
-        points: where sensitivity and specificity are given.
+        table: see the top of this module. Where patients are not known, all are "", and images count as independent.
+        models: names of the prediction columns. points: where sensitivity and specificity are given.
         chosen_on: a table of other images, such as the validation set, on which the thresholds are chosen. By default
             they are chosen on `table` itself, which flatters the figures.
-        patient_score: see `at_levels`.
-        replicates: draws of the bootstrap, which all models and levels share.
-        seed: of these draws.
+        patient_score: see `at_levels`. replicates, seed: draws of the bootstrap, shared by all models and levels.
 
     Returns:
         A dict; an interval is [low, high], and it or any figure is None where it is undefined::
@@ -137,32 +134,22 @@ def evaluate_models(
     if chosen_on is not None:
         check_finite(chosen_on, models)
         others = at_levels(chosen_on, models, patient_score)
-        notes += _note_shared_patients(table, chosen_on)
-    for name in levels:
+        if shared := sorted(set(table["patient"]) & set(chosen_on["patient"]) - {""}):
+            shared_text = f"{counted(len(shared), 'patient')}, such as {shared[0]}"
+            notes.append(f"among the images of the thresholds too: {shared_text}")
+    by_level = {}
+    for name, level in levels.items():
         if name not in others or others[name]["label"].nunique() == 1:
-            raise InputError(
-                f"the {name} level has no thresholds: Expected {name}s of both classes where they are chosen, as where "
-                f"they are judged. Received {'none' if name not in others else 'one class'}"
-            )
-    by_level = {
-        name: _evaluate_level(level, others[name], models, points, replicates, seed) for name, level in levels.items()
-    }
+            expected = f"Expected {name}s of both classes where they are chosen, as where they are judged"
+            received = "one class" if name in others else "none"
+            raise InputError(f"the {name} level has no thresholds: {expected}. Received {received}")
+        by_level[name] = _evaluate_level(level, others[name], models, points, replicates, seed)
     if any(model["auc"]["value"] in (0, 1) for level in by_level.values() for model in level["models"].values()):
-        notes.append(
-            "an AUC of 1, or 0, has no DeLong interval and a bootstrap interval without width: where there are no "
-            "errors, neither can tell; the intervals of sensitivity and specificity can"
-        )
-    data = {
-        "images": len(table),
-        "positive": int(table["label"].sum()),
-        "patients": int(table["patient"].nunique()) if has_patients(table) else None,
-        "patient_score": patient_score,
-        "thresholds_from": "these images" if chosen_on is None else "other images",
-        "confidence": stats.CONFIDENCE,
-        "replicates": replicates,
-        "seed": seed,
-        "notes": notes,
-    }
+        notes.append(_PERFECT)
+    patients = int(table["patient"].nunique()) if has_patients(table) else None
+    data = {"images": len(table), "positive": int(table["label"].sum()), "patients": patients}
+    data |= {"patient_score": patient_score, "replicates": replicates, "seed": seed, "confidence": stats.CONFIDENCE}
+    data |= {"thresholds_from": "these images" if chosen_on is None else "other images", "notes": notes}
     return {"models": list(models), "data": data, "levels": by_level}
 
 
@@ -176,13 +163,6 @@ def _drop_levels(levels: dict[str, pd.DataFrame], table: pd.DataFrame) -> list[s
     return notes
 
 
-def _note_shared_patients(table: pd.DataFrame, chosen_on: pd.DataFrame) -> list[str]:
-    shared = sorted(set(table["patient"]) & set(chosen_on["patient"]) - {""})
-    if not shared:
-        return []
-    return [f"among the images of the thresholds too: {counted(len(shared), 'patient')}, such as {shared[0]}"]
-
-
 def check_classes(table: pd.DataFrame) -> None:
     """Raise InputError for a table without positive or without negative images."""
     if table["label"].nunique() < 2:
@@ -193,12 +173,11 @@ def check_classes(table: pd.DataFrame) -> None:
 def check_finite(table: pd.DataFrame, models: Sequence[str]) -> None:
     """Raise InputError, which names a file, where a model's column holds NaN or infinity."""
     for name in models:
-        finite = np.isfinite(table[name].to_numpy(float))
-        if not finite.all():
-            raise InputError(
-                f"{name}: Expected finite predictions. Received NaN or infinity for {(~finite).sum()} of {len(table)} "
-                f"images, such as {table['file'][~finite].iloc[0]}: the model has diverged, or the table has holes"
-            )
+        wrong = table["file"][~np.isfinite(table[name].to_numpy(float))]
+        if not wrong.empty:
+            images = f"{len(wrong)} of {len(table)} images, such as {wrong.iloc[0]}"
+            why = "the model has diverged, or the table has holes"
+            raise InputError(f"{name}: Expected finite predictions. Received NaN or infinity for {images}: {why}")
 
 
 def _evaluate_level(level, other, models, points, replicates, seed) -> dict[str, Any]:
@@ -211,13 +190,9 @@ def _evaluate_level(level, other, models, points, replicates, seed) -> dict[str,
         thresholds = points.choose(other["label"].to_numpy(), other[name].to_numpy(float))
         by_model[name], drawn = _evaluate_model(truth, score, variance, groups, counts, thresholds)
         drawn_auc.append(drawn)
-    return {
-        "samples": len(truth),
-        "positive": int(truth.sum()),
-        "patients": len(np.unique(groups)) if has_patients(level) else None,
-        "models": by_model,
-        "comparisons": _compare(models, auc, covariance, drawn_auc),
-    }
+    patients = len(np.unique(groups)) if has_patients(level) else None
+    numbers = {"samples": len(truth), "positive": int(truth.sum()), "patients": patients}
+    return numbers | {"models": by_model, "comparisons": _compare(models, auc, covariance, drawn_auc)}
 
 
 def _compare(models, auc, covariance, drawn_auc) -> list[dict[str, Any]]:
@@ -227,15 +202,8 @@ def _compare(models, auc, covariance, drawn_auc) -> list[dict[str, Any]]:
         difference = float(auc[a] - auc[b])
         variance = covariance[a, a] + covariance[b, b] - 2 * covariance[a, b]
         *interval, p = stats.difference_test(difference, variance)
-        comparisons.append(
-            {
-                "models": [models[a], models[b]],
-                "difference": difference,
-                "interval": _interval(interval),
-                "p": _number(p),
-                "bootstrap": _interval(stats.percentile_interval(drawn_auc[a] - drawn_auc[b])),
-            }
-        )
+        compared = {"models": [models[a], models[b]], "difference": difference, "interval": _plain(interval)}
+        comparisons.append(compared | {"p": _plain(p), "bootstrap": _percentiles(drawn_auc[a] - drawn_auc[b])})
     return comparisons
 
 
@@ -243,41 +211,26 @@ def _evaluate_model(truth, score, variance, groups, counts, thresholds) -> tuple
     """Compute the results of one model, and the AUC of each replicate. variance: of its AUC."""
     roc, pr, drawn_auc, drawn_precision = _curves(truth, score, counts)
     _, true, false = stats.cumulative_counts(truth, score)
-    auc = float(stats.roc_area(true, false))
+    auc, precision = float(stats.roc_area(true, false)), float(stats.average_precision(true, false))
+    normal = {"error": _plain(np.sqrt(variance)), "delong": _plain(stats.auc_interval(auc, variance))}
     result = {
-        "auc": {
-            "value": auc,
-            "error": _number(np.sqrt(variance)),
-            "delong": _interval(stats.auc_interval(auc, variance)),
-            "bootstrap": _interval(stats.percentile_interval(drawn_auc)),
-        },
-        "average_precision": {
-            "value": float(stats.average_precision(true, false)),
-            "bootstrap": _interval(stats.percentile_interval(drawn_precision)),
-        },
-        "points": [
-            {"name": name, "threshold": threshold} | _at_threshold(truth, score >= threshold, groups, counts)
-            for name, threshold in thresholds.items()
-        ],
+        "auc": {"value": auc, **normal, "bootstrap": _percentiles(drawn_auc)},
+        "average_precision": {"value": precision, "bootstrap": _percentiles(drawn_precision)},
+        "points": [_at_threshold(*point, truth, score, groups, counts) for point in thresholds.items()],
         "calibration": _calibration(truth, score, groups, counts),
-        "roc": roc,
-        "pr": pr,
     }
-    return result, drawn_auc
+    return result | {"roc": roc, "pr": pr}, drawn_auc
 
 
-def _at_threshold(truth, called, groups, counts) -> dict[str, Any]:
-    """Compute sensitivity and specificity where the samples `called` count as positive."""
-    result = {}
-    for name, side, right in (("sensitivity", truth == 1, called), ("specificity", truth == 0, ~called)):
+def _at_threshold(name, threshold, truth, score, groups, counts) -> dict[str, Any]:
+    """Compute sensitivity and specificity at an operating point."""
+    result, called = {"name": name, "threshold": threshold}, score >= threshold
+    for rate, side, right in zip(_RATES, (truth == 1, truth == 0), (called, ~called), strict=True):
         drawn = counts[:, side]
         with np.errstate(invalid="ignore"):  # replicates without samples of this side
             values = (drawn @ right[side]) / drawn.sum(axis=1)
-        result[name] = {
-            "value": float(right[side].mean()),
-            "interval": _interval(stats.proportion_interval(right[side], groups[side])),
-            "bootstrap": _interval(stats.percentile_interval(values)),
-        }
+        interval = _plain(stats.proportion_interval(right[side], groups[side]))
+        result[rate] = {"value": float(right[side].mean()), "interval": interval, "bootstrap": _percentiles(values)}
     return result
 
 
@@ -298,10 +251,7 @@ def _calibration(truth, probability, groups, counts) -> dict[str, Any] | None:
     if positive.min() < negative.max() and negative.min() < positive.max():
         slope = (fit[1] for fit in stats.logistic_fit(np.column_stack([ones, logits]), truth, groups=groups))
     return {
-        "brier": {
-            "value": float(errors.mean()),
-            "bootstrap": _interval(stats.percentile_interval((counts @ errors) / counts.sum(axis=1))),
-        },
+        "brier": {"value": float(errors.mean()), "bootstrap": _percentiles((counts @ errors) / counts.sum(axis=1))},
         "intercept": _estimate(*(fit[0] for fit in intercept)),
         "slope": _estimate(*slope),
         "bins": _calibration_bins(truth, probability, groups),
@@ -315,14 +265,9 @@ def _calibration_bins(truth, probability, groups) -> list[dict[str, Any]]:
     bin_of = np.searchsorted(edges, probability, side="right")
     bins = []
     for inside in (bin_of == number for number in np.unique(bin_of)):
-        bins.append(
-            {
-                "predicted": float(probability[inside].mean()),
-                "observed": float(truth[inside].mean()),
-                "interval": _interval(stats.proportion_interval(truth[inside], groups[inside])),
-                "count": int(inside.sum()),
-            }
-        )
+        means = {"predicted": float(probability[inside].mean()), "observed": float(truth[inside].mean())}
+        interval = _plain(stats.proportion_interval(truth[inside], groups[inside]))
+        bins.append(means | {"interval": interval, "count": int(inside.sum())})
     return bins
 
 
@@ -351,13 +296,11 @@ def _curves(truth, score, counts) -> tuple[dict, dict, np.ndarray, np.ndarray]:
             first = np.searchsorted(row_recall, np.maximum(recall, recall[1]) - 1e-12)
             precisions.append(row_true[first] / (row_true[first] + row_false[first]))
     if not sensitivities:
-        raise InputError(
-            f"--bootstrap {len(counts)}: no draw holds samples of both classes. Expected more draws, or more patients"
-        )
-    roc = {"false_positive": false_positive, "true_positive": true_positive} | _band(sensitivities)
-    pr = {"recall": recall, "precision": precision} | _band(precisions)
-    as_lists = ({name: values.tolist() for name, values in curve.items()} for curve in (roc, pr))
-    return *as_lists, np.concatenate(auc), np.concatenate(area)
+        received = "no draw holds samples of both classes"
+        raise InputError(f"--bootstrap {len(counts)}: {received}. Expected more draws, or more patients")
+    roc = {"false_positive": false_positive.tolist(), "true_positive": true_positive.tolist()} | _band(sensitivities)
+    pr = {"recall": recall.tolist(), "precision": precision.tolist()} | _band(precisions)
+    return roc, pr, np.concatenate(auc), np.concatenate(area)
 
 
 def _roc_points(true, false) -> tuple[np.ndarray, np.ndarray]:
@@ -370,25 +313,25 @@ def _roc_points(true, false) -> tuple[np.ndarray, np.ndarray]:
     return x[order], y[order]
 
 
-def _band(rows: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _band(rows: list[np.ndarray]) -> dict[str, list[float]]:
     tail = (1 - stats.CONFIDENCE) / 2
-    low, high = np.quantile(np.stack(rows), [tail, 1 - tail], axis=0)
-    return {"low": low, "high": high}
+    return dict(zip(("low", "high"), np.quantile(np.stack(rows), [tail, 1 - tail], axis=0).tolist(), strict=True))
 
 
-def _number(value) -> float | None:
-    """Replace NaN and infinity, which JSON does not have, by None."""
-    return float(value) if np.isfinite(value) else None
+def _plain(value: float | Sequence[float]) -> float | list[float] | None:
+    """Return a number, or both ends of an interval, for JSON, which has no NaN and no infinity: None instead."""
+    return np.asarray(value, float).tolist() if np.isfinite(value).all() else None
 
 
-def _interval(pair) -> list[float] | None:
-    return [float(end) for end in pair] if np.isfinite(pair).all() else None
+def _percentiles(drawn) -> list[float] | None:
+    """Return the interval of a figure from its values of each replicate."""
+    return _plain(stats.percentile_interval(drawn))
 
 
 def _estimate(value, error) -> dict[str, Any]:
     """Return a coefficient and its normal interval."""
     half = stats.z_value() * error
-    return {"value": _number(value), "interval": _interval((value - half, value + half))}
+    return {"value": _plain(value), "interval": _plain((value - half, value + half))}
 
 
 # ---------------------------------------------------------------------------------------------------- averages
@@ -404,10 +347,9 @@ def fit_weights(table: pd.DataFrame, models: Sequence[str]) -> np.ndarray:
 
     check_finite(table, models)
     truth, scores = table["label"].to_numpy(), table[list(models)].to_numpy(float)
-    if scores.min() < 0 or scores.max() > 1:
-        raise InputError(
-            f"fitted weights: Expected probabilities, 0..1. Received {scores.min():.9g}..{scores.max():.9g}"
-        )
+    low, high = scores.min(), scores.max()
+    if low < 0 or high > 1:
+        raise InputError(f"fitted weights: Expected probabilities, 0..1. Received {low:.9g}..{high:.9g}")
     # The probability of what the label says, by model.
     right = np.where(truth[:, None] == 1, scores, 1 - scores)
 
@@ -417,10 +359,8 @@ def fit_weights(table: pd.DataFrame, models: Sequence[str]) -> np.ndarray:
 
     start = np.full(len(models), 1 / len(models))
     sum_is_one = {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": np.ones_like}
-    options = {"ftol": 1e-12, "maxiter": 1000}
-    fit = minimize(
-        loss, start, jac=True, bounds=[(0, 1)] * len(models), constraints=sum_is_one, method="SLSQP", options=options
-    )
+    limits = {"bounds": [(0, 1)] * len(models), "constraints": sum_is_one}
+    fit = minimize(loss, start, jac=True, method="SLSQP", options={"ftol": 1e-12, "maxiter": 1000}, **limits)
     weights = np.clip(fit.x, 0, None)
     return weights / weights.sum()
 
@@ -451,10 +391,8 @@ def add_averages(
 
 def describe_weights(weights: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Describe each average of `add_averages` in a line."""
-    return [
-        f"{name}: " + " + ".join(f"{weight:.3f} x {model}" for model, weight in members.items())
-        for name, members in weights.items()
-    ]
+    terms = {name: [f"{weight:.3f} x {model}" for model, weight in of.items()] for name, of in weights.items()}
+    return [f"{name}: {' + '.join(weighted)}" for name, weighted in terms.items()]
 
 
 # ------------------------------------------------------------------------------------------------------ outputs
@@ -479,8 +417,8 @@ def score_tables(results: dict[str, Any]) -> dict[str, pd.DataFrame]:
             rows["scores"].append(where | counts | _score_row(result))
             for point in result["points"]:
                 row = where | {"point": point["name"], "threshold": point["threshold"]}
-                for name in ("sensitivity", "specificity"):
-                    row |= {name: point[name]["value"]} | _ends(name, point[name]["interval"])
+                for rate in _RATES:
+                    row |= {rate: point[rate]["value"]} | _ends(rate, point[rate]["interval"])
                 rows["points"].append(row)
         for pair in found["comparisons"]:
             row = {"level": level, "model": pair["models"][0], "other": pair["models"][1]}
@@ -508,15 +446,14 @@ def describe_results(results: dict[str, Any]) -> str:
     """Describe the main results of `evaluate_models` as text to read."""
     parts = []
     for level, found in results["levels"].items():
-        patients = "" if found["patients"] is None else f" of {counted(found['patients'], 'patient')}"
-        parts.append(f"{level} level: {counted(found['samples'], 'sample')}{patients}, {found['positive']} positive")
+        parts.append(f"{level} level: {count_samples(found['samples'], level, found['positive'], found['patients'])}")
         parts.append(_aligned({model: _main_figures(result) for model, result in found["models"].items()}))
         points = {model: _points_text(result["points"]) for model, result in found["models"].items()}
         if any(points.values()):
             parts.append(f"  sensitivity / specificity, thresholds chosen on {results['data']['thresholds_from']}:")
             parts.append(_aligned(points))
         for pair in found["comparisons"][:_PRINTED]:
-            difference = f"{_text(pair['difference'])} ({_text(pair['interval'])}), p {_p_text(pair['p'])}"
+            difference = f"{figure_text(pair['difference'])} ({figure_text(pair['interval'])}), p {p_text(pair['p'])}"
             parts.append(f"  {' - '.join(pair['models'])}: {difference}")
         if len(found["comparisons"]) > _PRINTED:
             parts.append(f"  {len(found['comparisons']) - _PRINTED} more comparisons of AUCs are in comparisons.csv")
@@ -524,35 +461,37 @@ def describe_results(results: dict[str, Any]) -> str:
     return "\n".join(parts + results["data"]["notes"])
 
 
+def count_samples(number: int, level: str, positive: int, patients: int | None) -> str:
+    """Return how many images, breasts or patients there are, and how many with cancer: "8 images (4 with cancer) ..."
+
+    patients: whose images or breasts they are, where known.
+    """
+    of_patients = "" if level == "patient" or patients is None else f" of {counted(patients, 'patient')}"
+    return f"{counted(number, level)} ({positive:,} with cancer){of_patients}"
+
+
 def _main_figures(result: dict[str, Any]) -> dict[str, str]:
-    auc, precision = result["auc"], result["average_precision"]
-    figures = {
-        "AUC": auc["value"],
-        "95% DeLong": auc["delong"],
-        "95% bootstrap": auc["bootstrap"],
-        "PR area": precision["value"],
-        "95% bootstrap ": precision["bootstrap"],
-    }
-    calibration = result["calibration"] or {}
+    auc, precision, calibration = result["auc"], result["average_precision"], result["calibration"] or {}
+    figures = {"AUC": auc["value"], "95% DeLong": auc["delong"], "95% bootstrap": auc["bootstrap"]}
+    figures |= {"PR area": precision["value"], "95% bootstrap ": precision["bootstrap"]}
     figures |= {name: figure["value"] for name, figure in calibration.items() if name != "bins"}
-    return {name: _text(value) for name, value in figures.items()}
+    return {name: figure_text(value) for name, value in figures.items()}
 
 
 def _points_text(points: list[dict[str, Any]]) -> dict[str, str]:
-    return {
-        point["name"]: f"{_text(point['sensitivity']['value'])} / {_text(point['specificity']['value'])}"
-        for point in points
-    }
+    return {point["name"]: " / ".join(figure_text(point[rate]["value"]) for rate in _RATES) for point in points}
 
 
-def _text(value) -> str:
+def figure_text(value: float | Sequence[float] | None, sign: str = "") -> str:
+    """Return a figure, or both ends of an interval, with three decimals. sign: "+" to show that of positive ones."""
     if value is None:
         return "-"
-    return f"{value:.3f}" if np.ndim(value) == 0 else f"{value[0]:.3f} to {value[1]:.3f}"
+    return f"{value:{sign}.3f}" if np.ndim(value) == 0 else f"{value[0]:.3f} to {value[1]:.3f}"
 
 
-def _p_text(p: float | None) -> str:
-    return "< 0.001" if p is not None and p < 0.001 else _text(p)
+def p_text(p: float | None) -> str:
+    """Return a p value with three decimals."""
+    return "< 0.001" if p is not None and p < 0.001 else figure_text(p)
 
 
 def _aligned(rows: dict[str, dict[str, str]]) -> str:
@@ -563,11 +502,9 @@ def _aligned(rows: dict[str, dict[str, str]]) -> str:
 def write_predictions(out_dir: str | Path, name: str, table: pd.DataFrame) -> None:
     """Write a table as one of `PREDICTIONS`, before it is scored.
 
-    With the first, what an earlier run left of other predictions is removed: the second, and evaluation.json, which
-    stands for whole results.
+    With the first, what an earlier run left of others is removed: the second, and evaluation.json of whole results.
     """
-    with atomic_write(Path(out_dir, name)) as temporary:
-        table.to_csv(temporary, index=False)
+    write_text(Path(out_dir, name), table.to_csv(index=False))
     if name == PREDICTIONS[0]:
         for other in (PREDICTIONS[1], "evaluation.json"):
             Path(out_dir, other).unlink(missing_ok=True)
@@ -582,8 +519,7 @@ def write_evaluation(out_dir: str | Path, table: pd.DataFrame, results: dict[str
     for name in SCORE_TABLES:
         Path(out_dir, f"{name}.csv").unlink(missing_ok=True)
     for name, content in {"predictions": table, **score_tables(results)}.items():
-        with atomic_write(out_dir / f"{name}.csv") as temporary:
-            content.to_csv(temporary, index=False)
+        write_text(out_dir / f"{name}.csv", content.to_csv(index=False))
     write_json(out_dir / "evaluation.json", results)
     for name, draw in (("roc", draw_roc), ("pr", draw_pr), ("calibration", draw_calibration)):
         figure = _draw_levels(results, draw)
@@ -615,10 +551,8 @@ def band_opacity(models: Collection) -> float:
 def draw_roc(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
     """Draw the ROC curve of a model's results in the next style of the axes, its band and first operating point."""
     curve, auc = result["roc"], result["auc"]
-    interval = f" ({_text(auc['delong'])})" if auc["delong"] else ""
-    (line,) = axes.plot(
-        curve["false_positive"], curve["true_positive"], label=f"{label}: {_text(auc['value'])}{interval}"
-    )
+    label = f"{label}: {figure_text(auc['value'])}" + (f" ({figure_text(auc['delong'])})" if auc["delong"] else "")
+    (line,) = axes.plot(curve["false_positive"], curve["true_positive"], label=label)
     axes.fill_between(curve["false_positive"], curve["low"], curve["high"], color=line.get_color(), alpha=opacity, lw=0)
     for point in result["points"][:1]:
         place = 1 - point["specificity"]["value"], point["sensitivity"]["value"]
@@ -630,10 +564,9 @@ def draw_roc(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -
 def draw_pr(axes: "Axes", result: dict[str, Any], label: str, opacity: float) -> None:
     """Draw the precision-recall curve of a model's results in the next style of the axes, and its band."""
     curve, area = result["pr"], result["average_precision"]["value"]
-    (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {_text(area)}")
-    axes.fill_between(
-        curve["recall"], curve["low"], curve["high"], step="pre", color=line.get_color(), alpha=opacity, lw=0
-    )
+    (line,) = axes.step(curve["recall"], curve["precision"], where="pre", label=f"{label}: {figure_text(area)}")
+    style = {"color": line.get_color(), "alpha": opacity, "lw": 0}
+    axes.fill_between(curve["recall"], curve["low"], curve["high"], step="pre", **style)
     axes.set(xlabel="sensitivity (recall)", ylabel="precision (positive predictive value)")
 
 
@@ -659,8 +592,7 @@ def write_metarepository(path: str | Path, table: pd.DataFrame, model: str) -> N
     if (repeated := names.duplicated()).any():
         raise InputError(f"{path}: Expected a name of its own for each image. Received {names[repeated].iloc[0]} twice")
     columns = {"image_index": names, "malignant_pred": table[model], "malignant_label": table["label"]}
-    with atomic_write(path) as temporary:
-        pd.DataFrame(columns).to_csv(temporary)
+    write_text(path, pd.DataFrame(columns).to_csv())
 
 
 def loaded_versions() -> dict[str, str]:

@@ -6,7 +6,8 @@ column a model follows: its probability of the positive classes.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,15 @@ from mammo.images.reading import check_constant, find_images, parse_image_name
 
 
 def read_images(
-    source,
+    source: str | Path,
     classes: Sequence[str] = ("neg", "pos"),
     positive: Sequence[str] = ("pos",),
     part: str = "test",
-    image_dir=None,
+    image_dir: str | Path | None = None,
 ) -> pd.DataFrame:
-    """The labelled images of a folder or a list.
+    """Return the labelled images of a folder or a list; raise InputError for anything missing or malformed.
+
+    Warns, on standard error, of images without a patient.
 
     Args:
         source: the output folder of a preparation script, of which the set `part` is taken; a folder with one
@@ -38,8 +41,6 @@ def read_images(
             are not given they are read from names of the form <patient>_<LEFT|RIGHT>_<CC|MLO>.
         classes: sub-folders to read, and labels that a table may have, besides 0 and 1. positive: those of label 1.
         image_dir: folder that file names in lists start from; default: that of a table itself.
-
-    Raises InputError for anything missing or malformed. Warns, on standard error, of images without a patient.
     """
     path = Path(source)
     if path.suffix.lower() == ".pkl":
@@ -55,9 +56,8 @@ def read_images(
         rows = _read_classes(path, classes, positive)
     table = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
     if missing := [file for file in table["file"] if not Path(file).is_file()]:
-        raise InputError(
-            f"{missing[0]}: listed in {source}, but not there ({len(missing)} of {len(table)} are missing)"
-        )
+        number = f"{len(missing)} of {len(table)}"
+        raise InputError(f"{missing[0]}: listed in {source}, but not there ({number} are missing)")
     return _with_patients(table, source)
 
 
@@ -66,18 +66,15 @@ def _read_prepared(folder: Path, part: str) -> list[tuple]:
     images = images[images["set"] == part]
     if images.empty:
         raise InputError(f"{folder / IMAGE_TABLE}: no images of the set {part}; name another with --set")
-    return [
-        (str(folder / row.file), row.patient, row.side, row.view, int(row.label == "pos"))
-        for row in images.itertuples()
-    ]
+    rows = images.itertuples()
+    return [(str(folder / row.file), row.patient, row.side, row.view, int(row.label == "pos")) for row in rows]
 
 
 def _read_classes(folder: Path, classes, positive) -> list[tuple]:
-    listed = {}
+    listed, rows = {}, []
     if (folder.parent / IMAGE_TABLE).is_file():
         images = read_image_table(folder.parent / IMAGE_TABLE)
         listed = {row.file: (row.patient, row.side, row.view) for row in images.itertuples()}
-    rows = []
     for name in classes:
         if not (folder / name).is_dir():
             raise InputError(f"{folder / name}: no such class folder. Expected {', '.join(classes)}; see --class-list")
@@ -92,7 +89,7 @@ def _from_name(file) -> tuple[str, str, str]:
 
 
 def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
-    """The rows of a table, as of `IMAGE_COLUMNS`, and all other cells of each by column.
+    """Return the rows of a table, as of `IMAGE_COLUMNS`, and all other cells of each by column.
 
     Columns, sets, sides and views have the spellings of `others`, and labels those of `others.read_labels` or
     the names of classes. Patient, side and view are read from the file's name where they have no column. Of sets,
@@ -113,9 +110,8 @@ def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[d
                 continue
             label = labels.is_positive(row["label"], where)
             if label is None:
-                raise InputError(
-                    f"{where}: unknown label. Expected 0, 1 or {', '.join(classes)}. Received {row['label']!r}"
-                )
+                expected = f"Expected 0, 1 or {', '.join(classes)}"
+                raise InputError(f"{where}: unknown label. {expected}. Received {row['label']!r}")
             known = dict(zip(("patient", "side", "view"), _from_name(row["file"]), strict=True)) | row
             for column, allowed in (("side", SIDES), ("view", VIEWS)):
                 known[column] = known[column] and known_value(known[column], allowed, column, where)
@@ -134,35 +130,29 @@ def _read_exams(path: Path, image_dir) -> list[tuple]:
         raise InputError(f"{path}: no images in these exams")
     print(f"warning: {path}: names no patients: each exam counts as a patient of its own", file=sys.stderr)
     if mirrored := sum(image[-1] for image in images):
-        print(
-            f"warning: {path}: {mirrored} of {len(images)} images are mirrored, and scored as they are", file=sys.stderr
-        )
-    return [
-        (str(Path(image_dir, f"{name}.png")), exam, side, view, int(malignant))
-        for name, exam, side, view, malignant, _ in images
-    ]
+        number = f"{mirrored} of {len(images)} images"
+        print(f"warning: {path}: {number} are mirrored, and scored as they are", file=sys.stderr)
+    return [(str(Path(image_dir, f"{name}.png")), *where, int(malignant)) for name, *where, malignant, _ in images]
 
 
 def _with_patients(table: pd.DataFrame, source) -> pd.DataFrame:
-    """The table without repeated files, each image without a patient being one of its own where others have one."""
+    """Return the table; images without a patient are one each where others have one. InputError for a repeated file."""
     if (repeated := table["file"].duplicated()).any():
         raise InputError(f"{source}: {table['file'][repeated].iloc[0]} stands there twice; remove one of them")
     without = table["patient"] == ""
     if without.any():
-        print(
-            f"warning: {source}: {without.sum()} of {len(table)} images have no patient: each counts as a patient of "
-            "its own, so that intervals are too narrow where patients have several images",
-            file=sys.stderr,
-        )
+        number = f"{without.sum()} of {len(table)} images have no patient"
+        effect = "each counts as a patient of its own, so that intervals are too narrow where patients have several"
+        print(f"warning: {source}: {number}: {effect} images", file=sys.stderr)
     if not without.all():
         table.loc[without, "patient"] = table["file"]
     return table
 
 
 def read_predictions(
-    path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",), part: str = "test"
+    path: str | Path, classes: Sequence[str] = ("neg", "pos"), positive: Sequence[str] = ("pos",), part: str = "test"
 ) -> tuple[pd.DataFrame, list[str]]:
-    """A table with predictions from a CSV file, and the names of its models.
+    """Return a table with predictions from a CSV file, and the names of its models.
 
     The file is one of ours or anybody's, with the columns of a table of images (see `read_images`). Each other column
     of numbers is a model, but for those of the other classes that a trainer's `predictions.csv` has. The images need
@@ -181,10 +171,8 @@ def read_predictions(
     table = pd.DataFrame(rows, columns=IMAGE_COLUMNS)
     for name in models:
         if (wrong := numbers[name].isna() & ~cells[name].str.lower().isin(("", "nan"))).any():
-            raise InputError(
-                f"{path}: Expected numbers in the column {name}. Received {cells[name][wrong].iloc[0]!r} for "
-                f"{table['file'][wrong].iloc[0]}"
-            )
+            received = f"Received {cells[name][wrong].iloc[0]!r} for {table['file'][wrong].iloc[0]}"
+            raise InputError(f"{path}: Expected numbers in the column {name}. {received}")
     return _with_patients(table, path).join(numbers[models].astype(float)), models
 
 
@@ -192,15 +180,14 @@ def read_predictions(
 
 
 def name_models(paths: Sequence) -> list[str]:
-    """Short names of model files: without folder and ending, or with as many folders as tell them apart.
+    """Return short names of model files: without folder and ending, or with as many folders as tell them apart.
 
     InputError for a file given twice, or one called as what is none of a model in tables of predictions.
     """
     for path in paths:
         if (name := Path(path).stem) in (*IMAGE_COLUMNS, AVERAGE) or name.endswith(FLIPS):
-            raise InputError(
-                f"{path}: Expected a model file of another name, since {name} means something else in the results"
-            )
+            means = f"{name} means something else in the results"
+            raise InputError(f"{path}: Expected a model file of another name, since {means}")
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(f"Expected each model once. Received {', '.join(map(str, paths))}")
     parts = [Path(path).with_suffix("").resolve().parts for path in paths]
@@ -221,33 +208,30 @@ def predict_images(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Add the probabilities of each model to a table of images.
 
-    Args:
-        predictors: `predict.Predictor`s by name. Those that take the same pixels share the reading of the images.
-        positive: classes whose probabilities are added up.
-        flips: add a second column a model, <name>_flips: that of the mean over the four flips of each image.
-        on_error: "stop" raises InputError for an unreadable image, "skip" leaves it out.
-
-    Returns:
-        the table, of the images that could be read, and a message for each of the others.
+    predictors: `predict.Predictor`s by name. Those that take the same pixels share the reading of the images. positive:
+    classes whose probabilities are added up. flips: add a second column a model, <name>_flips: that of the mean over
+    the four flips of each image. on_error: "stop" raises InputError for an unreadable image, "skip" leaves it out.
+    Returns the table, of the images that could be read, and a message for each of the others.
     """
+    from mammo.evaluate.predict import read_batches
+
     alike: dict[Pixels, list[str]] = {}
     for name, predictor in predictors.items():
         if missing := [label for label in positive if label not in predictor.class_list]:
-            raise InputError(
-                f"{name}: no class {missing[0]}. Expected {', '.join(predictor.class_list)}; see --positive"
-            )
+            expected = f"Expected {', '.join(predictor.class_list)}; see --positive"
+            raise InputError(f"{name}: no class {missing[0]}. {expected}")
         alike.setdefault(predictor.pixels, []).append(name)
-    faults: dict[str, str] = {}
+    jobs, faults = env_int("NUM_CPU_CORES", 4, minimum=1), {}
     for pixels, names in alike.items():
         files = [file for file in table["file"] if file not in faults]
         for message in pixel_warnings_of_files(files, pixels):
             print(f"warning: {', '.join(names)}: {message}", file=sys.stderr)
-        predicted = []
-        for images, at_fault in _read_batches(files, pixels, batch_size):
-            faults |= at_fault
+        predicted, batches = [], read_batches(partial(_read_whole, pixels), files, batch_size, jobs)
+        for batch in tqdm(batches, total=-(-len(files) // batch_size), desc="predict", disable=None):
+            faults |= {file: fault for file, _, fault in batch if fault is not None}
             if faults and on_error == "stop":
                 raise InputError(next(iter(faults.values())))
-            if images:
+            if images := {file: image for file, image, fault in batch if fault is None}:
                 columns = [_predict_positive(name, predictors[name], images, positive, flips) for name in names]
                 predicted.append(pd.concat(columns, axis=1))
         if not predicted:
@@ -256,31 +240,19 @@ def predict_images(
     return table[[*IMAGE_COLUMNS, *model_columns(predictors, flips)]].reset_index(drop=True), list(faults.values())
 
 
-def _read_batches(files, pixels: Pixels, batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], dict[str, str]]]:
-    """Yield network input by file, in batches, and the faults met on the way by file.
-
-    A mammogram whose pixels are all equal is broken.
-    """
-    from mammo.evaluate.predict import read_batches
-
-    def read(file):
-        resized = pixels.resize(file, pixels.read_stored(file))
-        return pixels.to_input(file, check_constant(file, resized))
-
-    batches = read_batches(read, files, batch_size, env_int("NUM_CPU_CORES", 4, minimum=1))
-    for batch in tqdm(batches, total=-(-len(files) // batch_size), desc="predict", disable=None):
-        images = {file: image for file, image, fault in batch if fault is None}
-        yield images, {file: fault for file, _, fault in batch if fault is not None}
+def _read_whole(pixels: Pixels, file) -> np.ndarray:
+    """Return the network input of a file. A mammogram whose pixels are all equal is broken."""
+    return pixels.to_input(file, check_constant(file, pixels.resize(file, pixels.read_stored(file))))
 
 
 def _predict_positive(name: str, predictor, images: dict[str, np.ndarray], positive, flips: bool) -> pd.DataFrame:
     """Return the probabilities of the positive classes, by file, in the columns of one model."""
     wanted = [predictor.class_list.index(label) for label in positive]
-    found = predictor.probabilities(np.stack(list(images.values())), flips)
-    values = np.stack([probabilities[:, wanted].sum(axis=1, dtype=np.float64) for probabilities in found], axis=1)
+    found = np.stack(predictor.probabilities(np.stack(list(images.values())), flips), axis=1)
+    values = found[..., wanted].sum(axis=-1, dtype=np.float64)
     return pd.DataFrame(values, index=list(images), columns=model_columns([name], flips))
 
 
 def model_columns(names: Iterable[str], flips: bool) -> list[str]:
-    """Names of the columns that `predict_images` adds for these models."""
+    """Return the names of the columns that `predict_images` adds for these models."""
     return [name + way for way in (("", FLIPS) if flips else ("",)) for name in names]

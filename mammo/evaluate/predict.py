@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,13 +11,10 @@ from mammo.base.files import InputError
 from mammo.base.work import prefetch
 from mammo.data.others import find_view
 from mammo.evaluate import preflight
-from mammo.images.pixels import Pixels, choose_pixel_options
+from mammo.images.pixels import Pixels, choose_pixel_options, is_patch_size
 from mammo.maps.files import Grid
-from mammo.train.checkpoint import check_outputs, load_model
+from mammo.train.checkpoint import check_one_image, check_outputs, load_model
 from mammo.train.scoring import predict
-
-# Rows and columns: the paper's patches have 224; whole mammograms as small as that show no lesion.
-_MAX_PATCH_SIZE = 512
 
 
 class Prediction(NamedTuple):
@@ -34,32 +32,23 @@ class Predictor:
     `pixels` reads the images, `options` are the same by name, `source` says where they come from; `class_list` names
     the outputs; `trained` is what is known of the training images, or None.
 
-    Args:
-        given: options that win over the training's; see `mammo.images.pixels.choose_pixel_options`.
-        trust_checkpoint: open a file that holds Python code, too.
-
-    Raises:
-        InputError: for a file that cannot be opened, a model that is no classifier of one image, or options that do
-            not fit it.
+    given: options that win over the training's; see `mammo.images.pixels.choose_pixel_options`. trust_checkpoint: open
+    a file that holds Python code, too. Raises InputError for a file that cannot be opened, a model that is no
+    classifier of one image, or options that do not fit it.
     """
 
-    def __init__(self, model_path, given: Mapping[str, Any] | None = None, trust_checkpoint: bool = False):
+    def __init__(self, model_path: str | Path, given: Mapping[str, Any] | None = None, trust_checkpoint: bool = False):
         self.model = load_model(model_path, trust_checkpoint)
-        if len(self.model.inputs) != 1 or len(self.model.inputs[0].shape) != 4 or len(self.model.output_shape) != 2:
-            raise InputError(f"{model_path}: Expected a classifier of one image. Received {self.model.input_shape}")
+        check_one_image(self.model, model_path)
         built = self.model.input_shape[1:3]
         self.options, self.source = choose_pixel_options(given or {}, model_path, built)
         self.trained = preflight.read_pixel_stats(model_path)
-        size = self.options["img_size"]
-        if any(have not in (None, asked) for have, asked in zip(built, size, strict=True)):
-            raise InputError(
-                f"{model_path}: Expected --img-size {built[0]} {built[1]}, for which it is built. "
-                f"Received {size[0]} {size[1]}"
-            )
+        rows, columns = self.options["img_size"]
+        if built[0] not in (None, rows) or built[1] not in (None, columns):
+            expected = f"Expected --img-size {built[0]} {built[1]}, for which it is built"
+            raise InputError(f"{model_path}: {expected}. Received {rows} {columns}")
         self.class_list = self.options["class_list"]
         check_outputs(self.model, len(self.class_list), model_path)
-        if self.options["featurewise_center"] and self.options["featurewise_mean"] is None:
-            raise InputError(f"--featurewise-mean: Expected the mean that {model_path} was trained with. Received none")
         self.pixels = Pixels.of(self.options)
 
     @property
@@ -68,8 +57,7 @@ class Predictor:
 
         It has classes other than two, background among them, or a small square image size though it takes any size.
         """
-        rows, columns = self.options["img_size"]
-        small = rows == columns <= _MAX_PATCH_SIZE and None in self.model.input_shape[1:3]
+        small = is_patch_size(self.options["img_size"]) and None in self.model.input_shape[1:3]
         return len(self.class_list) != 2 or "background" in self.class_list or small
 
     def predict(self, files: Sequence, flips: bool = False, batch_size: int = 4, jobs: int = 1) -> Iterator[Prediction]:
@@ -81,21 +69,18 @@ class Predictor:
             images = [read[0] for _, read, _ in batch if read]
             probabilities = iter(self.probabilities(np.stack(images), flips)[-1] if images else ())
             for file, read, fault in batch:
-                if fault is None:
-                    yield Prediction(file, next(probabilities), read[1], None)
-                else:
-                    yield Prediction(file, None, [], fault)
+                found = (next(probabilities), read[1]) if read else (None, [])
+                yield Prediction(file, *found, fault)
 
-    def read(self, file) -> tuple[np.ndarray, list[str]]:
+    def read(self, file: str | Path) -> tuple[np.ndarray, list[str]]:
         """Return the pixels of an image before mean subtraction, float32 (H, W), and what is unlike the training's.
 
         See `mammo.evaluate.preflight.warnings_for`. Raises InputError.
         """
         stored = self.pixels.read_stored(file)
         x = self.pixels.to_input(file, self.pixels.resize(file, stored))
-        return x, preflight.warnings_for(
-            x, self.trained, mean=self.pixels.mean, stored_size=stored.shape, view=find_view(file)
-        )
+        about = {"mean": self.pixels.mean, "stored_size": stored.shape, "view": find_view(file)}
+        return x, preflight.warnings_for(x, self.trained, **about)
 
     def probabilities(self, images: np.ndarray, flips: bool = False) -> tuple[np.ndarray, ...]:
         """Return the probabilities, float32 (N, classes), of images (N, H, W) as `read` gives them.
@@ -106,7 +91,7 @@ class Predictor:
         _, single, _, averaged = predict(self.model, (x, np.zeros(len(x))), batch_size=len(x), flips=flips)
         return (single, averaged) if flips else (single,)
 
-    def explain(self, file) -> tuple[np.ndarray, np.ndarray, Grid]:
+    def explain(self, file: str | Path) -> tuple[np.ndarray, np.ndarray, Grid]:
         """Return the pixels (H, W) of an image as `read` does, its Grad-CAM maps (rows, columns, classes), their grid.
 
         Raises InputError, for networks without a feature map too.

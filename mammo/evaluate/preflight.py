@@ -20,8 +20,8 @@ _QUANTILES = (0, 0.05, 0.5, 0.95, 1)
 _DARK, _BRIGHT = 0.2, 0.8
 
 
-def read_pixel_stats(model_path) -> dict[str, Any] | None:
-    """What `pixel_statistics` gave for a model's training images, or None where it is not known.
+def read_pixel_stats(model_path: str | Path) -> dict[str, Any] | None:
+    """Return what `pixel_statistics` gave for a model's training images, or None where it is not known.
 
     It is in `<model without ending>/pixel_stats.json`, which the trainers write. Raises InputError for a damaged file.
     """
@@ -31,14 +31,9 @@ def read_pixel_stats(model_path) -> dict[str, Any] | None:
         return None
     ranges = content.get("of_images")
     names = ("mean", "sd", "p99", "bright_border", "edge_line", "top_heavy")
-    fits = (
-        is_number(content.get("faces_left"))
-        and isinstance(content.get("images"), int)
-        and isinstance(ranges, dict)
-        and all(isinstance(ranges.get(name), list) and len(ranges[name]) == len(_QUANTILES) for name in names)
-        and all(is_number(value) for name in names for value in ranges[name])
-    )
-    if not fits:
+    fits = isinstance(ranges, dict) and all(isinstance(ranges.get(name), list) for name in names)
+    fits = fits and all(len(ranges[name]) == len(_QUANTILES) and all(map(is_number, ranges[name])) for name in names)
+    if not (fits and is_number(content.get("faces_left")) and isinstance(content.get("images"), int)):
         raise InputError(f"{path}: Expected statistics of training images. Received something else; remove the file")
     return content
 
@@ -46,19 +41,19 @@ def read_pixel_stats(model_path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------- measuring images
 
 
-def measure_image(image) -> dict[str, float]:
-    """Figures of one image, float (H, W[, C]), of which the first channel counts.
+def measure_image(image: np.ndarray) -> dict[str, float]:
+    """Return figures of one image, float (H, W[, C]), of which the first channel counts.
 
     mean, sd, and p99, the 99th percentile; dark_border and bright_border, shares of its outermost pixels in the
     darkest and the brightest fifth of its range; bright_excess, -1..1, share of all pixels in the brightest fifth less
-    that in the darkest; edge_line, the largest share of a line along the border that is in
-    the brightest fifth; to_left, -1..1, how much of the brightness is in the right half, as in a breast that points to
-    the left; top_heavy, -1..1, how much brighter the upper corner at the chest wall is than the lower one.
+    that in the darkest; edge_line, the largest share of a line along the border that is in the brightest fifth;
+    to_left, -1..1, how much of the brightness is in the right half, as in a breast that points to the left;
+    top_heavy, -1..1, how much brighter the upper corner at the chest wall is than the lower one.
     """
     image = np.asarray(image, np.float32)
     image = image[..., 0] if image.ndim == 3 else image
     rows, columns = image.shape
-    low, p99, high = (float(value) for value in np.quantile(image, [0, 0.99, 0.999]))
+    low, p99, high = np.quantile(image, [0, 0.99, 0.999]).tolist()
     scaled = (image - low) / max(high - low, np.finfo(np.float32).tiny)
     width = max(1, round(0.02 * min(rows, columns)))
     strips = [scaled[:width], scaled[-width:], scaled[:, :width].T, scaled[:, -width:].T]
@@ -80,7 +75,7 @@ def measure_image(image) -> dict[str, float]:
 
 
 def _balance(one, other) -> float:
-    """-1..1: 1 where all is in `one`, 0 where both are equal."""
+    """Return -1..1: 1 where all is in `one`, 0 where both are equal."""
     return float((one - other) / (one + other)) if one + other > 0 else 0.0
 
 
@@ -91,15 +86,13 @@ def pixel_statistics(images: Iterable) -> dict[str, Any]:
     ([H, W] of the first), mean and sd of all pixels, dark_border (mean share), faces_left (share of the images), and
     of_images: for each figure of `measure_image` its quantiles 0, 0.05, 0.5, 0.95 and 1 over the images.
     """
-    figures, size = [], None
-    for image in images:
-        size = size or list(image.shape[:2])
-        figures.append(measure_image(image))
-    if not figures:
+    measured = [(list(image.shape[:2]), measure_image(image)) for image in images]
+    if not measured:
         raise InputError("pixel statistics: Expected at least one image. Received none")
-    columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
+    size, first = measured[0]
+    columns = {name: np.array([figures[name] for _, figures in measured]) for name in first}
     return {
-        "images": len(figures),
+        "images": len(measured),
         "size": size,
         "mean": float(columns["mean"].mean()),
         # Of all pixels together: the variance within images and that between them.
@@ -114,14 +107,14 @@ def pixel_statistics(images: Iterable) -> dict[str, Any]:
 
 
 def warnings_for(
-    image,
+    image: np.ndarray,
     trained: Mapping[str, Any] | None = None,
     *,
     mean: float | None = None,
     stored_size: tuple[int, int] | None = None,
     view: str | None = None,
 ) -> list[str]:
-    """In what an image differs from what a model was trained on, one sentence each; [] when all seems well.
+    """Return in what an image differs from what a model was trained on, one sentence each; [] when all seems well.
 
     image: as the network gets it, float (H, W[, C]), before mean subtraction. trained: `pixel_statistics` of the
     training images; without them general rules apply, with `mean`, which is subtracted. stored_size: (rows, columns)
@@ -131,54 +124,41 @@ def warnings_for(
     percentile below half or above twice what nine in ten training images have.
     """
     figures, messages = measure_image(image), []
+    usual = trained["of_images"] if trained else {"bright_border": [0.0], "edge_line": [0.0], "top_heavy": [0.0]}
     if figures["sd"] < 0.02 * max(abs(image.min()), abs(image.max())) or image.max() == image.min():
         return [f"nearly constant image: Expected a mammogram. Received pixels of {image.min():.4g}..{image.max():.4g}"]
     if stored_size is not None:
-        rows, columns = stored_size
-        if rows < image.shape[0] / 2 or columns < image.shape[1] / 2:
-            messages.append(
-                f"tiny image: {rows} x {columns} pixels, enlarged to {image.shape[0]} x {image.shape[1]}, "
-                "show no calcifications"
-            )
-        if columns > rows and image.shape[0] > image.shape[1]:
+        (rows, columns), (height, width) = stored_size, image.shape[:2]
+        if rows < height / 2 or columns < width / 2:
+            enlarged = f"enlarged to {height} x {width}"
+            messages.append(f"tiny image: {rows} x {columns} pixels, {enlarged}, show no calcifications")
+        if columns > rows and height > width:
             messages.append(f"wider than high ({rows} x {columns}): turned by 90 degrees, or two breasts in one image?")
-    messages += _scale_warnings(image, figures, trained, mean)
-    usual = trained["of_images"]["bright_border"][-1] if trained else 0.0
-    if figures["bright_border"] > max(0.4, usual + 0.2) and figures["bright_excess"] > 0:
-        messages.append(
-            f"bright background ({figures['bright_border']:.0%} of the border): black and white may be exchanged "
-            "(MONOCHROME1, or a film digitised as a negative)"
-        )
+    messages += _scale_warnings(figures, usual) if trained else pixel_warnings([image], mean)
+    if figures["bright_border"] > max(0.4, usual["bright_border"][-1] + 0.2) and figures["bright_excess"] > 0:
+        exchanged = "black and white may be exchanged (MONOCHROME1, or a film digitised as a negative)"
+        messages.append(f"bright background ({figures['bright_border']:.0%} of the border): {exchanged}")
         return messages  # the rest takes bright for tissue
-    usual = trained["of_images"]["edge_line"][-1] if trained else 0.0
-    if figures["edge_line"] >= 0.9 > usual:
+    if figures["edge_line"] >= 0.9 > usual["edge_line"][-1]:
         messages.append("white line along the border: a frame, a film's edge or a ruler burned into the image?")
     if trained and trained["images"] >= 20 and abs(figures["to_left"]) > 0.2:
-        share = trained["faces_left"] if figures["to_left"] > 0 else 1 - trained["faces_left"]
+        left, right = ("left", trained["faces_left"]), ("right", 1 - trained["faces_left"])
+        (side, share), (other, others) = (left, right) if figures["to_left"] > 0 else (right, left)
         if share <= 0.05:
-            sides = ("left", "right") if figures["to_left"] > 0 else ("right", "left")
-            messages.append(
-                f"the breast points to the {sides[0]}, and in {1 - share:.0%} of the training images to the {sides[1]}"
-            )
-    lowest = min(-0.6, trained["of_images"]["top_heavy"][0]) if trained else -0.6
+            most = f"in {others:.0%} of the training images to the {other}"
+            messages.append(f"the breast points to the {side}, and {most}")
+    lowest = min(-0.6, usual["top_heavy"][0])
     if view != "CC" and figures["top_heavy"] < (-0.2 if view == "MLO" else lowest - 0.1):
         messages.append("upside down? The lower corner at the chest wall is the brighter one, by far")
     return messages
 
 
-def _scale_warnings(image, figures, trained, mean) -> list[str]:
-    """Mean and scale far from the training images', or from 0..255 and the mean to subtract."""
-    advice = "check the rescale factor or scale, and that it was prepared as the training images were"
-    if trained is None:
-        messages = pixel_warnings([image])
-        if mean is not None and not messages and not mean / 3 <= figures["mean"] <= 3 * mean:
-            messages.append(
-                f"mean pixel {figures['mean']:.3g}: Expected about {mean:.3g}, which is subtracted; {advice}"
-            )
-        return messages
-    messages = []
+def _scale_warnings(figures, usual) -> list[str]:
+    """Return, as one warning, in what mean and scale are far from the training images'."""
+    far = []
     for name, text in (("mean", "mean pixel"), ("sd", "standard deviation"), ("p99", "99th percentile")):
-        low, high = trained["of_images"][name][1], trained["of_images"][name][3]
+        _, low, _, high, _ = usual[name]
         if not low / 2 <= figures[name] <= high * 2:
-            messages.append(f"{text} {figures[name]:.3g} (training images: {low:.3g} to {high:.3g})")
-    return [", ".join(messages) + f"; {advice}"] if messages else []
+            far.append(f"{text} {figures[name]:.3g} (training images: {low:.3g} to {high:.3g})")
+    advice = "check the rescale factor or scale, and that it was prepared as the training images were"
+    return [f"{', '.join(far)}; {advice}"] if far else []

@@ -31,8 +31,8 @@ _STYLES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=_COLOURS)
 _NEGATIVE, _POSITIVE = _COLOURS[:2]
 _PICTURE_HEIGHT = 560  # pixels
 _BINS = 25  # of the histogram
-_NONE = "\u2013"  # a dash
-_LEVELS = {"image": "Images", "breast": "Breasts", "patient": "Patients"}
+_SECTIONS = {"summary": "Summary", "image": "Images", "breast": "Breasts", "patient": "Patients"}
+_SECTIONS |= {"errors": "Most confident errors", "methods": "How to read the figures", "origin": "Origin"}
 
 
 def write_report(
@@ -46,40 +46,32 @@ def write_report(
     nb_error: int = 4,
     title: str = "Evaluation",
 ) -> None:
-    """Write the report of an evaluation as one HTML page.
+    """Write the report of an evaluation as one HTML page; missing folders are made. Raises OSError as `write_text`.
 
     What is wrong with a picture, such as a missing file, is said in its place.
 
     Args:
-        path: file to write; missing folders are made.
         results: of `evaluate_models`; with `command` (a string or its words) and `versions` (by name) if known.
-        table: what was evaluated; see `mammo.evaluate.evaluation`.
-        root: folder that the files of the table are relative to.
+        table: what was evaluated; see `mammo.evaluate.evaluation`. root: folder that its files are relative to.
         predictors: by the name of its model, whose Grad-CAM maps are shown beside the mammograms. Models without one,
             such as means of several, have mammograms alone.
-        positive: classes that count as cancer, whose maps are added.
+        positive: classes that count as cancer, whose maps are added. title: heading of the page.
         nb_error: how many false positives, and how many false negatives, are shown of each model, the most confident
             first, by the first threshold of its points.
-        title: heading of the page.
-
-    Raises:
-        OSError: as `write_text`.
     """
     data, levels = results["data"], results["levels"]
     samples = evaluation.at_levels(table, results["models"], data["patient_score"])
     command = results.get("command")
-    page = _render(
+    loader = PackageLoader("mammo.evaluate", "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"estimate": _estimate, "figure": _figure, "score": _score, "thousands": "{:,}".format}
+    environment.filters["p_value"] = lambda p: _figure(p) if p is None else evaluation.p_text(p)
+    page = environment.get_template("report.html.j2").render(
         title=title,
         results=results,
-        sections={
-            "summary": "Summary",
-            **{name: _LEVELS[name] for name in levels},
-            "errors": "Most confident errors",
-            "methods": "How to read the figures",
-            "origin": "Origin",
-        },
+        sections={key: heading for key, heading in _SECTIONS.items() if key in levels or key not in evaluation.LEVELS},
         count_models=_count_models,
-        of_patients=_of_patients,
+        count_samples=evaluation.count_samples,
         areas=_areas(results),
         by_view=table.groupby(["side", "view"]),
         remarks=[*data.get("notes", ()), *(f"Skipped: {message}" for message in data.get("skipped", ()))],
@@ -92,15 +84,6 @@ def write_report(
         versions=results.get("versions"),
     )
     write_text(path, page + "\n")
-
-
-def _render(**content) -> str:
-    environment = Environment(
-        loader=PackageLoader("mammo.evaluate", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    functions = (_estimate, _interval, _number, _p_value, _score, _thousands)
-    environment.filters |= {function.__name__.removeprefix("_"): function for function in functions}
-    return environment.get_template("report.html.j2").render(content)
 
 
 # ------------------------------------------------------------------------------------------------- parts of the page
@@ -116,17 +99,12 @@ def _count_models(columns: Sequence[str]) -> str:
     return f"{counted(len(models), 'model')}, {len(columns)} columns of predictions"
 
 
-def _of_patients(number: int, noun: str, patients: int | None) -> str:
-    return counted(number, noun) + ("" if patients is None else f" of {counted(patients, 'patient')}")
-
-
 def _areas(results) -> list[list[str]]:
     """Make the rows of a table of AUCs by model and level, its head first."""
     levels = results["levels"]
-    rows = [["Model", *(_LEVELS[name] for name in levels)]]
-    for name in results["models"]:
-        rows.append([name, *(_estimate(level["models"][name]["auc"], "delong") for level in levels.values())])
-    return rows
+    by_level = [level["models"] for level in levels.values()]
+    rows = [[name, *(_estimate(models[name]["auc"], "delong") for models in by_level)] for name in results["models"]]
+    return [["Model", *(_SECTIONS[name] for name in levels)], *rows]
 
 
 def _with_calibration(models) -> dict[str, Any]:
@@ -152,10 +130,9 @@ def _figures(level, samples: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
 
 
 def _errors(results, table, root, predictors, positive, nb_error) -> Iterator[tuple[str, float, bool, dict]]:
-    """Find the most confident errors of each model.
+    """Yield each model's name, its threshold, whether it has maps, and its errors by kind, the most confident first.
 
-    Yields its name, its threshold, whether it has maps, and by kind of error their number and, for the first of them,
-    the row of the table and what `_pictures` returns.
+    Of each kind: their number and, for the first of them, the row of the table and what `_pictures` returns.
     """
     for name in results["models"]:
         points = results["levels"]["image"]["models"][name]["points"]
@@ -177,9 +154,8 @@ def _errors(results, table, root, predictors, positive, nb_error) -> Iterator[tu
 def _pictures(file: Path, predictor, positive) -> tuple[list[tuple[str, int, int]], list[str]]:
     """Draw the mammogram and, where there is a predictor, its map over it.
 
-    Returns:
-        JPEG in Base64 (PNG would make the page ten times as large), height and width of each picture; and what could
-        not be drawn and why.
+    Returns JPEG in Base64 (PNG would make the page ten times as large), height and width of each picture; and what
+    could not be drawn and why.
     """
     from mammo.maps.draw import blend, share_of_largest
 
@@ -216,12 +192,8 @@ def _origins(data) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
-def _thousands(number: int) -> str:
-    return f"{number:,}"
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return _NONE if value is None else f"{value:{sign}.3f}".replace("-", "\u2212")
+def _figure(value: float | Sequence[float] | None, sign: str = "") -> str:
+    return "\u2013" if value is None else evaluation.figure_text(value, sign).replace("-", "\u2212")  # a dash, a minus
 
 
 def _score(value: float) -> str:
@@ -230,20 +202,10 @@ def _score(value: float) -> str:
     return f"{value:.{max(3, digits)}g}"
 
 
-def _interval(pair: Sequence[float] | None) -> str:
-    return _NONE if pair is None else f"{_number(pair[0])} to {_number(pair[1])}"
-
-
 def _estimate(estimate: Mapping[str, Any], interval: str = "interval") -> str:
     """Format an entry of the results with its interval of this name."""
-    pair = estimate[interval]
-    if estimate["value"] is None:
-        return "not defined"
-    return f"{_number(estimate['value'])} ({'no interval' if pair is None else _interval(pair)})"
-
-
-def _p_value(value: float | None) -> str:
-    return _NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    value, pair = estimate["value"], estimate[interval]
+    return "not defined" if value is None else f"{_figure(value)} ({'no interval' if pair is None else _figure(pair)})"
 
 
 # -------------------------------------------------------------------------------------------------------- drawing
@@ -273,17 +235,13 @@ def _svg(figure) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _short(name: str) -> str:
-    """Shorten a name for the legend: long ones, such as paths, would leave no room for the curves."""
-    return name if len(name) <= 44 else "…" + name[-43:]
-
-
 def _draw_models(models, draw, level: float | None = None) -> str:
     """Draw all models in one picture. draw: a function of `evaluation`. level: height of a line to compare with."""
     figure, axes = _axes(len(models), aspect="equal")
     axes.set_prop_cycle(_STYLES)
     for name, model in models.items():
-        draw(axes, model, _short(name), band_opacity(models))
+        # In the legend long names, such as paths, would leave no room for the curves.
+        draw(axes, model, name if len(name) <= 44 else "…" + name[-43:], band_opacity(models))
     if level is not None:
         axes.axhline(level, color="0.8", linewidth=1, linestyle="--", zorder=0)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
@@ -298,11 +256,9 @@ def _draw_histogram(samples: pd.DataFrame, name: str, model) -> str:
     edges = np.linspace(*limits, _BINS + 1)
     for label, text, colour, hatch in ((0, "without cancer", _NEGATIVE, None), (1, "with cancer", _POSITIVE, "///")):
         part = scores[truth == label]
-        weights = np.full(len(part), 1 / len(part))
-        axes.hist(part, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.35, hatch=hatch)
-        axes.hist(
-            part, edges, weights=weights, histtype="step", color=colour, linewidth=1.4, label=f"{text} ({len(part)})"
-        )
+        settings = {"bins": edges, "weights": np.full(len(part), 1 / len(part)), "color": colour}
+        axes.hist(part, histtype="stepfilled", alpha=0.35, hatch=hatch, **settings)
+        axes.hist(part, histtype="step", linewidth=1.4, label=f"{text} ({len(part)})", **settings)
     for point in model["points"][:1]:
         axes.axvline(point["threshold"], color="0.25", linewidth=1.2, linestyle="--")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -7,7 +7,7 @@ from mammo.base.files import InputError
 
 
 class DMImagePreprocessor:
-    """Preprocessing steps of a greyscale mammogram: 2-D array, dark background, bright breast."""
+    """Preprocess a greyscale mammogram: 2-D array, dark background, bright breast."""
 
     @classmethod
     def segment_breast(

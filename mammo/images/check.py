@@ -23,7 +23,7 @@ TABLE = "data_check.csv"
 
 
 class ImageCheck(NamedTuple):
-    """What was found in a file: a row of the table. Of a file that cannot be read, `type` to `columns` are empty."""
+    """Hold what was found in a file: a row of the table. `type` to `columns` are empty for an unreadable one."""
 
     file: str  # absolute
     bytes: int  # -1 of a file that is not there

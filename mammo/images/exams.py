@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mammo.base.files import InputError
+from mammo.base.files import InputError, naming
 from mammo.images.breast import DMImagePreprocessor, detect_blobs
 from mammo.images.iterators import Batches, DMIterator, check_labels, check_one_size, data_format_of, found
 from mammo.images.pixels import Pixels, pixels_of
 
 
 class DMExamListIterator(DMIterator):
-    """Exams of both breasts in two views; a batch holds left and right breasts in turn.
+    """Iterate over exams of both breasts in two views; a batch holds left and right breasts in turn.
 
     Args:
         exam_list: dicts with "subj", "exam", and "L" and "R", each a dict with "CC" and "MLO" (a list of files,
@@ -35,7 +36,7 @@ class DMExamListIterator(DMIterator):
     def __init__(
         self,
         exam_list: Sequence[dict | tuple],
-        image_data_generator,
+        image_data_generator: Any,
         target_size: tuple[int, int] | None = (1152, 896),
         target_scale: float | None = 4095,
         gs_255: bool = False,
@@ -122,7 +123,7 @@ def _view_files(files):
 
 
 class DMCandidROIIterator(DMIterator):
-    """Patches around bright spots of whole images, labelled by their image or as background by a classifier.
+    """Iterate over patches around bright spots of images, labelled by their image or as background by a classifier.
 
     Args:
         img_list, lab_list: files, and 1 (cancer) or 0 for each, or None.
@@ -148,7 +149,7 @@ class DMCandidROIIterator(DMIterator):
 
     def __init__(
         self,
-        image_data_generator,
+        image_data_generator: Any,
         img_list: Sequence[str | Path],
         lab_list: Sequence[int] | None = None,
         target_height: int | None = 1024,
@@ -166,8 +167,8 @@ class DMCandidROIIterator(DMIterator):
         blob_min_int: float = 0.5,
         blob_max_int: float = 0.85,
         blob_th_step: int = 10,
-        tf_graph=None,
-        roi_clf=None,
+        tf_graph: Any = None,
+        roi_clf: Any = None,
         clf_bs: int = 32,
         cutpoint: float = 0.5,
         amp_factor: float = 1.0,
@@ -215,14 +216,12 @@ class DMCandidROIIterator(DMIterator):
     def _make_batch(self, index, rng):
         patches, classes, raw_imgs = [], [], []
         for i in index:
-            img = self._read_breast(i)
+            raw_imgs.append(img := self._read_breast(i))
             candidates = get_roi_patches(img, self._key_points(img, rng), self.roi_size)
             x = [self._as_input(patch) for patch in candidates]
-            label = None if self.classes is None else int(self.classes[i])
-            kept, kept_classes = self._choose(x, label)
+            kept, kept_classes = self._choose(x, None if self.classes is None else int(self.classes[i]))
             patches += [self._augment(x[k], i, k) for k in kept]
             classes += kept_classes
-            raw_imgs.append(img)
         batch = self._with_labels(np.stack(patches), np.array(classes))
         if self._equal_weights and isinstance(batch, tuple):
             batch = (*batch, np.ones(len(patches), np.float32))
@@ -233,21 +232,16 @@ class DMCandidROIIterator(DMIterator):
     def _read_breast(self, index):
         fname = self.filenames[index]
         img = self.pixels.rescale(self.pixels.resize(fname, self.pixels.read_stored(fname)), fname)
-        try:
+        with naming(fname):
             return DMImagePreprocessor.segment_breast(img, low_int_threshold=self.low_int_threshold)[0]
-        except InputError as error:
-            raise InputError(f"{fname}: {error}") from error
 
     def _key_points(self, img, rng):
         """Choose points (nb_candidates, 2) of x, y: centres of groups of spots, spots drawn again, or random places."""
         n = self.nb_candidates
         spots = detect_blobs(img, max(self.roi_size), **self._blob_args)[:, :2]
         if len(spots) == 0:
-            height, width = img.shape
-            return np.stack([rng.randint(0, width, n), rng.randint(0, height, n)], axis=1)
-        if len(spots) < n:
-            return spots[rng.choice(len(spots), n)]
-        return clust_kpts(spots, n)
+            return np.stack([rng.randint(0, length, n) for length in img.shape[::-1]], axis=1)
+        return clust_kpts(spots, n) if len(spots) >= n else spots[rng.choice(len(spots), n)]
 
     def _as_input(self, patch):
         axis = 2 if self.generator.data_format == "channels_last" else 0

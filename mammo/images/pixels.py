@@ -1,6 +1,7 @@
 """Bring the pixels of mammograms to the form that networks get, and tell what form a trained model was given.
 
 Files hold 8- or 16-bit integers (rows, columns); networks get float32, about 0..255 before the mean is subtracted.
+The way is one object, `Pixels`; `read_resize_img` and `read_img_for_pred` are the original's functions for it.
 """
 
 import argparse
@@ -25,7 +26,7 @@ _KEYWORDS |= {"rescale_factor": "factor", "equalize_hist": "equalize", "gs_255":
 
 @dataclass(frozen=True)
 class Pixels:
-    """How the pixels of a file become the input of a network, in the order of the fields."""
+    """Hold how the pixels of a file become the input of a network, in the order of the fields."""
 
     size: tuple[int, int] | None = None  # (rows, columns) to resize to, bicubic, in the stored integer type
     scale: float | None = None  # value that the image's own maximum becomes; None for no such scaling
@@ -76,14 +77,23 @@ class Pixels:
         return resize_as_asked(file, stored, self.size, self.height)
 
     def rescale(self, img: np.ndarray, name: str | Path = "image") -> np.ndarray:
-        """Return a float32 copy of stored pixels, scaled, and equalised if asked; `name` is for the InputError."""
+        """Return a float32 copy of stored pixels, scaled, and equalised if asked: 0..255, truncated to 8 bits.
+
+        Raises InputError, naming `name`, for pixels outside 0..255 that are to be equalised.
+        """
         img = img.astype(np.float32)
         maximum = float(img.max())
         if self.scale is not None and maximum != 0:
             img *= float(self.scale) / maximum
         if self.factor is not None:
             img *= float(self.factor)
-        return _equalize_histogram(img, name) if self.equalize else img
+        if not self.equalize:
+            return img
+        low, high = float(img.min()), float(img.max())
+        if low <= -1 or high >= 256:  # what truncation to 8 bits would wrap around, as the 2017 program did
+            needs = "histogram equalisation needs an image within 0..255 after rescaling"
+            raise InputError(f"{name}: {needs}. Received {low:g}..{high:g}; set a rescale factor or target scale.")
+        return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
 
     def to_input(self, file: str | Path, resized: np.ndarray) -> np.ndarray:
         """Return resized pixels as `read` does. The channels are views of one: the augmentation warps it only once."""
@@ -103,21 +113,6 @@ def pixels_of(arguments: Mapping[str, Any], data_format: str) -> Pixels:
     """Return how a function's arguments, its `locals()`, have images read: `pixels`, or the original's names."""
     named = {name: arguments[name] for name in (*_KEYWORDS, "dup_3_channels") if name in arguments}
     return replace(arguments["pixels"] or Pixels.of_keywords(**named), data_format=data_format)
-
-
-def _equalize_histogram(img: np.ndarray, name) -> np.ndarray:
-    """Return the histogram equalisation of a float (H, W) image within 0..255, truncated to 8 bits; float32 0..255.
-
-    The 2017 program wrapped values outside around; here they raise InputError naming `name`.
-    """
-    low, high = float(img.min()), float(img.max())
-    if low <= -1 or high >= 256:  # just what truncation to 8 bits keeps within range
-        needs = "histogram equalisation needs an image within 0..255 after rescaling"
-        raise InputError(f"{name}: {needs}. Received {low:g}..{high:g}; set a rescale factor or target scale.")
-    return cv2.equalizeHist(img.astype(np.uint8)).astype(np.float32)
-
-
-# ------------------------------------------------------------------------------------- the original's functions
 
 
 def read_resize_img(
@@ -165,26 +160,23 @@ def read_img_for_pred(
     return np.ascontiguousarray(x)
 
 
-# ------------------------------------------------------------------------------------------ what they look like
-
-
 def pixel_warnings(images: Sequence[np.ndarray], mean: float | None = None) -> list[str]:
-    """Return warnings about float images before mean subtraction, of any shapes, and the `mean` to subtract, or None.
+    """Return what is wrong with float images before mean subtraction, of any shapes, or the `mean` to subtract, if any.
 
-    Told are pixels far outside 0..255 or within a small part of it, and a mean far from the images' own.
+    Told are pixels far outside 0..255 or within a small part of it, else a mean that is less than half, or more than
+    twice, the images' own, and by more than 16 another.
     """
     low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
-    own = float(np.mean([x.mean() for x in images], dtype=np.float64))
-    measured = f"Received {low:.4g}..{high:.4g}, mean {own:.4g}, in {counted(len(images), 'image')}"
-    messages = []
+    own = float(np.mean([x.mean(dtype=np.float64) for x in images]))
+    number = counted(len(images), "image")
     if low < -64 or high > 320 or high < 32:
+        wrong = f"pixels are far from the range 0..255 that networks expect. Received {low:.4g}..{high:.4g}"
         check = "check the rescale factor (0.003891 for 16-bit images, 1 for 8-bit ones) or the target scale."
-        messages.append(f"pixels are far from the range 0..255 that networks expect. {measured}; {check}")
-    asked = own if mean is None else float(np.mean(mean))
-    if abs(asked - own) > max(16.0, 0.5 * abs(own)):
-        far = f"is far from the images' own, {own:.4g} in {len(images)} of them."
-        messages.append(f"the mean that is subtracted, {asked:.4g} (featurewise mean), {far}")
-    return messages
+        return [f"{wrong}, mean {own:.4g}, in {number}; {check}"]
+    if mean is None or abs(mean - own) <= 16 or own / 2 <= mean <= own * 2:
+        return []
+    wrong = f"the mean that is subtracted, {mean:.4g} (featurewise mean), is far from the mean of {number}, {own:.4g}"
+    return [f"{wrong}; check it, the rescale factor or scale, and that images were prepared as those of the training."]
 
 
 def pixel_warnings_of_files(files: Sequence[str | Path], pixels: Pixels, nb_images: int = 32) -> list[str]:
@@ -196,8 +188,6 @@ def pixel_warnings_of_files(files: Sequence[str | Path], pixels: Pixels, nb_imag
     return pixel_warnings(images, pixels.mean) if images else []
 
 
-# ------------------------------------------------------------------------------- what a model was trained with
-
 # What the released models were trained with; their mean is that of the DDSM ones.
 PUBLISHED_PIXELS = {"img_size": [1152, 896], "img_scale": None, "rescale_factor": 0.003891}
 PUBLISHED_PIXELS |= {"featurewise_center": True, "featurewise_mean": 52.18, "equalize_hist": False}
@@ -205,7 +195,7 @@ PUBLISHED_PIXELS |= {"class_list": ["neg", "pos"]}
 
 
 class _OfModel:
-    """Default of an option that the model's own training decides; None would be a choice of the user's."""
+    """Stand as the default of options that the model's own training decides; None would be a choice of the user's."""
 
     def __repr__(self):
         return "the model's"
@@ -224,24 +214,48 @@ def add_pixel_options_of_model(parser: argparse.ArgumentParser) -> None:
 
 
 def choose_pixel_options(
-    given: Mapping[str, Any], model_path: str | Path, built: Sequence[int | None] = ()
+    given: Mapping[str, Any],
+    model_path: str | Path,
+    built: Sequence[int | None] = (),
+    published: Mapping[str, Any] = PUBLISHED_PIXELS,
 ) -> tuple[dict[str, Any], str]:
     """Return the pixel options, and `class_list`, to use with a model, and a sentence on where they come from.
 
-    given: values by name, those that are absent or OF_MODEL not being given. They win over what the model was trained
-    with, which wins over what the published models were. built: (rows, columns) that the model is built for, if known,
-    which win over the published size. Raises InputError as `read_settings` does.
+    given: values by name, which win over what the model was trained with; those that are absent or OF_MODEL, or None
+    for `class_list`, are not given. built: (rows, columns) that the model is built for, if known. published: what is
+    used of models that tell nothing. Raises InputError as `read_settings` does, and where there is no mean to subtract.
     """
-    chosen = {name: value for name, value in given.items() if name in PUBLISHED_PIXELS and value is not OF_MODEL}
+    chosen = {name: given[name] for name in published if given.get(name, OF_MODEL) is not OF_MODEL}
+    if given.get("class_list") is None:
+        chosen.pop("class_list", None)
     settings, file = read_settings(model_path), _settings_file(model_path)
     source = f"pixel options of the model's training, from {file}"
     if settings is None:
-        settings = PUBLISHED_PIXELS | ({"img_size": list(built)} if built and None not in built else {})
-        source = f"pixel options of the published models, since there is no {file}"
-    rest = {name: value for name, value in settings.items() if name not in chosen}
-    if set(rest) <= {"class_list"}:
+        settings = published | ({"img_size": list(built)} if built and None not in built else {})
+        source = f"the published pixel options, since there is no {file}"
+    if set(settings) - set(chosen) <= {"class_list"}:
         source = "pixel options as given"
-    return chosen | rest, source
+    chosen = settings | chosen
+    if chosen["featurewise_center"] and chosen["featurewise_mean"] is None:
+        raise InputError(f"--featurewise-mean: Expected the mean that {model_path} was trained with. Received none")
+    return chosen, source
+
+
+def size_of_model(model_path: str | Path, built: Sequence[int | None] = ()) -> list[int] | None:
+    """Return the size, [rows, columns], of a model's training images, else the one that it is built for; None if any.
+
+    Raises InputError as `read_settings` does.
+    """
+    settings = read_settings(model_path)
+    return settings["img_size"] if settings else list(built) if built and None not in built else None
+
+
+def is_patch_size(size: Sequence[int | None]) -> bool:
+    """Tell whether images of this size, (rows, columns), can be patches: square, and too small for a mammogram.
+
+    The paper's patches have 224 rows; whole mammograms as small as 512 show no lesion.
+    """
+    return None not in size and size[0] == size[1] <= 512
 
 
 def read_settings(model_path: str | Path) -> dict[str, Any] | None:
@@ -269,16 +283,11 @@ def _are_settings(settings: dict[str, Any]) -> bool:
         return False
     scale, factor, mean = (settings[name] for name in ("img_scale", "rescale_factor", "featurewise_mean"))
     size, classes = settings["img_size"], settings["class_list"]
-    return (
-        all(number is None or is_number(number) for number in (scale, factor, mean))
-        and isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(length, int) and length > 0 for length in size)
-        and all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
-        and isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and not (settings["featurewise_center"] and mean is None)
-    )
+    numbers = all(number is None or is_number(number) for number in (scale, factor, mean))
+    sizes = isinstance(size, list) and len(size) == 2 and all(isinstance(length, int) and length > 0 for length in size)
+    flags = all(isinstance(settings[name], bool) for name in ("featurewise_center", "equalize_hist"))
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return numbers and sizes and flags and names and not (settings["featurewise_center"] and mean is None)
 
 
 def is_number(value: object) -> bool:

@@ -51,9 +51,6 @@ class ImageError(InputError):
         self.cause = cause
 
 
-# ------------------------------------------------------------------------------------------------ whole images
-
-
 def to_uint16(img: np.ndarray) -> np.ndarray:
     """Return 8-bit pixels times 257, so that 0..255 become 0..65535; 16-bit ones as they are. InputError for others."""
     if img.dtype == np.uint8:
@@ -84,9 +81,6 @@ def parse_image_name(stem: str) -> tuple[str, str, str] | None:
     """
     match = _IMAGE_NAME.fullmatch(stem)
     return match and match.group(1, 2, 3)
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 def is_image(fname: str | os.PathLike) -> bool:
@@ -268,7 +262,7 @@ def _apply_voi_lut(img: np.ndarray, lowest: int, highest: int, dataset) -> np.nd
     return np.rint((shown - low) * ((highest - lowest) / (high - low)) + lowest).astype(img.dtype)
 
 
-def check_grey(fname, img: np.ndarray) -> np.ndarray:
+def check_grey(fname: str | os.PathLike, img: np.ndarray) -> np.ndarray:
     """Return `img` if it has one channel (H, W), else raise InputError."""
     if img.ndim != 2:
         expected = f"Expected one grey channel. Received shape {img.shape}"
@@ -310,7 +304,7 @@ def _to_16_bit(fname, img: np.ndarray, limits: tuple[int, int], dataset) -> np.n
     return scaled
 
 
-def check_constant(fname, img: np.ndarray) -> np.ndarray:
+def check_constant(fname: str | os.PathLike, img: np.ndarray) -> np.ndarray:
     """Return `img` (H, W) if not all of its pixels are equal, else raise InputError."""
     if img.min() == img.max():
         raise ImageError(f"{fname}: constant image: all pixels are {img[0, 0]}.", "constant")
@@ -353,9 +347,6 @@ def resize(img: np.ndarray, height: int, width: int) -> np.ndarray:
         return cv2.resize(img, (width, height), interpolation=cv2.INTER_CUBIC)
     finally:
         cv2.ipp.setUseIPP(use_ipp)
-
-
-# ------------------------------------------------------------------------------------------------ public data sets
 
 
 def dicom_view(dataset: "Dataset") -> str:

@@ -4,20 +4,25 @@ import json
 import math
 import os
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from mammo.base.files import InputError, remove_partial
+from mammo.base.files import InputError, naming, remove_partial
 from mammo.base.tables import read_rows
 from mammo.base.work import check_same_options, prefetch
 from mammo.data.patches import is_file_name, read_lesion_masks
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.pixels import Pixels
 from mammo.maps.files import MAP_VIEWS, Grid, HeatmapRecord, load_heatmaps, save_heatmaps
+
+if TYPE_CHECKING:
+    import keras
 
 # ------------------------------------------------------------------------------------------------- one image
 
@@ -30,20 +35,7 @@ class Scan(NamedTuple):
     grid: Grid
 
 
-class Scorer(Protocol):
-    """A way to compute maps: `Sweep`, `ForwardPropagation` or `GradCam`."""
-
-    mode: str
-    strides: tuple[float, float]  # pixels from cell to cell
-    window: tuple[float, float]  # rows and columns of pixels that a cell stands for
-
-    def read(self, fname) -> Scan:
-        """Read an image. Raises InputError."""
-
-    def score(self, scan: Scan) -> np.ndarray:
-        """Return the map of an image: float32 (grid rows, grid columns, classes)."""
-
-
+@dataclass
 class Sweep:
     """Sliding windows: the patch classifier's probabilities at windows that sweep the breast (golden).
 
@@ -54,97 +46,74 @@ class Sweep:
     At most `batch_size` windows are in memory, whatever the image and the stride.
     """
 
+    model: "keras.Model"
+    target_height: int
+    patch_size: int
+    stride: int
+    batch_size: int
+    pixels: Pixels = field(default_factory=Pixels)
+    preprocess: Callable | None = None
     mode = "sweep"
 
-    def __init__(
-        self,
-        model,
-        target_height: int,
-        patch_size: int,
-        stride: int,
-        batch_size: int,
-        pixels: Pixels | None = None,
-        preprocess: Callable | None = None,
-    ):
-        self.model = model
-        self.target_height = target_height
-        self.patch_size = patch_size
-        self.strides = (stride, stride)
-        self.window = (patch_size, patch_size)
-        self.batch_size = batch_size
-        self.pixels = pixels or Pixels()
-        self.preprocess = preprocess
-        built = model.input_shape[1:3]
-        if any(size not in (None, patch_size) for size in built):
-            raise InputError(
-                f"--patch-size {patch_size}: Expected {built[0]}, for which the patch classifier is built. "
-                f"Received {patch_size}"
-            )
+    def __post_init__(self):
+        self.strides, self.window = (self.stride, self.stride), (self.patch_size, self.patch_size)
+        built, size = self.model.input_shape[1], self.patch_size
+        if any(length not in (None, size) for length in self.model.input_shape[1:3]):
+            expected = f"Expected {built}, for which the patch classifier is built"
+            raise InputError(f"--patch-size {size}: {expected}. Received {size}")
 
-    def read(self, fname) -> Scan:
+    def read(self, fname: str | Path) -> Scan:
         """Read an image and cut out the breast. Raises InputError."""
         img = Pixels(height=self.target_height).read(fname)
         half = self.patch_size // 2
-        try:
+        with naming(fname):
             breast, (left, top, _, _) = DMImagePreprocessor.segment_breast(img)
             breast = add_img_margins(breast, half)
-            tops, lefts = window_grid(breast.shape, *self.window[:1], *self.strides[:1])
-        except InputError as error:
-            raise InputError(f"{fname}: {error}") from error
-        corner = np.array([top + tops[0], left + lefts[0]]) - half
-        first = tuple(float(x) for x in corner + self.patch_size / 2)
-        return Scan(str(fname), breast, Grid(img.shape, first, self.strides))
+            tops, lefts = window_grid(breast.shape, self.patch_size, self.stride)
+        first = np.array([top + tops[0], left + lefts[0]]) - half + self.patch_size / 2
+        return Scan(str(fname), breast, Grid(img.shape, tuple(first.tolist()), self.strides))
 
     def score(self, scan: Scan) -> np.ndarray:
         """Return the map of an image: float32 (grid rows, grid columns, classes). Raises InputError."""
-        tops, lefts = window_grid(scan.pixels.shape, self.patch_size, self.strides[0])
+        tops, lefts = window_grid(scan.pixels.shape, self.patch_size, self.stride)
         count = len(tops) * len(lefts)
         batch = np.zeros((self.batch_size, *self.window, self.model.input_shape[-1]), np.float32)
         quarter = math.ceil(self.batch_size / 4)
-        heatmap = None
+        probabilities = []
         starts = range(0, count, self.batch_size)
         for start in tqdm(starts, desc="windows", unit="batch", leave=False, delay=10, disable=None):
             part = range(start, min(start + self.batch_size, count))
             # Four batch sizes, since a network is compiled anew for each: the last batch has idle windows instead.
             x = batch[: math.ceil(len(part) / quarter) * quarter]
-            for window, i in zip(x, part, strict=False):
-                top, left = tops[i // len(lefts)], lefts[i % len(lefts)]
-                try:
-                    cut = cut_window(scan.pixels, top, left, self.patch_size, self.pixels)
-                except InputError as error:
-                    raise InputError(f"{scan.file}: {error}") from error
-                window[...] = cut[..., np.newaxis]
+            with naming(scan.file):
+                for window, i in zip(x, part, strict=False):
+                    top, left = tops[i // len(lefts)], lefts[i % len(lefts)]
+                    window[...] = cut_window(scan.pixels, top, left, self.patch_size, self.pixels)[..., np.newaxis]
             if self.preprocess is not None:
                 x = self.preprocess(x)
-            probabilities = np.asarray(self.model.predict_on_batch(self.pixels.centered(x)))[: len(part)]
-            if heatmap is None:
-                heatmap = np.empty((count, probabilities.shape[-1]), np.float32)
-            heatmap[start : start + len(part)] = probabilities
-        return heatmap.reshape(len(tops), len(lefts), -1)
+            probabilities.append(np.asarray(self.model.predict_on_batch(self.pixels.centered(x)))[: len(part)])
+        return np.concatenate(probabilities, dtype=np.float32).reshape(len(tops), len(lefts), -1)
 
 
+@dataclass
 class _WholeImage:
-    """Base of the ways that give the network the image at once, read as the trainers read it.
+    """Base of the ways that give the network the image at once, read as the trainers read it; `first` is as in `Grid`.
 
     segment_breast: blank all but the breast, as the patches were that a patch classifier has seen.
-    Each way has `first`, `strides` (see `Grid`) and `window`, the pixels that a cell stands for.
     """
 
-    def __init__(self, model, pixels: Pixels, segment_breast: bool = False):
-        self.model = model
-        self.pixels = pixels
-        self.segment_breast = segment_breast
+    model: "keras.Model"
+    pixels: Pixels
+    segment_breast: bool = field(default=False, kw_only=True)
 
-    def read(self, fname) -> Scan:
+    def read(self, fname: str | Path) -> Scan:
         """Read an image. Raises InputError, for one without a breast too."""
         img = self.pixels.read(fname)
         if img.min() == img.max():
             raise InputError(f"{fname}: constant image. Expected a mammogram. Received {img.max():g} in all pixels")
         if self.segment_breast:
-            try:
+            with naming(fname):
                 img = DMImagePreprocessor.segment_breast(img, crop=False)[0]
-            except InputError as error:
-                raise InputError(f"{fname}: {error}") from error
         return Scan(str(fname), img, Grid(img.shape, self.first, self.strides))
 
     def _input(self, scan: Scan) -> np.ndarray:
@@ -153,10 +122,11 @@ class _WholeImage:
         return np.repeat(img[np.newaxis, ..., np.newaxis], self.model.input_shape[-1], axis=-1)
 
 
+@dataclass
 class ForwardPropagation(_WholeImage):
     """The patch classifier applied to the whole image at once, in one pass of its convolutions (golden).
 
-    `heatmap_model` is what `dm_resnet.add_top_layers(..., return_heatmap=True)` makes of the classifier: the feature
+    `model` is what `dm_resnet.add_top_layers(..., return_heatmap=True)` makes of the classifier: the feature
     map is average-pooled (`avg_pool_size` cells, with strides `hm_strides`), and its last layer applied everywhere.
     A cell stands for the patch that gives `avg_pool_size` features, 224 pixels for 7 of the usual stride 32, and lies
     at its centre.
@@ -167,20 +137,14 @@ class ForwardPropagation(_WholeImage):
     border, though not from the image's, than the network's receptive field does; and in a window that is the image.
     """
 
+    avg_pool_size: Sequence[int] = (7, 7)
+    hm_strides: Sequence[int] = (1, 1)
     mode = "fprop"
 
-    def __init__(
-        self,
-        heatmap_model,
-        pixels: Pixels,
-        avg_pool_size: Sequence[int] = (7, 7),
-        hm_strides: Sequence[int] = (1, 1),
-        segment_breast: bool = False,
-    ):
-        super().__init__(heatmap_model, pixels, segment_breast)
-        stride, reach = _stride_and_reach(heatmap_model.layers[1])
-        self.strides = tuple(float(stride * n) for n in hm_strides)
-        self.window = tuple(stride * (n - 1) + max(stride, reach) for n in avg_pool_size)
+    def __post_init__(self):
+        stride, reach = _stride_and_reach(self.model.layers[1])
+        self.strides = tuple(float(stride * n) for n in self.hm_strides)
+        self.window = tuple(stride * (n - 1) + max(stride, reach) for n in self.avg_pool_size)
         self.first = tuple(size / 2 for size in self.window)
 
     def score(self, scan: Scan) -> np.ndarray:
@@ -189,7 +153,7 @@ class ForwardPropagation(_WholeImage):
 
 
 def _stride_and_reach(net) -> tuple[int, int]:
-    """Pixels between the features of a convolutional network, and the size of the smallest image that gives one."""
+    """Return the pixels between the features of a convolutional network, and the size of the smallest image for one."""
 
     def features(size):
         return net.compute_output_shape((1, size, size, net.input_shape[-1]))[1]
@@ -197,13 +161,11 @@ def _stride_and_reach(net) -> tuple[int, int]:
     large = 2048
     count = features(large)
     stride = round(large / (features(2 * large) - count))
-    low, high = large - 2 * stride, large  # the smallest image of as many features is between
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if features(middle) >= count else (middle, high)
-    return stride, high - stride * (count - 1)
+    smallest = bisect_left(range(large), count, lo=large - 2 * stride, key=features)  # that gives as many
+    return stride, smallest - stride * (count - 1)
 
 
+@dataclass
 class GradCam(_WholeImage):
     """Grad-CAM of a whole-image classifier (Selvaraju et al. 2017): which features speak for a class.
 
@@ -216,24 +178,21 @@ class GradCam(_WholeImage):
     which is finer; default: the finer one where there is one.
     """
 
+    layer: str | None = None
     mode = "gradcam"
 
-    def __init__(self, model, pixels: Pixels, layer: str | None = None, segment_breast: bool = False):
+    def __post_init__(self):
         import keras
 
-        super().__init__(model, pixels, segment_breast)
-        features = _feature_tensor(model, layer)
-        self.trunk = keras.Model(model.inputs[0], features)
-        self.head = keras.Model(features, _scores_before_softmax(model))
-        image = _Cells(np.full(2, 0.5), np.ones(2), np.array(pixels.size))
-        cells = _cells(features, {id(model.inputs[0]): image})
-        expected = self.trunk.compute_output_shape((1, *pixels.size, self.model.input_shape[-1]))[1:3]
-        if tuple(cells.count) != tuple(expected):
-            raise InputError(
-                f"Grad-CAM: cannot tell where the features are: Expected convolutions and poolings that give "
-                f"{cells.count[0]} x {cells.count[1]} of them. Received {expected[0]} x {expected[1]}"
-            )
-        self.first, self.strides = tuple(map(float, cells.first)), tuple(map(float, cells.strides))
+        image, features = self.model.inputs[0], _feature_tensor(self.model, self.layer)
+        self.trunk = keras.Model(image, features)
+        self.head = keras.Model(features, _scores_before_softmax(self.model))
+        cells = _cells(features, {id(image): _Cells(np.full(2, 0.5), np.ones(2), np.array(self.pixels.size))})
+        rows, columns = self.trunk.compute_output_shape((1, *self.pixels.size, image.shape[-1]))[1:3]
+        if tuple(cells.count) != (rows, columns):
+            expected = f"Expected convolutions and poolings that give {cells.count[0]} x {cells.count[1]} of them"
+            raise InputError(f"Grad-CAM: cannot tell where the features are: {expected}. Received {rows} x {columns}")
+        self.first, self.strides = tuple(cells.first.tolist()), tuple(cells.strides.tolist())
         self.window = self.strides
 
     def score(self, scan: Scan) -> np.ndarray:
@@ -243,11 +202,14 @@ class GradCam(_WholeImage):
         from mammo.train.devices import gradient_of_output
 
         features = keras.ops.convert_to_tensor(self.trunk.predict_on_batch(self._input(scan)))
-        maps = []
-        for index in range(self.head.output_shape[-1]):
-            weights = gradient_of_output(self.head, features, index).mean(axis=(0, 1, 2))
-            maps.append(np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0))
-        return np.stack(maps, axis=-1)
+        gradients = [gradient_of_output(self.head, features, i) for i in range(self.head.output_shape[-1])]
+        weights = np.stack([gradient.mean(axis=(0, 1, 2)) for gradient in gradients], axis=-1)
+        return np.maximum(keras.ops.convert_to_numpy(features)[0] @ weights, 0)
+
+
+# A way to compute maps. Each has a `mode`; `strides`, (rows, columns) of pixels from cell to cell; and `window`, those
+# that a cell stands for. `read` gives the Scan of a file, and `score` its map.
+Scorer = Sweep | ForwardPropagation | GradCam
 
 
 class _Cells(NamedTuple):
@@ -262,7 +224,7 @@ class _Cells(NamedTuple):
 
 
 def _cells(tensor, known: dict[int, _Cells]) -> _Cells:
-    """The cells of a tensor inside a network, by the sizes, strides and paddings of the layers before it.
+    """Return the cells of a tensor inside a network, by the sizes, strides and paddings of the layers before it.
 
     known: cells by id of tensor, with those of the network's input; others are added. Of branches whose cells differ,
     the middle is taken.
@@ -296,7 +258,7 @@ def _cells(tensor, known: dict[int, _Cells]) -> _Cells:
 
 
 def _feature_tensor(model, layer: str | None):
-    """The tensor inside `model` that Grad-CAM looks at; see `GradCam`."""
+    """Return the tensor inside `model` that Grad-CAM looks at; see `GradCam`."""
     import keras
 
     nested = [i for i, inner in enumerate(model.layers) if isinstance(inner, keras.Model)]
@@ -307,15 +269,14 @@ def _feature_tensor(model, layer: str | None):
     ends = (keras.layers.GlobalAveragePooling2D, keras.layers.GlobalMaxPooling2D, keras.layers.Flatten)
     tensors = [inner.input for inner in model.layers if isinstance(inner, ends)]
     if not tensors:
-        raise InputError(
-            "Grad-CAM: Expected a network whose feature map is pooled globally or flattened. Received one of "
-            + ", ".join(type(inner).__name__ for inner in model.layers[-3:])
-        )
+        expected = "Expected a network whose feature map is pooled globally or flattened"
+        last = ", ".join(type(inner).__name__ for inner in model.layers[-3:])
+        raise InputError(f"Grad-CAM: {expected}. Received one of {last}")
     return tensors[-1]
 
 
 def _scores_before_softmax(model):
-    """Output tensor of `model` without its last softmax."""
+    """Return the output tensor of `model` without its last softmax."""
     import keras
 
     last = model.layers[-1]
@@ -345,7 +306,9 @@ class Breast(NamedTuple):
         return f"{self.patient_id}_{self.side}"
 
 
-def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tuple[list[Breast], list[str]]:
+def read_breasts(
+    table: str | Path, img_folder: str | Path, patients: Iterable[str] | None = None
+) -> tuple[list[Breast], list[str]]:
     """Read the breasts of a CSV table `patient_id,side,cancer`, in its order, and return the faults met, too.
 
     Images are `<img_folder>/<patient_id>_<side>_<CC|MLO>.png`. patients: use these alone. Faults are patients
@@ -378,7 +341,7 @@ def read_breasts(table, img_folder, patients: Iterable[str] | None = None) -> tu
     return breasts, faults
 
 
-def check_masks(breast: Breast, roi_mask_dir) -> None:
+def check_masks(breast: Breast, roi_mask_dir: str | Path) -> None:
     """Raise InputError for a lesion mask of a breast's images that cannot be used."""
     for view, path in breast.files.items():
         read_lesion_masks(roi_mask_dir, f"{breast.name}_{view.upper()}", path)
@@ -395,34 +358,23 @@ def score_breasts(
     on_error: str = "stop",
     fresh: bool = False,
 ) -> tuple[list[HeatmapRecord], list[str]]:
-    """Compute the maps of all breasts and write the map file `out`.
+    """Compute the maps of all breasts, write the map file `out`, and return the records in order, and the faults met.
 
     Finished breasts are kept in the folder `<out>.parts` until all are; started again, the work goes on there. Those
-    that `out` has are done, too. Images that are newer than their maps are scored again.
+    that `out` has are done, too. Images that are newer than their maps are scored again. Raises InputError where maps
+    are there of a run with other options, or `out` is no map file.
 
-    Args:
-        options: what the maps depend on, kept in the file.
-        jobs: threads that read images while the network works; the maps are the same for any number.
-        on_error: "stop" raises InputError at the first image at fault, "skip" leaves its breast out.
-        fresh: begin anew, whatever is there.
-
-    Returns:
-        the records, in the order of `breasts`, and the faults met.
-
-    Raises:
-        InputError: where maps are there of a run with other options, or `out` is no map file.
+    options: what the maps depend on, kept in the file. jobs: threads that read images while the network works; the maps
+    are the same for any number. on_error: "stop" raises InputError at the first image at fault, "skip" leaves its
+    breast out. fresh: begin anew, whatever is there.
     """
     parts, faults = Path(f"{out}.parts"), []
     if fresh:
         shutil.rmtree(parts, ignore_errors=True)
     remove_partial(parts)
     remove_partial(out)
-    header = {
-        "class_names": list(class_names),
-        "strides": scorer.strides,
-        "mode": scorer.mode,
-        "options": json.loads(json.dumps(options | {"window": [float(size) for size in scorer.window]})),
-    }
+    options = json.loads(json.dumps(options | {"window": [float(size) for size in scorer.window]}))
+    header = {"class_names": list(class_names), "strides": scorer.strides, "mode": scorer.mode, "options": options}
     done = _take_up(breasts, header, None if fresh else Path(out), parts)
     todo = [breast for breast in breasts if breast.name not in done]
     parts.mkdir(parents=True, exist_ok=True)
@@ -467,9 +419,7 @@ def _score_breast(breast: Breast, views: dict[str, Scan], scorer: Scorer) -> Hea
         heatmap = scorer.score(scan)
         if not np.isfinite(heatmap).all():
             raise InputError(f"{scan.file}: the network gives NaN or infinity: it has diverged")
-        setattr(record, view, heatmap)
-        setattr(record, f"{view}_file", scan.file)
-        setattr(record, f"{view}_grid", scan.grid)
+        record.set_view(view, heatmap, scan.file, scan.grid)
     return record
 
 
@@ -495,8 +445,9 @@ def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, 
     if not path.exists():
         return {}
     kept = load_heatmaps(path)
-    theirs = {"class_names": kept.class_names, "mode": kept.mode} | kept.options
-    ours = {"class_names": header["class_names"], "mode": header["mode"]} | header["options"]
+    theirs, ours = (
+        {"class_names": of["class_names"], "mode": of["mode"]} | of["options"] for of in (vars(kept), header)
+    )
     check_same_options(path, theirs, ours, "another --out, or --fresh to replace them")
     written, records = path.stat().st_mtime, {f"{record.patient_id}_{record.side}": record for record in kept.records}
     finished = {}
@@ -515,29 +466,24 @@ def _finished(path: Path, breasts: Sequence[Breast], header: dict) -> dict[str, 
 
 
 def crop_img(img: np.ndarray, bbox: tuple[int, int, int, int]) -> np.ndarray:
-    """View of the box (x, y, width, height) of an image (H, W)."""
+    """Return a view of the box (x, y, width, height) of an image (H, W)."""
     x, y, width, height = bbox
     return img[y : y + height, x : x + width]
 
 
 def add_img_margins(img: np.ndarray, margin_size: int) -> np.ndarray:
-    """Copy of an image (H, W) with a zero margin of `margin_size` pixels on each side."""
+    """Return a copy of an image (H, W) with a zero margin of `margin_size` pixels on each side."""
     return np.pad(img, margin_size)
 
 
 def window_grid(img_shape: tuple[int, int], patch_size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """First rows and first columns of the windows that sweep an image, the leftover split to both sides (golden)."""
+    """Return first rows and columns of the windows that sweep an image, the leftover split to both sides (golden)."""
 
-    def starts(length):
-        if length < patch_size or stride < 1:
-            raise InputError(
-                f"Expected windows within the image and a stride of at least 1. "
-                f"Received patch_size {patch_size}, stride {stride} for an image of {img_shape}."
-            )
-        leftover = (length - patch_size) % stride
-        return np.arange(leftover // 2, length - patch_size + 1, stride)
-
-    return starts(img_shape[0]), starts(img_shape[1])
+    if min(img_shape) < patch_size or stride < 1:
+        received = f"patch_size {patch_size}, stride {stride} for an image of {img_shape}"
+        raise InputError(f"Expected windows within the image and a stride of at least 1. Received {received}.")
+    rows, columns = (np.arange(last % stride // 2, last + 1, stride) for last in np.subtract(img_shape, patch_size))
+    return rows, columns
 
 
 def cut_window(img: np.ndarray, top: int, left: int, patch_size: int, pixels: Pixels) -> np.ndarray:
@@ -546,13 +492,9 @@ def cut_window(img: np.ndarray, top: int, left: int, patch_size: int, pixels: Pi
 
 
 def sweep_img_patches(
-    img: np.ndarray,
-    patch_size: int,
-    stride: int,
-    target_scale: float | None = None,
-    equalize_hist: bool = False,
+    img: np.ndarray, patch_size: int, stride: int, target_scale: float | None = None, equalize_hist: bool = False
 ) -> tuple[np.ndarray, int, int]:
-    """All windows of an image (H, W): float32 (n, patch_size, patch_size) row by row, rows and columns of the grid.
+    """Return all windows of an image (H, W), float32 (n, patch_size, patch_size), and the rows and columns of the grid.
 
     Each window is scaled by its own maximum to `target_scale`, then equalised if asked (golden).
     """
@@ -563,12 +505,12 @@ def sweep_img_patches(
 
 
 def get_prob_heatmap(
-    img_list,
+    img_list: str | Path | Sequence[str | Path] | None,
     target_height: int,
     target_scale: float | None,
     patch_size: int,
     stride: int,
-    model,
+    model: "keras.Model",
     batch_size: int,
     featurewise_center: bool = False,
     featurewise_mean: float = 91.6,
@@ -576,25 +518,15 @@ def get_prob_heatmap(
     parallelized: bool = False,
     equalize_hist: bool = False,
 ) -> list[np.ndarray | None]:
-    """Class probabilities of a patch classifier at the windows sweeping each image (golden).
+    """Return the maps of `Sweep`, float32 (grid rows, grid columns, classes), of each image (golden); [None] for None.
 
-    The image is read at `target_height`, the breast cut out and padded by patch_size // 2 zeros, and each window
-    scaled by its own maximum to `target_scale`. At most `batch_size` windows are held at a time.
-
-    Args:
-        img_list: a file name, a list of them, or None.
-        model: Keras model of patches (patch_size, patch_size, channels) to class probabilities.
-        preprocess: applied to a batch of windows (n, patch_size, patch_size, channels) before the mean.
-        parallelized: ignored; kept for old scripts.
-
-    Returns a list of float32 arrays (grid rows, grid columns, classes), [None] for None.
+    img_list: a file name, a list of them, or None. target_scale: each window's own maximum becomes this. model: a Keras
+    model of patches (patch_size, patch_size, channels). parallelized: ignored; kept for old scripts.
     """
-
     if img_list is None:
         return [None]
     if isinstance(img_list, (str, os.PathLike)):
         img_list = [img_list]
-    mean = featurewise_mean if featurewise_center else None
-    pixels = Pixels(scale=target_scale, equalize=equalize_hist, mean=mean)
+    pixels = Pixels(None, target_scale, None, equalize_hist, featurewise_mean if featurewise_center else None)
     sweep = Sweep(model, target_height, patch_size, stride, batch_size, pixels, preprocess)
     return [sweep.score(sweep.read(fname)) for fname in img_list]

@@ -54,19 +54,16 @@ def overlay_figure(
 ) -> "Figure":
     """Draw the mammogram, the sum of the region classes on it where there are several, and each class, background last.
 
-    Args:
-        img: (rows, columns) of the scored image, any real dtype.
-        heatmap: (map rows, map columns, classes).
-        masks: bool (rows, columns) each, outlined.
-        probabilities: colours go from 0 to 1, else to the largest value of each panel.
+    img: (rows, columns) of the scored image, any real dtype. heatmap: (map rows, map columns, classes). masks: bool
+    (rows, columns) each, outlined. probabilities: colours go from 0 to 1, else to the largest value of each panel.
     """
     from matplotlib.figure import Figure
 
     by_class = [(name, heatmap[..., i]) for i, name in enumerate(class_names)]
     panels = [("lesion classes, sum", heatmap[..., 1:].sum(axis=-1))] if heatmap.shape[-1] > 2 else []
     panels = [("mammogram", None), *panels, *by_class[1:], by_class[0]]
-    across = len(panels) if len(panels) < 5 else math.ceil(len(panels) / 2)
-    down = math.ceil(len(panels) / across)
+    down = 1 if len(panels) < 5 else 2
+    across = math.ceil(len(panels) / down)
     size = (2.1 * across + 1.2, (2.1 * img.shape[0] / img.shape[1] + 0.3) * down + 0.4)
     figure = Figure(figsize=size, dpi=160, layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
@@ -80,7 +77,7 @@ def overlay_figure(
             colours = resample(values, grid) if probabilities else share_of_largest(values, grid)
             shown = ax.imshow(colours, cmap=_colours(), vmax=1, interpolation="nearest", **place)
         for outline in outlines:
-            ax.plot(outline[:, 0], outline[:, 1], color="cyan", linewidth=0.9)
+            ax.plot(*outline.T, color="cyan", linewidth=0.9)
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=6)
     for i, ax in enumerate(axes.flat):

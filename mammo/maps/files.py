@@ -62,6 +62,11 @@ class HeatmapRecord:
         """Return the name of a view's image, such as "P_00001_LEFT_CC"."""
         return f"{self.patient_id}_{self.side}_{view.upper()}"
 
+    def set_view(self, view: str, heatmap: np.ndarray, file: str | None, grid: Grid | None) -> None:
+        """Keep the map of a view, "cc" or "mlo", with the image that was scored and the map's place in it."""
+        for name, value in ((view, heatmap), (f"{view}_file", file), (f"{view}_grid", grid)):
+            setattr(self, name, value)
+
     def views(self) -> Iterator[tuple[str, np.ndarray, str | None, Grid | None]]:
         """Yield ("cc" or "mlo", map, file, grid) of each view that has a map."""
         for view in MAP_VIEWS:
@@ -72,9 +77,8 @@ class HeatmapRecord:
         """Yield the same as `views`. Raises InputError for a map without the file or the grid of its image."""
         for view, heatmap, file, grid in self.views():
             if file is None or grid is None:
-                raise InputError(
-                    f"{self.image_id(view)}: the map file does not say which image was scored; compute the map again"
-                )
+                missing = "the map file does not say which image was scored; compute the map again"
+                raise InputError(f"{self.image_id(view)}: {missing}")
             yield view, heatmap, file, grid
 
 
@@ -125,29 +129,18 @@ def save_heatmaps(
     `.npz` (compressed arrays and one JSON text) and `.h5` hold the same. `.pkl` is the format of the published program:
     a pickled list with a dict for each breast, of patient_id, side, cancer, cc and mlo, and here also the rest.
 
-    Args:
-        records: the maps, float of as many classes as `class_names`.
-        class_names, strides, mode, options: see `Heatmaps`. Options are JSON values.
-
-    Raises:
-        InputError: the ending is another, or a map does not have `class_names`.
+    records, class_names, strides, mode, options: see `Heatmaps`. Options are JSON values. Raises InputError where the
+    ending is another, or a map has other than len(class_names) classes.
     """
     check_map_name(path)
     records = list(records)
     for record in records:
         for view, heatmap, *_ in record.views():
             if heatmap.ndim != 3 or heatmap.shape[2] != len(class_names):
-                raise InputError(
-                    f"{path}: {record.patient_id} {record.side} {view}: Expected a map of {len(class_names)} classes. "
-                    f"Received an array of shape {heatmap.shape}"
-                )
-    header = {
-        "version": _VERSION,
-        "class_names": list(class_names),
-        "strides": [float(stride) for stride in strides],
-        "mode": mode,
-        "options": options or {},
-    }
+                expected = f"Expected a map of {len(class_names)} classes. Received an array of shape {heatmap.shape}"
+                raise InputError(f"{path}: {record.patient_id} {record.side} {view}: {expected}")
+    header = {"version": _VERSION, "class_names": list(class_names), "strides": [float(stride) for stride in strides]}
+    header |= {"mode": mode, "options": options or {}}
     dicts = [_to_dict(record) for record in records]
     with atomic_write(path, durable=True) as temporary:
         if Path(path).suffix == ".pkl":
@@ -180,11 +173,8 @@ def load_heatmaps(path: str | os.PathLike) -> Heatmaps:
     """Read a map file of any of the formats of `save_heatmaps`, or a `.pkl` of the published program.
 
     Nothing in a file is executed: a pickle of anything but NumPy arrays, numbers, texts, lists and dicts is refused,
-    and its arrays are made from their bytes here.
-
-    Raises:
-        InputError: the file is missing, damaged, cut short or no map file, which includes maps with NaN or without
-            cells.
+    and its arrays are made from their bytes here. Raises InputError where the file is missing, damaged, cut short or no
+    map file, which includes maps with NaN or without cells.
     """
     check_map_name(path)
     path = Path(path)
@@ -239,7 +229,7 @@ def _from_dicts(content: list[dict]) -> Heatmaps:
     _check(isinstance(options, dict), "options")
     # Maps are smoothed by a part of the window.
     _check("window" not in options or _is_pair(options["window"], 0, _MAX_SIDE + 1), "window")
-    heatmaps = Heatmaps([], names, None if strides is None else tuple(strides), mode, options)
+    heatmaps = Heatmaps([], names, strides and tuple(strides), mode, options)
     maps: dict[int, np.ndarray] = {}
     # Without patient_id an entry is the header of a file without records.
     heatmaps.records = [_to_record(entry, heatmaps, maps) for entry in content if "patient_id" in entry]
@@ -268,9 +258,7 @@ def _to_record(entry: dict, heatmaps: Heatmaps, maps: dict[int, np.ndarray]) -> 
         _check(np.isfinite(heatmap).all(), f"values of {record.patient_id} {view}: NaN or infinity")
         file = entry.get(f"{view}_file")
         _check(file is None or isinstance(file, str), f"{view}_file")
-        setattr(record, view, heatmap)
-        setattr(record, f"{view}_file", file)
-        setattr(record, f"{view}_grid", _to_grid(entry, view, heatmap.shape, heatmaps.strides))
+        record.set_view(view, heatmap, file, _to_grid(entry, view, heatmap.shape, heatmaps.strides))
     return record
 
 
@@ -294,9 +282,8 @@ def _check(holds, what: str) -> None:
 
 def _is_pair(values, above: float = -math.inf, below: float = math.inf) -> bool:
     """Return whether these are two numbers between limits."""
-    if not isinstance(values, Sequence) or len(values) != 2:
-        return False
-    return all(isinstance(value, Real) and above < value < below for value in values)
+    is_pair = isinstance(values, Sequence) and len(values) == 2
+    return is_pair and all(isinstance(value, Real) and above < value < below for value in values)
 
 
 def _read_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from mammo.base.files import InputError, atomic_write
+from mammo.base.files import InputError, atomic_write, naming, write_text
 from mammo.data.patches import read_lesion_masks
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import check_grey, read_resized
@@ -43,14 +43,10 @@ class MapHits:
 
 
 def find_marks(values: np.ndarray, grid: Grid, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Find the marks of a map.
+    """Find the marks of a map (map rows, map columns) of values of 0 or more. A cell of value 0 is no mark.
 
-    Args:
-        values: (map rows, map columns), 0 or more. A cell of value 0 is no mark.
-        radius: pixels within which a mark is the largest value.
-
-    Returns:
-        Positions (marks, 2), row and column in pixels of the scored image, and scores (marks,), the highest first.
+    radius: pixels within which a mark is the largest value. Returns positions (marks, 2), row and column in pixels of
+    the scored image, and scores (marks,), the highest first.
     """
     size = [2 * max(1, round(radius / stride)) + 1 for stride in grid.strides]
     tops = (values == ndimage.maximum_filter(values, size, mode="constant")) & (values > 0)
@@ -74,46 +70,30 @@ def mark_image(
 ) -> MapHits:
     """Find the marks of one map and the lesions that they hit, as the top of this module says.
 
-    Args:
-        values: (map rows, map columns), the larger the more suspicious.
-        masks: of the lesions, bool of `grid.image_size`.
-        breast: bool of the same size.
-        window: (rows, columns) in pixels of the part of the image that a cell stands for.
-        smooth: standard deviation of the Gaussian in pixels; default: a quarter of the window.
+    values: (map rows, map columns), the larger the more suspicious. masks: of the lesions, bool of `grid.image_size`.
+    breast: bool of the same size. window: (rows, columns) in pixels of the part of the image that a cell stands for.
+    smooth: standard deviation of the Gaussian in pixels; default: a quarter of the window.
     """
-    sigma = [
-        (size / 4 if smooth is None else smooth) / stride for size, stride in zip(window, grid.strides, strict=True)
-    ]
+    sigma = (np.divide(window, 4) if smooth is None else smooth) / np.array(grid.strides)
     values = ndimage.gaussian_filter(values.astype(np.float64), sigma, mode="nearest")
-    tolerance = max(grid.strides) / 2
-    reached = [_dilate(mask, tolerance) for mask in masks]
     positions, scores = find_marks(values, grid, max(window) / 2)
-    hits = np.zeros((len(scores), len(masks)), bool)
-    limits = np.array(grid.image_size) - 1
-    for i, position in enumerate(positions):
-        row, column = np.clip(np.floor(position).astype(int), 0, limits)  # windows may be centred beside the image
-        hits[i] = [area[row, column] for area in reached]
-    anywhere = np.logical_or.reduce(reached) if reached else np.zeros_like(breast)
-    return MapHits(
-        image_id,
-        scores,
-        hits,
-        (bool(len(scores)) and bool(hits[0].any())) if masks else None,
-        float(anywhere[breast].mean()),
-    )
-
-
-def _dilate(mask: np.ndarray, distance: float) -> np.ndarray:
-    """Return all pixels at most `distance` pixels from the mask."""
-    return cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE) <= distance
+    # Of each lesion, all pixels at most half a stride from it.
+    reached = np.zeros((len(masks), *breast.shape), bool)
+    for mask, area in zip(masks, reached, strict=True):
+        distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        area[...] = distance <= max(grid.strides) / 2
+    # Windows may be centred beside the image.
+    rows, columns = np.clip(np.floor(positions).astype(int), 0, np.array(grid.image_size) - 1).T
+    hits = reached[:, rows, columns].T
+    pointed = bool(hits[:1].any()) if masks else None
+    return MapHits(image_id, scores, hits, pointed, float(reached.any(axis=0)[breast].mean()))
 
 
 def froc(images: Sequence[MapHits]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the free-response ROC of images; raise InputError if none has lesions.
 
-    Returns:
-        Thresholds in falling order, false positives per image, and sensitivity (lesions hit / lesions) at each. The
-        first threshold is infinity, where nothing is marked.
+    Returns thresholds in falling order, false positives per image, and sensitivity (lesions hit / lesions) at each. The
+    first threshold is infinity, where nothing is marked.
     """
     nb_lesion = sum(image.hits.shape[1] for image in images)
     if not nb_lesion:
@@ -121,10 +101,8 @@ def froc(images: Sequence[MapHits]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     false = np.concatenate([image.scores[~image.hits.any(axis=1)] for image in images])
     # A lesion is found at the score of its highest mark.
     found = np.array([image.scores[hit].max() for image in images for hit in image.hits.T if hit.any()])
-    thresholds = np.unique(np.concatenate([false, found]))[::-1]
-    thresholds = np.concatenate([[np.inf], thresholds])
-    above = [(np.sort(scores), scores.size) for scores in (false, found)]
-    nb_false, nb_found = (size - np.searchsorted(ordered, thresholds, side="left") for ordered, size in above)
+    thresholds = np.unique(np.concatenate([false, found, [np.inf]]))[::-1]
+    nb_false, nb_found = (len(some) - np.searchsorted(np.sort(some), thresholds) for some in (false, found))
     return thresholds, nb_false / len(images), nb_found / nb_lesion
 
 
@@ -153,14 +131,10 @@ def mark_breast(
     wanted: Collection[tuple[str, str, str]] | None = None,
     smooth: float | None = None,
 ) -> list[MapHits]:
-    """Find the marks of each view of a breast and the lesions that they hit.
+    """Find the marks of each view of a breast and the lesions that they hit, by `mark_image`.
 
-    Args:
-        columns: the classes whose sum is judged.
-        window: see `mark_image`; default: the strides of the map.
-        roi_mask_dir: folder of lesion masks; see `read_lesion_masks`.
-        wanted: (type, image id, number) of the lesions to look for; default: all that have a mask.
-        smooth: see `mark_image`.
+    columns: the classes whose sum is judged. window: default: the strides of the map. roi_mask_dir: see
+    `read_lesion_masks`. wanted: (type, image id, number) of the lesions to look for; default: all that have a mask.
     """
     marked = []
     for view, heatmap, file, grid in record.scored_views():
@@ -170,10 +144,8 @@ def mark_breast(
             masks = [mask for mask in masks if (mask.type, image_id, mask.number) in wanted]
         pixels = [mask.pixels for mask in masks]
         img = check_grey(file, read_resized(file, target_size=grid.image_size))
-        try:
+        with naming(file):
             breast = DMImagePreprocessor.segment_breast(img, crop=False)[0] > 0
-        except InputError as error:
-            raise InputError(f"{file}: {error}") from error
         values = heatmap[..., columns].sum(axis=-1)
         marked.append(mark_image(image_id, values, grid, pixels, breast, window or grid.strides, smooth))
     return marked
@@ -190,25 +162,16 @@ def write_localisation(out_dir: str | Path, results: dict[str, Sequence[MapHits]
     for name, images in results.items():
         summary = summarise(images)
         rows.append({"maps": name} | summary)
-        thresholds, false_positives, sensitivity = froc(images)
-        curves.append(
-            pd.DataFrame(
-                {"maps": name, "threshold": thresholds, "fp_per_image": false_positives, "sensitivity": sensitivity}
-            )
-        )
+        curve = dict(zip(("threshold", "fp_per_image", "sensitivity"), froc(images), strict=True))
+        curves.append(pd.DataFrame({"maps": name} | curve))
         label = f"{Path(name).name}: pointing {summary['pointing_accuracy']:.2f} (chance {summary['chance']:.2f})"
-        furthest = max(furthest, false_positives[-1])
-        axes.step(false_positives, sensitivity, where="post", label=label)
-    axes.set(
-        xlabel="false positives per image",
-        ylabel="lesions found",
-        ylim=(0, 1.02),
-        xlim=(0, min(FP_RATES[-1], 1.05 * furthest)),
-    )
+        furthest = max(furthest, curve["fp_per_image"][-1])
+        axes.step(curve["fp_per_image"], curve["sensitivity"], where="post", label=label)
+    axes.set(xlabel="false positives per image", xlim=(0, min(FP_RATES[-1], 1.05 * furthest)))
+    axes.set(ylabel="lesions found", ylim=(0, 1.02))
     axes.grid(color="0.9")
     figure.legend(loc="outside lower center", fontsize=8)
     for name, table in (("localisation.csv", pd.DataFrame(rows)), ("froc.csv", pd.concat(curves))):
-        with atomic_write(Path(out_dir, name)) as temporary:
-            table.to_csv(temporary, index=False)
+        write_text(Path(out_dir, name), table.to_csv(index=False))
     with atomic_write(Path(out_dir, "froc.png")) as temporary:
         figure.savefig(temporary, dpi=160)

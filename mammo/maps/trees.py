@@ -11,13 +11,13 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mammo.base.files import InputError, atomic_write, write_json
+from mammo.base.files import InputError, atomic_write, naming, write_json, write_text
 from mammo.base.guards import check_trees, load_trees, readable
 from mammo.base.statistics import bootstrap_auc, bootstrap_counts, percentile_interval
 from mammo.base.work import run_parallel
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from skimage.measure._regionprops import RegionProperties
     from sklearn.base import ClassifierMixin
 
+Maps = tuple[np.ndarray | None, np.ndarray | None]  # of CC and MLO, each (rows, columns, classes)
 CLASSIFIERS = ("rf", "gbt")
 _FORMAT = 1
 # What maps must share, beside class names, strides and mode, for one classifier to take them: the patch classifier and
@@ -42,20 +43,16 @@ _SHARED_OPTIONS = ("dl_state_crc32", "window", "img_size", "img_height")
 def load_breasts(paths: Sequence[str | os.PathLike], class_names: Sequence[str] | None = None) -> Heatmaps:
     """Read several map files as one; breasts without a map are left out, and their number printed.
 
-    Args:
-        class_names: of the maps' classes, background first, for files that hold none (the published program's).
-
-    Raises:
-        InputError: a file is damaged or holds Grad-CAM maps, which are no probabilities; the maps of the files cannot
-            be compared; or a breast stands there twice.
+    class_names: of the maps' classes, background first, for files that hold none (the published program's). Raises
+    InputError where a file is damaged or holds Grad-CAM maps, which are no probabilities; where the maps of the files
+    cannot be compared; or a breast stands there twice.
     """
     files = []
     for path in paths:
         files.append(_load_probabilities(path, class_names))
         check_comparable(kind_of(files[-1]), kind_of(files[0]), path, paths[0])
     records = [record for heatmaps in files for record in heatmaps.records]
-    counts = Counter((record.patient_id, record.side) for record in records)
-    (patient, side), count = counts.most_common(1)[0]
+    [((patient, side), count)] = Counter((record.patient_id, record.side) for record in records).most_common(1)
     if count > 1:
         raise InputError(f"{', '.join(map(str, paths))}: {patient} {side} stands there {count} times")
     mapped = [record for record in records if any(record.views())]
@@ -70,17 +67,14 @@ def _load_probabilities(path, class_names: Sequence[str] | None) -> Heatmaps:
     if not nb_class:
         raise InputError(f"{path}: Expected maps. Received none")
     if heatmaps.mode == "gradcam":
-        raise InputError(
-            f"{path}: Expected probabilities, maps of a patch classifier. Received Grad-CAM of a whole-image one, "
-            "whose values have no scale for cut-offs"
-        )
+        received = "Received Grad-CAM of a whole-image one, whose values have no scale for cut-offs"
+        raise InputError(f"{path}: Expected probabilities, maps of a patch classifier. {received}")
     if not heatmaps.class_names:
         heatmaps.class_names = list(class_names or [f"class_{i}" for i in range(max(nb_class))])
     if nb_class != {len(heatmaps.class_names)}:
-        raise InputError(
-            f"{path}: Expected maps of the classes {', '.join(heatmaps.class_names)}. "
-            f"Received {', '.join(map(str, sorted(nb_class)))} classes"
-        )
+        received = ", ".join(map(str, sorted(nb_class)))
+        expected = f"Expected maps of the classes {', '.join(heatmaps.class_names)}"
+        raise InputError(f"{path}: {expected}. Received {received} classes")
     return heatmaps
 
 
@@ -95,10 +89,8 @@ def check_comparable(kind: dict[str, Any], other: dict[str, Any], name: str, oth
     for what, value in kind.items():
         if value != other[what] and value is not None and other[what] is not None:
             what_is = "patch classifier (CRC-32)" if what == "dl_state_crc32" else what.replace("_", " ")
-            raise InputError(
-                f"{name}: maps of another kind than those of {other_name}: {what_is}: Expected {other[what]}. "
-                f"Received {value}"
-            )
+            differ = f"{what_is}: Expected {other[what]}. Received {value}"
+            raise InputError(f"{name}: maps of another kind than those of {other_name}: {differ}")
 
 
 # ------------------------------------------------------------------------------------------------- the features
@@ -106,37 +98,21 @@ def check_comparable(kind: dict[str, Any], other: dict[str, Any], name: str, oth
 
 def feature_names(class_names: Sequence[str], cutoffs: Sequence[float], k: int) -> list[str]:
     """Return the names of the `breast_features` of a breast in their order, such as `cc_mass_mal_0.5_top1_area`."""
-    of_one_map = prob_heatmap_features(None, 0.0, k, len(class_names))
-    return [
-        f"{view}_{class_name}_{cutoff:g}_{name}"
-        for view in MAP_VIEWS
-        for cutoff in cutoffs
-        for class_name, features in zip(class_names[1:], of_one_map, strict=True)
-        for name in features
-    ]
+    names = _class_features([], k)
+    each = product(MAP_VIEWS, cutoffs, class_names[1:], names)
+    return [f"{view}_{class_name}_{cutoff:g}_{name}" for view, cutoff, class_name, name in each]
 
 
 def breast_features(
-    maps: tuple[np.ndarray | None, np.ndarray | None],
-    cutoffs: Sequence[float],
-    k: int,
-    nb_cls: int,
-    names: Sequence[str] | None = None,
+    maps: Maps, cutoffs: Sequence[float], k: int, nb_cls: int, names: Sequence[str] | None = None
 ) -> np.ndarray:
     """Compute features (n,) float64 of the maps (cc, mlo) of a breast, those of `names` or all.
 
     Of several pairs of images call it for each.
     """
-    return np.array(
-        [
-            value
-            for heatmap in maps
-            for cutoff in cutoffs
-            for features in prob_heatmap_features(heatmap, cutoff, k, nb_cls)
-            for value in (features.values() if names is None else map(features.__getitem__, names))
-        ],
-        np.float64,
-    )
+    each = (prob_heatmap_features(heatmap, cutoff, k, nb_cls) for heatmap, cutoff in product(maps, cutoffs))
+    by_class = chain.from_iterable(each)
+    return np.array([features[name] for features in by_class for name in names or features], np.float64)
 
 
 def feature_table(heatmaps: Heatmaps, cutoffs: Sequence[float], k: int, jobs: int = 1) -> np.ndarray:
@@ -145,11 +121,9 @@ def feature_table(heatmaps: Heatmaps, cutoffs: Sequence[float], k: int, jobs: in
     return np.stack(list(run_parallel(describe, heatmaps.records, jobs, desc="features", unit="breast")))
 
 
-def _describe(record: HeatmapRecord, cutoffs, k, nb_cls) -> np.ndarray:
-    try:
-        return breast_features((record.cc, record.mlo), cutoffs, k, nb_cls)
-    except InputError as error:
-        raise InputError(f"{record.patient_id} {record.side}: {error}") from error
+def _describe(record: HeatmapRecord, **options) -> np.ndarray:
+    with naming(f"{record.patient_id} {record.side}"):
+        return breast_features((record.cc, record.mlo), **options)
 
 
 # ----------------------------------------------------------------------------------------------- the classifier
@@ -164,40 +138,26 @@ class HeatmapClassifier:
     k: int
     kind: dict[str, Any]  # `kind_of` the maps that it was trained on
 
-    @property
-    def class_names(self) -> list[str]:
-        """Return the names of the maps' classes, background first."""
-        return self.kind["class_names"]
-
     @classmethod
     def fit(
-        cls,
-        model: "ClassifierMixin",
-        heatmaps: Heatmaps,
-        features: np.ndarray,
-        cancer: np.ndarray,
-        cutoffs: Sequence[float],
-        k: int,
+        cls, model: Any, heatmaps: Heatmaps, features: np.ndarray, cancer: np.ndarray, cutoffs: Sequence[float], k: int
     ) -> "HeatmapClassifier":
         """Fit a model of `make_model` to the `feature_table` of heatmaps and cancer (n,) 0 or 1."""
         return cls(_fit(model, features, cancer), list(cutoffs), k, kind_of(heatmaps))
 
-    def predict_maps(self, breasts: Sequence[tuple[np.ndarray | None, np.ndarray | None]]) -> np.ndarray:
+    def predict_maps(self, breasts: Sequence[Maps]) -> np.ndarray:
         """Predict the probability of cancer (n,) of n breasts, each the maps (cc, mlo); one of the two may be None.
 
         Raises InputError for maps of other classes, and where both are None.
         """
         if any(cc is None and mlo is None for cc, mlo in breasts):
             raise InputError("Expected a map of CC or MLO. Received none of either")
-        nb_cls = len(self.class_names)
-        return self._predict([breast_features(maps, self.cutoffs, self.k, nb_cls) for maps in breasts])
+        features = [breast_features(maps, self.cutoffs, self.k, len(self.kind["class_names"])) for maps in breasts]
+        return self.model.predict_proba(np.array(features))[:, 1]
 
     def predict(self, heatmaps: Heatmaps, jobs: int = 1) -> np.ndarray:
         """Predict the probability of cancer (n,) of the breasts of `load_breasts`, described `jobs` at a time."""
-        return self._predict(feature_table(heatmaps, self.cutoffs, self.k, jobs))
-
-    def _predict(self, features) -> np.ndarray:
-        return self.model.predict_proba(np.asarray(features))[:, 1]
+        return self.model.predict_proba(feature_table(heatmaps, self.cutoffs, self.k, jobs))[:, 1]
 
 
 def _fit(model, features: np.ndarray, cancer: np.ndarray):
@@ -209,20 +169,18 @@ def _fit(model, features: np.ndarray, cancer: np.ndarray):
 def make_model(name: str, trees: int, seed: int, jobs: int = 1) -> "ClassifierMixin":
     """Make an unfitted random forest ("rf") or gradient-boosted trees ("gbt"); the classes weigh the same in both.
 
-    Args:
-        seed: of the draws of the trees.
-        jobs: trees of the forest fitted at a time. Boosting takes all cores, unless threadpoolctl limits it.
+    seed: of the draws of the trees. jobs: trees of the forest fitted at a time. Boosting takes all cores, unless
+    threadpoolctl limits it.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
+    shared = {"class_weight": "balanced", "random_state": seed}
     if name == "rf":
-        return RandomForestClassifier(trees, class_weight="balanced", random_state=seed, n_jobs=jobs)
+        return RandomForestClassifier(trees, n_jobs=jobs, **shared)
     if name == "gbt":
         # Shallow trees and a low rate, since breasts are few and features many.
         shallow = {"learning_rate": 0.05, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_features": 0.2}
-        return HistGradientBoostingClassifier(
-            max_iter=trees, class_weight="balanced", early_stopping=False, random_state=seed, **shallow
-        )
+        return HistGradientBoostingClassifier(max_iter=trees, early_stopping=False, **shallow, **shared)
     raise InputError(f"unknown classifier: Expected {' or '.join(CLASSIFIERS)}. Received {name!r}")
 
 
@@ -236,10 +194,9 @@ def patient_folds(cancer: np.ndarray, patients: Sequence[str], nb_fold: int, see
     cancer, patients = np.asarray(cancer), np.asarray(patients)
     with_cancer, without = (len(set(patients[cancer == label])) for label in (1, 0))
     if min(with_cancer, without) < nb_fold:
-        raise InputError(
-            f"too few patients for {nb_fold} folds: Expected at least {nb_fold} with a breast with cancer and "
-            f"{nb_fold} with one without. Received {with_cancer} and {without}; use fewer folds or more patients"
-        )
+        expected = f"Expected at least {nb_fold} with a breast with cancer and {nb_fold} with one without"
+        received = f"Received {with_cancer} and {without}; use fewer folds or more patients"
+        raise InputError(f"too few patients for {nb_fold} folds: {expected}. {received}")
     fold = np.empty(len(cancer), int)
     splitter = StratifiedGroupKFold(nb_fold, shuffle=True, random_state=seed)
     for i, (_, held_out) in enumerate(splitter.split(cancer, cancer, patients)):
@@ -252,23 +209,16 @@ def cross_validate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict each breast by a model fitted without its fold, and measure how much each feature mattered.
 
-    Args:
-        model: of `make_model`, left unfitted.
-        features: (n, features).
-        cancer: (n,) 0 or 1.
-        fold: of `patient_folds`.
-        seed: of the permutations.
-
-    Returns:
-        Probabilities of cancer (n,) and importances (folds, features): for a forest the decrease of impurity at the
-        splits, for boosting the fall of the held-out AUC when the feature is permuted (NaN where it is undefined).
+    Takes a model of `make_model`, left unfitted, features (n, features), cancer (n,) 0 or 1, the fold of
+    `patient_folds`, and the seed of the permutations. Returns probabilities of cancer (n,) and importances (folds,
+    features): for a forest the decrease of impurity at the splits, for boosting the fall of the held-out AUC when the
+    feature is permuted (NaN where it is undefined).
     """
     from sklearn.base import clone
     from sklearn.inspection import permutation_importance
     from tqdm import tqdm
 
-    probability = np.empty(len(cancer))
-    importances = []
+    probability, importances = np.empty(len(cancer)), []
     for i in tqdm(np.unique(fold), desc="folds", unit="fold", disable=None):
         held_out = fold == i
         if len(set(cancer[~held_out])) < 2:
@@ -278,9 +228,8 @@ def cross_validate(
         if hasattr(fitted, "feature_importances_"):
             importances.append(fitted.feature_importances_)
         elif len(set(cancer[held_out])) == 2:
-            fall = permutation_importance(
-                fitted, features[held_out], cancer[held_out], scoring="roc_auc", n_repeats=1, random_state=seed
-            )
+            how = {"scoring": "roc_auc", "n_repeats": 1, "random_state": seed}
+            fall = permutation_importance(fitted, features[held_out], cancer[held_out], **how)
             importances.append(fall.importances_mean)
         else:
             importances.append(np.full(features.shape[1], np.nan))
@@ -298,84 +247,71 @@ def check_classifier_name(path: str | os.PathLike) -> None:
 
 def save_classifier(path: str | os.PathLike, classifier: HeatmapClassifier) -> None:
     """Write a classifier as `.skops`, which holds no code, or `.joblib`, a pickle."""
+    import joblib
+    import skops.io
+
     check_classifier_name(path)
     content = {field.name: getattr(classifier, field.name) for field in fields(classifier)} | {"format": _FORMAT}
     with atomic_write(path) as temporary:
         if Path(path).suffix == ".joblib":
-            import joblib
-
             joblib.dump(content, temporary)
         else:
-            import skops.io
-
             temporary.write_bytes(skops.io.dumps(content))
 
 
 def load_classifier(path: str | os.PathLike) -> HeatmapClassifier:
-    """Read a classifier.
+    """Read a classifier; raise InputError where the file is missing, damaged, refused, or holds something else.
 
     A `.skops` file runs no code: one that asks for any type but scikit-learn's trees is refused. Loading a `.joblib`
     file runs whatever code it holds, which is warned of. scikit-learn warns of trees that another version of it fitted.
-
-    Raises:
-        InputError: the file is missing, damaged, refused, or holds something else.
     """
+    import joblib
     from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 
     check_classifier_name(path)
     if not Path(path).is_file():
-        raise InputError(
-            f"{path}: Expected a classifier's file. Received {'a folder' if Path(path).is_dir() else 'none'}"
-        )
+        received = "a folder" if Path(path).is_dir() else "none"
+        raise InputError(f"{path}: Expected a classifier's file. Received {received}")
     with readable(path, "not a whole classifier: Expected what heatmap_clf_train.py saves ({})"):
-        content = _read_joblib(path) if Path(path).suffix == ".joblib" else load_trees(path)
+        if Path(path).suffix == ".joblib":
+            warnings.warn(f"{path}: loading a .joblib file runs any code in it; prefer .skops", stacklevel=2)
+            content = joblib.load(path)
+        else:
+            content = load_trees(path)
         if content.pop("format") != _FORMAT:
             raise InputError(f"{path}: a classifier of a later version of this program")
         classifier = HeatmapClassifier(**content)
-        known = isinstance(classifier.model, (RandomForestClassifier, HistGradientBoostingClassifier))
-        nb_feature = classifier.model.n_features_in_ if known else 0
-        if known:
+        nb_feature = 0
+        if isinstance(classifier.model, RandomForestClassifier | HistGradientBoostingClassifier):
+            nb_feature = classifier.model.n_features_in_
             check_trees(classifier.model)
-        expected = len(feature_names(classifier.class_names, classifier.cutoffs, classifier.k))
+        expected = len(feature_names(classifier.kind["class_names"], classifier.cutoffs, classifier.k))
     if nb_feature != expected:
         raise InputError(f"{path}: Expected a forest or boosted trees on {expected} features. Received {nb_feature}")
     return classifier
-
-
-def _read_joblib(path) -> dict:
-    import joblib
-
-    warnings.warn(f"{path}: loading a .joblib file runs any code in it; prefer .skops", stacklevel=3)
-    return joblib.load(path)
 
 
 # ------------------------------------------------------------------------------------------------- the results
 
 
 def write_classification(
-    out_dir: Path,
-    results: dict[str, tuple[Heatmaps, np.ndarray]],
-    replicates: int,
-    seed: int,
-    folds: dict[str, np.ndarray] | None = None,
+    out_dir: Path, results: dict[str, tuple[Heatmaps, np.ndarray, np.ndarray | None]], replicates: int, seed: int
 ) -> None:
     """Write `predictions.csv` (one row a breast), `metrics.json` and, where a curve is defined, `roc.png`.
 
-    Args:
-        results: the breasts and their probabilities of cancer (n,), by name of the set.
-        replicates: draws of patients for the 95% interval of the AUC.
-        seed: of these draws.
-        folds: (n,), by name of the set.
+    results: the breasts, their probabilities of cancer (n,) and, if cross-validated, their folds (n,), by name of the
+    set. replicates: draws of patients, by `seed`, for the 95% interval of the AUC.
     """
     import pandas as pd
 
     tables = {}
-    for name, (heatmaps, probability) in results.items():
-        tables[name] = _table_of(heatmaps).assign(probability=probability, set=name)
-        if folds and name in folds:
-            tables[name]["fold"] = pd.array(folds[name], "Int64")
-    with atomic_write(out_dir / "predictions.csv") as temporary:
-        pd.concat(tables.values()).to_csv(temporary, index=False)
+    for name, (heatmaps, probability, fold) in results.items():
+        rows = [(r.patient_id, r.side, "+".join(view for view, *_ in r.views()), r.cancer) for r in heatmaps.records]
+        table = pd.DataFrame(rows, columns=["patient_id", "side", "views", "cancer"]).astype({"cancer": "Int64"})
+        tables[name] = table.assign(probability=probability, set=name)
+        if fold is not None:
+            tables[name]["fold"] = pd.array(fold, "Int64")
+    write_text(out_dir / "predictions.csv", pd.concat(tables.values()).to_csv(index=False))
     known = {name: table.dropna(subset="cancer").astype({"cancer": int}) for name, table in tables.items()}
     scores = {name: breast_scores(table, replicates, np.random.default_rng(seed)) for name, table in known.items()}
     write_json(out_dir / "metrics.json", scores)
@@ -388,16 +324,6 @@ def write_classification(
     if any(score["auc"] is not None for score in scores.values()):
         curves = {name: (table["cancer"].to_numpy(), table["probability"].to_numpy()) for name, table in known.items()}
         plot_roc(out_dir / "roc.png", curves)
-
-
-def _table_of(heatmaps: Heatmaps) -> "pd.DataFrame":
-    import pandas as pd
-
-    rows = [
-        (record.patient_id, record.side, "+".join(view for view, *_ in record.views()), record.cancer)
-        for record in heatmaps.records
-    ]
-    return pd.DataFrame(rows, columns=["patient_id", "side", "views", "cancer"]).astype({"cancer": "Int64"})
 
 
 def breast_scores(table: "pd.DataFrame", replicates: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -415,29 +341,21 @@ def breast_scores(table: "pd.DataFrame", replicates: int, rng: np.random.Generat
     if not np.isnan(auc):
         counts = bootstrap_counts(table["patient_id"], rng, replicates)
         low, high = percentile_interval(bootstrap_auc(cancer, probability, counts))
-    by_fold = {}
+    scores = {"auc": _none_for_nan(auc), "auc_low": _none_for_nan(low), "auc_high": _none_for_nan(high)}
+    scores |= {"breasts": len(table), "cancers": int(cancer.sum()), "patients": int(table["patient_id"].nunique())}
+    scores["breasts_of_one_view"] = int((~table["views"].str.contains("+", regex=False)).sum())
     if "fold" in table:
         fold = table["fold"].to_numpy()
-        by_fold["auc_by_fold"] = [_none_for_nan(auc_of(fold == i)) for i in np.unique(fold)]
-    return {
-        "auc": _none_for_nan(auc),
-        "auc_low": _none_for_nan(low),
-        "auc_high": _none_for_nan(high),
-        "breasts": len(table),
-        "cancers": int(cancer.sum()),
-        "patients": int(table["patient_id"].nunique()),
-        "breasts_of_one_view": int((~table["views"].str.contains("+", regex=False)).sum()),
-    } | by_fold
+        scores["auc_by_fold"] = [_none_for_nan(auc_of(fold == i)) for i in np.unique(fold)]
+    return scores
 
 
 def _none_for_nan(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def write_importances(
-    out_dir: Path, names: Sequence[str], importances: np.ndarray, title: str, shown: int = 20
-) -> None:
-    """Write `importances.csv` (feature, mean and standard deviation over folds, the highest first) and a picture.
+def write_importances(out_dir: Path, names: Sequence[str], importances: np.ndarray, title: str) -> None:
+    """Write `importances.csv` (feature, mean, deviation over folds; the highest first) and a picture of the first 20.
 
     importances: (folds, features) of `cross_validate`. title: what they are.
     """
@@ -449,9 +367,8 @@ def write_importances(
         defined = np.zeros((1, len(names)))
     table = pd.DataFrame({"feature": names, "importance": defined.mean(axis=0), "sd": defined.std(axis=0)})
     table = table.sort_values("importance", ascending=False, kind="stable")
-    with atomic_write(out_dir / "importances.csv") as temporary:
-        table.to_csv(temporary, index=False)
-    head = table.head(shown)[::-1]
+    write_text(out_dir / "importances.csv", table.to_csv(index=False))
+    head = table.head(20)[::-1]
     figure = Figure(figsize=(7, 1 + 0.25 * len(head)), layout="constrained")
     axes = figure.subplots()
     axes.barh(head["feature"], head["importance"], xerr=head["sd"], color="0.6")
@@ -464,22 +381,15 @@ def write_importances(
 
 
 def prob_heatmap_features(phm: np.ndarray | None, cutoff: float, k: int = 1, nb_cls: int = 3) -> list[dict[str, float]]:
-    """Describe the regions of a heatmap where a class is at least as probable as `cutoff`.
+    """Describe the regions of a heatmap where a class is at least as probable as `cutoff`, in a dict for each class.
 
-    Args:
-        phm: (rows, columns, classes) probabilities, class 0 being background; None for a view without an image.
-        cutoff: a region is a set of cells of at least this probability that touch at an edge or a corner.
-        k: how many regions to describe, the largest first.
-        nb_cls: classes, background included.
+    A region is a set of cells of at least this probability that touch at an edge or a corner. Of the classes except the
+    background: "nb_regions", "total_area" and "global_max_intensity" of all regions, and "top1_area" ..
+    "topK_solidity", the `region_features` of the k largest. Areas and lengths are in cells. Regions that a map does not
+    have are described as `region_features(None)`, a missing map as NaN throughout.
 
-    Returns:
-        A dict for each class except the background: "nb_regions", "total_area" and "global_max_intensity" of all its
-        regions, and "top1_area" .. "topK_solidity", the `region_features` of the k largest. Areas and lengths are in
-        cells. Regions that a map does not have are described as `region_features(None)`, a missing map as NaN
-        throughout.
-
-    Raises:
-        InputError: the map is empty, of another shape, or not finite.
+    phm: (rows, columns, nb_cls) probabilities, class 0 being background; None for a view without an image. Raises
+    InputError for a map that is empty, of another shape, or not finite.
     """
     from skimage.measure import label, regionprops
 
@@ -487,9 +397,8 @@ def prob_heatmap_features(phm: np.ndarray | None, cutoff: float, k: int = 1, nb_
         return [dict.fromkeys(_class_features([], k), np.nan) for _ in range(nb_cls - 1)]
     phm = np.asarray(phm)
     if phm.ndim != 3 or phm.size == 0 or phm.shape[2] != nb_cls:
-        raise InputError(
-            f"Expected a heatmap (rows, columns, {nb_cls}), nb_cls being its classes. Received shape {phm.shape}"
-        )
+        expected = f"Expected a heatmap (rows, columns, {nb_cls}), nb_cls being its classes"
+        raise InputError(f"{expected}. Received shape {phm.shape}")
     if not np.isfinite(phm).all():
         raise InputError("Expected a heatmap of finite probabilities. Received NaN or infinity")
     maps = np.moveaxis(phm[..., 1:], -1, 0)
@@ -497,11 +406,8 @@ def prob_heatmap_features(phm: np.ndarray | None, cutoff: float, k: int = 1, nb_
 
 
 def _class_features(regions: "list[RegionProperties]", k: int) -> dict[str, float]:
-    features = {
-        "nb_regions": len(regions),
-        "total_area": total_area(regions),
-        "global_max_intensity": global_max_intensity(regions),
-    }
+    features = {"nb_regions": len(regions), "total_area": total_area(regions)}
+    features["global_max_intensity"] = global_max_intensity(regions)
     largest = [regions[i] for i in topK_region_idx(regions, k)]
     for rank, region in enumerate(largest + [None] * (k - len(largest)), 1):
         features |= {f"top{rank}_{name}": value for name, value in region_features(region).items()}
@@ -533,8 +439,7 @@ def region_features(region: "RegionProperties | None" = None) -> dict[str, float
     pi/2 (pi/4 for regions of no direction): today's value of scikit-image, which starts from the direction of the
     columns, turned by a right angle.
 
-    Args:
-        region: one of `skimage.measure.regionprops(labels, intensities)`, or None where a map has no such region.
+    region: one of `skimage.measure.regionprops(labels, intensities)`, or None where a map has no such region.
     """
     if region is None:
         return dict(_NO_REGION)
@@ -580,24 +485,21 @@ def make_pred_case(
 ) -> float:
     """Return the probability of cancer in one breast, from the heatmaps of its images.
 
+    Raises InputError where neither view has a map, or their classes differ.
+
     Args:
         cc_phms, mlo_phms: (rows, columns, classes) maps of the images of each view; None or empty for a view without.
         feature_name: which features of `prob_heatmap_features` the classifiers take, one name or several.
-        cutoff_list, k: as there; the features of all cut-offs are taken together, in the order view, cut-off, class,
-            name.
+        cutoff_list, k: as there; all cut-offs' features are taken together, by view, cut-off, class and name.
         clf_list: fitted classifiers of scikit-learn; their probabilities of the second class are averaged.
-        nb_phm: take at most so many maps of each view; default all.
-        use_mean: average over all pairs of a CC and an MLO map; otherwise the highest counts.
-
-    Raises:
-        InputError: neither view has a map, or their classes differ.
+        nb_phm: take at most so many maps of each view. use_mean: average over all pairs of maps; else their highest.
     """
     views = [[] if maps is None else list(maps)[:nb_phm] for maps in (cc_phms, mlo_phms)]
-    there = [heatmap for maps in views for heatmap in maps]
+    there = [*views[0], *views[1]]
     if not there:
         raise InputError("Expected a map of CC or MLO. Received none of either")
     nb_cls, names = np.shape(there[0])[-1], [feature_name] if isinstance(feature_name, str) else feature_name
-    pairs = list(product(*(maps or [None] for maps in views)))
+    pairs = product(*(maps or [None] for maps in views))
     features = [breast_features(pair, cutoff_list, k, nb_cls, names) for pair in pairs]
     of_pairs = np.mean([classifier.predict_proba(features)[:, 1] for classifier in clf_list], axis=0)
     return float(of_pairs.mean() if use_mean else of_pairs.max())
@@ -614,10 +516,9 @@ def _convex_area(image: np.ndarray) -> int:
     height, width = image.shape
     columns = np.arange(width)
     # The outermost pixels of each column suffice.
-    pixels = np.concatenate(
-        [[image.argmax(axis=0), columns], [height - 1 - image[::-1].argmax(axis=0), columns]], axis=1
-    )
-    middles = np.concatenate([pixels.T + shift for shift in ([-0.5, 0], [0.5, 0], [0, -0.5], [0, 0.5])])
+    outermost = image.argmax(axis=0), height - 1 - image[::-1].argmax(axis=0)
+    pixels = np.concatenate([np.stack([rows, columns], axis=1) for rows in outermost])
+    middles = np.concatenate([pixels + shift for shift in ([-0.5, 0], [0.5, 0], [0, -0.5], [0, 0.5])])
     ends = middles[ConvexHull(middles).vertices]
     starts = np.roll(ends, 1, axis=0)
     slanted = ends[:, 1] != starts[:, 1]

@@ -1,4 +1,4 @@
-"""Phantoms laid out like a download of CBIS-DDSM, in any of its folder trees and with its oddities.
+"""Draw phantoms laid out like a download of CBIS-DDSM, in any of its folder trees and with its oddities.
 
 `mammo prepare cbis-ddsm` and its tests take the same path with these as with the real data.
 """
@@ -67,7 +67,7 @@ The four description files, the images in the tree "{tree}", and oddities.json: 
 
 
 class Row(NamedTuple):
-    """One row of a description file: a finding in one view."""
+    """Hold one row of a description file: a finding in one view."""
 
     patient: Patient
     view: str
@@ -98,7 +98,7 @@ class Row(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one picture of a download lies."""
+    """Hold where one picture of a download lies."""
 
     content: str  # a key of DESCRIPTIONS
     folder: str  # of the view or the ROI; also the DICOM PatientID
@@ -108,11 +108,11 @@ class Place(NamedTuple):
     described_as: str  # how the descriptive trees call the folder
 
     def listed(self) -> str:
-        """The path that the description files give, whatever the tree."""
+        """Return the path that the description files give, whatever the tree."""
         return f"{self.folder}/{self.study}/{self.series}/{self.position:06d}.dcm"
 
     def path(self, tree: str) -> str:
-        """Path below the download folder."""
+        """Return the path below the download folder."""
         if tree == "uid":
             return f"CBIS-DDSM/{self.listed()}"
         if tree == "descriptive":
@@ -228,7 +228,7 @@ def write_dicom(
 
 
 def write_bytes(path: Path, data: bytes, keep: float = 1.0) -> None:
-    """Write the first bytes of `data`, this share of them."""
+    """Write the first bytes of `data`. keep: the share of them."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data[: round(keep * len(data))])
 

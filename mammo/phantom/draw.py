@@ -1,4 +1,4 @@
-"""Drawing synthetic mammograms with lesions. `mammo phantom` writes data sets of them.
+"""Draw synthetic mammograms with lesions. `mammo phantom` writes data sets of them.
 
 The pictures are drawn, not acquired: they let one run the whole programme, and see that it learns, without
 patient data. They are no substitute for patients, and a figure measured on them says nothing about patients.
@@ -25,12 +25,12 @@ from mammo.base.work import run_parallel
 
 
 class Patient(NamedTuple):
-    """What all images of one patient share."""
+    """Hold what all images of one patient share. findings: (type, pathology) of each, type calc or mass."""
 
     name: str
     index: int
     side: str
-    findings: list  # of (type, pathology), type calc or mass
+    findings: list[tuple[str, str]]
 
     @property
     def malignant(self) -> bool:
@@ -38,7 +38,7 @@ class Patient(NamedTuple):
 
 
 class Breast(NamedTuple):
-    """One breast at the left edge of a picture: arrays of shape (height, width)."""
+    """Hold one breast at the left edge of a picture: arrays of shape (height, width)."""
 
     brightness: np.ndarray  # float32, 0..1
     thickness: np.ndarray  # float32, 1 inside, falling to 0 at the skin: lesions fade with it
@@ -89,7 +89,7 @@ def draw_breast(height: int, width: int, view: str, rng: np.random.Generator) ->
 
 
 def _outline(y, view, rng):
-    """Breast edge and muscle edge per row (fractions of the width), and the height of the nipple."""
+    """Draw breast edge and muscle edge of each row (fractions of the width), and the height of the nipple."""
     reach = rng.uniform(0.48, 0.66)
     bend, fullness = rng.uniform(1.9, 2.4), rng.uniform(0.5, 0.62)
     if view == "CC":
@@ -113,7 +113,7 @@ def _outline(y, view, rng):
 
 
 def _distance(inside):
-    """Pixels to the nearest zero of a uint8 mask; what lies beyond the image counts as more of the same."""
+    """Return the pixels to the nearest zero of a uint8 mask; beyond the image its edge goes on."""
     pad = max(inside.shape) // 4
     padded = cv2.copyMakeBorder(inside, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
     return cv2.distanceTransform(padded, cv2.DIST_L2, 5)[pad:-pad, pad:-pad]
@@ -176,7 +176,7 @@ def _unit(angle):
 
 
 def _polyline(canvas, points, shade, width):
-    """Draw with sub-pixel coordinates (x, y)."""
+    """Draw a line through points (x, y) of sub-pixel coordinates."""
     points = np.rint(points * 16).astype(np.int32)
     cv2.polylines(canvas, [points[:, None]], False, shade, width, cv2.LINE_AA, 4)
 
@@ -231,13 +231,13 @@ def draw_view(
 
 
 def _film(picture, thickness, rng):
-    """The picture on film, exposed more or less, with its grain: float32, about 0..1."""
+    """Return the picture as on film, exposed more or less, with its grain: float32, about 0..1."""
     picture = np.clip(picture * rng.uniform(0.85, 1.1), 0, 0.97)
     return picture + rng.normal(0, 0.006, picture.shape).astype("float32") * (0.3 + np.sqrt(picture))
 
 
 def _digital(picture, thickness, rng):
-    """The picture as a digital detector and the usual processing for display give it: float32, 0..1.
+    """Return the picture as a digital detector and the usual processing for display give it: float32, 0..1.
 
     In this order: the thin rim brought near to the brightness of the rest; quantum noise, which after the logarithm is
     one over the root of the photons, so that dense tissue has most; edges enhanced; and a sigmoid curve (the VOI LUT
@@ -255,7 +255,7 @@ STYLES = {"film": _film, "digital": _digital}
 
 
 def _place(clearance, radius, rng):
-    """A random (x, y) where a disc fits; where none does, the place with most room."""
+    """Draw a place (x, y) where a disc of this radius fits; where none does, take the one with most room."""
     fits = np.flatnonzero(clearance > radius)
     place = fits[rng.integers(len(fits))] if len(fits) else clearance.argmax()
     y, x = np.unravel_index(place, clearance.shape)
@@ -263,7 +263,7 @@ def _place(clearance, radius, rng):
 
 
 def _paste(lesion, shape, x, y):
-    """The lesion centred at (x, y) of an otherwise zero image; what juts out is cut off."""
+    """Return an image of zeros with the lesion centred at (x, y); what juts out is cut off."""
     half = lesion.shape[0] // 2
     canvas = np.zeros((shape[0] + 2 * half, shape[1] + 2 * half), "float32")
     canvas[y : y + 2 * half + 1, x : x + 2 * half + 1] = lesion
@@ -271,14 +271,14 @@ def _paste(lesion, shape, x, y):
 
 
 def _roi(lesion, margin):
-    """The convex outline of a lesion and a margin, as a radiologist would draw it: uint8, 0/255."""
+    """Return the convex outline of a lesion and a margin, as a radiologist would draw it: uint8, 0/255."""
     points = cv2.findNonZero(lesion.astype("uint8"))
     mask = cv2.fillConvexPoly(np.zeros(lesion.shape, np.uint8), cv2.convexHull(points), 255)
     return cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * margin + 1,) * 2))
 
 
 def _draw_label(picture, side, view, rng):
-    """A view label as on film, in the upper corner away from the chest wall, and now and then tape below."""
+    """Draw a view label as on film, in the upper corner away from the chest wall, and now and then tape below."""
     height, width = picture.shape
     scale = height / 900
     text = f"{side[0]} {view}"
@@ -304,7 +304,7 @@ def _draw_label(picture, side, view, rng):
 
 
 def draw_patients(patients: int, prevalence: float, benign_rate: float, seed: int) -> list[Patient]:
-    """Choose who has what. Exactly the nearest number to the shares is malignant and benign, the rest normal."""
+    """Choose who has what: the shares of the patients, rounded, are malignant and benign; the others are normal."""
     malignant = round(prevalence * patients)
     benign = min(round(benign_rate * patients), patients - malignant)
     kinds = np.array(["malignant"] * malignant + ["benign"] * benign + [""] * (patients - malignant - benign))
@@ -372,6 +372,6 @@ class Drawing:
         return draw_view(patient, view, self.seed, self.height, self.width, self.contrast, self.style)
 
     def run(self, function: Callable, items: Sequence, unit: str = "image", **arguments) -> list:
-        """Return function(item, drawing, **arguments) for all items, computed by so many jobs."""
+        """Return function(item, drawing=self, **arguments) for all items, computed by `jobs` at the same time."""
         work = functools.partial(function, drawing=self, **arguments)
         return list(run_parallel(work, items, self.jobs, self.backend, "drawing", unit))

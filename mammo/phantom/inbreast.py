@@ -1,4 +1,4 @@
-"""Phantoms laid out like a download of INbreast: its table, DICOM files, annotations and oddities.
+"""Draw phantoms laid out like a download of INbreast: its table, DICOM files, annotations and oddities.
 
 `mammo prepare inbreast` and its tests take the same path with these as with the real data.
 """
@@ -42,7 +42,7 @@ the ordinary, where."""
 
 
 class View(NamedTuple):
-    """One image. breast: a `Patient` of one breast; both of a patient have one name."""
+    """Hold one image. breast: a `Patient` of one breast; both of a patient have one name."""
 
     breast: Patient
     view: str  # CC or MLO, as drawn
@@ -53,7 +53,7 @@ class View(NamedTuple):
 
     @property
     def listed(self) -> str:
-        """What the table calls the view."""
+        """Return what the table calls the view."""
         return "FB" if "fb_view" in self.oddities else self.view
 
     @property
@@ -66,6 +66,7 @@ class View(NamedTuple):
         return f"AllXML/{self.number}.xml"
 
     def row(self) -> list:
+        """Return the cells of its row in the table."""
         side = {"LEFT": "R", "RIGHT": "L"}[self.breast.side] if "other_laterality" in self.oddities else None
         acr = " " * 190 if "blank_acr" in self.oddities else 1 + self.breast.index % 4
         words = "removed", "removed", side or self.breast.side[0], self.listed, 200801 + self.breast.index % 12
@@ -73,7 +74,7 @@ class View(NamedTuple):
 
 
 def make_views(people: Sequence[Patient], views: Sequence[str], odd: Mapping[str, str], seed: int) -> list[View]:
-    """Both breasts of all patients, the second without findings. odd: oddities by the names of patients."""
+    """Return the images of both breasts of all patients, the second without findings. odd: oddity by patient name."""
     made = []
     for patient in people:
         rng = np.random.default_rng([seed, patient.index, 5])

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from mammo.base.files import InputError, env_int
 
@@ -19,7 +19,8 @@ def start_backend(deterministic: bool = False) -> None:
     seed = env_int("RANDOM_SEED", 12345)
     if not 0 <= seed < 2**32:
         raise InputError(f"environment variable RANDOM_SEED: Expected 0 to 2**32 - 1. Received {seed}")
-    with _dropped_standard_error(os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"):
+    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
+    with _dropped_standard_error() if quiet else nullcontext():
         try:
             import keras
         except (ImportError, ValueError) as error:
@@ -35,10 +36,7 @@ def start_backend(deterministic: bool = False) -> None:
 
 
 @contextmanager
-def _dropped_standard_error(drop: bool) -> Iterator[None]:
-    if not drop:
-        yield
-        return
+def _dropped_standard_error() -> Iterator[None]:
     sys.stderr.flush()
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

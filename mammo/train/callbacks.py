@@ -4,52 +4,55 @@ All are Keras callbacks. One instance serves all stages of a training, and the o
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import Model, ops
+from keras.callbacks import Callback
 
 from mammo.base.files import InputError, atomic_write
 from mammo.train import checkpoint
 from mammo.train.scoring import NotFiniteError, auc_by_class, auc_line, drop_unreadable, predict
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-class BestModel(keras.callbacks.Callback):
+
+class BestModel(Callback):
     """Keep the model of the best epoch of all stages in `filepath`, or in memory when that is `NOSAVE`.
 
     model_to_save: the single-device twin of a model trained on several.
     """
 
-    def __init__(self, filepath, monitor: str = "val_accuracy", mode: str = "max", model_to_save=None):
-        super().__init__()
-        self.filepath = filepath
-        self.monitor = monitor
-        self.sign = 1 if mode == "max" else -1
-        self.best = -np.inf
-        self.best_epoch: int | None = None
-        self.model_to_save = model_to_save
-        self.weights: list[np.ndarray] | None = None  # of the best epoch, without a file
+    kept = ("best", "best_epoch")  # what `mammo.train.resume` needs to go on
 
-    # What `mammo.train.resume` needs to go on.
-    kept = ("best", "best_epoch")
+    def __init__(
+        self, filepath: str | Path, monitor: str = "val_accuracy", mode: str = "max", model_to_save: Model | None = None
+    ):
+        super().__init__()
+        self.filepath, self.model_to_save = filepath, model_to_save
+        self.monitor, self.sign = monitor, 1 if mode == "max" else -1
+        self.best, self.best_epoch = -np.inf, None
+        self.weights: list[np.ndarray] | None = None  # of the best epoch, without a file
 
     @property
     def files(self) -> list[str]:
-        """The file of the best model, once there is one."""
+        """List the file of the best model, once there is one."""
         return [] if self.filepath == "NOSAVE" or self.best_epoch is None else [str(self.filepath)]
 
     def score(self, epoch: int, logs: dict) -> float:
-        """Higher is better. Subclasses may compute what Keras does not log."""
+        """Score an epoch, higher being better. Subclasses may compute what Keras does not log."""
         if self.monitor not in logs:
             raise InputError(f"best model: Expected the metric {self.monitor}. Received {', '.join(logs)}")
         return self.sign * logs[self.monitor]
 
     def on_epoch_end(self, epoch, logs=None):
-        logs = {} if logs is None else logs
+        logs = {} if logs is None else logs  # which subclasses add to
         score = self.score(epoch, logs)
         diverged = not np.isfinite([logs.get("loss", 0.0), logs.get("val_loss", 0.0)]).all()
         if diverged or not score > self.best:
@@ -62,7 +65,7 @@ class BestModel(keras.callbacks.Callback):
             with _thawed(model):
                 checkpoint.save_model(model, self.filepath)
 
-    def restore(self, model: keras.Model) -> None:
+    def restore(self, model: Model) -> None:
         """Give `model` the best weights; without a finished epoch it stays as it is. InputError for another's file.
 
         Weights alone are read: no code is run, should the file have come from elsewhere meanwhile.
@@ -74,7 +77,7 @@ class BestModel(keras.callbacks.Callback):
 
 
 @contextmanager
-def _thawed(model: keras.Model) -> Iterator[None]:
+def _thawed(model: Model) -> Iterator[None]:
     """Within the block all layers are trainable, so that files of all stages hold the weights in one order.
 
     `model.load_weights` of Keras goes by position, which in a nested model depends on what was frozen.
@@ -97,11 +100,17 @@ class DMAucModelCheckpoint(BestModel):
     Where the set holds a single class, the AUC is undefined: this is said once, and the lowest validation loss decides.
     """
 
-    def __init__(self, filepath, test_data, test_samples=None, batch_size=None, *, model_to_save=None):
+    def __init__(
+        self,
+        filepath: str | Path,
+        test_data: Any,
+        test_samples: int | None = None,
+        batch_size: int | None = None,
+        *,
+        model_to_save: Model | None = None,
+    ):
         super().__init__(filepath, monitor="val_loss", mode="min", model_to_save=model_to_save)
-        self.test_data = test_data
-        self.test_samples = test_samples
-        self.batch_size = batch_size
+        self.test_data, self.test_samples, self.batch_size = test_data, test_samples, batch_size
         self.on_batch: Callable[[], None] | None = None  # called after each batch of a prediction; may raise
         self._warned = False
 
@@ -126,19 +135,20 @@ class DMAucModelCheckpoint(BestModel):
 
     @staticmethod
     def calc_test_auc(
-        test_set, model, batch_size=None, test_samples=None, return_y_res=False, test_augment=False, *, on_batch=None
-    ):
-        """Return the AUC of `model` on a set.
+        test_set: Any,
+        model: Model,
+        batch_size: int | None = None,
+        test_samples: int | None = None,
+        return_y_res: bool = False,
+        test_augment: bool = False,
+        *,
+        on_batch: Callable[[], None] | None = None,
+    ) -> float | np.ndarray | tuple[float | np.ndarray, np.ndarray, np.ndarray]:
+        """Return the AUC of `model` on a set: (C,) by class, NaN where undefined, or a float for a single output.
 
-        Args:
-            test_set: a `PyDataset`, or arrays (x, y) or (x, y, sample weights); one-hot or 0/1 labels.
-            test_samples: use this many samples; default all, each once.
-            test_augment: score the mean prediction of the four flips.
-            on_batch: called after each batch.
-
-        Returns:
-            (C,) AUC by class, NaN where undefined, or a float for a single output; with `return_y_res`
-            (auc, y_true, y_pred). Lost images are left out.
+        test_set: a `PyDataset`, or arrays (x, y) or (x, y, sample weights); one-hot or 0/1 labels. test_samples: use
+        this many samples; default all, each once. test_augment: score the mean prediction of the four flips. on_batch:
+        called after each batch. With `return_y_res`: (auc, y_true, y_pred). Lost images are left out.
         """
         results = predict(model, test_set, batch_size, test_samples, test_augment, on_batch=on_batch)
         y_true, y_pred, weights, y_flips = drop_unreadable(*results)
@@ -149,21 +159,20 @@ class DMAucModelCheckpoint(BestModel):
         return (auc, y_true, y_pred) if return_y_res else auc
 
 
-class DMFlush(keras.callbacks.Callback):
+class DMFlush(Callback):
     """Flush standard output after each epoch, so that logs of batch systems are current."""
 
     def on_epoch_end(self, epoch, logs=None):
         sys.stdout.flush()
 
 
-class FiniteLoss(keras.callbacks.Callback):
+class FiniteLoss(Callback):
     """Stop as soon as the loss is NaN or infinite, and say in which batch of `train_set` and in which files."""
 
-    def __init__(self, train_set):
+    def __init__(self, train_set: Any):
         super().__init__()
         self.train_set = train_set
-        self.failed = False
-        self._epoch = 0
+        self.failed, self._epoch = False, 0
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -180,7 +189,7 @@ class FiniteLoss(keras.callbacks.Callback):
         print(f"{place}: the loss is not finite{files}. {remedy}", file=sys.stderr)
 
 
-class HistoryFile(keras.callbacks.Callback):
+class HistoryFile(Callback):
     """Write one row an epoch to a CSV, over all stages, whole after every epoch, and after every stage a picture.
 
     The picture has the name of the CSV with the ending .png: losses, accuracies and AUC by epoch, with a line where
@@ -189,7 +198,7 @@ class HistoryFile(keras.callbacks.Callback):
 
     kept = ("rows", "begins")
 
-    def __init__(self, filepath):
+    def __init__(self, filepath: str | Path):
         super().__init__()
         self.filepath = Path(filepath)
         self.rows: list[dict] = []
@@ -205,20 +214,17 @@ class HistoryFile(keras.callbacks.Callback):
             self._table().to_csv(temporary, index=False)
 
     def on_train_end(self, logs=None):
-        self.draw()
-
-    def draw(self) -> None:
         """Write the picture, if there are epochs."""
         if self.rows:
             plot_history(self.filepath.with_suffix(".png"), self._table(), self.begins[1:])
 
-    def _table(self):
+    def _table(self) -> "pd.DataFrame":
         import pandas as pd
 
         return pd.DataFrame(self.rows)
 
 
-def plot_history(path: Path, table, stage_begins=()) -> None:
+def plot_history(path: Path, table: "pd.DataFrame", stage_begins: Sequence[int] = ()) -> None:
     """Draw the learning curves of `table`, as `HistoryFile` writes it; a line follows each epoch of `stage_begins`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -238,7 +244,7 @@ def plot_history(path: Path, table, stage_begins=()) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def tensorboard(log_dir) -> keras.callbacks.Callback:
+def tensorboard(log_dir: str | Path) -> Callback:
     """Return Keras's TensorBoard callback, without the graph. Raises InputError where a package for it is missing."""
     missing = [name for name in ("tensorflow", "tensorboard") if find_spec(name) is None]
     if missing:

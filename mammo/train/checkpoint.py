@@ -548,10 +548,14 @@ def _save_weights(model: keras.Model, path: Path) -> None:
         archive.unlink(missing_ok=True)
 
 
+def check_one_image(model: keras.Model, source) -> None:
+    """Raise InputError unless `model` gives probabilities of classes for one image; `source` names its file."""
+    if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4 or len(model.output_shape) != 2:
+        raise InputError(f"{source}: Expected a classifier of one image. Received inputs {model.input_shape}")
+
+
 def check_outputs(model: keras.Model, nb_class: int, source) -> None:
     """Raise InputError unless `model` has `nb_class` outputs; `source` names its file."""
     if model.output_shape[-1] != nb_class:
-        raise InputError(
-            f"{source}: Expected a model of {nb_class} classes, the length of --class-list. "
-            f"Received one of {model.output_shape[-1]}"
-        )
+        expected = f"Expected a model of {nb_class} classes, the length of --class-list"
+        raise InputError(f"{source}: {expected}. Received one of {model.output_shape[-1]}")

@@ -5,13 +5,15 @@ together. A step is that of one device with the same batch, except where TensorF
 statistics of each device's share.
 """
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import keras
 import numpy as np
 
 
-def training_scope(model):
+def training_scope(model: keras.Model) -> AbstractContextManager:
     """Return the context in which to change dropout rates of `model`, make its optimizer and compile it.
 
     TensorFlow refuses optimizer slots and random generators made outside the strategy that mirrors the model.
@@ -19,18 +21,22 @@ def training_scope(model):
     return model.distribute_strategy.scope() if keras.backend.backend() == "tensorflow" else nullcontext()
 
 
-def even_batches(data, model):
+def even_batches(data: Any, model: keras.Model) -> Any:
     """Return the `PyDataset` `data` with batches that all devices of `model` can share equally.
 
     Batches that their number does not divide are filled up with their own first samples, labelled as of no class:
     `keras2.WeightedCrossentropy` and `Accuracy` leave these out. TensorFlow would fail on a device without a
     sample, and JAX refuses uneven batches. On a single device, and for arrays, returns `data` itself.
     """
-    count = _device_count(model)
+    if keras.backend.backend() == "tensorflow":
+        count = model.distribute_strategy.num_replicas_in_sync
+    else:
+        distribution = keras.distribution.distribution()
+        count = 1 if distribution is None else distribution.device_mesh.devices.size
     return _EvenBatches(data, count) if count > 1 and isinstance(data, keras.utils.PyDataset) else data
 
 
-def mean_over_devices(value):
+def mean_over_devices(value: Any) -> Any:
     """Return the mean of a scalar that each device has computed for its share of a batch; on one device, `value`.
 
     JAX computes one value for all devices, so there is nothing to do.
@@ -44,7 +50,7 @@ def mean_over_devices(value):
     return value
 
 
-def set_determinism(seed):
+def set_determinism(seed: int) -> None:
     """Seed Python, NumPy and Keras; keep to operations that repeat exactly, some of them slower.
 
     On a CPU those of JAX do anyway; on a GPU it needs `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
@@ -60,7 +66,7 @@ def set_determinism(seed):
         torch.use_deterministic_algorithms(True)
 
 
-def random_state():
+def random_state() -> list[np.ndarray]:
     """Return the state of the backend's global random generators as arrays: PyTorch draws its dropout from them.
 
     TensorFlow and JAX draw from generators of Keras's, which a model holds among its variables: an empty list.
@@ -72,7 +78,7 @@ def random_state():
     return [state.numpy() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
 
 
-def set_random_state(arrays):
+def set_random_state(arrays: Sequence[np.ndarray]) -> None:
     """Put the generators back into a `random_state`, of as many devices as there are now."""
     if keras.backend.backend() != "torch":
         return
@@ -84,7 +90,7 @@ def set_random_state(arrays):
         torch.cuda.set_rng_state(state, device)
 
 
-def gradient_of_output(model: keras.Model, x, index: int) -> np.ndarray:
+def gradient_of_output(model: keras.Model, x: Any, index: int) -> np.ndarray:
     """Return the gradient of output `index` of a model, summed over the batch, with regard to its input tensor `x`."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -108,10 +114,9 @@ def gradient_of_output(model: keras.Model, x, index: int) -> np.ndarray:
 
 
 class _EvenBatches(keras.utils.PyDataset):
-    def __init__(self, data, count):
+    def __init__(self, data: keras.utils.PyDataset, count: int):
         super().__init__(data.workers, data.use_multiprocessing, data.max_queue_size)
-        self.data = data
-        self.count = count
+        self.data, self.count = data, count
 
     def __len__(self):
         return len(self.data)
@@ -131,10 +136,3 @@ class _EvenBatches(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.data.on_epoch_end()
-
-
-def _device_count(model):
-    if keras.backend.backend() == "tensorflow":
-        return model.distribute_strategy.num_replicas_in_sync
-    distribution = keras.distribution.distribution()
-    return distribution.device_mesh.devices.size if distribution is not None else 1

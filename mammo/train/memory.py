@@ -4,6 +4,7 @@ Both change how a model computes, neither what it is: layers, variables and file
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import keras
@@ -13,8 +14,6 @@ from keras import layers
 from mammo.base.files import InputError
 from mammo.train.checkpoint import leaf_layers
 from mammo.train.devices import training_scope
-
-# --- Half precision -------------------------------------------------------------------------------------------------
 
 
 def half_type() -> str:
@@ -43,9 +42,9 @@ def mixed_precision(model: keras.Model, half: str | None = None) -> None:
     """
     policy = f"mixed_{half or half_type()}"
     for layer in leaf_layers(model):
-        vector = len(keras.tree.flatten(layer.output)[0].shape) < 4
-        softmax = getattr(layer, "activation", None) is keras.activations.softmax
         if not isinstance(layer, layers.InputLayer):
+            vector = len(keras.tree.flatten(layer.output)[0].shape) < 4
+            softmax = getattr(layer, "activation", None) is keras.activations.softmax
             layer.dtype_policy = "float32" if vector or softmax else policy
     _set_model_policy(model, policy)
 
@@ -57,7 +56,7 @@ def full_precision(model: keras.Model) -> None:
     _set_model_policy(model, "float32")
 
 
-def _set_model_policy(model, policy):
+def _set_model_policy(model: keras.Model, policy: str) -> None:
     """Set the policy of a model and of those nested in it, whose own it is that makes `compile` scale the loss."""
     model.dtype_policy = policy
     # Functions traced before would go on in the old precision.
@@ -65,9 +64,6 @@ def _set_model_policy(model, policy):
     for layer in model.layers:
         if isinstance(layer, keras.Model):
             _set_model_policy(layer, policy)
-
-
-# --- Recomputing activations ----------------------------------------------------------------------------------------
 
 
 class Recomputed(keras.Layer):
@@ -81,16 +77,14 @@ class Recomputed(keras.Layer):
     def call(self, x, training=None):
         if not training:
             return self.segment(x, training=training)
-        segment = self.segment
-        state = segment.non_trainable_variables
+        state = self.segment.non_trainable_variables
         # Copies: TensorFlow would read the variables anew when it computes again, and draw another dropout.
         values = [keras.ops.copy(variable) for variable in state]
 
-        # Without side effects: when computed again, it updates nothing a second time.
-        def forward(x, *weights):
-            return segment.stateless_call(list(weights), values, x, training=True)
+        def forward(x, *weights):  # without side effects: when computed again, it updates nothing a second time
+            return self.segment.stateless_call(list(weights), values, x, training=True)
 
-        y, new_values = keras.remat(forward)(x, *[variable.value for variable in segment.trainable_variables])
+        y, new_values = keras.remat(forward)(x, *[variable.value for variable in self.segment.trainable_variables])
         for variable, value in zip(state, new_values, strict=True):
             variable.assign(value)
         return y
@@ -111,8 +105,7 @@ def rematerialize(model: keras.Model, image_size: tuple[int, int] | None = None)
     Call it after `mixed_precision`, within any strategy; `model` has one image and one output.
     image_size: (rows, columns) that the cuts are chosen for where `model` takes any size; default 224x224.
     """
-    nominal = _unfold(model, _known_size(model, image_size))
-    ends = _best_ends(nominal)
+    ends = _best_ends(_unfold(model, _known_size(model, image_size)))
     with training_scope(model):
         graph = _unfold(model)
         x = image = keras.Input(batch_shape=graph.image.shape, dtype=graph.image.dtype)
@@ -126,10 +119,9 @@ def rematerialize(model: keras.Model, image_size: tuple[int, int] | None = None)
     return recomputing
 
 
-def _best_ends(graph):
-    """The calls at whose outputs to cut the graph, for the lowest peak of memory."""
-    kept = np.cumsum(_kept_bytes(graph))
-    cuts = _cuts(graph)
+def _best_ends(graph: "_Graph") -> list[int]:
+    """Choose the calls at whose outputs to cut the graph, for the lowest peak of memory."""
+    kept, cuts = np.cumsum(_kept_bytes(graph)), _cuts(graph)
     best = []  # no part recomputed
     for limit in np.geomspace(1, max(kept[-1], 2), 100):
         ends, start = [], 0
@@ -142,8 +134,8 @@ def _best_ends(graph):
     return best
 
 
-def _cuts(graph) -> list[int]:
-    """Indices of the calls whose output every path from the image to the model's output passes through."""
+def _cuts(graph: "_Graph") -> list[int]:
+    """List the indices of the calls whose output every path from the image to the model's output passes through."""
     last_use = {id(tensor): index for index, step in enumerate(graph.steps) for tensor in step.inputs}
     cuts = []
     busy_until = last_use[id(graph.image)]  # the last call that uses a tensor made before the present call
@@ -152,9 +144,6 @@ def _cuts(graph) -> list[int]:
             cuts.append(index)
         busy_until = max(busy_until, last_use.get(id(step.output), index))
     return cuts
-
-
-# --- What a training step takes -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,17 +176,12 @@ def training_memory(
         others, and one more with gradient accumulation.
     """
     graph = _unfold(model, _known_size(model, image_size))
-    trained = {id(variable): (layer, variable) for layer in graph.layers for variable in layer.trainable_variables}
-    numbers = sum(int(np.prod(variable.shape)) for _, variable in trained.values())
-    halves = sum(int(np.prod(v.shape)) for layer, v in trained.values() if _working_type(layer) != "float32")
+    trained = {id(v): (math.prod(v.shape), step.layer) for step in graph.steps for v in step.layer.trainable_variables}
+    numbers = sum(size for size, _ in trained.values())
+    halves = sum(size for size, layer in trained.values() if _working_type(layer) != "float32")
+    weights, optimizer = 4 * model.count_params() + 2 * halves, 4 * numbers * optimizer_slots
     _, activations, transient = _peak(graph, graph.ends)
-    return TrainingMemory(
-        weights=4 * sum(int(np.prod(variable.shape)) for variable in model.weights) + 2 * halves,
-        gradients=4 * numbers,
-        optimizer=4 * numbers * optimizer_slots,
-        activations=activations * batch_size,
-        transient=transient * batch_size,
-    )
+    return TrainingMemory(weights, 4 * numbers, optimizer, activations * batch_size, transient * batch_size)
 
 
 @dataclass(frozen=True)
@@ -217,12 +201,8 @@ class _Graph:
     steps: list[_Step]
     ends: list[int]  # the last calls of the parts that are recomputed
 
-    @property
-    def layers(self):
-        return list(dict.fromkeys(step.layer for step in self.steps))
 
-
-def _unfold(model, image_size=None) -> _Graph:
+def _unfold(model: keras.Model, image_size: tuple[int, int] | None = None) -> _Graph:
     """Call the layers of `model` on a new input, of `image_size` where given, and note each call."""
     steps, ends = [], []
 
@@ -242,10 +222,8 @@ def _unfold(model, image_size=None) -> _Graph:
         return output
 
     if len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise InputError(
-            "Expected a model of one image and one output. "
-            f"Received: {len(model.inputs)} inputs and {len(model.outputs)} outputs."
-        )
+        received = f"Received: {len(model.inputs)} inputs and {len(model.outputs)} outputs."
+        raise InputError(f"Expected a model of one image and one output. {received}")
     shape = list(model.inputs[0].shape)
     if image_size is not None:
         shape[1:3] = image_size
@@ -254,26 +232,26 @@ def _unfold(model, image_size=None) -> _Graph:
     return _Graph(image, steps, ends)
 
 
-def _known_size(model, image_size):
-    """`image_size` for a model that takes any size, and None for one of a fixed size."""
+def _known_size(model: keras.Model, image_size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return `image_size` for a model that takes any size, and None for one of a fixed size."""
     return (image_size or (224, 224)) if None in model.inputs[0].shape[1:3] else None
 
 
 _ITEM_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def _bytes(tensor, dtype=None):
-    """Bytes of the tensor of one image, in `dtype` instead of its own."""
-    return int(np.prod(tensor.shape[1:])) * _ITEM_SIZE[dtype or tensor.dtype]
+def _bytes(tensor: keras.KerasTensor, dtype: str | None = None) -> int:
+    """Return the bytes of the tensor of one image, in `dtype` instead of its own."""
+    return math.prod(tensor.shape[1:]) * _ITEM_SIZE[dtype or tensor.dtype]
 
 
-def _working_type(layer):
-    """The dtype that a layer computes in."""
+def _working_type(layer: keras.Operation) -> str:
+    """Return the dtype that a layer computes in."""
     return "float32" if isinstance(layer, layers.BatchNormalization) else layer.compute_dtype
 
 
-def _kept_bytes(graph) -> list[int]:
-    """For each call, the bytes of one image that the backward pass needs of its output, and of its own besides."""
+def _kept_bytes(graph: _Graph) -> list[int]:
+    """Count for each call the bytes of an image that the backward pass needs of its output, and of its own besides."""
     kept = [0] * len(graph.steps)
     producer = {id(step.output): index for index, step in enumerate(graph.steps)}
     with_gradient, counted = set(), {(id(graph.image), graph.image.dtype)}  # the batch itself is there anyway
@@ -286,17 +264,14 @@ def _kept_bytes(graph) -> list[int]:
             kept[producer[id(tensor)] if own else index] += _bytes(tensor, dtype)
 
     for index, step in enumerate(graph.steps):
-        layer = step.layer
-        trains = bool(layer.trainable_variables)
-        passes = any(id(tensor) in with_gradient for tensor in step.inputs)
-        if not trains and not passes:
+        layer, trains = step.layer, bool(step.layer.trainable_variables)
+        if not trains and not any(id(tensor) in with_gradient for tensor in step.inputs):
             continue
         with_gradient.add(id(step.output))
         dtype = _working_type(layer)
-        by_kernel = hasattr(layer, "kernel") or hasattr(layer, "depthwise_kernel")
         if isinstance(layer, layers.BatchNormalization):
             inputs = trains or layer.trainable  # in inference mode it is linear
-        elif by_kernel:
+        elif hasattr(layer, "kernel") or hasattr(layer, "depthwise_kernel"):
             inputs = trains
         else:
             inputs = not isinstance(layer, _LINEAR)
@@ -309,35 +284,31 @@ def _kept_bytes(graph) -> list[int]:
         if isinstance(layer, layers.Dropout) and layer.rate > 0:
             kept[index] += _bytes(step.output)
         if isinstance(layer, layers.SeparableConv2D) and trains:  # the maps between its two convolutions
-            pixels = [tensor.shape[1] * tensor.shape[2] for tensor in (step.inputs[0], step.output)]
-            kept[index] += _bytes(step.inputs[0]) * pixels[1] // pixels[0]
+            before, after = (math.prod(tensor.shape[1:3]) for tensor in (step.inputs[0], step.output))
+            kept[index] += _bytes(step.inputs[0]) * after // before
     return kept
 
 
 # Layers whose gradient needs neither input nor output.
-_LINEAR = (
-    layers.Activation,  # needs its output, as below
-    *(layers.Add, layers.AveragePooling2D, layers.Concatenate, layers.Dropout, layers.Flatten),
-    *(layers.GlobalAveragePooling2D, layers.ReLU, layers.ZeroPadding2D),
-)
+_LINEAR = (layers.Add, layers.AveragePooling2D, layers.Concatenate, layers.Dropout, layers.Flatten)
+_LINEAR += (layers.GlobalAveragePooling2D, layers.ReLU, layers.ZeroPadding2D)
+_LINEAR += (layers.Activation,)  # needs its output, as above
 
 
-def _peak(graph, ends) -> tuple[int, int, int]:
-    """(peak, activations then held, transient then) in bytes of one image, when cut after the calls `ends`."""
+def _peak(graph: _Graph, ends: list[int]) -> tuple[int, int, int]:
+    """Return (peak, activations then held, transient then) in bytes of an image, when cut after the calls `ends`."""
     kept = _kept_bytes(graph)
-    out = [_bytes(step.output) for step in graph.steps]
-    best = (0, 0, 0)
+    best, start = (0, 0, 0), 0
     boundaries = given = _bytes(graph.image)
-    start = 0
     for end in [*ends, len(graph.steps) - 1]:
         inside = given if end in ends else 0  # TensorFlow computes a part again from a copy of its input
         for index in range(start, end + 1):
             inside += kept[index]
             step = graph.steps[index]
             dtype = _working_type(step.layer)
-            transient = _bytes(step.output, dtype) + sum(_bytes(tensor, dtype) for tensor in step.inputs)
+            transient = sum(_bytes(tensor, dtype) for tensor in (step.output, *step.inputs))
             best = max(best, (boundaries + inside + transient, boundaries + inside, transient))
-        given = out[end]
+        given = _bytes(graph.steps[end].output)
         boundaries += given
         start = end + 1
     return best

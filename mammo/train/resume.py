@@ -13,13 +13,15 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-import keras
 import numpy as np
-from keras import ops
+from keras import Model, Variable, ops
+from keras.callbacks import Callback, CallbackList
+from keras.utils import PyDataset
 
 from mammo.base.cli import Terminated
 from mammo.base.files import InputError, atomic_write, check_writable, remove_partial
@@ -28,20 +30,17 @@ from mammo.base.work import check_same_options
 from mammo.train.devices import even_batches, random_state, set_random_state, training_scope
 
 # What decides how a callback goes on. Callbacks of ours say it themselves.
-_KEPT = {
-    "EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch"),
-    "ReduceLROnPlateau": ("wait", "cooldown_counter", "best"),
-}
+_KEPT = {"EarlyStopping": ("wait", "stopped_epoch", "best", "best_epoch")}
+_KEPT |= {"ReduceLROnPlateau": ("wait", "cooldown_counter", "best")}
 
 # Written in turn, so that one is whole whatever a disk does to the other.
 _GENERATIONS = ("state-0.npz", "state-1.npz")
-
 
 # Where a training is, as the description of its state names it; attributes of the same names.
 _PROGRESS = ("stage", "stage_ended", "step", "position", "counters")
 
 
-class TrainingState(keras.callbacks.Callback):
+class TrainingState(Callback):
     """The state of a training in stages: the last of its callbacks, which all stages share.
 
     folder: where the state is saved, as each epoch ends, every `save_every` training steps (0: not within an epoch),
@@ -67,9 +66,7 @@ class TrainingState(keras.callbacks.Callback):
     # -- before the training
 
     def open(self, fresh: bool = False) -> None:
-        """Look for a state in the folder; `fresh` removes it. InputError where there is one that cannot be read, or
-        none can be written.
-        """
+        """Look for a state in the folder; `fresh` removes it. InputError where one cannot be read, or written."""
         if self.folder is None:
             return
         check_writable(self.folder / "state.npz")
@@ -86,19 +83,18 @@ class TrainingState(keras.callbacks.Callback):
 
     @property
     def is_resumed(self) -> bool:
-        """Whether `open` found a state."""
+        """Return whether `open` found a state."""
         return bool(self._saved)
 
-    def check(self, **options) -> None:
+    def check(self, **options: Any) -> None:
         """Note what decides the course of the training; InputError where the state was begun with other values."""
         options = json.loads(json.dumps(options))
         self._options |= options
         if self._saved:
-            before = self._saved[0][0]["options"]
-            theirs = {name: before.get(name) for name in options}
+            theirs = {name: self._saved[0][0]["options"].get(name) for name in options}
             check_same_options(self.folder, theirs, options, "another --best-model, or --fresh to replace it")
 
-    def restore(self, model: keras.Model, callbacks: Sequence[keras.callbacks.Callback], train_set) -> None:
+    def restore(self, model: Model, callbacks: Sequence[Callback], train_set: PyDataset) -> None:
         """Bring model, callbacks and data to where the saved training was; without one, nothing changes."""
         self._model, self._train_set, self._watched, self._loaded = model, train_set, callbacks, None
         if not self._saved:
@@ -111,15 +107,14 @@ class TrainingState(keras.callbacks.Callback):
         for name in _PROGRESS:
             setattr(self, f"_{name}", description[name])
         _set_counters(callbacks, self._counters)
+        best = f"the best model of the training that {self.folder} holds"
         for callback in callbacks:
             if hasattr(callback, "weights"):
                 callback.weights = self._arrays("best") or None
             for file in getattr(callback, "files", ()):
                 if not Path(file).exists():
-                    what = f"the best model of the training that {self.folder} holds"
-                    raise InputError(
-                        f"{file}: is gone, {what}. Put it back to go on with it, or start over with --fresh"
-                    )
+                    remedy = "Put it back to go on with it, or start over with --fresh"
+                    raise InputError(f"{file}: is gone, {best}. {remedy}")
         if self.finished:
             print(f"this training is finished ({len(self.history)} epochs); --fresh trains anew", flush=True)
             return
@@ -130,9 +125,8 @@ class TrainingState(keras.callbacks.Callback):
                 try:
                     callback.restore(model)
                 except InputError as error:
-                    what = f"the best model of the training that {self.folder} holds"
                     remedy = "put that back to go on, or start over with --fresh"
-                    raise InputError(f"{error}. It should be {what}: {remedy}") from error
+                    raise InputError(f"{error}. It should be {best}: {remedy}") from error
         self._assign(model.variables, "model")
         self._random = self._arrays("random")
         train_set.go_to(*self._position, self._step)
@@ -144,10 +138,10 @@ class TrainingState(keras.callbacks.Callback):
     # -- the course of a stage
 
     def has_ended(self, stage: int, end_epoch: int) -> bool:
-        """Whether stage number `stage`, which lasts until `end_epoch` epochs have run in all, is over."""
+        """Return whether stage number `stage`, which lasts until `end_epoch` epochs have run in all, is over."""
         return stage < self._stage or (stage == self._stage and self._stage_ended) or end_epoch <= len(self.history)
 
-    def begin_stage(self, stage: int, fitted: keras.Model, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+    def begin_stage(self, stage: int, fitted: Model, callbacks: Sequence[Callback]) -> None:
         """Take up a stage whose model is compiled; `callbacks` are all those of the stage."""
         self._fitted, self._watched = fitted, callbacks
         for callback in callbacks:
@@ -164,19 +158,18 @@ class TrainingState(keras.callbacks.Callback):
 
     @property
     def awaits_validation(self) -> bool:
-        """Whether the next epoch is one whose training steps were all done when it was interrupted."""
+        """Return whether the next epoch is one whose training steps were all done when it was interrupted."""
         return self._step > 0 and len(self._train_set) == 0
 
-    def validate(self, validation_set) -> None:
+    def validate(self, validation_set: PyDataset) -> None:
         """End an epoch that `awaits_validation`, as `fit` would have."""
-        callbacks = keras.callbacks.CallbackList(self._watched, model=self._fitted)
+        callbacks = CallbackList(self._watched, model=self._fitted)
         callbacks.on_train_begin()
         scores = self._fitted.evaluate(validation_set, callbacks=callbacks, return_dict=True)
         self._assign(self._fitted.metrics_variables, "metrics")
         logs = self._fitted.get_metrics_result() | {f"val_{name}": value for name, value in scores.items()}
         self._train_set.on_epoch_end()
-        self._loaded = None
-        self._is_rest = False
+        self._loaded, self._is_rest = None, False
         callbacks.on_epoch_end(len(self.history), logs)
         callbacks.on_train_end()
 
@@ -188,10 +181,10 @@ class TrainingState(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._is_rest = self._rejoins and self._step > 0
         if self._rejoins:
-            if self._step and len(self._fitted.metrics_variables) != len(self._arrays("metrics")):
-                # TensorFlow makes them with the first batch.
-                self._fitted.test_on_batch(*even_batches(self._train_set, self._model)[0])
             if self._step:
+                if len(self._fitted.metrics_variables) != len(self._arrays("metrics")):
+                    # TensorFlow makes them with the first batch.
+                    self._fitted.test_on_batch(*even_batches(self._train_set, self._model)[0])
                 self._assign(self._fitted.metrics_variables, "metrics")
             self._train_set.go_to(*self._position, self._step)  # `fit` began by going on to another epoch
             self._rejoins, self._loaded = False, None
@@ -254,12 +247,15 @@ class TrainingState(keras.callbacks.Callback):
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+        def put_back():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
         def remember(number, frame):
             self._signal = number
             with suppress(OSError):  # Ctrl-C ends the other side of a pipe too
                 os.write(2, b"\nstopping as soon as this step has ended\n")  # print is not for signal handlers
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            put_back()
 
         try:
             for number in before:
@@ -267,8 +263,7 @@ class TrainingState(keras.callbacks.Callback):
             yield
             self._stop_if_asked()  # after the last epoch
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            put_back()
 
     def finish(self) -> None:
         """Note that nothing is left to do, and free the disk of what was for going on."""
@@ -280,8 +275,7 @@ class TrainingState(keras.callbacks.Callback):
 
     def discard(self) -> None:
         """Remove the state of a training that cannot go on."""
-        if self.folder is not None:
-            self._remove(_GENERATIONS)
+        self._remove(_GENERATIONS)
 
     def _stop_if_asked(self) -> None:
         if self._signal is not None:
@@ -294,7 +288,7 @@ class TrainingState(keras.callbacks.Callback):
         return f"step {self._step} of epoch {epoch + 1}" if self._step else f"epoch {epoch}"
 
     def _synchronize(self) -> None:
-        """JAX keeps the values of variables to itself within an epoch."""
+        """Fetch the values of variables, which JAX keeps to itself within an epoch."""
         if hasattr(self.model, "jax_state_sync"):
             self.model.jax_state_sync()
 
@@ -302,7 +296,9 @@ class TrainingState(keras.callbacks.Callback):
         """Write the next generation and return its name."""
         if self.folder is None:
             return None
-        arrays = {"best": _best_weights(self._watched)}
+        # A callback holds weights in memory where no file does.
+        held = (callback.weights for callback in self._watched if getattr(callback, "weights", None))
+        arrays = {"best": next(held, [])}
         if not self.finished:
             optimizer = _values(self._fitted.optimizer.variables)
             arrays |= {"model": _values(self._model.variables), "optimizer": optimizer}
@@ -317,23 +313,24 @@ class TrainingState(keras.callbacks.Callback):
         return name
 
     def _arrays(self, group: str) -> list[np.ndarray]:
-        """What was loaded of a group, in order."""
-        names = [name for name in self._loaded if name.startswith(f"{group}_")]
-        return [self._loaded[f"{group}_{i}"] for i in range(len(names))]
+        """Return what was loaded of a group, in order."""
+        number = sum(name.startswith(f"{group}_") for name in self._loaded)
+        return [self._loaded[f"{group}_{i}"] for i in range(number)]
 
-    def _assign(self, variables, group: str) -> None:
+    def _assign(self, variables: Sequence[Variable], group: str) -> None:
         """Give the variables the values that were loaded of a group."""
         values = self._arrays(group)
         if [tuple(variable.shape) for variable in variables] != [value.shape for value in values]:
-            raise InputError(
-                f"{self.folder}: the {group} was saved with other variables. Expected those of this version of Keras: "
-                "go on with the version that began the training, or start over with --fresh"
+            expected = (
+                f"{self.folder}: the {group} was saved with other variables. Expected those of this version of Keras"
             )
+            remedy = "go on with the version that began the training, or start over with --fresh"
+            raise InputError(f"{expected}: {remedy}")
         for variable, value in zip(variables, values, strict=True):
             variable.assign(value)
 
-    def _remove(self, names) -> None:
-        for name in names:
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names if self.folder is not None else ():
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -345,7 +342,7 @@ def _write(path: Path, description: dict, arrays: dict[str, np.ndarray]) -> None
 
 
 def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """What `_write` wrote; None where it is damaged, which is said."""
+    """Return what `_write` wrote; None where it is damaged, which is said."""
     try:
         check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
@@ -361,38 +358,32 @@ def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]] | None:
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> int:
-    """Of the names, shapes and bytes: an archive can be whole and hold what no training saved."""
+    """Sum names, shapes and bytes: an archive can be whole and hold what no training saved."""
     checksum = 0
     for name, values in sorted(arrays.items()):
         checksum = zlib.crc32(f"{name} {values.shape}".encode() + values.tobytes(), checksum)
     return checksum
 
 
-def _kinds(variables) -> list[list]:
-    """Name and shape of each; paths hold numbers that Keras gives by what else was built."""
+def _kinds(variables: Sequence[Variable]) -> list[list]:
+    """Return name and shape of each; paths hold numbers that Keras gives by what else was built."""
     return [[variable.name, list(variable.shape)] for variable in variables]
 
 
-def _values(variables) -> list[np.ndarray]:
+def _values(variables: Sequence[Variable]) -> list[np.ndarray]:
     return [ops.convert_to_numpy(variable) for variable in variables]
 
 
-def _kept(callback) -> Sequence[str]:
-    return getattr(callback, "kept", _KEPT.get(type(callback).__name__, ()))
-
-
-def _get_counters(callbacks) -> dict:
-    """A copy of what decides how the callbacks go on, by the name of their class, in types that JSON can hold."""
-    counters = {type(each).__name__: {name: getattr(each, name) for name in _kept(each)} for each in callbacks}
+def _get_counters(callbacks: Sequence[Callback]) -> dict[str, dict]:
+    """Copy what decides how the callbacks go on, by the name of their class, in types that JSON can hold."""
+    counters = {}
+    for callback in callbacks:
+        kept = getattr(callback, "kept", _KEPT.get(type(callback).__name__, ()))
+        counters[type(callback).__name__] = {name: getattr(callback, name) for name in kept}
     return json.loads(json.dumps(counters))
 
 
-def _set_counters(callbacks, counters: dict) -> None:
+def _set_counters(callbacks: Sequence[Callback], counters: dict[str, dict]) -> None:
     for callback in callbacks:
         for name, value in counters.get(type(callback).__name__, {}).items():
             setattr(callback, name, copy.deepcopy(value))  # which the callback may change in place
-
-
-def _best_weights(callbacks) -> list[np.ndarray]:
-    """The weights that a callback holds in memory because no file does."""
-    return next((callback.weights for callback in callbacks if getattr(callback, "weights", None)), [])

@@ -1,7 +1,7 @@
 """Predict image sets and score the predictions: flips, AUC, accuracy, result files and the ROC picture."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ def flip_all_img(X: np.ndarray) -> list[np.ndarray]:
 
 
 def predict(
-    model,
-    data,
+    model: Any,
+    data: Any,
     batch_size: int | None = None,
     samples: int | None = None,
     flips: bool = False,
     progress: bool = False,
     on_batch: Callable[[], None] | None = None,
-):
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Predict every sample of `data` once.
 
     Args:
@@ -43,18 +43,15 @@ def predict(
         progress: show a bar.
         on_batch: called after each batch.
 
-    Returns:
-        (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where there
-        are no weights or `flips` is off. See `drop_unreadable`.
+    Returns (y_true, y_pred, weights, y_pred_flips): arrays over the samples in order; the last two are None where there
+    are no weights or `flips` is off. See `drop_unreadable`.
     """
     from keras.tree import map_structure
 
     predict_batch = getattr(model, "predict_on_batch", None) or model.predict
     columns: tuple[list, ...] = ([], [], [], [])
-    seen = 0
-    total = None if isinstance(data, (tuple, list)) else len(data)
-    batches = _batches(data, batch_size)
-    for x, y, *w in tqdm(batches, total=total, desc="predict", disable=None if progress else True):
+    seen, total = 0, None if isinstance(data, (tuple, list)) else len(data)
+    for x, y, *w in tqdm(_batches(data, batch_size), "predict", total, disable=None if progress else True):
         room = len(y) if samples is None else samples - seen
         if room <= 0:
             break
@@ -86,26 +83,24 @@ def drop_unreadable(y_true: np.ndarray, *columns: np.ndarray | None) -> tuple[np
     return tuple(None if column is None else column[there] for column in (y_true, *columns))
 
 
-def _batches(data, batch_size: int | None):
-    if isinstance(data, (tuple, list)):
-        x, y, *w = data
-        # Several inputs, rather than a list of images.
-        several = isinstance(x, (tuple, list)) and len(x) > 0 and np.ndim(x[0]) == 4
-        columns = [y, *(v for v in w if v is not None)]
-        size = batch_size or 32
-        for start in range(0, len(y), size):
-            part = slice(start, start + size)
-            batch = tuple(np.asarray(view[part]) for view in x) if several else np.asarray(x[part])
-            yield batch, *(np.asarray(column[part]) for column in columns)
+def _batches(data: Any, batch_size: int | None) -> Iterator[tuple]:
+    if not isinstance(data, (tuple, list)):
+        # The next batch is read while the network works on this one; no more of them, since batches are large.
+        yield from prefetch(data.__getitem__, range(len(data)))
         return
-    # The next batch is read while the network works on this one; no more of them, since batches are large.
-    yield from prefetch(data.__getitem__, range(len(data)))
+    x, y, *w = data
+    # Several inputs, rather than a list of images.
+    several = isinstance(x, (tuple, list)) and len(x) > 0 and np.ndim(x[0]) == 4
+    size = batch_size or 32
+    for part in (slice(start, start + size) for start in range(0, len(y), size)):
+        batch = tuple(np.asarray(view[part]) for view in x) if several else np.asarray(x[part])
+        yield batch, *(np.asarray(column[part]) for column in (y, *w) if column is not None)
 
 
 def pred_2view_img_list(
     cc_img_list: Sequence[np.ndarray] | None,
     mlo_img_list: Sequence[np.ndarray] | None,
-    model,
+    model: Any,
     use_mean: bool = False,
     *,
     flips: bool = False,
@@ -121,9 +116,8 @@ def pred_2view_img_list(
         flips: take the mean of the four flips of each pair first.
         batch_size: pairs predicted at a time.
 
-    Returns:
-        (classes,) probabilities, which add up to 1 with `use_mean`. Raises InputError when neither view has an image,
-        or images differ in size.
+    Returns (classes,) probabilities, which add up to 1 with `use_mean`. Raises InputError when neither view has an
+    image, or images differ in size.
     """
     views = {"CC": [] if cc_img_list is None else cc_img_list, "MLO": [] if mlo_img_list is None else mlo_img_list}
     there = [image for images in views.values() for image in images]
@@ -144,18 +138,12 @@ def pred_2view_img_list(
 def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Return the area under the ROC curve of each class against the rest, NaN where the labels hold only one side.
 
-    Args:
-        y_true: one-hot labels (N, C), or 0/1 labels (N,) or (N, 1).
-        y_pred: scores of the same shape, any monotone scale.
-        weights: (N,) sample weights.
-
-    Returns:
-        (C,) float64.
+    y_true: one-hot labels (N, C), or 0/1 labels (N,) or (N, 1). y_pred: scores of the same shape, any monotone scale.
+    weights: (N,) sample weights. Returns (C,) float64.
     """
     from sklearn.metrics import roc_auc_score
 
-    y_pred = np.asarray(y_pred, dtype=np.float64)
-    y_pred = y_pred.reshape(len(y_pred), -1)
+    y_pred = np.asarray(y_pred, dtype=np.float64).reshape(len(y_pred), -1)
     y_true = np.asarray(y_true)
     if y_true.ndim == 1 and y_pred.shape[1] > 1:
         y_true = np.eye(y_pred.shape[1])[y_true.astype(int)]
@@ -164,12 +152,10 @@ def auc_by_class(y_true: np.ndarray, y_pred: np.ndarray, weights: np.ndarray | N
         raise InputError(f"Expected predictions of shape {y_true.shape}. Received {y_pred.shape}")
     if not np.isfinite(y_pred).all():
         raise NotFiniteError("Expected finite predictions. Received NaN or infinity: the model has diverged")
-    return np.array(
-        [
-            roc_auc_score(truth, score, sample_weight=weights) if 0 < truth.sum() < len(truth) else np.nan
-            for truth, score in zip(y_true.T, y_pred.T, strict=True)
-        ]
-    )
+    auc = np.full(y_true.shape[1], np.nan)
+    for i in np.flatnonzero(y_true.any(axis=0) & ~y_true.all(axis=0)):
+        auc[i] = roc_auc_score(y_true[:, i], y_pred[:, i], sample_weight=weights)
+    return auc
 
 
 def auc_line(auc: np.ndarray, class_list: Sequence[str] | None = None) -> str:
@@ -182,12 +168,9 @@ def auc_line(auc: np.ndarray, class_list: Sequence[str] | None = None) -> str:
 def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Sequence[str]) -> dict[str, Any]:
     """Return accuracy, AUC, precision and recall by class, and the confusion matrix.
 
-    Args:
-        y_true, y_pred: (N, C) one-hot labels and probabilities; the most probable class is the predicted one.
-
-    Returns:
-        `classes` (the names, in the order of the matrix), `confusion_matrix` (rows: truth), `auc`, `precision` and
-        `recall` by class name with None where undefined, `auc_mean` over the defined ones, `accuracy`, `samples`.
+    y_true, y_pred: (N, C) one-hot labels and probabilities; the most probable class is the predicted one. Returns
+    `classes` (the names, in the order of the matrix), `confusion_matrix` (rows: truth), `auc`, `precision` and `recall`
+    by class name with None where undefined, `auc_mean` over the defined ones, `accuracy`, `samples`.
     """
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -199,16 +182,10 @@ def classification_scores(y_true: np.ndarray, y_pred: np.ndarray, class_list: Se
     def by_class(values):
         return {name: None if np.isnan(v) else float(v) for name, v in zip(class_list, values, strict=True)}
 
-    return {
-        "accuracy": float((truth == guess).mean()),
-        "auc": by_class(auc),
-        "auc_mean": None if np.isnan(auc).all() else float(np.nanmean(auc)),
-        "precision": by_class(precision),
-        "recall": by_class(recall),
-        "classes": list(class_list),
-        "confusion_matrix": confusion_matrix(truth, guess, labels=labels).tolist(),
-        "samples": len(truth),
-    }
+    scores = {"accuracy": float((truth == guess).mean()), "samples": len(truth), "classes": list(class_list)}
+    scores |= {"auc": by_class(auc), "precision": by_class(precision), "recall": by_class(recall)}
+    scores["auc_mean"] = None if np.isnan(auc).all() else float(np.nanmean(auc))
+    return scores | {"confusion_matrix": confusion_matrix(truth, guess, labels=labels).tolist()}
 
 
 def scores_table(scores: dict[str, Any]) -> str:
@@ -230,11 +207,8 @@ def write_test_results(
 ) -> None:
     """Write `predictions.csv` (one row an image), `metrics.json` and `roc.png`.
 
-    Args:
-        filenames: (N,) file of each sample.
-        y_true: (N, C) one-hot labels.
-        predictions: (N, C) probabilities by name of the way they were made, such as `single` and `flips`.
-        class_list: names of the C classes.
+    filenames: (N,) file of each sample. y_true: (N, C) one-hot labels. predictions: (N, C) probabilities by name of the
+    way they were made, such as `single` and `flips`. class_list: names of the C classes.
     """
     import pandas as pd
 
@@ -248,14 +222,8 @@ def write_test_results(
     write_json(out_dir / "metrics.json", scores)
     # The positive class, or every class where there are more than two.
     columns = [1] if len(class_list) == 2 else range(len(class_list))
-    plot_roc(
-        out_dir / "roc.png",
-        {
-            f"{class_list[i]}, {way}": (y_true[:, i], y_pred[:, i])
-            for way, y_pred in predictions.items()
-            for i in columns
-        },
-    )
+    ways = [(i, way, y_pred[:, i]) for way, y_pred in predictions.items() for i in columns]
+    plot_roc(out_dir / "roc.png", {f"{class_list[i]}, {way}": (y_true[:, i], score) for i, way, score in ways})
 
 
 def plot_roc(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:

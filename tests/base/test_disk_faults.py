@@ -13,8 +13,8 @@ import pytest
 
 from ddsm_train import image_clf_train, sample_patches_combined
 from dm_keras_ext import Yaroslav
+from mammo.commands import phantom
 from mammo.commands.prepare import main as prepare_main
-from mammo.phantom import prepared as make_phantom
 from mammo.train import checkpoint
 from tests.faults.commands import ENVIRONMENT, ROOT, damaged, differences
 from tests.faults.writers import WRITERS, limited
@@ -61,8 +61,8 @@ def inputs(tmp_path_factory):
     """A phantom data set, and a phantom download, of few patients."""
     folder = tmp_path_factory.mktemp("inputs")
     small = {"patients": 8, "height": 128, "width": 128, "jobs": 1}
-    make_phantom.run(out=str(folder / "phantom"), val_size=0.0, **small)
-    make_phantom.run(out=str(folder / "cbis-ddsm"), layout="cbis-ddsm", oddities="none", **small)
+    phantom.run(out=str(folder / "phantom"), val_size=0.0, **small)
+    phantom.run(out=str(folder / "cbis-ddsm"), layout="cbis-ddsm", oddities="none", **small)
     return folder
 
 

@@ -7,7 +7,6 @@ import os
 import struct
 import zipfile
 
-import cv2
 import numpy as np
 import pandas
 import pytest
@@ -520,15 +519,6 @@ def test_what_a_killed_run_made_with_other_plans_is_removed(run, tmp_path):
     run(out, folder="two", names="abc")
     run(tmp_path / "fresh", folder="two", names="abc")
     assert read_folder(out) == read_folder(tmp_path / "fresh")
-
-
-def test_png_keeps_pixels_and_type(tmp_path):
-    for dtype in (np.uint8, np.uint16):
-        img = np.random.RandomState(0).randint(0, np.iinfo(dtype).max, (9, 7)).astype(dtype)
-        write_img(tmp_path / "image.png", img)
-        stored = cv2.imread(str(tmp_path / "image.png"), cv2.IMREAD_UNCHANGED)
-        assert stored.dtype == dtype
-        np.testing.assert_array_equal(stored, img)
 
 
 # -------------------------------------------------------------------------------------------------- many files

@@ -97,7 +97,7 @@ def test_models_are_scored_singly_flipped_and_averaged(trained, tmp_path, capsys
     assert len(pd.read_csv(out / "points.csv")) == 3 * 8 * 4
     assert all(cv2.imread(str(out / f"{name}.png")) is not None for name in ("roc", "pr", "calibration"))
     printed = capsys.readouterr().out
-    assert f"{auc:.3f}" in printed and "breast level: 6 samples of 6 patients, 3 positive" in printed
+    assert f"{auc:.3f}" in printed and "breast level: 6 breasts (3 with cancer) of 6 patients" in printed
     assert "22 more comparisons of AUCs are in comparisons.csv" in printed
     # What the metarepository's README asks for: these columns, names as in its exam lists, the row number first.
     assert meta.read_text().splitlines()[0] == ",image_index,malignant_pred,malignant_label"
@@ -190,9 +190,8 @@ def test_classes_of_patch_models_are_added_up(tmp_path):
         write_png(tmp_path / f"{i}.png", 10_000 * i)
         rows.append(f"{i}.png,{label}")
     listed = write_list(tmp_path / "list.csv", rows)
-    evaluate.run(
-        inputs=[tmp_path / "patch.h5", listed], positive=["mal", "pos"], out_dir=tmp_path / "out", bootstrap=10
-    )
+    inputs = [tmp_path / "patch.h5", listed]
+    evaluate.run(inputs=inputs, positive=["mal", "pos"], out_dir=tmp_path / "out", bootstrap=10)
     table = pd.read_csv(tmp_path / "out/predictions.csv")
     assert table["label"].tolist() == [0, 1, 1, 0]
     odds = np.exp(0.05 * (np.arange(4) * 10_000 * FACTOR - MEAN - 20))

@@ -57,6 +57,13 @@ def tiny(tmp_path_factory):
     return path
 
 
+def test_one_version_for_command_wheel_and_citation(mammo, wheel):
+    version = mammo("--version").removeprefix("mammo ").strip()
+    assert list(wheel.glob(f"end2end_mammography-{version}-*.whl"))
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_the_wheel_holds_packages_tables_and_scripts_alone(wheel):
     top = {path.name for path in (wheel / "site").iterdir() if not path.name.endswith((".dist-info", "__pycache__"))}
     modules = {path.name for path in ROOT.glob("dm_*.py")}

@@ -25,7 +25,7 @@ from mammo.data import splits
 from mammo.evaluate import published
 from mammo.evaluate.published import FIGURES, read_published
 from tests.commands.warm import warm_python
-from tests.helpers import ROOT
+from tests.helpers import ROOT, auc_of_pairs, write_picture
 
 CLEARED = (
     *("DATA", "TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL", "FINAL_MODEL", "RANDOM_SEED", "MEAN"),
@@ -54,17 +54,12 @@ class Shell:
         """Run a script, or a module, with more environment variables: (commands, standard output, standard error)."""
         self.log.write_text("")
         words, run = list(map(str, args)), self.run_module if hasattr(recipe, "main") else self.run_script
-        path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
+        given = {"PATH": f"{self.python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHON": self.python}
+        given |= {"NUM_CPU_CORES": "1", "COMMANDS": self.log} | env
         with self.monkeypatch.context() as patch:
             for name in CLEARED:
                 patch.delenv(name, raising=False)
-            for name, value in {
-                "PATH": path,
-                "PYTHON": self.python,
-                "NUM_CPU_CORES": "1",
-                "COMMANDS": self.log,
-                **env,
-            }.items():
+            for name, value in given.items():
                 patch.setenv(name, str(value))
             found, output, error = run(recipe, words, patch)
         assert found == status, error
@@ -92,10 +87,9 @@ class Shell:
 def parse(script, argv):
     from ddsm_train import image_clf_train, patch_clf_train, sample_patches_combined
 
-    modules = {f"{module.__name__.split('.')[1]}.py": module for module in (
-        image_clf_train, patch_clf_train, sample_patches_combined,
-    )}  # fmt: skip
-    return modules[script].make_parser().parse_args(argv)
+    modules = image_clf_train, patch_clf_train, sample_patches_combined
+    [module] = [module for module in modules if script == Path(module.__file__).name]
+    return module.make_parser().parse_args(argv)
 
 
 @pytest.fixture
@@ -181,10 +175,7 @@ def test_sampling_is_the_published_one(shell, prepared, patch_set, number):
 @pytest.mark.parametrize("patch_set", ["s", "s10", "s30"])
 def test_patch_training_is_the_published_one(shell, net, patch_set):
     args = shell.options("ddsm_train/train_patch_clf.sh", net, patch_set, "--pretrained-weights", "w/{net}.h5")
-    assert (args.train_dir, args.test_dir) == (
-        f"prepared/patches_{patch_set}/train",
-        f"prepared/patches_{patch_set}/test",
-    )
+    assert [args.train_dir, args.test_dir] == [f"prepared/patches_{patch_set}/{part}" for part in ("train", "test")]
     assert (args.net, args.img_size, args.optim) == (net, [224, 224], "adam")
     assert args.pretrained_weights == f"w/{net}.h5"
     assert args.class_list == ["background", "calc_mal", "calc_ben", "mass_mal", "mass_ben"]
@@ -254,9 +245,8 @@ def test_original_names(shell):
     assert (args.img_size, args.class_list) == ([256, 256], ["background", "malignant", "benign"])
     assert (args.train_dir, args.net, args.batch_size) == ("prepared/patches_im4096/train", "resnet50", 32)
     assert args.final_model == "last.h5"
-    args = shell.options(
-        "ddsm_train/train_image_clf_im1152.sh", TRAIN_DIR="a", VAL_DIR="b", TEST_DIR="c", BEST_MODEL="d.h5"
-    )
+    given = {"TRAIN_DIR": "a", "VAL_DIR": "b", "TEST_DIR": "c", "BEST_MODEL": "d.h5"}
+    args = shell.options("ddsm_train/train_image_clf_im1152.sh", **given)
     assert (args.train_dir, args.val_dir, args.test_dir, args.best_model) == ("a", "b", "c", "d.h5")
     assert (args.img_size, args.patch_model_state) == ([1152, 896], "prepared/models/patch_resnet50_s10.h5")
     assert (args.top_depths, args.top_repetitions, args.bottleneck_enlarge_factor) == ([512, 512], [2, 2], 2)
@@ -264,11 +254,10 @@ def test_original_names(shell):
 
 @pytest.mark.parametrize("recipe", ["ddsm_train/train_image_clf_inbreast.sh", "inbreast/finetune.sh"])
 def test_inbreast_validates_on_val_and_tests_on_test(shell, recipe):
-    args = ["model.h5", "INbreast", "best.h5"] if "finetune" in recipe else []
-    # Left over from another recipe: the arguments of finetune.sh win.
-    left = (
-        {} if not args else {"TRAIN_DIR": "x", "VAL_DIR": "x", "TEST_DIR": "x", "RESUME_FROM": "x", "BEST_MODEL": "x"}
-    )
+    args, left = [], {}
+    if "finetune" in recipe:  # its arguments win over what is left over from another recipe
+        args = ["model.h5", "INbreast", "best.h5"]
+        left = dict.fromkeys(("TRAIN_DIR", "VAL_DIR", "TEST_DIR", "RESUME_FROM", "BEST_MODEL"), "x")
     args = shell.options(recipe, *args, "--class-list", "neg", "pos", **left)
     assert (args.train_dir, args.val_dir, args.test_dir) == ("INbreast/train", "INbreast/val", "INbreast/test")
     assert (args.nb_epoch, args.all_layer_epochs, args.weight_decay2) == (0, 50, 1e-2)
@@ -374,12 +363,9 @@ def test_few_patients_are_chosen_alike(shell, prepared):
 
 
 def test_options_reach_their_trainings(shell, prepared):
-    commands, *_ = shell(
-        REPRODUCE, "inbreast-vgg16-512x1", "prepared", "--trust-checkpoint", "--patch",
-        "--pretrained-weights", "w {net}.h5", "--image", "--batch-size", "8", "--inbreast", "--on-error", "skip",
-        "--sample", "--no-segment-breast",
-        INBREAST="INbreast",
-    )  # fmt: skip
+    options = ["--trust-checkpoint", "--patch", "--pretrained-weights", "w {net}.h5", "--image", "--batch-size", "8"]
+    options += ["--inbreast", "--on-error", "skip", "--sample", "--no-segment-breast"]
+    commands, *_ = shell(REPRODUCE, "inbreast-vgg16-512x1", "prepared", *options, INBREAST="INbreast")
     *samplings, patch, image, inbreast = [parse(script, argv) for script, *argv in commands]
     assert [args.segment_breast for args in samplings] == [False] * 3
     assert (patch.trust_checkpoint, patch.pretrained_weights, patch.batch_size) == (True, "w vgg16.h5", 64)
@@ -552,10 +538,8 @@ def test_transfer_or_scratch_goes_on_where_it_was(shell):
 
     (out / "sampled").touch()
     env = {"VIRTUAL_ENV": str(shell.folder)}
-    assert [name for name, *_ in again(status=3, FAIL="image_clf_train.py", **env)[0]] == [
-        "patch_clf_train.py",
-        "image_clf_train.py",
-    ]
+    failed = again(status=3, FAIL="image_clf_train.py", **env)[0]
+    assert [name for name, *_ in failed] == ["patch_clf_train.py", "image_clf_train.py"]
     commands, text = again(**env)
     assert [name for name, *_ in commands].count("patch_clf_train.py") == 2
     args = [parse(name, argv) for name, *argv in commands if "few_patients" in " ".join(argv)]
@@ -593,10 +577,9 @@ def write_run(folder, files, labels, pos, flips=None):
 
 def test_the_mean_pairs_images_by_name(tmp_path):
     """Each alone ranks one of four pairs wrong; the mean, once images are paired by name, none."""
-    one = write_run(tmp_path / "one", ["a", "b", "c", "d"], ["neg", "neg", "pos", "pos"], [0.1, 0.5, 0.4, 0.9],
-                    [0.1, 0.2, 0.3, 0.4])  # fmt: skip
-    two = write_run(tmp_path / "two", ["d", "c", "b", "a"], ["pos", "pos", "neg", "neg"], [0.5, 0.9, 0.1, 0.6],
-                    [0.8, 0.1, 0.6, 0.3])  # fmt: skip
+    labels, scores, flips = ["neg", "neg", "pos", "pos"], [0.1, 0.5, 0.4, 0.9], [0.1, 0.2, 0.3, 0.4]
+    one = write_run(tmp_path / "one", list("abcd"), labels, scores, flips)
+    two = write_run(tmp_path / "two", list("dcba"), labels[::-1], [0.5, 0.9, 0.1, 0.6], [0.8, 0.1, 0.6, 0.3])
     published.average_predictions([one, two], tmp_path / "mean")
     frame = pd.read_csv(tmp_path / "mean" / "predictions.csv")
     assert frame.file.tolist() == ["a", "b", "c", "d"]
@@ -678,18 +661,16 @@ def test_ours_beside_the_published(tmp_path):
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
     """A folder with `prepared`, two tiny phantoms a set, of all classes of patches to train on, and `INbreast`."""
-    import cv2
-
     from mammo.phantom.draw import draw_patients
     from mammo.phantom.prepared import assign_folders, make_phantom
 
     root = tmp_path_factory.mktemp("phantoms")
-    people = make_phantom(
-        root / "prepared", patients=6, views=("CC",), height=192, width=160, prevalence=0.5, benign_rate=0.5,
-        test_size=0.3, val_size=0.5, seed=216,
-    )  # fmt: skip
+    shares = {"prevalence": 0.5, "benign_rate": 0.5, "test_size": 0.3, "val_size": 0.5}
+    people = make_phantom(root / "prepared", patients=6, views=("CC",), height=192, width=160, seed=216, **shares)
     assert people == draw_patients(6, 0.5, 0.5, 216)
-    for part, names in invert(assign_folders(people, 0.3, 0.5, 216)).items():
+    folders = assign_folders(people, 0.3, 0.5, 216)
+    for part in ("train", "val", "test"):
+        names = sorted(name for name in folders if folders[name] == part)
         (root / "prepared" / f"pat_{part}.txt").write_text("".join(f"{name}\n" for name in names))
 
     rng = np.random.default_rng(0)
@@ -697,9 +678,8 @@ def phantoms(tmp_path_factory):
         for part, number in (("train", patients), ("val", 2), ("test", 2)):
             for i in range(number):
                 folder = root / name / part / ("pos" if i % 2 else "neg")
-                folder.mkdir(parents=True, exist_ok=True)
                 image = rng.integers(0, 2**16, (32, 32)).astype("uint16")
-                cv2.imwrite(str(folder / f"{i:08d}{part}_{i:016x}_MG_L_CC_ANON.png"), image)
+                write_picture(folder / f"{i:08d}{part}_{i:016x}_MG_L_CC_ANON.png", image)
     return root
 
 
@@ -707,10 +687,6 @@ def phantoms(tmp_path_factory):
 def python(tmp_path_factory):
     with warm_python(tmp_path_factory.mktemp("python")) as python:
         yield python
-
-
-def invert(folders):
-    return {part: sorted(name for name in folders if folders[name] == part) for part in ("train", "val", "test")}
 
 
 # The least images that a top admits, since the feature map is a 32nd of them, of YaroslavNet a 64th, and the heatmap is
@@ -755,11 +731,7 @@ def test_every_row_runs(phantoms, python, tmp_path, monkeypatch, rows):
         if kind == "patch":
             ours = (predictions.set_index(["file", "label"]).idxmax(axis=1) == predictions.label.to_numpy()).mean()
         else:
-            pairs = np.subtract.outer(
-                predictions.pos[predictions.label == "pos"].to_numpy(),
-                predictions.pos[predictions.label == "neg"].to_numpy(),
-            )
-            ours = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+            ours = auc_of_pairs(*(predictions.pos[predictions.label == label] for label in ("pos", "neg")))
         assert out.loc[(row, figure), "ours"] == pytest.approx(ours, abs=1e-6)
         if kind != "mean":
             expected = [1e-3] if row == "patch-yaroslav-s10" else rates[kind]

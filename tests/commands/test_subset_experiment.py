@@ -1,7 +1,6 @@
 """Finetuning with few patients: nested and stratified subsets, the table, the curve, going on; by a stand-in trainer,
 as in `test_recipes`, and once by the real one."""
 
-import json
 import shutil
 
 import numpy as np
@@ -12,7 +11,8 @@ from inbreast import subset_experiment
 from mammo.base.files import InputError
 from mammo.data import splits
 from mammo.evaluate import published
-from tests.commands.test_recipes import Shell, parse, python, shell  # noqa: F401  (fixtures)
+from tests.commands.test_recipes import Shell, parse, python, shell, write_run  # noqa: F401  (fixtures)
+from tests.helpers import auc_of_pairs, write_picture
 
 MODEL = "ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5"
 
@@ -20,13 +20,12 @@ MODEL = "ddsm_vgg16_s10_[512-512-1024]x2_hybrid.h5"
 @pytest.fixture
 def data(tmp_path):
     """Folders as of INbreast: 70 patients to train on, of two or four images; 24 have cancer, in one breast."""
+    train = tmp_path / "INbreast" / "train"
     for i in range(70):
         for side in ("L", "R")[: 1 + i % 2]:
             label = "pos" if i % 3 == 0 and side == "L" else "neg"
             for view in ("CC", "ML"):
-                path = (
-                    tmp_path / "INbreast" / "train" / label / f"{i:05d}{side}{view}_{i:016x}_MG_{side}_{view}_ANON.png"
-                )
+                path = train / label / f"{i:05d}{side}{view}_{i:016x}_MG_{side}_{view}_ANON.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
     for part in ("val", "test"):
@@ -44,9 +43,8 @@ def run_again(shell, *options, models=(f"hybrid={MODEL}",), **how):  # noqa: F81
 
 def patients_in(folder):
     """Patients of the training images, by label, of a folder of links."""
-    return {
-        label: {path.name.split("_")[1] for path in (folder / "train" / label).iterdir()} for label in ("neg", "pos")
-    }
+    names = {label: [path.name for path in (folder / "train" / label).iterdir()] for label in ("neg", "pos")}
+    return {label: {name.split("_")[1] for name in names[label]} for label in names}
 
 
 def test_subsets_are_nested_stratified_and_tested_alike(shell, data):  # noqa: F811
@@ -125,11 +123,8 @@ def test_table_and_curve(shell, data, monkeypatch):  # noqa: F811
     assert (shell.folder / "few" / "subset_auc.png").read_bytes().startswith(b"\x89PNG")
 
 
-def write_predictions(folder, files, labels, pos):
-    folder.mkdir(parents=True)
-    frame = pd.DataFrame({"file": files, "label": labels, "neg": 1 - np.array(pos), "pos": pos})
-    frame.to_csv(folder / "predictions.csv", index=False)
-    (folder / "metrics.json").write_text(json.dumps({}))
+def write_scored(folder, *predictions):
+    (write_run(folder, *predictions) / "metrics.json").write_text("{}")
 
 
 def test_intervals_are_by_patient(tmp_path):
@@ -139,11 +134,11 @@ def test_intervals_are_by_patient(tmp_path):
     labels = ["neg", "pos"] * 20
     pos = np.where(np.array(labels) == "pos", 0.6, 0.4) + rng.normal(0, 0.2, 40)
     names = [f"{label}/P_{i:05d}_LEFT_{{}}.png" for i, label in enumerate(labels)]
-    write_predictions(tmp_path / "once-20-patients", [name.format("CC") for name in names], labels, pos)
+    write_scored(tmp_path / "once-20-patients", [name.format("CC") for name in names], labels, pos)
     twice = [name.format(view) for view in ("CC", "MLO") for name in names]
-    write_predictions(tmp_path / "twice-20-patients", twice, labels * 2, [*pos, *pos])
+    write_scored(tmp_path / "twice-20-patients", twice, labels * 2, [*pos, *pos])
     alone = [f"{label}/P_{i:05d}_LEFT_CC.png" for i, label in enumerate(labels * 2)]
-    write_predictions(tmp_path / "independent-20-patients", alone, labels * 2, [*pos, *pos])
+    write_scored(tmp_path / "independent-20-patients", alone, labels * 2, [*pos, *pos])
     table = published.subset_table(tmp_path).set_index("model")
     assert table.test_patients.to_dict() == {"independent": 80, "once": 40, "twice": 40}
     np.testing.assert_allclose(table.auc, table.auc["once"], rtol=1e-12)
@@ -217,7 +212,6 @@ def test_a_folder_without_trainings_is_named(tmp_path):
 @pytest.mark.slow
 def test_by_the_real_trainer(python, tmp_path, monkeypatch):  # noqa: F811
     """One epoch of a tiny network on tiny images, in a run of the script as a user gives it: finetuned and as it is."""
-    import cv2
     import keras
 
     rng = np.random.default_rng(0)
@@ -225,8 +219,7 @@ def test_by_the_real_trainer(python, tmp_path, monkeypatch):  # noqa: F811
         for i in range(patients):
             for view in ("CC", "MLO"):
                 path = tmp_path / "data" / part / ("pos" if i % 2 else "neg") / f"P_{part}{i}_LEFT_{view}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                cv2.imwrite(str(path), rng.integers(0, 2**16, (32, 32)).astype("uint16"))
+                write_picture(path, rng.integers(0, 2**16, (32, 32)).astype("uint16"))
     image = keras.Input((32, 32, 3))
     hidden = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(2, 3)(image))
     keras.Model(image, keras.layers.Dense(2, activation="softmax")(hidden)).save(tmp_path / "tiny.keras")
@@ -237,6 +230,5 @@ def test_by_the_real_trainer(python, tmp_path, monkeypatch):  # noqa: F811
     assert table[columns].to_numpy().tolist() == [["tiny", 0, 0, 8, 4], ["tiny", 2, 4, 8, 4]]
     for patients in (0, 2):
         predictions = pd.read_csv(tmp_path / "few" / f"tiny-{patients}-patients" / "predictions.csv")
-        pairs = np.subtract.outer(*(predictions.pos[predictions.label == label].to_numpy() for label in ("pos", "neg")))
-        auc = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+        auc = auc_of_pairs(*(predictions.pos[predictions.label == label] for label in ("pos", "neg")))
         assert table.auc[table.patients == patients].item() == pytest.approx(auc, abs=1e-6)

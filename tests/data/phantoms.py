@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pydicom
 
@@ -16,7 +15,7 @@ from mammo.images.reading import read_img
 from mammo.phantom.cbis_ddsm import make_download, write_dicom
 from mammo.phantom.draw import draw_patients, draw_view
 from mammo.phantom.inbreast import make_inbreast
-from tests.helpers import read_report
+from tests.helpers import exam, read_report, write_picture
 
 SIZE = 144, 128
 WHOLE = {"img_size": [72, 56]}
@@ -46,8 +45,7 @@ def draw_breasts():
 
 
 def write(path, img, *options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), img, *options)
+    write_picture(path, img, *options)
     return img
 
 
@@ -189,16 +187,14 @@ def make_nyu(folder, drawn):
     made, exams = Made("nyu", folder / "images", table=str(folder / "exams.pkl")), []
     for number in range(10):
         patient = f"P_{number + 1:05}"
-        exam = {"horizontal_flip": "YES" if number == 4 else "NO", "cancer_label": {}}
-        for side, letter in (("LEFT", "L"), ("RIGHT", "R")):
-            exam["cancer_label"][f"{side.lower()}_malignant"] = int(cancer[patient, side])
-            exam["cancer_label"][f"{side.lower()}_benign"] = 0
+        left, right = (int(cancer[patient, side]) for side in ("LEFT", "RIGHT"))
+        exams.append(exam(number, left, right) | {"horizontal_flip": "YES" if number == 4 else "NO"})
+        exams[-1]["cancer_label"] |= {"left_benign": 0, "right_benign": 0}
+        for side in ("LEFT", "RIGHT"):
             for view in ("CC", "MLO"):
-                img, name = images[patient, side, view], f"{number}_{letter}_{view}"
-                exam[f"{letter}-{view}"] = [name]
+                img, name = images[patient, side, view], f"{number}_{side[0]}_{view}"
                 write(folder / f"images/{name}.png", img[:, ::-1] if number == 4 else img)
                 made.expect(f"{number}_{side}_{view}", img, cancer[patient, side], f"{name}.png")
-        exams.append(exam)
     exams[2]["L-CC"].append("2_L_CC_2")
     img = write(folder / "images/2_L_CC_2.png", images["P_00003", "LEFT", "CC"] // 2)
     made.expect("2_LEFT_CC_2", img, cancer["P_00003", "LEFT"], "2_L_CC_2.png")

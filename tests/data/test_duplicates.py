@@ -4,8 +4,9 @@ import cv2
 import numpy as np
 import pytest
 
-from mammo.data import prepare
-from mammo.data.prepare import MAX_DIFFERENCE, find_near_duplicates, fingerprint, make_whole
+from mammo.data import duplicates
+from mammo.data.duplicates import MAX_DIFFERENCE, find_near_duplicates, fingerprint
+from mammo.data.prepare import make_whole
 from mammo.images.reading import auto_levels
 from mammo.phantom.draw import draw_patients, draw_view
 
@@ -93,7 +94,7 @@ def flip_bits(text, number, rng):
 @pytest.mark.parametrize("block", [7, 2048])
 def test_all_pairs_of_different_patients_are_found(monkeypatch, block):
     """Against a comparison of every pair, with as many bits flipped as just do, or do not."""
-    monkeypatch.setattr(prepare, "_BLOCK", block)
+    monkeypatch.setattr(duplicates, "_BLOCK", block)
     rng = np.random.default_rng(0)
     prints = [rng.bytes(128).hex() for _ in range(30)]
     limit = int(MAX_DIFFERENCE * 1024)
@@ -112,6 +113,6 @@ def test_all_pairs_of_different_patients_are_found(monkeypatch, block):
 
 
 def test_pairs_are_no_more_than_can_be_kept(monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_PAIRS", 10)
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 10)
     pairs = find_near_duplicates(["00" * 128] * 20, list(map(str, range(20))))
     assert [pair[:2] for pair in pairs] == [(0, other) for other in range(1, 11)]

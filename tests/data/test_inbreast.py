@@ -18,6 +18,7 @@ import pytest
 from inbreast import prepare_inbreast
 from inbreast.prepare_inbreast import main, make_parser, run
 from mammo.base.files import InputError
+from mammo.commands import phantom
 from mammo.data.inbreast import (
     POINT_RADIUS,
     Outline,
@@ -32,7 +33,6 @@ from mammo.data.inbreast import (
     scan_inbreast,
 )
 from mammo.data.splits import cancer_patients, split_by_options
-from mammo.phantom import prepared as make_phantom
 from mammo.phantom.inbreast import HEADER, ODDITIES, write_dicom
 from tests.data import phantoms
 from tests.data.phantoms import SIZE, draw_inbreast, usable
@@ -208,13 +208,13 @@ def test_phantom_has_every_oddity(prepared):
 
 def test_phantom_from_the_command_line(tmp_path, capsys):
     options = ["--layout", "inbreast", "--patients", "3", "--height", "128", "--width", "128", "--views", "CC"]
-    assert make_phantom.main([str(tmp_path / "one"), *options, "--jobs", "1"]) == 0
-    assert make_phantom.main([str(tmp_path / "two"), *options, "--jobs", "2", "--style", "digital"]) == 0
+    assert phantom.main([str(tmp_path / "one"), *options, "--jobs", "1"]) == 0
+    assert phantom.main([str(tmp_path / "two"), *options, "--jobs", "2", "--style", "digital"]) == 0
     assert read_folder(tmp_path / "one") == read_folder(tmp_path / "two")
     header = pydicom.dcmread(next((tmp_path / "one/AllDICOMs").iterdir()))
     assert (header.BitsAllocated, header.BitsStored, header.HighBit, header.PatientID) == (16, 14, 13, "removed")
     for option, value, layouts in (("--tree", "jpeg", "cbis-ddsm"), ("--test-size", "0.3", "cbis-ddsm or prepared")):
-        assert make_phantom.main([str(tmp_path / "three"), *options, option, value]) == 1
+        assert phantom.main([str(tmp_path / "three"), *options, option, value]) == 1
         error = capsys.readouterr().err
         assert f"{option} is for --layout" in error and all(name in error for name in layouts.split(" or "))
     assert not (tmp_path / "three").exists()

@@ -1,8 +1,8 @@
 """Data of one's own, and public data sets, from their files to prepared folders: every format, bad input."""
 
 import json
-import pickle
 from dataclasses import astuple
+from pickle import dumps
 
 import cv2
 import numpy as np
@@ -28,7 +28,7 @@ from mammo.data.others import (
 from mammo.data.prepare import read_image_table
 from mammo.phantom.cbis_ddsm import write_dicom
 from tests.data.phantoms import OWN, WHOLE, images_of, to_eight_bits, write, write_rows
-from tests.helpers import read_csv, read_png, read_report
+from tests.helpers import exam, png, read_csv, read_png, read_report
 
 LABELS = read_labels()
 CLASSES = read_classes(["1", "2"], ["4", "5", "6"])
@@ -121,9 +121,8 @@ def test_sets_of_the_table_are_not_used_when_others_are_asked_for(table):
 def test_shares_that_a_split_does_not_use_are_refused(table, sets, options, size):
     lists = {f"pat_{name}": "list.txt" for name in ("train", "val", "test")} if "split" in options else {}
     split = options.get("split", "official")
-    with pytest.raises(
-        InputError, match=rf"--{size}-size: Expected a --split that draws the {size} set\. Received --split {split}"
-    ):
+    expected = rf"--{size}-size: Expected a --split that draws the {size} set\."
+    with pytest.raises(InputError, match=f"{expected} Received --split {split}"):
         table(rows_of(sets), **options, **lists)
     assert not table.out.exists()
 
@@ -188,9 +187,8 @@ def test_dark_16_bit_files_are_said(table, capsys):
         write(path, read_png(path) >> 4)
     report = table(rows_of(THREE_SETS))
     assert report["stored_bits"] == 12
-    assert "use 12 bits, so that the images are dark: after the rescale factor they reach 16 of 255" in (
-        capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "use 12 bits, so that the images are dark: after the rescale factor they reach 16 of 255" in printed
     table(rows_of(THREE_SETS), auto_levels=True, fresh=True)
     assert "are dark" not in capsys.readouterr().out
 
@@ -284,10 +282,8 @@ def test_empty_cells_are_filled_from_the_name_of_the_file(tmp_path):
     header, rows = ["file", "label", "patient", "side", "view"], [["P_1_LEFT_CC.png", 1, "", "", "MLO"]]
     assert pictures_of(read_rows(tmp_path, header, rows)) == [("P_1_LEFT_CC.png", True, "P_1", "LEFT", "MLO", "")]
     rows = [["a.png", 1, "7", " R ", "cc "], ["b.png", 0, "7", "Left", "Medio-lateral oblique"]]
-    assert [picture[3:5] for picture in pictures_of(read_rows(tmp_path, header, rows))] == [
-        ("RIGHT", "CC"),
-        ("LEFT", "MLO"),
-    ]
+    sides = [picture[3:5] for picture in pictures_of(read_rows(tmp_path, header, rows))]
+    assert sides == [("RIGHT", "CC"), ("LEFT", "MLO")]
 
 
 def test_files_are_found_by_absolute_names_below_the_folder(tmp_path):
@@ -302,17 +298,9 @@ def make_files(folder, *names):
 
 
 def test_folders_with_sets_and_patients_of_sub_folders(tmp_path):
-    make_files(
-        tmp_path,
-        "training/neg/anna/1.png",
-        "training/pos/P_2_LEFT_CC.jpg",
-        "valid/neg/deep/er/3.dcm",
-        "test/Malignant/4.pgm",
-        "test/neg/notes.txt",
-        "out/train/neg/5.png",
-        "full_img/6.png",
-        "7.png",
-    )
+    make_files(tmp_path, "training/neg/anna/1.png", "training/pos/P_2_LEFT_CC.jpg", "valid/neg/deep/er/3.dcm")
+    make_files(tmp_path, "test/Malignant/4.pgm", "test/neg/notes.txt")
+    make_files(tmp_path, "out/train/neg/5.png", "full_img/6.png", "7.png")
     reading = read_folders(tmp_path, LABELS, skip=[tmp_path / "out"])
     assert reading.excluded["file_in_no_set"] == ["7.png", "full_img/6.png"]
     assert pictures_of(reading) == [
@@ -326,10 +314,8 @@ def test_folders_with_sets_and_patients_of_sub_folders(tmp_path):
 def test_folders_of_ones_own_names(tmp_path):
     make_files(tmp_path, "healthy/1.png", "ill/2.png", "unsure/3.png")
     reading = read_folders(tmp_path, read_labels(["healthy"], ["ill"]))
-    assert [(picture.file, picture.positive) for picture in reading.pictures] == [
-        ("healthy/1.png", False),
-        ("ill/2.png", True),
-    ]
+    labels = [(picture.file, picture.positive) for picture in reading.pictures]
+    assert labels == [("healthy/1.png", False), ("ill/2.png", True)]
     assert reading.excluded["label_of_no_class"] == ["unsure/3.png"]
 
 
@@ -383,20 +369,13 @@ def test_vindr_birads_make_the_classes(tmp_path):
     assert [p.positive for p in reading.pictures] == [False, True, True, True]
 
 
-EXAM = {
-    "L-CC": ["0_L_CC"],
-    "R-CC": ["0_R_CC"],
-    "L-MLO": ["0_L_MLO"],
-    "R-MLO": ["0_R_MLO"],
-    "cancer_label": {"left_malignant": 0, "right_malignant": 1},
-    "horizontal_flip": "NO",
-}
+EXAM = exam(0, right=1)
 
 
 def test_exam_list_is_labelled_by_side(tmp_path):
     path = tmp_path / "exams.pkl"
     other = EXAM | {"L-CC": ["x", "y"], "R-CC": [], "L-MLO": [], "R-MLO": ["z"], "horizontal_flip": "YES"}
-    path.write_bytes(pickle.dumps([EXAM, other]))
+    path.write_bytes(dumps([EXAM, other]))
     assert list(read_exams(path)) == [
         ("0_L_CC", "0", "LEFT", "CC", False, False),
         ("0_R_CC", "0", "RIGHT", "CC", True, False),
@@ -410,10 +389,6 @@ def test_exam_list_is_labelled_by_side(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
-
-
-def nest(values):
-    return pickle.dumps(values)
 
 
 INFO = "Info.txt"
@@ -459,16 +434,16 @@ CMMD = "CMMD_clinicaldata_revision.csv"
         ("mias", INFO, "mdb001 G CIRC X 1 2 3\n", "Info.txt, line 1: unknown severity. Expected B or M. Received 'X'"),
         ("mias", INFO, "mdb001 G CIRC\n", "Info.txt, line 1: unknown severity"),
         ("mias", INFO, b"\xff\xfe", "Info.txt: not a text file"),
-        ("nyu", "t.pkl", nest({"a": 1}), "t.pkl: Expected a list of exams"),
-        ("nyu", "t.pkl", nest([EXAM | {"cancer_label": None}]), "exam 0: Expected a cancer_label with left_malignant"),
-        ("nyu", "t.pkl", nest([EXAM | {"horizontal_flip": 1}]), "exam 0: Expected horizontal_flip YES or NO"),
-        ("nyu", "t.pkl", nest([EXAM | {"L-CC": ["a", "a"]}]), "exam 0: a stands there a second time"),
-        ("nyu", "t.pkl", nest([EXAM | {"L-CC": [["0_L_CC"]]}]), "exam 0: Expected a list of names under L-CC"),
-        ("nyu", "t.pkl", nest([EXAM | {"L-CC": "0_L_CC"}]), "exam 0: Expected a list of names under L-CC"),
-        ("nyu", "t.pkl", nest([EXAM | {"cancer_label": {"left_malignant": np.eye(2)}}]), "left_malignant 0 or 1"),
-        ("nyu", "t.pkl", nest([EXAM | {"L-CC": ["../../x"]}]), "Expected a file below the folder"),
-        ("nyu", "t.pkl", nest([EXAM, EXAM]), "exam 1: 0_L_CC stands there a second time"),
-        ("nyu", "t.pkl", nest([EXAM | {"L-CC": print}]), "opening anything else can run code"),
+        ("nyu", "t.pkl", dumps({"a": 1}), "t.pkl: Expected a list of exams"),
+        ("nyu", "t.pkl", dumps([EXAM | {"cancer_label": None}]), "exam 0: Expected a cancer_label with left_malignant"),
+        ("nyu", "t.pkl", dumps([EXAM | {"horizontal_flip": 1}]), "exam 0: Expected horizontal_flip YES or NO"),
+        ("nyu", "t.pkl", dumps([EXAM | {"L-CC": ["a", "a"]}]), "exam 0: a stands there a second time"),
+        ("nyu", "t.pkl", dumps([EXAM | {"L-CC": [["0_L_CC"]]}]), "exam 0: Expected a list of names under L-CC"),
+        ("nyu", "t.pkl", dumps([EXAM | {"L-CC": "0_L_CC"}]), "exam 0: Expected a list of names under L-CC"),
+        ("nyu", "t.pkl", dumps([EXAM | {"cancer_label": {"left_malignant": np.eye(2)}}]), "left_malignant 0 or 1"),
+        ("nyu", "t.pkl", dumps([EXAM | {"L-CC": ["../../x"]}]), "Expected a file below the folder"),
+        ("nyu", "t.pkl", dumps([EXAM, EXAM]), "exam 1: 0_L_CC stands there a second time"),
+        ("nyu", "t.pkl", dumps([EXAM | {"L-CC": print}]), "opening anything else can run code"),
         ("nyu", "t.pkl", b"\x80\x04", "not a whole pickle"),
     ],
 )  # fmt: skip
@@ -488,29 +463,19 @@ def test_bad_tables_and_folders_end_in_one_line(tmp_path, capsys, form, name, co
     assert not list(out.rglob("*.png")) and not (out / "report.json").exists()
 
 
-def write_float(path):
-    cv2.imwrite(str(path), np.full((20, 20), np.nan, np.float32))
-
-
-def write_frames(path):
-    write_dicom(path, np.arange(800, dtype=np.uint16).reshape(40, 20), NumberOfFrames=2)
-
-
+PGM_OF_16_BITS = b"P5 2 2 65535\n12345678"
+FRAMES = np.arange(800, dtype=np.uint16).reshape(40, 20)
 BAD_IMAGES = {
     "missing": ("png", lambda path: None, "No such file"),
     "empty": ("png", lambda path: path.write_bytes(b""), "empty (0 bytes)"),
     "no image": ("png", lambda path: path.write_text("hello"), "not a readable image"),
-    "truncated": (
-        "png",
-        lambda path: path.write_bytes(cv2.imencode(".png", np.eye(99, dtype=np.uint8))[1].tobytes()[:60]),
-        "truncated",
-    ),
-    "colour": ("png", lambda path: cv2.imwrite(str(path), np.eye(60).reshape(20, 60, 3) * 255), "colour image"),
-    "constant": ("png", lambda path: cv2.imwrite(str(path), np.ones((20, 20))), "constant image"),
-    "not a number": ("tif", write_float, "NaN"),
-    "floats": ("tif", lambda path: cv2.imwrite(str(path), np.eye(20, dtype=np.float32)), "8- or 16-bit unsigned"),
+    "truncated": ("png", lambda path: path.write_bytes(png(np.eye(99, dtype=np.uint8))[:60]), "truncated"),
+    "colour": ("png", lambda path: write(path, np.eye(60).reshape(20, 60, 3) * 255), "colour image"),
+    "constant": ("png", lambda path: write(path, np.ones((20, 20))), "constant image"),
+    "not a number": ("tif", lambda path: write(path, np.full((20, 20), np.nan, np.float32)), "NaN"),
+    "floats": ("tif", lambda path: write(path, np.eye(20, dtype=np.float32)), "8- or 16-bit unsigned"),
     "no pixels": ("dcm", lambda path: path.write_bytes(bytes(128) + b"DICM"), "no pixels"),
-    "several frames": ("dcm", write_frames, "multi-frame DICOM"),
+    "several frames": ("dcm", lambda path: write_dicom(path, FRAMES, NumberOfFrames=2), "multi-frame DICOM"),
     "damaged pgm": ("pgm", lambda path: path.write_bytes(b"P5 100 100 255\n123"), "not a readable image"),
     "pgm of 16 bits": (
         "pgm",

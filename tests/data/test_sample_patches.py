@@ -66,10 +66,8 @@ def assert_hashes_match(out, table):
 
 
 def arguments(source, out):
-    return [
-        *map(str, (source / "roi_mask_path.csv", source / "roi_mask", source / "pat_train.txt")),
-        *map(str, (source / "full_img", out / "train", out / "val")),
-    ]
+    read = [source / name for name in ("roi_mask_path.csv", "roi_mask", "pat_train.txt", "full_img")]
+    return [*map(str, (*read, out / "train", out / "val"))]
 
 
 # ------------------------------------------------------------------------------------------------------- golden
@@ -150,10 +148,8 @@ def test_single_type_sampler_matches_golden(golden, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- synthetic
 
-SMALL = {
-    "target_height": 120, "patch_size": 16, "nb_abn": 3, "nb_bkg": 4, "nb_hns": 1, "val_size": 0.5,
-    "verbose": False,
-}  # fmt: skip
+SMALL = {"target_height": 120, "patch_size": 16, "nb_abn": 3, "nb_bkg": 4, "nb_hns": 1}
+SMALL |= {"val_size": 0.5, "verbose": False}
 HEADER = "patient_id,side,view,abn_num,pathology,type"
 
 
@@ -265,29 +261,29 @@ def test_damaged_files_are_named_and_the_rest_is_sampled(study, capsys, name, da
     assert {row["patient"] for row in read_rows(study / "out/train")} == {"P_0", "P_1", "P_3"}
 
 
+def check_place(study, out, row):
+    """A patch is what the image has where its row says."""
+    name = f"{row['patient']}_{row['side']}_{row['view']}"
+    image = np.pad(cv2.imread(str(study / f"full_img/{name}.png"), cv2.IMREAD_UNCHANGED), 8)
+    x, y = int(row["image_x"]), int(row["image_y"])
+    np.testing.assert_array_equal(read_patch(out / "train" / row["file"]), image[y : y + 16, x : x + 16])
+
+
 def test_patches_csv_leads_back_to_the_image(study):
     out = sample(study, segment_breast=False, nb_hns=0)
     rows = read_rows(out / "train")
     assert {row["class"] for row in rows} == {"background", *(row["file"].split("/")[0] for row in rows)}
     for row in rows:
-        name = f"{row['patient']}_{row['side']}_{row['view']}"
-        image = np.pad(cv2.imread(str(study / f"full_img/{name}.png"), cv2.IMREAD_UNCHANGED), 8)
-        x, y = int(row["image_x"]), int(row["image_y"])
-        np.testing.assert_array_equal(read_patch(out / "train" / row["file"]), image[y : y + 16, x : x + 16])
-        assert [row[key] for key in ("image_height", "image_width", "source_height", "source_width")] == [
-            "120", "100", "120", "100",
-        ]  # fmt: skip
+        check_place(study, out, row)
+        sizes = [row[key] for key in ("image_height", "image_width", "source_height", "source_width")]
+        assert sizes == ["120", "100", "120", "100"]
         assert (float(row["overlap"]) < 0.35) == (row["kind"] == "bkg")
 
 
 def test_segmented_patches_lie_where_patches_csv_says(study):
     out = sample(study)
     for row in read_rows(out / "train"):
-        name = f"{row['patient']}_{row['side']}_{row['view']}"
-        image = np.pad(cv2.imread(str(study / f"full_img/{name}.png"), cv2.IMREAD_UNCHANGED), 8)
-        x, y = int(row["image_x"]), int(row["image_y"])
-        patch = read_patch(out / "train" / row["file"])
-        np.testing.assert_array_equal(patch, image[y : y + 16, x : x + 16])
+        check_place(study, out, row)
 
 
 @pytest.mark.parametrize("avoid", [False, True])
@@ -472,9 +468,8 @@ def test_patches_of_patients_of_the_other_set_are_refused(study, killed):
     assert read_folder(out) == before
     other, *rest = {row["patient"] for row in read_rows(out / "train")}
     (study / "pat_train.txt").write_text("\n".join(rest))
-    with pytest.raises(
-        InputError, match=rf"out/train: has patches of 1 patient, such as {other}, not in the train set"
-    ):
+    message = f"out/train: has patches of 1 patient, such as {other}, not in the train set"
+    with pytest.raises(InputError, match=message):
         sample_patches_combined.run(*arguments(study, out)[:5], study / "new", **SMALL | {"val_size": 0})
     assert read_folder(out) == before and not (study / "new").exists()
 

@@ -93,10 +93,8 @@ def test_list_names_every_released_model_with_its_figures(capsys):
 
 
 def test_help_and_list_load_nothing_heavy():
-    code = (
-        "import sys; from mammo.commands import download_models as d; d.main(['--list']);"
-        "assert not {'keras', 'tensorflow', 'numpy', 'gdown'} & set(sys.modules)"
-    )
+    code = "import sys; from mammo.commands import download_models as d; d.main(['--list']);"
+    code += "assert not {'keras', 'tensorflow', 'numpy', 'gdown'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
@@ -213,11 +211,7 @@ def role_but_not_net(model, other):
     return model.classes == other.classes and ("resnet50" in model.name) != ("resnet50" in other.name)
 
 
-def quota_page(out):
-    page = "<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
-    with open(out, "w") as file:
-        file.write(page)
-    return out
+QUOTA = b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head></html>"
 
 
 def failure(name, message, bases=(Exception,)):
@@ -245,7 +239,7 @@ def test_bad_downloads_leave_nothing_and_do_not_stop_the_others(drive, originals
     calls, behaviour = drive
     whole = originals[IMAGE].read_bytes()
     behaviour[IMAGE], message = {
-        "page": (quota_page, "a web page instead of the file, which says 'Google Drive - Quota exceeded'"),
+        "page": (write(QUOTA), "a web page instead of the file, which says 'Google Drive - Quota exceeded'"),
         "empty": (write(b""), "empty"),
         "truncated": (write(whole[: len(whole) // 2]), "not kept: the download: "),
         "text": (write(b"Sorry"), "not kept: the download: "),

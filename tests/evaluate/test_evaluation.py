@@ -76,9 +76,8 @@ def test_levels_that_are_not_known_are_left_out_and_said():
     table = study()
     results = evaluation.evaluate_models(table.assign(patient="", side=""), ["a"], replicates=20)
     assert list(results["levels"]) == ["image"] and results["data"]["patients"] is None
-    assert results["data"]["notes"] == [
-        f"{name} level left out: patients are not known" for name in ("breast", "patient")
-    ]
+    notes = [f"{name} level left out: patients are not known" for name in ("breast", "patient")]
+    assert results["data"]["notes"] == notes
     results = evaluation.evaluate_models(table.assign(side=""), ["a"], replicates=20)
     assert list(results["levels"]) == ["image", "patient"]
     assert results["data"]["notes"] == ["breast level left out: the side of some images is not known"]
@@ -109,9 +108,8 @@ def test_areas_are_scikit_learns_at_each_level(results):
             assert result["auc"]["value"] == pytest.approx(roc_auc_score(level["label"], level[model]))
             expected = average_precision_score(level["label"], level[model])
             assert result["average_precision"]["value"] == pytest.approx(expected)
-            assert result["calibration"]["brier"]["value"] == pytest.approx(
-                brier_score_loss(level["label"], level[model])
-            )
+            expected = brier_score_loss(level["label"], level[model])
+            assert result["calibration"]["brier"]["value"] == pytest.approx(expected)
 
 
 def test_curves_enclose_their_areas_and_lie_in_their_bands(results):
@@ -173,9 +171,8 @@ def test_calibration_has_its_closed_forms():
     logits = np.log(table["a"] / (1 - table["a"]))
     table["twice"], table["shifted"] = 1 / (1 + np.exp(-2 * logits)), 1 / (1 + np.exp(-logits - 0.7))
     found = image_level(table, ["a", "twice", "shifted"], 50)["models"]
-    slope, intercept = (
-        {name: found[name]["calibration"][kind]["value"] for name in found} for kind in ("slope", "intercept")
-    )
+    slope = {name: found[name]["calibration"]["slope"]["value"] for name in found}
+    intercept = {name: found[name]["calibration"]["intercept"]["value"] for name in found}
     assert slope["twice"] == pytest.approx(slope["a"] / 2, rel=1e-4)
     assert slope["shifted"] == pytest.approx(slope["a"], rel=1e-4)
     assert intercept["shifted"] == pytest.approx(intercept["a"] - 0.7, abs=1e-4)
@@ -212,9 +209,8 @@ def test_what_is_undefined_is_none():
 
 
 def test_draws_of_one_class_alone_are_not_enough():
-    table = pd.DataFrame(
-        [("x", "", "", "", 1, 0.4), ("y", "", "", "", 0, 0.2)], columns=[*evaluation.IMAGE_COLUMNS, "m"]
-    )
+    rows = [("x", "", "", "", 1, 0.4), ("y", "", "", "", 0, 0.2)]
+    table = pd.DataFrame(rows, columns=[*evaluation.IMAGE_COLUMNS, "m"])
     one_class = (rng for rng in range(99) if np.ptp(np.random.default_rng(rng).integers(2, size=2)) == 0)
     with pytest.raises(InputError, match="--bootstrap 1: no draw holds samples of both classes"):
         evaluation.evaluate_models(table, ["m"], replicates=1, seed=next(one_class))
@@ -228,9 +224,8 @@ def test_the_bootstrap_of_independent_images_is_scipys():
     found = image_level(table, ["a"], 4000)["models"]["a"]
     truth, score = table["label"].to_numpy(), table["a"].to_numpy()
     for figure, statistic in (("auc", auc_of), ("average_precision", precision_of)):
-        expected = bootstrap(
-            (truth, score), statistic, paired=True, vectorized=False, method="percentile", n_resamples=1500, rng=1
-        ).confidence_interval
+        how = {"paired": True, "vectorized": False, "method": "percentile", "n_resamples": 1500, "rng": 1}
+        expected = bootstrap((truth, score), statistic, **how).confidence_interval
         width = expected.high - expected.low
         # The standard error of such a quantile of 1500 draws is 4% of the interval's width.
         assert found[figure]["bootstrap"] == pytest.approx([expected.low, expected.high], abs=0.12 * width)
@@ -300,9 +295,8 @@ def test_the_average_of_three_is_their_mean_flips_apart():
 def test_fitted_weights_have_the_highest_likelihood():
     rng = np.random.default_rng(0)
     a, b, c = rng.uniform(0.02, 0.98, (3, 4000))
-    table = pd.DataFrame(
-        {"file": "x", "a": a, "b": b, "c": c, "label": (rng.random(4000) < 0.7 * a + 0.3 * b).astype(int)}
-    )
+    label = (rng.random(4000) < 0.7 * a + 0.3 * b).astype(int)
+    table = pd.DataFrame({"file": "x", "a": a, "b": b, "c": c, "label": label})
     weights = evaluation.fit_weights(table, ["a", "b", "c"])
     assert weights == pytest.approx([0.7, 0.3, 0], abs=0.04) and weights.sum() == pytest.approx(1)
     # Of two, all weights in steps of a thousandth.

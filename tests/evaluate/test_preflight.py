@@ -158,7 +158,12 @@ def test_each_fault_is_named_alone(trained, name):
 
 @pytest.mark.parametrize(
     ("factor", "mean", "expected"),
-    [(257, 30, "0..255"), (1 / 257, 30, "0..255"), (1, 150, "mean pixel"), (1, 9, "mean")],
+    [
+        (257, 30, "0..255"),
+        (1 / 257, 30, "0..255"),
+        (1, 150, "mean that is subtracted, 150"),
+        (1, 9, "is subtracted, 9 "),
+    ],
 )
 def test_scale_and_mean_are_checked_without_statistics_too(factor, mean, expected):
     [message] = preflight.warnings_for(mammogram() * factor, mean=mean)

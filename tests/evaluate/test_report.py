@@ -73,10 +73,9 @@ def data(tmp_path_factory):
         for side in ("LEFT", "RIGHT"):
             for view in ("CC", "MLO"):
                 label = int(patient % 3 == 0 and side == "LEFT")
-                good, poor = (
-                    np.clip(0.3 + strength * label + 0.3 * rng.standard_normal(), 0, 1) for strength in (0.4, 0.1)
-                )
-                rows.append((f"P{patient}_{side}_{view}.png", f"P{patient}", side, view, label, good, poor))
+                scores = [0.3 + strength * label + 0.3 * rng.standard_normal() for strength in (0.4, 0.1)]
+                image = f"P{patient}_{side}_{view}.png", f"P{patient}", side, view, label
+                rows.append((*image, *np.clip(scores, 0, 1)))
     table = pd.DataFrame(rows, columns=[*evaluation.IMAGE_COLUMNS, "good", NASTY])
     for file in table["file"]:
         img = np.zeros((80, 60), np.uint16)
@@ -265,7 +264,7 @@ def test_flips_and_averages_are_no_models(tmp_path):
     table, names, _ = evaluation.add_averages(table, ["a", "b", "a_flips", "b_flips"])
     for models, count in ((names, "2 models, 6 columns of predictions"), (["a", "b"], "2 models"), (["a"], "Model a")):
         results = evaluation.evaluate_models(table, models, replicates=10)
-        assert f'"lead">{count} on 6 images, 3 with cancer.' in report(tmp_path / "a.html", table, results)
+        assert f'"lead">{count} on 6 images (3 with cancer).' in report(tmp_path / "a.html", table, results)
 
 
 def test_map_lies_over_the_mammogram(data):
@@ -289,9 +288,8 @@ def little():
     """(table, results) of six images of which nothing is known, at no operating point."""
     rows = [(f"{i}.png", "", "", "", int(i > 1), abs(i - 2) / 3) for i in range(6)]
     table = pd.DataFrame(rows, columns=[*evaluation.IMAGE_COLUMNS, "scores"])
-    return table, evaluation.evaluate_models(
-        table, ["scores"], evaluation.OperatingPoints(False, (), (), ()), replicates=50
-    )
+    points = evaluation.OperatingPoints(False, (), (), ())
+    return table, evaluation.evaluate_models(table, ["scores"], points, replicates=50)
 
 
 def test_little_data_make_a_report_too(little, tmp_path):

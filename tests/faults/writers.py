@@ -12,7 +12,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import keras
@@ -159,8 +159,8 @@ def read_only(folder: Path, room: int) -> Iterator[None]:
 FAULTS = {"limit": limited, "full": full, "read-only": read_only}
 
 
-def disturb(name: str, write: Callable, root: Path, fault: str, share: float) -> dict:
-    """Write once undisturbed, then, over it, other content while the fault lasts; what came of it.
+def disturb(name: str, write: Callable, root: Path, fault: str, shares: Sequence[float]) -> Iterator[dict]:
+    """Write once undisturbed, then, over it, other content while the fault lasts; what came of it, for each share.
 
     status, error: exit status and standard error of a command that writes. named: whether the error names a file that
     kept its content. torn: files that are neither as they were nor as they should have become. left: other files.
@@ -172,28 +172,27 @@ def disturb(name: str, write: Callable, root: Path, fault: str, share: float) ->
     before, wanted = contents(folder), contents(fresh)
     for path in fresh.iterdir():
         path.unlink()
-    stderr = io.StringIO()
-    parser = argparse.ArgumentParser(prog="command")
-    with contextlib.redirect_stderr(stderr), FAULTS[fault](folder, int(share * max(map(len, wanted.values())))):
-        status = run_main(parser, lambda: write(folder, 1), [])
-    after = contents(folder)
-    return {
-        "writer": name,
-        "fault": fault,
-        "share": share,
-        "status": status,
-        "error": stderr.getvalue(),
-        "named": any(str(folder / file) in stderr.getvalue() and after.get(file) == before[file] for file in before),
-        "torn": sorted(file for file in before if after.get(file) not in (before[file], wanted[file])),
-        "left": sorted(after.keys() - before.keys()),
-    }
+    for share in shares:
+        stderr, room = io.StringIO(), int(share * max(map(len, wanted.values())))
+        parser = argparse.ArgumentParser(prog="command")
+        with contextlib.redirect_stderr(stderr), FAULTS[fault](folder, room):
+            status = run_main(parser, lambda: write(folder, 1), [])
+        error, after = stderr.getvalue(), contents(folder)
+        named = any(str(folder / file) in error and after.get(file) == before[file] for file in before)
+        torn = sorted(file for file in before if after.get(file) not in (before[file], wanted[file]))
+        yield {"writer": name, "fault": fault, "share": share, "status": status, "error": error, "named": named,
+               "torn": torn, "left": sorted(after.keys() - before.keys())}  # fmt: skip
+        for file in after.keys() - before.keys():
+            (folder / file).unlink()
+        for file, content in before.items():
+            (folder / file).write_bytes(content)
 
 
 def main(folder: str, *faults: str) -> None:
     for fault in faults:
         for name, write in WRITERS.items():
-            for share in SHARES if fault != "read-only" else (0.0,):
-                print(json.dumps(disturb(name, write, Path(folder), fault, share)), flush=True)
+            for outcome in disturb(name, write, Path(folder), fault, SHARES if fault != "read-only" else (0.0,)):
+                print(json.dumps(outcome), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,24 +17,10 @@ from tests.helpers import read_members, write_members
 NUMBERS = (0, 1, 2, 3, 7, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**27, 2**31 - 1, 2**31, 2**32 - 1)
 # What texts become: names that lead elsewhere, characters that end texts or lines, texts that are too long.
 TEXTS = (
-    *(
-        "",
-        " ",
-        ".",
-        "..",
-        "../../evil",
-        "/tmp/evil",
-        "C:\\evil",
-        "..\\evil",
-        "evil\0.png",
-        "a/b",
-        "~",
-        "con",
-        "-1",
-        "nan",
-    ),
-    *("1e400", "-inf", "None", "true", '"', "'", "\n", "\r", "\t", ";", ",", "\x1b[31m", "\ufeff", "\u0663", "é" * 300),
-    *("x" * 5000, "9" * 5000, "{}" * 50, "%s%n", "P_0", "LEFT", "RIGHT", "MLO", "MALIGNANT", "0", "1", "99999999999"),
+    *("", " ", ".", "..", "../../evil", "/tmp/evil", "C:\\evil", "..\\evil", "evil\0.png", "a/b", "~", "con", "-1"),
+    *("nan", "1e400", "-inf", "None", "true", '"', "'", "\n", "\r", "\t", ";", ",", "\x1b[31m", "\ufeff", "\u0663"),
+    *("é" * 300, "x" * 5000, "9" * 5000, "{}" * 50, "%s%n", "P_0", "LEFT", "RIGHT", "MLO", "MALIGNANT", "0", "1"),
+    "99999999999",
 )
 VALUES = (None, True, False, -1, 0, 1, 2**40, 1e308, float("nan"), "", "x", "../x", [], {}, [[]], "x" * 5000)
 DICOM_TAGS = (
@@ -152,9 +138,8 @@ def png_chunks(data, rng):
     index = rng.randrange(len(chunks))
     kind, content = chunks[index]
     content = zlib.compress(bytes(rng.choice((0, 10, 10**6)))) if kind == b"IDAT" else rng.randbytes(len(content))
-    chunks[index : index + 1] = rng.choice(
-        ([], [chunks[index]] * 2, [(kind, content)], [(b"tEXt", b"a\0b"), chunks[index]])
-    )
+    others = ([], [chunks[index]] * 2, [(kind, content)], [(b"tEXt", b"a\0b"), chunks[index]])
+    chunks[index : index + 1] = rng.choice(others)
     made = [struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks]
     return bytes(data[:8]) + b"".join(made)
 
@@ -198,15 +183,13 @@ def dicom_tags(path, rng):
     elif name == "PixelData":
         dataset.PixelData = rng.randbytes(rng.choice((0, 1, 100, 5000, 7000)))
     elif name.startswith(("Window", "Rescale", "Number")) or name in DICOM_TEXTS:
-        value = str(rng.choice((*TEXTS, *NUMBERS, "RGB", "PALETTE COLOR", "MONOCHROME2", "1\\2\\3", "0.5")))[
-            :60
-        ].encode()
+        value = rng.choice((*TEXTS, *NUMBERS, "RGB", "PALETTE COLOR", "MONOCHROME2", "1\\2\\3", "0.5"))
+        value = str(value)[:60].encode()
         value += b" " * (len(value) % 2)
         tag = pydicom.tag.Tag(name)
-        implicit, little = dataset.original_encoding
-        dataset[tag] = pydicom.dataelem.RawDataElement(
-            tag, pydicom.datadict.dictionary_VR(tag), len(value), value, 0, implicit, little
-        )
+        kind = pydicom.datadict.dictionary_VR(tag)
+        element = pydicom.dataelem.RawDataElement(tag, kind, len(value), value, 0, *dataset.original_encoding)
+        dataset[tag] = element
     else:
         setattr(dataset, name, rng.choice((*NUMBERS, 8, 12, 14, 16, 64)) % 65536)
     dataset.save_as(path)
@@ -265,9 +248,8 @@ def table_cells(path, rng):
                 rows[row][column] = rng.choice((*TEXTS, "x" * 200_000))
     out = io.StringIO()
     delimiter = rng.choices((delimiter, ";", "\t"), (92, 4, 4))[0]
-    csv.writer(
-        out, delimiter=delimiter, quoting=rng.choice((0, 0, 1)), lineterminator=rng.choice(("\n", "\r\n", "\r"))
-    ).writerows(rows)
+    quoting, end = rng.choice((0, 0, 1)), rng.choice(("\n", "\r\n", "\r"))
+    csv.writer(out, delimiter=delimiter, quoting=quoting, lineterminator=end).writerows(rows)
     path.write_bytes(out.getvalue().encode(_encoding(rng), "replace"))
 
 
@@ -293,17 +275,11 @@ def xml_parts(path, rng):
         case 2:
             text = text[:start] + opened + rng.choice(TEXTS).replace("<", "") + closed + text[stop:]
         case 3:
-            text = (
-                text[:start]
-                + "<string>"
-                + rng.choice(("(1e9, 2)", "(nan, 1)", "1", "(,)", "&x;"))
-                + "</string>"
-                + text[stop:]
-            )
+            value = rng.choice(("(1e9, 2)", "(nan, 1)", "1", "(,)", "&x;"))
+            text = text[:start] + f"<string>{value}</string>" + text[stop:]
         case 4:
-            text = re.sub(r"(<\?xml[^>]*>)", r"\1" + entities, text).replace(
-                part, opened + rng.choice(("&f;", "&x;")) + closed
-            )
+            text = re.sub(r"(<\?xml[^>]*>)", r"\1" + entities, text)
+            text = text.replace(part, opened + rng.choice(("&f;", "&x;")) + closed)
         case 5:
             text = text[:start] + "<array>" * 20_000 + "</array>" * 20_000 + text[stop:]
     path.write_text(text, encoding="utf-8")
@@ -358,6 +334,20 @@ def _repack(path, change, compression=zipfile.ZIP_STORED) -> None:
     write_members(path, members, compression)
 
 
+def _change_member(path, choose, mutation, rng) -> None:
+    """Change the member that `choose` names, by a mutation of files."""
+    inner = path.with_suffix(".inner")
+
+    def change(members):
+        name = choose(members)
+        inner.write_bytes(members[name])
+        mutation(inner, rng)
+        members[name] = inner.read_bytes()
+        inner.unlink()
+
+    _repack(path, change)
+
+
 def archive_members(path, rng):
     """A member left out, added, renamed or changed; perhaps compressed."""
 
@@ -392,29 +382,16 @@ def archive_json(path, rng):
 
 def archive_weights(path, rng):
     """The HDF5 file in a `.keras` archive."""
-    inner = path.with_suffix(".inner.h5")
-
-    def change(members):
-        inner.write_bytes(members["model.weights.h5"])
-        h5_content(inner, rng)
-        members["model.weights.h5"] = inner.read_bytes()
-        inner.unlink()
-
-    _repack(path, change)
+    _change_member(path, lambda members: "model.weights.h5", h5_content, rng)
 
 
 def archive_xml(path, rng):
     """A part of an Excel file."""
-    inner = path.with_suffix(".inner.xml")
 
-    def change(members):
-        name = rng.choice([name for name in members if name.endswith(".xml")])
-        inner.write_bytes(members[name])
-        xml_parts(inner, rng)
-        members[name] = inner.read_bytes()
-        inner.unlink()
+    def choose(members):
+        return rng.choice([name for name in members if name.endswith(".xml")])
 
-    _repack(path, change)
+    _change_member(path, choose, xml_parts, rng)
 
 
 def npz_arrays(path, rng):
@@ -452,9 +429,8 @@ def npy_header(path, rng):
 
     def change(members):
         name = rng.choice(sorted(members))
-        old, new = rng.choice(
-            ((b"(", b"(9"), (b"<f4", b"<f8"), (b"<f4", b"|O8"), (b"False", b"True "), (b"8, 6", b"9**9"))
-        )
+        changes = ((b"(", b"(9"), (b"<f4", b"<f8"), (b"<f4", b"|O8"), (b"False", b"True "), (b"8, 6", b"9**9"))
+        old, new = rng.choice(changes)
         members[name] = members[name][:120].replace(old, new)[:120] + members[name][120:]
 
     _repack(path, change)
@@ -492,9 +468,8 @@ def h5_content(path, rng):
                 del h5[name]
             case 7:
                 del h5[name]
-                h5[name] = rng.choice(
-                    (h5py.SoftLink("/"), h5py.ExternalLink("/etc/passwd", "/"), h5py.SoftLink("/gone"))
-                )
+                links = h5py.SoftLink("/"), h5py.ExternalLink("/etc/passwd", "/"), h5py.SoftLink("/gone")
+                h5[name] = rng.choice(links)
             case 8:
                 del h5[name]
                 if rng.random() < 0.5:

@@ -120,11 +120,11 @@ def make_sampling(folder: Path) -> None:
 
 
 def make_phantom(folder: Path, layout: str) -> None:
-    from mammo.phantom import prepared as make_phantom
+    from mammo.commands import phantom
 
     args = [str(folder / "in"), "--layout", layout, "--patients", "10", "--height", "128", "--width", "128"]
     with contextlib.redirect_stdout(io.StringIO()):
-        status = make_phantom.main([*args, "--jobs", "1", "--oddities", "none", "--views", "CC"])
+        status = phantom.main([*args, "--jobs", "1", "--oddities", "none", "--views", "CC"])
     assert status == 0
 
 

@@ -125,13 +125,10 @@ def test_files_are_read_once_until_they_change(folder, tmp_path, counted):
     (folder / "c.png").unlink()
     checks = check_images(good, table)
     assert sorted(counted) == ["a.png", "b.png", "c.png"]
-    assert [(check.rows, check.columns, check.cause) for check in checks] == [
-        (50, 60, ""), (40, 30, ""), (0, 0, "unreadable")
-    ]  # fmt: skip
-    rows = read_csv(table)
-    assert [(row["file"], row["rows"], row["cause"]) for row in rows] == [
-        (check.file, str(check.rows), check.cause) for check in checks
-    ]
+    found = [(check.rows, check.columns, check.cause) for check in checks]
+    assert found == [(50, 60, ""), (40, 30, ""), (0, 0, "unreadable")]
+    for row, check in zip(read_csv(table), checks, strict=True):
+        assert (row["file"], row["rows"], row["cause"]) == (check.file, str(check.rows), check.cause)
 
 
 @pytest.mark.parametrize("content", [b"", b"file,bytes\nx,1\n", b"\xff\xfe\0", None])
@@ -173,10 +170,8 @@ def test_faults_are_listed_by_cause(folder, capsys):
     empty = lines.index("  empty: 4, such as")
     assert lines[empty + 1 : empty + 4] == [f"    {folder}/bad/empty/{i}.png" for i in "123"]
     counts = dict(line.strip().removesuffix(", such as").split(": ") for line in lines[1:] if ": " in line)
-    assert counts == {
-        "empty": "4", "truncated": "2", "damaged": "1", "wrong type": "1", "not finite": "1", "colour": "1",
-        "constant": "1",
-    }  # fmt: skip
+    single = dict.fromkeys(("damaged", "wrong type", "not finite", "colour", "constant"), "1")
+    assert counts == {"empty": "4", "truncated": "2"} | single
     report_faults([check for check in checks if not check.cause])
     assert capsys.readouterr().out == ""
 
@@ -212,19 +207,16 @@ def test_a_name_that_is_no_text_is_one_line(folder, tmp_path, capsys):
     (folder / "a.png").rename(folder / os.fsdecode(b"M\xfcller.png"))
     assert check_data.main([str(folder), "--table", str(tmp_path / "t.csv")]) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "M?ller.png" in line and line.endswith(
-        "Expected file names in UTF-8. Received other bytes in one; rename it"
-    )
+    assert "M?ller.png" in line
+    assert line.endswith("Expected file names in UTF-8. Received other bytes in one; rename it")
 
 
 def test_the_script_accepts_good_images(folder, tmp_path, capsys):
     table = tmp_path / "t.csv"
     given = [folder / "a.png", folder / "bad/constant.png"]
     assert check_data.main([*map(str, given), "--table", str(table), "--allow-constant", "--jobs", "2"]) == 0
-    assert capsys.readouterr() == (
-        f"pixel types: uint16 (2)\nsizes: 40 x 30 (2)\n2 images listed in {table}: all of them can be used\n",
-        "",
-    )
+    figures = "pixel types: uint16 (2)\nsizes: 40 x 30 (2)\n"
+    assert capsys.readouterr() == (f"{figures}2 images listed in {table}: all of them can be used\n", "")
     assert check_data.main([*map(str, given), "--table", str(table)]) == 1
     assert "constant image: all pixels are 7" in capsys.readouterr().err
 
@@ -305,6 +297,20 @@ def test_each_image_is_read_once_before_training(sets, counted, monkeypatch):
     assert begin(load_val_ram=True) == [0, 1, 0]
 
 
+def lose_images(sets, training, monkeypatch):
+    """Let one image of each set vanish once training begins; return what they held."""
+    start = training.train_run
+    lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
+
+    def lose_and_train(*args, **kwargs):
+        for path in lost:
+            path.unlink()
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_run", lose_and_train)
+    return {path: path.read_bytes() for path in lost}
+
+
 @pytest.mark.slow
 def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
     """One of each set vanishes once training begins: losses, AUCs and predictions are those without them."""
@@ -313,15 +319,8 @@ def test_images_lost_during_training_count_nowhere(sets, monkeypatch, capsys):
     from ddsm_train import training
 
     start = training.train_run
-    lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
     write(sets / "train/pos/text.png", b"no image")
-
-    def lose_and_train(*args, **kwargs):
-        for path in lost:
-            path.unlink()
-        return start(*args, **kwargs)
-
-    monkeypatch.setattr(training, "train_run", lose_and_train)
+    lost = lose_images(sets, training, monkeypatch)
     train(sets, on_error="skip", final_model=str(sets / "out/final.h5"))
     shown = capsys.readouterr()
     table = pd.read_csv(sets / "out/best/predictions.csv")
@@ -348,21 +347,14 @@ def test_a_training_that_lost_images_is_resumed_to_the_same_end(sets, monkeypatc
     from ddsm_train import training
 
     start = training.train_run
-    lost = [sets / part / "neg" / f"{part}3.png" for part in ("train", "val", "test")]
     options = {"on_error": "skip", "nb_epoch": 4, "all_layer_epochs": 4}
-    contents = [path.read_bytes() for path in lost]
-
-    def lose_and_train(*args, **kwargs):
-        for path in lost:
-            path.unlink()
-        return start(*args, **kwargs)
+    lost = lose_images(sets, training, monkeypatch)
 
     def begin(name, **more):
         train(sets, best_model=str(sets / f"{name}.h5"), **options | more)
 
-    monkeypatch.setattr(training, "train_run", lose_and_train)
     begin("whole")
-    for path, content in zip(lost, contents, strict=True):
+    for path, content in lost.items():
         path.write_bytes(content)
 
     epoch_begin = training.HistoryFile.on_epoch_begin

@@ -737,9 +737,13 @@ def test_pixel_range_and_mean_are_checked(folders):
     [message] = messages()
     assert "1.3e+04" in message
     assert "rescale" in message
-    [message] = messages(own_mean + 60, rescale_factor=0.01)
-    assert f"{own_mean + 60:.4g}" in message
-    assert f"{own_mean:.4g}" in message
+    # Far is less than half or more than twice the images' own, and by more than 16 another.
+    assert own_mean > 40
+    for near in (own_mean / 2 + 0.1, own_mean * 2 - 0.1):
+        assert messages(near, rescale_factor=0.01) == []
+    for far in (own_mean / 2 - 0.1, own_mean * 2 + 0.1):
+        [message] = messages(far, rescale_factor=0.01)
+        assert f"{far:.4g}" in message and f"{own_mean:.4g}" in message
 
 
 def test_dicom_files_are_read_as_the_16_bit_images_of_data_preparation(tmp_path):

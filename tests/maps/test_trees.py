@@ -14,7 +14,7 @@ from mammo.base.files import InputError
 from mammo.maps import trees as clf
 from mammo.maps.files import HeatmapRecord, Heatmaps, save_heatmaps
 from mammo.maps.trees import prob_heatmap_features
-from tests.helpers import read_members, write_members
+from tests.helpers import auc_of_pairs, read_members, write_members
 
 CLASSES = ["background", "mass_mal", "mass_ben"]
 OPTIONS = {"cutoffs": [0.3, 0.6], "top_k": 1, "trees": 20, "folds": 3, "bootstrap": 100}
@@ -146,9 +146,8 @@ def test_the_features_that_decide_are_the_important_ones(name):
 @pytest.mark.parametrize("name", clf.CLASSIFIERS)
 def test_missing_views_are_taken_even_where_training_had_none(name):
     heatmaps, features, cancer = table_of(breasts(30, missing=0))
-    fitted = clf.HeatmapClassifier.fit(
-        clf.make_model(name, 30, seed=0), heatmaps, features, cancer, OPTIONS["cutoffs"], 1
-    )
+    model = clf.make_model(name, 30, seed=0)
+    fitted = clf.HeatmapClassifier.fit(model, heatmaps, features, cancer, OPTIONS["cutoffs"], 1)
     other = breasts(30, seed=1, first=100, missing=1)
     assert all((record.cc is None) != (record.mlo is None) for record in other)
     probability = fitted.predict(Heatmaps(other, CLASSES))
@@ -260,12 +259,8 @@ def test_training_leaves_tables_scores_and_pictures(trained):
     assert (table["views"] == "cc+mlo").tolist() == [r.cc is not None and r.mlo is not None for r in records]
     metrics = json.loads((out / "metrics.json").read_text())
     for name, rows in table.groupby("set"):
-        score = metrics[name]
-        wins = np.subtract.outer(
-            rows.loc[rows["cancer"] == 1, "probability"].to_numpy(),
-            rows.loc[rows["cancer"] == 0, "probability"].to_numpy(),
-        )
-        assert score["auc"] == pytest.approx(np.mean((wins > 0) + 0.5 * (wins == 0)))
+        score, (negative, positive) = metrics[name], (rows.probability[rows.cancer == label] for label in (0, 1))
+        assert score["auc"] == pytest.approx(auc_of_pairs(positive, negative))
         assert score["auc_low"] < score["auc"] < score["auc_high"]
         assert score["breasts"] == len(rows) and score["patients"] == len(rows) / 2
         assert score["breasts_of_one_view"] == (rows["views"] != "cc+mlo").sum() > 0
@@ -289,6 +284,10 @@ def test_the_saved_classifier_scores_as_in_training_and_labels_are_not_needed(tr
     assert written == ["args.json", "metrics.json", "predictions.csv"]
 
 
+def of_two_strides(folder):
+    return [save(folder / "a.npz", breasts(9)), save(folder / "b.npz", breasts(9, first=9), strides=(4, 4))]
+
+
 def relabel(records, cancer):
     for record in records:
         record.cancer = cancer
@@ -302,11 +301,7 @@ def relabel(records, cancer):
         (lambda d: [save(d / "a.npz", relabel(breasts(20), 0))], {}, "Received 0 and 20"),
         (lambda d: [save(d / "a.npz", relabel(breasts(9), None))], {}, "Expected cancer 0 or 1"),
         (lambda d: [save(d / "a.npz", breasts(9))] * 2, {}, "P_0 LEFT stands there 2 times"),
-        (
-            lambda d: [save(d / "a.npz", breasts(9)), save(d / "b.npz", breasts(9, first=9), strides=(4, 4))],
-            {},
-            r"b\.npz: maps of another kind than those of .*a\.npz: strides: Expected \(8.0, 8.0\)",
-        ),
+        (of_two_strides, {}, r"b\.npz: maps of another kind than those of .*a\.npz: strides: Expected \(8.0, 8.0\)"),
         (lambda d: [save(d / "a.npz", breasts(20), mode="gradcam")], {}, r"a\.npz: .* Received Grad-CAM"),
         (lambda d: [str(d / "none.npz")], {}, "Expected a map file"),
         (lambda d: [save(d / "a.npz", breasts(9))], {"folds": 1}, "--folds: Expected at least 2"),
@@ -353,16 +348,17 @@ def test_maps_of_another_patch_classifier_or_geometry_are_refused(tmp_path):
     assert not (tmp_path / "refused").exists()
     # The scaling of pixels differs between scanners, and the published program's files say nothing.
     for name, options in (("scaled.npz", ours | {"rescale_factor": 0.02}), ("silent.npz", {})):
-        heatmap_clf_train.run(
-            maps=[save(tmp_path / name, tests, options=options)], model=model, out_dir=str(tmp_path / "scored")
-        )
+        silent = save(tmp_path / name, tests, options=options)
+        heatmap_clf_train.run(maps=[silent], model=model, out_dir=str(tmp_path / "scored"))
 
 
 def test_an_auc_may_have_no_interval(tmp_path, monkeypatch, capsys):
     # As where most draws of the patients lack one of the classes.
     monkeypatch.setattr(clf, "percentile_interval", lambda *_: (np.nan, np.nan))
     cancer, benign = (next(record for record in breasts(20) if record.cancer == label) for label in (1, 0))
-    clf.write_classification(tmp_path, {"two": (Heatmaps([cancer, benign], CLASSES), np.array([0.9, 0.1]))}, 10, seed=0)
+    clf.write_classification(
+        tmp_path, {"two": (Heatmaps([cancer, benign], CLASSES), np.array([0.9, 0.1]), None)}, 10, seed=0
+    )
     assert "two: AUC 1.0000, on 2 breasts" in capsys.readouterr().out
     score = json.loads((tmp_path / "metrics.json").read_text())["two"]
     assert score["auc"] == 1 and score["auc_low"] is score["auc_high"] is None

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from mammo.base.files import InputError
+from mammo.commands.phantom import main
 from mammo.data.splits import stratified_split
 from mammo.images.breast import DMImagePreprocessor
 from mammo.images.reading import read_img
 from mammo.phantom import cbis_ddsm
 from mammo.phantom.cbis_ddsm import ODDITIES, make_download
 from mammo.phantom.draw import STYLES, Patient, draw_breast, draw_calcs, draw_mass, draw_view, power_law_noise
-from mammo.phantom.prepared import main, make_phantom
+from mammo.phantom.prepared import make_phantom
 from tests.helpers import read_csv, read_folder
 
 HEIGHT, WIDTH = 192, 144
@@ -92,20 +93,10 @@ STYLED = [
 @pytest.mark.parametrize(
     ("patient", "view", "means", "areas"),
     [
-        (
-            STYLED[0],
-            "MLO",
-            [[32314.14, 11287.07, 5416.24], [26390.01, 23465.93, 47.61], [15559.91, 16360.40, 48.64],
-             [7924.87, 2791.45, 46.72]],
-            [401, 220],
-        ),
-        (
-            STYLED[1],
-            "CC",
-            [[525.77, 642.88, 6505.83], [47.38, 16798.65, 19954.75], [47.13, 15497.32, 19415.02],
-             [49.35, 774.56, 5197.13]],
-            [399, 435],
-        ),
+        (STYLED[0], "MLO", [[32314.14, 11287.07, 5416.24], [26390.01, 23465.93, 47.61],
+                            [15559.91, 16360.40, 48.64], [7924.87, 2791.45, 46.72]], [401, 220]),
+        (STYLED[1], "CC", [[525.77, 642.88, 6505.83], [47.38, 16798.65, 19954.75],
+                           [47.13, 15497.32, 19415.02], [49.35, 774.56, 5197.13]], [399, 435]),
     ],
     ids=["MLO", "CC"],
 )  # fmt: skip
@@ -129,9 +120,8 @@ def test_digital_pictures_show_the_same_breast_otherwise(patient, view):
     assert digital.dtype == np.uint16
     assert not (digital & 3).any()
     assert len(np.unique(digital)) > 4096
-    thickness = draw_breast(
-        HEIGHT, WIDTH, view, np.random.default_rng([7, patient.index, 1 + (view == "MLO")])
-    ).thickness
+    rng = np.random.default_rng([7, patient.index, 1 + (view == "MLO")])
+    thickness = draw_breast(HEIGHT, WIDTH, view, rng).thickness
     if patient.side == "RIGHT":
         thickness = thickness[:, ::-1]
     # Around the breast nothing, where film has grain and a label.
@@ -140,14 +130,12 @@ def test_digital_pictures_show_the_same_breast_otherwise(patient, view):
     assert film[thickness == 0].max() > 39000
     # Inside, what is bright stays bright; more contrast, and more of it in fine detail.
     inside = thickness > 0.999
-    smooth = [cv2.GaussianBlur(img.astype("float32"), (0, 0), 2)[inside] for img in (film, digital)]
+    pictures = [img.astype("float32") for img in (film, digital)]
+    smooth = [cv2.GaussianBlur(img, (0, 0), 2)[inside] for img in pictures]
     assert spearmanr(*smooth).statistic > 0.99
-    ranges = [np.ptp(np.quantile(img[inside], [0.1, 0.9])) for img in (film, digital)]
+    ranges = [np.ptp(np.quantile(img[inside], [0.1, 0.9])) for img in pictures]
     assert ranges[1] > 1.4 * ranges[0]
-    detail = [
-        np.abs(cv2.Laplacian(img.astype("float32"), cv2.CV_32F))[inside].mean() / img[inside].std()
-        for img in (film, digital)
-    ]
+    detail = [np.abs(cv2.Laplacian(img, cv2.CV_32F))[inside].mean() / img[inside].std() for img in pictures]
     assert detail[1] > 1.8 * detail[0]
 
 
@@ -164,10 +152,8 @@ def test_digital_noise_is_of_photons():
 
 
 def test_digital_lesions_are_where_the_masks_are():
-    patient = STYLED[0]
-    (with_lesions, masks), (without, _) = (
-        draw_view(patient, "MLO", 7, HEIGHT, WIDTH, contrast, "digital") for contrast in (1, 0)
-    )
+    drawn = [draw_view(STYLED[0], "MLO", 7, HEIGHT, WIDTH, contrast, "digital") for contrast in (1, 0)]
+    (with_lesions, masks), (without, _) = drawn
     change = np.abs(with_lesions.astype(int) - without)
     inside = np.maximum.reduce(masks) > 0
     assert change[inside].max() > 20000
@@ -219,10 +205,8 @@ def test_benign_calcifications_are_round_and_even_and_malignant_ones_are_not():
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     out = tmp_path_factory.mktemp("phantom")
-    people = make_phantom(
-        out, patients=40, height=HEIGHT, width=WIDTH, prevalence=0.3, benign_rate=0.5, test_size=0.25, val_size=0.2
-    )
-    return out, people
+    shares = {"prevalence": 0.3, "benign_rate": 0.5, "test_size": 0.25, "val_size": 0.2}
+    return out, make_phantom(out, patients=40, height=HEIGHT, width=WIDTH, **shares)
 
 
 def test_shares_are_exact(phantom):
@@ -289,11 +273,8 @@ def test_same_seed_same_bytes_for_any_number_of_jobs(tmp_path):
 
 
 def test_whole_images_are_resized_on_demand(tmp_path):
-    status = main(
-        f"{tmp_path}/out --patients 3 --views CC --height 160 --width 128 --img-size 80 64 "
-        "--test-size 0 --val-size 0 --jobs 1".split()
-    )
-    assert status == 0
+    options = "--patients 3 --views CC --height 160 --width 128 --img-size 80 64 --test-size 0 --val-size 0 --jobs 1"
+    assert main([f"{tmp_path}/out", *options.split()]) == 0
     whole = list(Path(tmp_path).glob("out/train/*/*.png"))
     assert len(whole) == 3
     for path in whole:
@@ -308,10 +289,7 @@ def test_whole_images_are_resized_on_demand(tmp_path):
     ("options", "words"),
     [
         ({"prevalence": 0.7, "benign_rate": 0.7}, "--benign-rate"),
-        (
-            {"patients": 4},
-            r"at --test-size 0\.2 .* give another --test-size, or 0 for no split, or more --patients than 4",
-        ),
+        ({"patients": 4}, r"at --test-size 0\.2 .* another --test-size, or 0 for no split, or more --patients than 4"),
         ({"patients": 4, "test_size": 0}, r"at --val-size 0\.1 .* give another --val-size, or 0 .*more --patients"),
         ({"height": 64}, "--height"),
         ({"views": ("CC", "CC")}, "Expected each of --views once. Received CC CC"),
@@ -361,14 +339,9 @@ def tables_of(out, tree):
 def headers_of(out, tree):
     """For each file of a download: (PatientID, SeriesDescription or None, PhotometricInterpretation)."""
     if tree == "jpeg":
-        return {
-            out / row["image_path"].removeprefix("CBIS-DDSM/"): (
-                row["PatientID"],
-                row["SeriesDescription"] or None,
-                row["PhotometricInterpretation"],
-            )
-            for row in read_csv(out / "csv" / "dicom_info.csv")
-        }
+        rows = {out / row["image_path"].removeprefix("CBIS-DDSM/"): row for row in read_csv(out / "csv/dicom_info.csv")}
+        columns = ("PatientID", "SeriesDescription", "PhotometricInterpretation")
+        return {path: tuple(row[column] or None for column in columns) for path, row in rows.items()}
     import pydicom
 
     found = {}

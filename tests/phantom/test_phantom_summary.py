@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from scripts import phantom_summary
+from tests.helpers import write_list
 
 
 def write_run(folder, single, flips, val_auc=(), samples=60):
@@ -19,17 +20,21 @@ def write_run(folder, single, flips, val_auc=(), samples=60):
     history.to_csv(folder / "history.csv", index=False)
 
 
-def test_starts(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
     from matplotlib.figure import Figure
 
+    saved, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **how: (saved.append(self), savefig(self, *args, **how)))
+    return saved
+
+
+def test_starts(tmp_path, capsys, figures):
     auc = {"scratch": (0.5, 0.7), "from_patch": (0.9, 0.95), "scratch_long": (0.6, 0.8)}
     for start, (first, second) in auc.items():
         write_run(tmp_path / "seed_2" / start, second, second + 0.01, [0.1, 0.2])
         write_run(tmp_path / "seed_10" / start, first, first + 0.02, [0.3, 0.4, 0.5])
-    figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **options: (figures.append(figure), savefig(figure, *args, **options))
-    )
     assert phantom_summary.main(["starts", str(tmp_path)]) == 0
 
     assert (tmp_path / "results.csv").read_text().splitlines() == [
@@ -58,30 +63,22 @@ def test_starts(tmp_path, capsys, monkeypatch):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(phantom_summary.STARTS.values())
 
 
-def test_transfer(tmp_path, capsys, monkeypatch):
+def test_transfer(tmp_path, capsys, figures):
     """Test AUC by hand: of 4 pairs of a positive and a negative image, those that are ranked right."""
-    from matplotlib.figure import Figure
-
     scores = {1.0: [0.1, 0.2, 0.8, 0.9], 0.75: [0.1, 0.6, 0.5, 0.9], 0.25: [0.4, 0.9, 0.5, 0.1]}
 
     def write(seed, name, auc):
         folder = tmp_path / f"seed_{seed}" / "few_patients" / name
         write_run(folder, auc, auc)
-        rows = [
-            f"{label}/P_{i}_LEFT_CC.png,{label},{1 - p},{p}\n"
-            for i, (label, p) in enumerate(zip(("neg", "neg", "pos", "pos"), scores[auc], strict=True))
-        ]
-        (folder / "predictions.csv").write_text("file,label,neg,pos\n" + "".join(rows))
+        labels = ("neg", "neg", "pos", "pos")
+        rows = [f"{labels[i]}/P_{i}_LEFT_CC.png,{labels[i]},{1 - p},{p}" for i, p in enumerate(scores[auc])]
+        write_list(folder / "predictions.csv", rows, "file,label,neg,pos")
 
     for seed, first, second in ((10, 1.0, 0.75), (2, 0.75, 0.25)):
         write(seed, "finetuned-0-patients", second)
         write(seed, "finetuned-20-patients", first)
         write(seed, "scratch-20-patients", second)
         write(seed, "scratch_long-20-patients", second)
-    figures, savefig = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **options: (figures.append(figure), savefig(figure, *args, **options))
-    )
     assert phantom_summary.main(["transfer", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "transfer.csv")
     assert table.groupby(["model", "patients"], sort=False)[["seed", "auc"]].agg(list).to_dict("index") == {
@@ -104,9 +101,8 @@ def test_demo(tmp_path, capsys):
     write_run(tmp_path / "patch", 0.5, 0.5, samples=328)
     write_run(tmp_path / "image", 0.98765, 0.9996)
     (tmp_path / "localisation").mkdir()
-    (tmp_path / "localisation" / "localisation.csv").write_text(
-        "images_with_lesions,pointing_accuracy,chance\n40,0.875,0.0214\n"
-    )
+    header = "images_with_lesions,pointing_accuracy,chance"
+    write_list(tmp_path / "localisation" / "localisation.csv", ["40,0.875,0.0214"], header)
     assert phantom_summary.main(["demo", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "patch classifier, test accuracy     0.900 on 328 patches",
