@@ -443,7 +443,8 @@ def index_balancer(
 ) -> np.ndarray:
     """Draw len(index_array) of its elements with replacement, sorted, negatives to positives as `ratio` to 1.
 
-    As published. classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are equally likely.
+    As published. classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are
+    equally likely.
     """
     index_array, positive = np.asarray(index_array), np.asarray(classes) == 1
     nb_positive = positive.sum()
