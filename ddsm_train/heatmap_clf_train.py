@@ -4,7 +4,7 @@
   mammo train-heatmaps maps.npz --test test_maps.npz --out-dir heatmap_clf
   mammo train-heatmaps other_maps.npz --model heatmap_clf/heatmap_clf.skops --out-dir scored
 
-The map files are those of heatmap_score.py. The features are shape, size and probability of the largest regions of
+The map files are those of `mammo heatmaps`. The features are shape, size and probability of the largest regions of
 each class at several probability cut-offs, in both views; a missing view has none, which the trees learn to take.
 Each breast is predicted by trees that were fitted without its patient. Where the patch classifier has learnt from the
 patients of MAPS, their maps are too good, and only --test says what the trees are worth.

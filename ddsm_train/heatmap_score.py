@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add which mammograms and which model, and how the pixels of the first are brought to the second."""
     add = parser.add_argument
     add("img_folder", help="folder of the mammograms: <patient_id>_<side>_<CC|MLO>.png")
     add("dl_state", help="trained model: a patch classifier or a whole-image classifier")
@@ -75,6 +76,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_map_options(parser: argparse.ArgumentParser) -> None:
+    """Add where the maps go, and how the work is done."""
     add = parser.add_argument
     text = "map file to write: .npz (a name without ending becomes one), .h5, or .pkl, the published program's"
     add("--out", default="./output/prob_heatmap.pkl", help=text)
@@ -87,6 +89,7 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of pictures of the maps."""
     add = parser.add_argument_group("pictures").add_argument
     add("--overlay", metavar="DIR", help="draw each class on the mammogram: <DIR>/<image>.png")
     text = "with --overlay, outline lesions: <Calc|Mass>-<set>_<image>_<abn_num>.png"
@@ -94,6 +97,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compute.Sweep`."""
     group = parser.add_argument_group("patch classifier, sliding windows")
     text = "height that images are resized to, their shape kept; default: that of --img-size"
     cli.add_optional(group, "--img-height", "-ih", type=cli.positive_int, help=text)
@@ -105,6 +109,7 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fprop_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compute.ForwardPropagation`."""
     group = parser.add_argument_group("patch classifier, the whole image at once")
     cli.add_flag(group, "--fprop-mode", False, "apply the network to the image, resized to --img-size, at once")
     add = group.add_argument
@@ -115,6 +120,7 @@ def add_fprop_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_grad_cam_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compute.GradCam`."""
     add = parser.add_argument_group("whole-image classifier").add_argument
     text = "explain the model by Grad-CAM; default: if it has a network inside, as whole-image classifiers have"
     add("--grad-cam", action=argparse.BooleanOptionalAction, help=f"{text}. --no-grad-cam: it is a patch classifier")

@@ -3,8 +3,8 @@
 
   mammo localise --roi-mask-dir roi_mask --out-dir figures fprop.npz gradcam.npz
 
-Reads map files of heatmap_score.py; writes localisation.csv (a row a map file), froc.csv and froc.png. The rules are in
-`mammo.maps.localise`. The images must be where they were scored.
+Reads map files of `mammo heatmaps`; writes localisation.csv (a row a map file), froc.csv and froc.png. The rules are
+in `mammo.maps.localise`. The images must be where they were scored.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from mammo.base.work import run_parallel
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
-    add("maps", nargs="+", help="map files of heatmap_score.py: .npz, .h5 or .pkl")
+    add("maps", nargs="+", help="map files of `mammo heatmaps`: .npz, .h5 or .pkl")
     add("--roi-mask-dir", required=True, help="folder of masks: <Calc|Mass>-<set>_<image>_<abn_num>.png")
     add("--out-dir", default="localisation", metavar="DIR", help="folder for the results")
     add("--classes", nargs="+", metavar="CLASS", help="judge the sum of these classes; default: all but the first")

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Finetune whole-image models on INbreast, or on your own data, with few patients: 20, 30, 40, 50 and 60, each number
-holding the patients of the smaller ones and the same share of cancer, on the same validation and test images.
+"""Finetune whole-image models on INbreast, or on your own data, with few patients: 20, 30, 40, 50 and 60.
 
-  mammo subset DATA MODEL... OUT [more options of image_clf_train.py]
+A choice of patients holds all those of the smaller choices, with the same share of cancer. Validation and test images
+are the same for all.
+
+  mammo subset DATA MODEL... OUT [more options of mammo train-image]
 
 DATA   a folder of train, val and test, each with neg and pos, of images whose names tell the patient
 MODEL  a saved model, FILE or NAME=FILE; those named resnet50, vgg16 and hybrid stand beside their published figures:

@@ -31,7 +31,7 @@ from mammo.base.cli import HelpFormatter, complete, positive_int
 from mammo.base.files import atomic_write, write_img
 from mammo.data.patch_rules import Roi, sample_patches
 from mammo.data.patches import mask_name, plan_patches, read_breast, read_lesions, read_sampled, sample_image
-from mammo.images.iterators import empty_aligned
+from mammo.images.warp import empty_aligned
 from mammo.phantom.prepared import make_phantom
 from mammo.train.backend import start_backend
 

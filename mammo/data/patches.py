@@ -298,19 +298,7 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
     # The workers of a cluster start in folders of their own.
     folders = {name: Path(getattr(args, name)).absolute() for name in FOLDER_OPTIONS}
     args = Namespace(**vars(args) | folders)
-    table = read_lesions(args.roi_mask_path_file)
-    lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
-    check_names(lesions, class_dirs)
-    annotated = {lesion.patient for lesion in lesions}
-    listed = read_patient_list(args.pat_train_list_file)
-    patients = [patient for patient in listed if patient in annotated]
-    if not patients:
-        raise InputError(f"{args.pat_train_list_file}: no patient in it is in {args.roi_mask_path_file}")
-    if len(patients) < len(listed):
-        print(f"{len(listed) - len(patients)} of {len(listed)} listed patients have no lesion in the table to sample")
-    wanted = set(patients)
-    if unused := len(table) - sum(lesion.patient in wanted for lesion in lesions):
-        print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
+    lesions, patients = choose_lesions(args, class_dirs)
     malignant = {lesion.patient for lesion in lesions if lesion.malignant}
     train, val = stratified_split(patients, [patient in malignant for patient in patients], args.val_size)
     sets = (("train", train, args.train_out_dir), ("val", val, args.val_out_dir))
@@ -335,6 +323,27 @@ def sample_dataset(args: Namespace, class_dirs: Mapping[tuple[str, bool], str], 
             raise InputError(
                 f"images or masks at fault: {len(faults)}, all others sampled; {remedy}. The first: {faults[0]}"
             )
+
+
+def choose_lesions(args: Namespace, class_dirs: Mapping) -> tuple[list[Lesion], list[str]]:
+    """Return the lesions of the table whose type is sampled, and the listed patients who have any.
+
+    Prints how many patients and lesions are not used. Raises InputError where no patient is left.
+    """
+    table = read_lesions(args.roi_mask_path_file)
+    lesions = [lesion for lesion in table if (lesion.type, True) in class_dirs]
+    check_names(lesions, class_dirs)
+    annotated = {lesion.patient for lesion in lesions}
+    listed = read_patient_list(args.pat_train_list_file)
+    patients = [patient for patient in listed if patient in annotated]
+    if not patients:
+        raise InputError(f"{args.pat_train_list_file}: no patient in it is in {args.roi_mask_path_file}")
+    if len(patients) < len(listed):
+        print(f"{len(listed) - len(patients)} of {len(listed)} listed patients have no lesion in the table to sample")
+    wanted = set(patients)
+    if unused := len(table) - sum(lesion.patient in wanted for lesion in lesions):
+        print(f"{unused} of {len(table)} lesions in the table are of patients not listed, or of another type")
+    return lesions, patients
 
 
 def sample_set(

@@ -24,7 +24,7 @@ class DMExamListIterator(DMIterator):
         validation_mode: no shuffling; the first image of each view. Otherwise a view's image is drawn.
         prediction_mode: no shuffling; all images of each view.
         all_neg_skip, balance_classes: no_pos_skip and balance_classes of `Batches`, an exam counting as positive
-            unless both breasts are known to be negative (golden).
+            unless both breasts are known to be negative (as published).
         verbose: print how many exams there are of each kind.
         Others: see `Batches`.
 
@@ -266,7 +266,7 @@ class DMCandidROIIterator(DMIterator):
 
 
 def get_roi_patches(img: np.ndarray, key_pts: np.ndarray, roi_size: tuple[int, int] = (256, 256)) -> np.ndarray:
-    """Cut patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (golden).
+    """Cut patches (n, rows, columns) around the points (n, 2) of x, y, in the type of `img` (as published).
 
     A patch that would start before the image is moved to start with it; beyond its end it is zero.
     """

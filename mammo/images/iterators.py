@@ -4,7 +4,6 @@
 `dm_image.DMImageDataGenerator.flow*` make all of them; they are apart from it because they import Keras.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ import keras
 import numpy as np
 
 from mammo.base.files import InputError, counted, env_int, write_img
+from mammo.images.warp import empty_aligned
 
 # Batches are loaded in parallel; threads of OpenCV's own would only compete with that.
 cv2.setNumThreads(1)
@@ -75,7 +75,7 @@ class DMIterator(keras.utils.PyDataset):
     """Iterate over batches of n samples: order, labels and weights. Subclasses say what a batch of samples is.
 
     Batch i of an epoch is a pure function of (seed, epoch, i), so any number of workers gives the same batches, and
-    every sample comes once an epoch, the last batch being shorter. Order rule (golden): an epoch that starts after
+    every sample comes once an epoch, the last batch being shorter. Order, as published: an epoch that starts after
     k batches takes RandomState(seed + k).permutation(n); batch number j (from 1, over all epochs) has a generator
     RandomState(seed + j) whose first uniform decides on skipping it, and which then balances it and picks images.
 
@@ -308,7 +308,7 @@ def check_one_size(names: Sequence[str], images: Sequence[np.ndarray]) -> None:
 
 
 def batch_weights(classes: np.ndarray) -> np.ndarray:
-    """Return 1 / (frequency of each sample's class among `classes`), float32 (n,) (golden)."""
+    """Return 1 / (frequency of each sample's class among `classes`), float32 (n,) (as published)."""
     _, position, count = np.unique(classes, return_inverse=True, return_counts=True)
     return np.float32(1) / (count / len(classes)).astype(np.float32)[position]
 
@@ -441,9 +441,10 @@ def index_balancer(
     ratio: float,
     rng: np.random.RandomState | np.random.Generator,
 ) -> np.ndarray:
-    """Draw len(index_array) of its elements with replacement, sorted, negatives to positives as `ratio` to 1 (golden).
+    """Draw len(index_array) of its elements with replacement, sorted, negatives to positives as `ratio` to 1.
 
-    classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are equally likely.
+    As published. classes: (n,) class numbers, 1 being positive and all others negative. With a single kind, all are
+    equally likely.
     """
     index_array, positive = np.asarray(index_array), np.asarray(classes) == 1
     nb_positive = positive.sum()
@@ -451,17 +452,6 @@ def index_balancer(
     if 0 < nb_positive < len(positive):
         probability = np.where(positive, 1 / nb_positive, ratio / (len(positive) - nb_positive))
     return np.sort(rng.choice(index_array, len(index_array), p=probability / probability.sum()))
-
-
-def empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised float32 array that starts at a cache line.
-
-    OpenCV then writes images into it past the cache, which keeps what it reads: twice as fast for large images.
-    """
-    size = math.prod(shape)
-    memory = np.empty(size + 15, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + size].reshape(shape)
 
 
 def sample_images(iterator: SampleIterator, nb_images: int = 32) -> list[np.ndarray]:

@@ -125,7 +125,7 @@ def read_resize_img(
     *,
     dicom_16_bit: bool = False,
 ) -> np.ndarray:
-    """Read an image, resize it (bicubic), and return it as float32 (H, W) (golden).
+    """Read an image, resize it (bicubic), and return it as float32 (H, W) (as published).
 
     `target_size` is (rows, columns); `target_height` wins over it and keeps the aspect ratio, the width truncated.
     Resizing happens in the stored integer type. `target_scale` maps this image's maximum to that value,

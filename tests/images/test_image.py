@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-import dm_image
 from dm_image import DMImageDataGenerator
 from mammo.base.files import InputError
-from mammo.images import exams, iterators, pixels, reading
+from mammo.images import exams, iterators, pixels, reading, warp
 from mammo.maps import compute
 
 ALL_ON = {
@@ -399,7 +398,7 @@ def test_golden_random_transform(golden, channels):
         x = np.repeat(raw[..., None], channels, axis=2) * np.asarray(case["channel_scale"], np.float32)
         params = generator.get_random_transform(x.shape, np.random.RandomState(case["seed"]))
         assert_params(params, case)
-        np.testing.assert_allclose(dm_image.transform_matrix(params, *x.shape[:2]), case["matrix_full"], atol=1e-10)
+        np.testing.assert_allclose(warp.transform_matrix(params, *x.shape[:2]), case["matrix_full"], atol=1e-10)
         y = generator.apply_transform(x, params)
         np.testing.assert_array_equal(y[::37], data["y_sample_rows"][i])
         assert y.sum(dtype=np.float64) == pytest.approx(data["y_sum"][i], rel=1e-9)
