@@ -13,7 +13,8 @@ from mammo.data import prepare
 from mammo.data.cbis_ddsm import CbisDdsm
 from mammo.data.inbreast import Inbreast
 from mammo.data.listing import DataSet, name_pictures
-from mammo.data.others import Cmmd, Mias, Nyu, OwnFolders, OwnTable, VindrMammo
+from mammo.data.others import Cmmd, Mias, Nyu, VindrMammo
+from mammo.data.own import OwnFolders, OwnTable
 from mammo.data.splits import named_sets, print_split, split_by_options
 
 DATA_SETS: dict[str, type[DataSet]] = {

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from mammo.base.files import InputError, env_int
 from mammo.base.tables import find_columns, open_table
-from mammo.data.others import OWN_COLUMNS, REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_exams, read_labels
+from mammo.data.others import read_exams
+from mammo.data.own import OWN_COLUMNS, REQUIRED, SET_NAMES, SIDES, VIEWS, known_value, read_labels
 from mammo.data.prepare import IMAGE_TABLE, read_image_table
 from mammo.evaluate.evaluation import AVERAGE, FLIPS, IMAGE_COLUMNS
 from mammo.images.pixels import Pixels, pixel_warnings_of_files
@@ -91,7 +92,7 @@ def _from_name(file) -> tuple[str, str, str]:
 def _read_table(path, classes, positive, part: str) -> tuple[list[tuple], list[dict[str, str]]]:
     """Return the rows of a table, as of `IMAGE_COLUMNS`, and all other cells of each by column.
 
-    Columns, sets, sides and views have the spellings of `others`, and labels those of `others.read_labels` or
+    Columns, sets, sides and views have the spellings of `own`, and labels those of `own.read_labels` or
     the names of classes. Patient, side and view are read from the file's name where they have no column. Of sets,
     `part` is taken.
     """

@@ -9,7 +9,7 @@ import numpy as np
 
 from mammo.base.files import InputError
 from mammo.base.work import prefetch
-from mammo.data.others import find_view
+from mammo.data.own import find_view
 from mammo.evaluate import preflight
 from mammo.images.pixels import Pixels, choose_pixel_options, is_patch_size
 from mammo.maps.files import Grid

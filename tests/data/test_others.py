@@ -14,17 +14,8 @@ from mammo.base.files import InputError
 from mammo.commands.prepare import main, run
 from mammo.data.inbreast import read_classes
 from mammo.data.listing import Picture, name_pictures
-from mammo.data.others import (
-    OWN_COLUMNS,
-    read_cmmd,
-    read_exams,
-    read_folders,
-    read_labels,
-    read_mias,
-    read_nyu,
-    read_own_table,
-    read_vindr,
-)
+from mammo.data.others import read_cmmd, read_exams, read_mias, read_nyu, read_vindr
+from mammo.data.own import OWN_COLUMNS, read_folders, read_labels, read_own_table
 from mammo.data.prepare import read_image_table
 from mammo.phantom.cbis_ddsm import write_dicom
 from tests.data.phantoms import OWN, WHOLE, images_of, to_eight_bits, write, write_rows

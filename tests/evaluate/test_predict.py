@@ -12,7 +12,7 @@ from pydicom import Dataset
 
 from mammo.base.files import InputError
 from mammo.commands import predict
-from mammo.data.others import find_view
+from mammo.data.own import find_view
 from mammo.data.prepare import make_whole
 from mammo.evaluate import preflight
 from mammo.evaluate.predict import Predictor
