@@ -62,7 +62,7 @@ def run(**options) -> int:
     say(f"{args.model}: {predictor.source}")
     if predictor.is_of_patches:
         seems = "this seems to be a patch classifier, which is not meant for whole mammograms"
-        say(f"warning: {args.model}: {seems}: mammo heatmaps maps them with it")
+        say(f"warning: {args.model}: {seems}: ddsm_train/heatmap_score.py maps them with it")
     if predictor.trained is None:
         say("what its training images looked like is not known: checking images by general rules")
     predictions = []
