@@ -1,5 +1,7 @@
 """Compute losses, metrics and optimizer steps with the arithmetic of Keras 2, which the published program used."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -15,7 +17,7 @@ class WeightedCrossentropy(keras.losses.CategoricalCrossentropy):
     not count.
     """
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         weight = _has_class(y_true)
         if sample_weight is not None:
             weight = weight * ops.reshape(ops.cast(sample_weight, weight.dtype), (-1,))
@@ -28,7 +30,7 @@ class WeightedCrossentropy(keras.losses.CategoricalCrossentropy):
 class Accuracy(keras.metrics.CategoricalAccuracy):
     """Share of the samples that are predicted right, whatever their weights, without the samples of no class."""
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         return super().update_state(y_true, y_pred, _has_class(y_true))
 
 
@@ -41,14 +43,14 @@ class DMMetrics:
     """Sensitivity and specificity of class 1 (malignant, or `pos`) as Keras metric functions."""
 
     @staticmethod
-    def sensitivity(y_true, y_pred):
-        """Share of the class-1 samples (one-hot or 0/1 labels) that are predicted as class 1."""
+    def sensitivity(y_true: Any, y_pred: Any) -> Any:
+        """Return the share of the class-1 samples (one-hot or 0/1 labels) that are predicted as class 1."""
         truth, guess = _class_one(y_true), _class_one(y_pred)
         return ops.sum(truth * guess) / (ops.sum(truth) + keras.config.epsilon())
 
     @staticmethod
-    def specificity(y_true, y_pred):
-        """Share of the other samples that are not predicted as class 1."""
+    def specificity(y_true: Any, y_pred: Any) -> Any:
+        """Return the share of the other samples that are not predicted as class 1."""
         truth, guess = _class_one(y_true), _class_one(y_pred)
         return ops.sum((1 - truth) * (1 - guess)) / (ops.sum(1 - truth) + keras.config.epsilon())
 
@@ -64,7 +66,7 @@ def _class_one(y):
 class _RMSprop(keras.optimizers.RMSprop):
     """RMSprop with epsilon added to the root, as Keras 2 had it, not under it."""
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         lr = ops.cast(learning_rate, variable.dtype)
         velocity = self._velocities[self._get_variable_index(variable)]
         self.assign(velocity, self.rho * velocity + (1 - self.rho) * ops.square(gradient))
@@ -74,7 +76,7 @@ class _RMSprop(keras.optimizers.RMSprop):
 class _Adagrad(keras.optimizers.Adagrad):
     """Adagrad with epsilon added to the root, likewise."""
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         lr = ops.cast(learning_rate, variable.dtype)
         accumulator = self._accumulators[self._get_variable_index(variable)]
         self.assign_add(accumulator, ops.square(gradient))
@@ -84,7 +86,7 @@ class _Adagrad(keras.optimizers.Adagrad):
 class _Nadam(keras.optimizers.Nadam):
     """Nadam with the momentum schedule of its paper: decay 0.96 to the power of 0.004 t, where Keras 3 has t."""
 
-    def build(self, variables):
+    def build(self, variables: list) -> None:
         super().build(variables)
         # Built by a LossScaleOptimizer, Keras does not track it, and a step of JAX forgets what is not tracked.
         if not any(variable is self._u_product for variable in self.variables):
@@ -98,7 +100,7 @@ class _Nadam(keras.optimizers.Nadam):
         self.assign(product, product * self._momentum(self.iterations + 1, product.dtype))
         keras.Optimizer._backend_update_step(self, grads, trainable_variables, learning_rate)
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         dtype = variable.dtype
         index = self._get_variable_index(variable)
         m, v = self._momentums[index], self._velocities[index]

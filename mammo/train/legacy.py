@@ -226,8 +226,8 @@ def _make(layer: dict, safe_mode: bool) -> Callable:
     where = f"layer {name} ({kind})"
     if kind in _OPERATIONS:
         return (node_of if kind == "TensorFlowOpLayer" else operation_of)(layer, where)
-    if kind == "ThresholdedReLU":  # which Keras 3 no longer has
-        return lambda inputs: inputs * ops.cast(inputs > config["theta"], inputs.dtype)
+    if kind in _FUNCTIONS:
+        return _FUNCTIONS[kind](config)
     try:
         settings, after = _activation(config, name)
         described = _describe({**layer, "config": {**settings, "name": name}}, where, safe_mode)
@@ -262,6 +262,14 @@ def _activation(config: dict, name: str) -> tuple[dict, Callable | None]:
     if activation == "hard_sigmoid" and "recurrent_activation" not in config:
         return {**config, "activation": "linear"}, _hard_sigmoid
     return {**config, "activation": activation.removesuffix("_v2")}, None
+
+
+# Layers without weights that Keras 3 no longer has, or not as layers.
+_FUNCTIONS: dict[str, Callable] = {
+    "ThresholdedReLU": lambda config: lambda inputs: inputs * ops.cast(inputs > config["theta"], inputs.dtype),
+    # of InceptionResNetV2
+    "Custom>CustomScaleLayer": lambda config: lambda inputs: inputs[0] + inputs[1] * config["scale"],
+}
 
 
 def _hard_sigmoid(inputs: Any) -> Any:
