@@ -208,7 +208,7 @@ def _build_resnet(net, nb_class, nb_init_filter, weight_decay, hidden_dropout, o
 
 @dataclass(frozen=True)
 class Stage:
-    """Train the layers from `first_layer` on at `lr` until `end_epoch` epochs have run in all.
+    """Train the layers from index `first_layer` on at the rate `lr` until `end_epoch` epochs have run in all.
 
     `weight_decay` and `dropout` are set on every layer that has an L2 penalty or is a dropout; None leaves them.
     """

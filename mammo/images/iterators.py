@@ -91,7 +91,7 @@ class DMIterator(keras.utils.PyDataset):
 
     def __init__(
         self,
-        generator,
+        generator: Any,
         n: int,
         classes: Sequence[int] | np.ndarray | None,
         nb_class: int | None,
@@ -397,7 +397,7 @@ class DMNumpyArrayIterator(SampleIterator):
         return batch if self.y is None else (batch[0], self.y[index], *batch[2:])
 
 
-def data_format_of(generator, asked: str | None) -> str:
+def data_format_of(generator: Any, asked: str | None) -> str:
     """Return the data format of a generator, which is the one that is asked for, "default" or None."""
     if asked not in ("default", None, generator.data_format):
         raise InputError(f"data_format: Expected that of the generator, {generator.data_format}. Received {asked}.")
